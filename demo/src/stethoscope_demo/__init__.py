@@ -1,0 +1,1 @@
+"""The embedded recipe's base model, tuned sibling, SAEs and tasks."""

@@ -1,0 +1,41 @@
+"""What a user can get wrong, said once: what is wrong, and a hint."""
+
+from collections.abc import Sequence
+
+
+class StethoscopeError(Exception):
+    """A failure that the user can mend.
+
+    Args:
+        message: what is wrong, with the offending value in backticks and where it came from.
+        hint: what to do about it.
+        problems: when several things of one kind are wrong, all of them, one line each.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None, problems: Sequence[str] = ()) -> None:
+        self.message = message
+        self.hint = hint
+        self.problems = tuple(problems)
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  - {problem}" for problem in self.problems)]
+        if self.hint:
+            lines += ["", f"hint: {self.hint}"]
+        return "\n".join(lines)
+
+
+class CheckpointError(StethoscopeError):
+    """A checkpoint, adapter or patch that cannot be used as asked."""
+
+
+class SAEError(StethoscopeError):
+    """Sparse autoencoders that cannot be read, or do not fit the model."""
+
+
+class RecipeError(StethoscopeError):
+    """A recipe that cannot be run as written."""
+
+
+class EvaluationError(StethoscopeError):
+    """Tasks or outcomes that cannot be run or compared as asked."""
