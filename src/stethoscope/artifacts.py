@@ -10,8 +10,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stethoscope.errors import StethoscopeError
 
@@ -73,3 +76,76 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+class Provenance(BaseModel):
+    """Where a result comes from: package version, seed, and the SHA-256 of each input by name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stethoscope: str = Field(default_factory=lambda: version("sae-stethoscope"))
+    seed: int = 0
+    inputs: dict[str, str] = {}
+
+    @property
+    def key(self) -> str:
+        """One hash of everything above: equal keys mean that a stage need not run again."""
+        return sha256_bytes(canonical_json(self.model_dump()).encode())
+
+
+class Artifact(BaseModel):
+    """A stage's result: frozen, versioned, and saved as one JSON file.
+
+    Subclasses name their file and raise ``SCHEMA`` when a field changes its meaning.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    SCHEMA: ClassVar[int] = 1
+    FILE: ClassVar[str]
+
+    schema_version: int = 1
+    provenance: Provenance
+
+    def save(self, folder: Path) -> Path:
+        """Write ``FILE`` in ``folder``, whole or not at all; return its path."""
+        path = folder / self.FILE
+        write_json(path, self.model_dump(mode="json"))
+        return path
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read ``FILE`` from ``folder``.
+
+        Raises:
+            StethoscopeError: the file is missing, damaged, or of another schema version.
+        """
+        path = folder / cls.FILE
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise StethoscopeError(f"`{path}` is missing", hint="run the stage that writes it first") from error
+        except ValueError as error:
+            raise StethoscopeError(f"`{path}` is not JSON: {error}") from error
+        found = value.get("schema_version") if isinstance(value, dict) else None
+        if found != cls.SCHEMA:
+            raise StethoscopeError(
+                f"`{path}` has schema version `{found}`, this version reads `{cls.SCHEMA}`",
+                hint="run its stage again with this version of stethoscope",
+            )
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+            raise StethoscopeError(f"`{path}` does not have the expected form", problems=problems) from error
+
+    @classmethod
+    def load_if_current(cls, folder: Path, provenance: Provenance) -> Self | None:
+        """The saved result if it was made from exactly these inputs, else None."""
+        if not (folder / cls.FILE).exists():
+            return None
+        try:
+            saved = cls.load(folder)
+        except StethoscopeError:
+            return None  # an older or damaged result is made again
+        return saved if saved.provenance == provenance else None

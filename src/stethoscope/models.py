@@ -1,0 +1,90 @@
+"""Transformers models as this package needs them: loaded whole or not at all, blocks found by structure."""
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from stethoscope.errors import CheckpointError, StethoscopeError
+
+log = logging.getLogger(__name__)
+
+
+def preferred_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, else float32."""
+    if torch.device(device).type == "cuda":
+        return torch.bfloat16
+    capabilities = torch.cpu.get_capabilities()
+    native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a causal language model for inference; no code from the checkpoint is run.
+
+    Args:
+        path: a local checkpoint or a hub id.
+        dtype: of the weights; the hardware's preferred one if None.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or any weight is missing from the files. Transformers fills such
+            weights with random numbers and only warns.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype or preferred_dtype(), output_loading_info=True, low_cpu_mem_usage=True
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the model `{path}` cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise CheckpointError(
+            f"the checkpoint `{path}` lacks weights of {type(model).__name__}",
+            problems=sorted(info["missing_keys"]),
+            hint="a multimodal checkpoint loaded into a text-only class does this",
+        )
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer; it pads on the right, with the end token if it has no padding token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the tokenizer of `{path}` cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of any Transformers causal language model, in order.
+
+    Raises:
+        StethoscopeError: the model has no single list of blocks.
+    """
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    depth = getattr(text, "num_hidden_layers", None)
+    found = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth and name.rsplit(".", 1)[-1] in ("layers", "h")
+        # a vision tower of equal depth has the same shape of name
+        and not {"vision_tower", "vision_model"} & set(name.split("."))
+    ]
+    if len(found) != 1:
+        raise StethoscopeError(
+            f"cannot find the decoder layers of {type(model).__name__}",
+            hint="models with one list of decoder blocks, as Transformers builds them, are supported",
+        )
+    return found[0]
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The part of a causal language model that ends before the head, so that no logits are computed."""
+    inner: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator,assignment]
+    return inner
