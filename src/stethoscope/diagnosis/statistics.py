@@ -1,0 +1,122 @@
+"""Feature statistics: sums over blocks of documents, which any number of workers can gather and merge.
+
+A block is what a permutation test relabels and a bootstrap draws, because tokens of one document are not
+independent. Blocks never share a batch, so a block's sums do not depend on what else was listened to.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float, Float32, Float64, Int64
+from numpy import ndarray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from stethoscope.errors import StethoscopeError
+
+_NAMES = ("sums", "fired", "maxima", "tokens", "sinks")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics:
+    """One layer's feature statistics on one corpus.
+
+    Attributes:
+        sums: sum of each feature's activation over a block's counted tokens.
+        fired: number of a block's counted tokens on which each feature is active.
+        maxima: each feature's largest activation in a block.
+        tokens: a block's counted tokens, special and sink tokens left out.
+        sinks: tokens of a block left out because their norm marks them as attention sinks.
+    """
+
+    sums: Float64[ndarray, "blocks width"]
+    fired: Int64[ndarray, "blocks width"]
+    maxima: Float32[ndarray, "blocks width"]
+    tokens: Int64[ndarray, " blocks"]
+    sinks: Int64[ndarray, " blocks"]
+
+    @property
+    def mean(self) -> Float[ndarray, " width"]:
+        """Mean activation per counted token; a in the formulas."""
+        return self.sums.sum(0) / self.tokens.sum()
+
+    @property
+    def rate(self) -> Float[ndarray, " width"]:
+        """Share of counted tokens on which each feature fires; p in the formulas."""
+        return self.fired.sum(0) / self.tokens.sum()
+
+    @property
+    def mass(self) -> Float[ndarray, " width"]:
+        """Each feature's share of the layer's activation mass; m in the formulas. All 0 where nothing fires."""
+        total = self.sums.sum()
+        return self.sums.sum(0) / total if total > 0 else np.zeros(self.sums.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureStatistics:
+    """What every layer's features did on one corpus; ``layers`` is in ascending order."""
+
+    layers: Mapping[int, LayerStatistics]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of documents there are."""
+        return len(next(iter(self.layers.values())).tokens)
+
+    @classmethod
+    def merge(cls, parts: Sequence[Self]) -> Self:
+        """Join the blocks of several parts, in the order given.
+
+        Raises:
+            StethoscopeError: the parts listened to different layers.
+        """
+        layers = list(parts[0].layers)
+        if any(list(part.layers) != layers for part in parts):
+            raise StethoscopeError("statistics of different layers cannot be merged")
+        return cls(
+            layers={
+                layer: LayerStatistics(
+                    **{n: np.concatenate([getattr(part.layers[layer], n) for part in parts]) for n in _NAMES}
+                )
+                for layer in layers
+            }
+        )
+
+
+def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
+    """Write the statistics of named corpora to one safetensors file."""
+    save_file(
+        {
+            f"{corpus}.{layer}.{name}": np.ascontiguousarray(getattr(statistics, name))
+            for corpus, features in corpora.items()
+            for layer, statistics in features.layers.items()
+            for name in _NAMES
+        },
+        path,
+    )
+
+
+def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
+    """Read what `save_statistics` wrote.
+
+    Raises:
+        StethoscopeError: the file is missing or damaged.
+    """
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StethoscopeError(f"the statistics `{path}` cannot be read: {error}") from error
+    places = sorted({(corpus, int(layer)) for corpus, layer, _ in (key.rsplit(".", 2) for key in arrays)})
+    return {
+        corpus: FeatureStatistics(
+            layers={
+                layer: LayerStatistics(**{n: arrays[f"{corpus}.{layer}.{n}"] for n in _NAMES})
+                for found, layer in places
+                if found == corpus
+            }
+        )
+        for corpus in {corpus for corpus, _ in places}
+    }

@@ -1,0 +1,168 @@
+"""What to run, as validated data: a YAML file whose paths are relative to itself, every mistake reported at once."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stethoscope.errors import RecipeError
+
+ARMS = ("base", "tuned", "selected", "random_layers", "projected")
+ArmName = Literal["base", "tuned", "selected", "random_layers", "projected"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Text(_Section):
+    """Documents: a JSONL or text file, the field to read, and how many from the top."""
+
+    dataset: Path
+    field: str = "text"
+    documents: int | None = Field(default=None, ge=1)
+
+
+class Select(_Section):
+    """How scores become layers."""
+
+    policy: Literal["top_k"] = "top_k"
+    k: int = Field(ge=1)
+    include_flagged: bool = False
+
+
+class EditOptions(_Section):
+    """How the task vector goes into the selected layers."""
+
+    coefficient: float = Field(default=1.0, allow_inf_nan=False)
+
+
+class Diagnose(_Section):
+    """How the listening is done; blocks are what permutations relabel."""
+
+    block_size: int = Field(default=64, ge=1)
+    max_tokens: int = Field(default=1024, ge=8)
+    permutations: int = Field(default=200, ge=19)
+    resamples: int = Field(default=200, ge=19)
+
+
+class Project(_Section):
+    """The projected arm: how many features per layer span its subspace (3 % of the width if None, as published)."""
+
+    features: int | None = Field(default=None, ge=1)
+
+
+class Evaluate(_Section):
+    """The proof: tasks of lm-evaluation-harness, and text on which the edit should cost nothing.
+
+    Attributes:
+        tasks: task or group names whose gain is claimed; Holm's family.
+        control_tasks: tasks that the edit might hurt.
+        include_path: a folder with task definitions of your own.
+        limit: items per task; None for all.
+        control: text for the loss control.
+    """
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    control_tasks: tuple[str, ...] = ()
+    include_path: Path | None = None
+    limit: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    control: Text | None = None
+
+
+class Recipe(_Section):
+    """One experiment, from two models and a set of SAEs to a verdict."""
+
+    base: str
+    tuned: str
+    saes: str
+    sae_id: str | None = None
+    target: Text
+    control: Text
+    score: str = "mass_shift"
+    diagnose: Diagnose = Diagnose()
+    select: Select
+    edit: EditOptions = EditOptions()
+    project: Project = Project()
+    arms: tuple[ArmName, ...] = ARMS
+    random_sets: int = Field(default=2, ge=1)
+    evaluate: Evaluate
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _arms_make_sense(self) -> Self:
+        if len(set(self.arms)) != len(self.arms):
+            raise ValueError("`arms` names an arm twice")
+        if "base" not in self.arms:
+            raise ValueError("`arms` must hold `base`, which the others are compared with")
+        return self
+
+    @classmethod
+    def from_yaml(cls, path: Path) -> Self:
+        """Read and validate a recipe; relative paths in it are relative to its folder.
+
+        Raises:
+            RecipeError: the file is missing or not YAML, or names, types and values in it are wrong, all at once.
+        """
+        try:
+            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"the recipe `{path}` cannot be read: {error.strerror}") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RecipeError(f"the recipe `{path}` is not YAML: {error}") from error
+        if not isinstance(value, dict):
+            raise RecipeError(f"the recipe `{path}` is not a mapping of keys to values")
+        try:
+            recipe = cls.model_validate(value)
+        except ValidationError as error:
+            raise RecipeError(
+                f"the recipe `{path}` has mistakes",
+                problems=[_problem(item) for item in error.errors()],  # type: ignore[arg-type]
+                hint="`stethoscope check` reads a recipe without running it",
+            ) from error
+        return recipe._resolved(path.parent.resolve())
+
+    def _resolved(self, folder: Path) -> Self:
+        def there(text: Text) -> Text:
+            return text.model_copy(update={"dataset": folder / text.dataset})
+
+        evaluate = self.evaluate.model_copy(
+            update={
+                "include_path": self.evaluate.include_path and folder / self.evaluate.include_path,
+                "control": self.evaluate.control and there(self.evaluate.control),
+            }
+        )
+        return self.model_copy(
+            update={
+                **{name: _local(folder, getattr(self, name)) for name in ("base", "tuned", "saes")},
+                "target": there(self.target),
+                "control": there(self.control),
+                "evaluate": evaluate,
+            }
+        )
+
+
+def _local(folder: Path, name: str) -> str:
+    """A path relative to the recipe where that exists or is written as one, else the name as it stands: a hub id."""
+    path = folder / Path(name).expanduser()
+    return str(path) if path.exists() or name.startswith((".", "/", "~")) else name
+
+
+def _problem(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] != "extra_forbidden":
+        given = "" if error["type"] in ("missing", "value_error") else f" (given: `{error['input']}`)"
+        return f"{place or 'recipe'}: {error['msg']}{given}"
+    section: type[BaseModel] = Recipe
+    for part in error["loc"][:-1]:
+        section = _section(section.model_fields[str(part)].annotation)
+    close = get_close_matches(str(error["loc"][-1]), list(section.model_fields), n=1)
+    return f"{place}: unknown key" + (f"; did you mean `{close[0]}`?" if close else "")
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    candidates = [annotation, *getattr(annotation, "__args__", ())]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
