@@ -1,0 +1,306 @@
+"""A PEFT adapter as a task vector: LoRA, rsLoRA, DoRA, biases and `modules_to_save`.
+
+The change is scaling * B A, formed a chunk of rows at a time. The product is taken in float64 and rounded once to
+float32, so that it does not depend on the BLAS or the number of threads.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from stethoscope.checkpoints.checkpoint import (
+    TORCH_DTYPES,
+    Checkpoint,
+    Entry,
+    from_hub,
+    read_json_object,
+    refuse_pickle,
+)
+from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
+from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite, require_float, row_chunks
+from stethoscope.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# what stands behind the module's name in an adapter's keys
+PARTS: dict[tuple[str, ...], str] = {
+    ("lora_A", "weight"): "A",
+    ("lora_B", "weight"): "B",
+    ("lora_embedding_A",): "A",
+    ("lora_embedding_B",): "B",
+    ("lora_magnitude_vector",): "magnitude",
+    ("lora_magnitude_vector", "weight"): "magnitude",
+    ("lora_B", "bias"): "bias",
+}
+# options that change what the matrices mean, and are not reproduced here
+REFUSED = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
+           "trainable_token_indices", "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+# initialisations that also change the base: the adapter alone does not say what was trained
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraFactors:
+    """A low-rank change: scaling * B A, transposed where the module stores its weight as (in, out).
+
+    Attributes:
+        A: (rank, in). B: (out, rank). Both float32.
+        magnitude: DoRA's, (out,) or None; with it the change is not low-rank.
+    """
+
+    A: Float[Tensor, "rank d_in"]
+    B: Float[Tensor, "d_out rank"]
+    scaling: float
+    transposed: bool
+    magnitude: Float[Tensor, " d_out"] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What an adapter does to one base tensor: adapter keys by part, or one key that replaces it."""
+
+    module: str
+    parts: dict[str, str]
+    transposed: bool
+    scaling: float
+    replaced_by: str | None = None
+
+
+def find_adapter(tuned: str | Path, *, revision: str | None, cache: Path | None) -> Path | None:
+    """The folder of an adapter, or None if ``tuned`` is something else."""
+    folder = Path(tuned)
+    if not folder.exists():
+        folder = from_hub(str(tuned), revision, cache)
+    return folder if (folder / CONFIG).is_file() and not (folder / "config.json").is_file() else None
+
+
+class AdapterTaskVector(TaskVector):
+    """The change that merging a PEFT adapter would make.
+
+    Attributes:
+        path, config: the adapter's folder and adapter_config.json.
+        changes: canonical name -> Change.
+    """
+
+    def __init__(self, base: Checkpoint, path: Path) -> None:
+        self.base = base
+        self.path = path
+        self.source = path.resolve().name
+        self.config = read_json_object(path / CONFIG, hint="a PEFT adapter has one")
+        if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
+            refuse_pickle(path, "adapter_model.bin")
+        self.slots = read_header(path / WEIGHTS)
+        # an adapter is a checkpoint with names of its own: the same reader serves
+        self.store = Checkpoint(
+            path,
+            {},
+            {
+                key: Entry(name=key, stored=key, layer=None, kind="other", dtype=slot.dtype, shape=slot.shape,
+                           file=WEIGHTS, start=slot.start, end=slot.end)
+                for key, slot in self.slots.items()
+            },
+            source=self.source,
+            revision=None,
+        )  # fmt: skip
+        self.changes = self._match()
+        self.names = tuple(name for name in base.entries if name in self.changes)
+        self._factors: tuple[str, LoraFactors] | None = None
+        self._dora: tuple[str, Tensor] | None = None
+
+    def factors(self, name: str) -> LoraFactors | None:
+        """The low-rank factors of a tensor's change; None where the adapter replaces the tensor."""
+        self._entry(name)
+        change = self.changes[name]
+        if change.replaced_by or "A" not in change.parts:
+            return None
+        if self._factors is None or self._factors[0] != name:
+            read = {part: self.store.read(key).float() for part, key in change.parts.items()}
+            for part, values in read.items():
+                if not is_finite(values):
+                    raise not_finite(f"{change.module}, {part}", self.source)
+            magnitude = read["magnitude"].flatten() if "magnitude" in read else None
+            factors = LoraFactors(
+                A=read["A"], B=read["B"], scaling=change.scaling, transposed=change.transposed, magnitude=magnitude
+            )
+            self._factors = (name, factors)
+        return self._factors[1]
+
+    def delta_rows(self, name: str, start: int, stop: int) -> Float[Tensor, "rows columns"]:
+        require_float(self.base.entries[name])
+        change = self.changes[name]
+        if change.replaced_by:
+            delta = self._replacement(name, start, stop).float()
+            delta = delta - self.base.read_rows(name, start, stop).float()
+        elif "A" not in change.parts:  # a bias that LoRA trained
+            delta = (self.store.read(change.parts["bias"]).double() * change.scaling).float().reshape(1, -1)[start:stop]
+        else:
+            factors = self.factors(name)
+            assert factors is not None
+            delta = _product(factors, start, stop)
+            if factors.magnitude is not None:
+                base = self.base.read_rows(name, start, stop).float()
+                scale = self._dora_scale(name, factors)
+                scale = scale[None, :] if factors.transposed else scale[start:stop, None]
+                delta = scale * (base + delta) - base
+        if not is_finite(delta):
+            raise not_finite(name, self.source)
+        return delta
+
+    def tuned_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows columns"]:
+        wanted = TORCH_DTYPES[self.base.entries[name].dtype]
+        if self.changes[name].replaced_by:
+            rows = self._replacement(name, start, stop).to(wanted)
+        else:
+            base = self.base.read_rows(name, start, stop).float()
+            rows = base.add_(self.delta_rows(name, start, stop)).to(wanted)
+        if not is_finite(rows):
+            raise not_finite(name, self.source)
+        return rows
+
+    def energy(self, name: str) -> float:
+        """|scaling B A|^2 = scaling^2 <B'B, AA'>, without forming the product."""
+        factors = self.factors(name)
+        if factors is None or factors.magnitude is not None:
+            return super().energy(name)
+        A, B = factors.A.double(), factors.B.double()
+        return factors.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())
+
+    def _replacement(self, name: str, start: int, stop: int) -> Tensor:
+        key = self.changes[name].replaced_by
+        assert key is not None
+        return self.store.read_rows(key, start, stop)
+
+    def _dora_scale(self, name: str, factors: LoraFactors) -> Tensor:
+        """DoRA's magnitude over the norm of base + change, one per output."""
+        if self._dora is None or self._dora[0] != name:
+            entry = self.base.entries[name]
+            squares = torch.zeros(factors.B.shape[0], dtype=torch.float64)
+            for start, stop in row_chunks(entry):
+                moved = self.base.read_rows(name, start, stop).double() + _product(factors, start, stop)
+                if factors.transposed:
+                    squares += moved.square().sum(0)
+                else:
+                    squares[start:stop] = moved.square().sum(1)
+            assert factors.magnitude is not None
+            self._dora = (name, (factors.magnitude.double() / squares.sqrt()).float())
+        return self._dora[1]
+
+    def _match(self) -> dict[str, Change]:
+        """Adapter keys -> base tensors; raises with every key that fits none."""
+        problems = self._check_config()
+        modules: dict[tuple[str, bool], dict[str, str]] = {}
+        changes: dict[str, Change] = {}
+        for key in self.slots:
+            module, part, embedding = _split_key(key)
+            if part is not None:
+                modules.setdefault((module, embedding), {})[part] = key
+                continue
+            name = parse_name(module).canonical
+            if name == "lm_head.weight" and name not in self.base.entries and self._head_is_embedding(key):
+                continue
+            entry = self.base.entries.get(name)
+            if entry is None:
+                problems.append(f"`{key}` fits no tensor of `{self.base.source}`")
+            elif entry.shape != self.slots[key].shape:
+                problems.append(
+                    f"`{key}` is {list(self.slots[key].shape)}, the base's `{entry.stored}` {list(entry.shape)}"
+                )
+            else:
+                changes[name] = Change(module=module, parts={}, transposed=False, scaling=1.0, replaced_by=key)
+        for (module, embedding), parts in modules.items():
+            self._match_module(module, embedding, parts, changes, problems)
+        if problems:
+            raise CheckpointError(
+                f"the adapter `{self.source}` does not fit `{self.base.source}`",
+                problems=problems,
+                hint="it was made for another model or with an option that is not supported; merge it with PEFT "
+                "and pass the merged checkpoint",
+            )
+        return changes
+
+    def _match_module(
+        self, module: str, embedding: bool, parts: dict[str, str], changes: dict[str, Change], problems: list[str]
+    ) -> None:
+        if not {"A", "B"} <= set(parts):
+            problems.append(f"`{module}` has {' and '.join(sorted(parts))} but not both of A and B")
+            return
+        name = parse_name(f"{module}.weight").canonical
+        entry = self.base.entries.get(name)
+        if entry is None:
+            problems.append(f"`{parts['A']}` fits no tensor of `{self.base.source}`")
+            return
+        A, B = self.slots[parts["A"]].shape, self.slots[parts["B"]].shape
+        transposed = embedding or bool(self.config.get("fan_in_fan_out"))
+        made = (B[0], A[-1])[:: -1 if transposed else 1] if len(A) == len(B) == 2 and B[1] == A[0] else None
+        if made != entry.shape:
+            problems.append(f"`{module}`: B {list(B)} times A {list(A)} does not make the base's {list(entry.shape)}")
+            return
+        scaling = self._scaling(module, rank=A[0])
+        weight = {part: key for part, key in parts.items() if part != "bias"}
+        if bool(self.config.get("use_dora")) != ("magnitude" in weight):
+            problems.append(
+                f"`{module}`: use_dora is {bool(self.config.get('use_dora'))}, its magnitude vector says otherwise"
+            )
+        changes[name] = Change(module=module, parts=weight, transposed=transposed, scaling=scaling)
+        if "bias" in parts:
+            bias = parse_name(f"{module}.bias").canonical
+            if bias not in self.base.entries:
+                problems.append(f"`{parts['bias']}` adds a bias that `{self.base.source}` does not have")
+            else:
+                changes[bias] = Change(module=module, parts={"bias": parts["bias"]}, transposed=False, scaling=scaling)
+
+    def _check_config(self) -> list[str]:
+        problems = []
+        if self.config.get("peft_type") != "LORA":
+            problems.append(f"its peft_type is `{self.config.get('peft_type')}`, only LORA is understood")
+        problems += [f"it uses `{key}`" for key in REFUSED if self.config.get(key)]
+        start = self.config.get("init_lora_weights")
+        if isinstance(start, str) and start.startswith(MOVES_BASE):
+            problems.append(f"its init_lora_weights `{start}` also changed the base")
+        for key in ("lora_alpha", "r"):
+            if not _is_number(self.config.get(key, 8)):
+                problems.append(f"its `{key}` is {self.config.get(key)!r}")
+        return problems
+
+    def _scaling(self, module: str, *, rank: int) -> float:
+        alpha = self.config.get("lora_alpha", 8)
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            # PEFT's own rule: a pattern is matched at the end of the module's name
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _head_is_embedding(self, head: str) -> bool:
+        embeddings = [key for key in self.slots if parse_name(_split_key(key)[0]).canonical == "embed_tokens.weight"]
+        return any(self.store.read_bytes(key) == self.store.read_bytes(head) for key in embeddings)
+
+
+def _split_key(key: str) -> tuple[str, str | None, bool]:
+    """An adapter key -> (module, part, is an embedding), or (tensor name, None, False) for a replaced tensor."""
+    parts = tuple(key.split("."))
+    if parts[: len(ADAPTER_PREFIX)] == ADAPTER_PREFIX:
+        parts = parts[len(ADAPTER_PREFIX) :]
+    for length in (2, 1):
+        if parts[-length:] in PARTS:
+            return ".".join(parts[:-length]), PARTS[parts[-length:]], parts[-length].startswith("lora_embedding")
+    if len(parts) >= 2 and parts[-2] in ("base_layer", "modules_to_save"):
+        parts = (*parts[:-2], parts[-1])
+    return ".".join(parts), None, False
+
+
+def _product(factors: LoraFactors, start: int, stop: int) -> Float[Tensor, "rows columns"]:
+    A, B = factors.A.double(), factors.B.double()
+    rows = A.T[start:stop] @ B.T if factors.transposed else B[start:stop] @ A
+    return rows.mul_(factors.scaling).float()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0

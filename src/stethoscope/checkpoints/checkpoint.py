@@ -1,0 +1,383 @@
+"""A checkpoint as it lies on disk: a lazy mapping from canonical name to tensor, headers only until one is read.
+
+    base = open_checkpoint("google/gemma-3-4b-it")     # or a folder
+    base["layers.12.self_attn.q_proj.weight"]
+
+Opening reads config.json, the index and the headers, and says everything that is wrong with them at once.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from stethoscope.checkpoints.header import Slot, read_header
+from stethoscope.checkpoints.names import Kind, parse_name
+from stethoscope.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# What a task vector can be computed in. 8-bit floats come with scales in other tensors, so they are not among them.
+ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One tensor of a checkpoint: its names, what it is, and where its bytes lie in which file."""
+
+    name: str
+    stored: str
+    layer: int | None
+    kind: Kind
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix of its last dimension: what chunked reading counts in."""
+        size = 1
+        for extent in self.shape[:-1]:
+            size *= extent
+        return size
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """A model's weights on disk by canonical name. Opened with `open_checkpoint`; holds no file open.
+
+    Attributes:
+        path: the folder.
+        source: what the user called it: a hub id, or the folder's name.
+        config: config.json.
+        entries: canonical name -> Entry, in the order of files and bytes.
+        files: the weight files' names, in order.
+        layers: the number of decoder blocks.
+        hidden_size: the width of the residual stream.
+    """
+
+    def __init__(
+        self, path: Path, config: dict[str, Any], entries: dict[str, Entry], *, source: str, revision: str | None
+    ) -> None:
+        self.path = path
+        self.source = source
+        self.revision = revision
+        self.config = config
+        self.entries = entries
+        self.files = tuple(sorted({entry.file for entry in entries.values()}))
+        self.layers = 1 + max((e.layer for e in entries.values() if e.layer is not None), default=-1)
+        self.hidden_size = int(config_value(config, "hidden_size", "n_embd", "d_model") or 0)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.layers} layers)"
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head is the embedding: nothing stored for it, or the config says so."""
+        return "lm_head.weight" not in self.entries or bool(config_value(self.config, "tie_word_embeddings"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def entry(self, name: str) -> Entry:
+        """The entry of a canonical name.
+
+        Raises:
+            CheckpointError: there is no such tensor; the hint names the nearest.
+        """
+        try:
+            return self.entries[name]
+        except KeyError:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, self.entries, n=1)
+            raise CheckpointError(
+                f"`{self.source}` has no tensor `{name}`", hint=f"did you mean `{near[0]}`?" if near else None
+            ) from None
+
+    def read(self, name: str) -> Shaped[Tensor, "..."]:
+        """The tensor in its stored dtype and shape, in memory of its own."""
+        entry = self.entry(name)
+        return self.read_rows(name, 0, entry.rows).reshape(entry.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows columns"]:
+        """Rows ``start`` to ``stop`` of the tensor seen as a matrix of its last dimension; a scalar is 1 by 1."""
+        entry = self.entry(name)
+        if entry.dtype not in TORCH_DTYPES:
+            raise CheckpointError(
+                f"`{entry.stored}` has the packed dtype `{entry.dtype}`, which has no tensor form",
+                hint="use an unquantised checkpoint of this model",
+            )
+        row = entry.nbytes // entry.rows if entry.rows else 0
+        data = torch.empty((stop - start) * row, dtype=torch.uint8)
+        self._read_into(entry, entry.start + start * row, memoryview(data.numpy()))
+        columns = entry.shape[-1] if entry.shape else 1
+        return data.view(TORCH_DTYPES[entry.dtype]).view(stop - start, columns)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The tensor's bytes as stored."""
+        entry = self.entry(name)
+        data = bytearray(entry.nbytes)
+        self._read_into(entry, entry.start, memoryview(data))
+        return bytes(data)
+
+    def _read_into(self, entry: Entry, offset: int, view: memoryview) -> None:
+        path = self.path / entry.file
+        try:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                read_exactly(handle, view, offset)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise CheckpointError(f"cannot read `{entry.stored}` from `{path}`: {error.strerror or error}") from error
+
+
+def read_exactly(handle: int, view: memoryview, offset: int) -> None:
+    """Fill ``view`` from ``offset``; a file that ends first has been changed since its header was read."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            raise OSError(None, "the file became shorter while it was being read")
+        done += count
+
+
+def open_checkpoint(path: str | Path, *, revision: str | None = None, cache: Path | None = None) -> Checkpoint:
+    """Open a local folder or a hub id; reads headers only.
+
+    Args:
+        path: a folder with config.json and safetensors, or `owner/name` on the hub.
+        revision: a branch, tag or commit of the hub repository.
+        cache: the hub's cache folder; the library's own by default.
+
+    Raises:
+        CheckpointError: with everything that is wrong with the checkpoint.
+    """
+    folder = Path(path)
+    source = folder.resolve().name
+    if not folder.exists():
+        source = str(path)
+        folder = from_hub(str(path), revision, cache)
+    if not folder.is_dir():
+        raise CheckpointError(f"`{path}` is not a folder", hint="give the folder that holds config.json")
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"`{path}` is a PEFT adapter, not a checkpoint", hint="adapters can be `tuned`, not `base`"
+        )
+    config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
+    checkpoint = Checkpoint(folder, config, _entries(folder), source=source, revision=revision)
+    _check_layers(checkpoint)
+    return checkpoint
+
+
+def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
+    """A JSON file that holds an object, or a CheckpointError that says why not."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read `{path}`: {error.strerror}", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{path}` is not valid JSON: {error}", hint=hint) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{path}` is not a JSON object", hint=hint)
+    return value
+
+
+def config_value(config: Mapping[str, Any], *keys: str) -> Any:
+    """The first of ``keys`` that a config has, looking in a multimodal config's text part first."""
+    for table in (config.get("text_config"), config):
+        if isinstance(table, Mapping):
+            for key in keys:
+                if table.get(key) is not None:
+                    return table[key]
+    return None
+
+
+def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
+    """The weight files of a checkpoint folder, each with the names its index promises (None: no index).
+
+    Raises:
+        CheckpointError: no safetensors, or an index that is unsound.
+    """
+    if (folder / INDEX).exists():
+        return _read_index(folder)
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors": None}
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(names) == 1:
+        return {names[0]: None}
+    if names:
+        raise CheckpointError(
+            f"`{folder}` has {len(names)} safetensors files and no `{INDEX}`",
+            hint="fetch the index, or keep one file of the weights",
+        )
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        refuse_pickle(folder, pickled[0])
+    raise CheckpointError(f"`{folder}` holds no safetensors file", hint="fetch the weights into this folder")
+
+
+def refuse_pickle(folder: Path, name: str) -> NoReturn:
+    """Raise: a pickle can run code when it is opened."""
+    raise CheckpointError(
+        f"`{folder / name}` is a pickle, which can run code when opened; it is not read",
+        hint="load the model with Transformers or PEFT and `save_pretrained` it: that writes safetensors",
+    )
+
+
+def _read_index(folder: Path) -> dict[str, frozenset[str] | None]:
+    index = read_json_object(folder / INDEX, hint="fetch the index again")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"`{folder / INDEX}` has no `weight_map`", hint="fetch the index again")
+    problems = []
+    promised: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if isinstance(file, str):
+            promised.setdefault(file, set()).add(name)
+        else:
+            problems.append(f"`{name}` is in the file {str(file)[:60]!r}, which is not a name")
+    for file in promised:
+        # a name with a separator could lead out of the folder; no real index has one
+        if PurePosixPath(file).name != file or "\\" in file or "\0" in file or file in (".", ".."):
+            problems.append(f"the file name `{file}` leads out of the folder")
+        elif not file.endswith(".safetensors"):
+            problems.append(f"`{file}` is not a safetensors file")
+        elif not (folder / file).is_file():
+            problems.append(f"`{file}` is missing")
+    if problems:
+        raise CheckpointError(
+            f"`{folder / INDEX}` cannot be used", problems=sorted(problems), hint="fetch the whole checkpoint again"
+        )
+    return {file: frozenset(names) for file, names in sorted(promised.items())}
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    entries: dict[str, Entry] = {}
+    problems: list[str] = []
+    for file, promised in weight_files(folder).items():
+        try:
+            slots = read_header(folder / file)
+        except CheckpointError as error:
+            problems += [f"`{file}`: {problem}" for problem in error.problems or (error.message,)]
+            continue
+        if promised is not None:
+            problems += [
+                f"`{file}` lacks `{name}`, which the index says it has" for name in sorted(promised - set(slots))
+            ]
+            # Transformers reads a whole shard whatever the index says, so an unlisted tensor is a second truth
+            problems += [
+                f"`{file}` has `{name}`, which the index does not list there" for name in sorted(set(slots) - promised)
+            ]
+        for stored, slot in slots.items():
+            entry = _entry(stored, slot, file)
+            other = entries.get(entry.name)
+            if other is None:
+                entries[entry.name] = entry
+            elif other.stored == stored:
+                problems.append(f"`{stored}` is in `{other.file}` and in `{file}`")
+            else:
+                problems.append(f"`{other.stored}` and `{stored}` are the same tensor, `{entry.name}`")
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint `{folder}` is damaged", problems=problems, hint="fetch the files named here again"
+        )
+    return entries
+
+
+def _entry(stored: str, slot: Slot, file: str) -> Entry:
+    name = parse_name(stored)
+    return Entry(
+        name=name.canonical, stored=stored, layer=name.layer, kind=name.kind,
+        dtype=slot.dtype, shape=slot.shape, file=file, start=slot.start, end=slot.end,
+    )  # fmt: skip
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    present = {entry.layer for entry in checkpoint.entries.values() if entry.layer is not None}
+    if not present:
+        raise CheckpointError(
+            f"no decoder layer is recognised in `{checkpoint.source}`",
+            problems=[f"for instance `{name}`" for name in list(checkpoint.entries)[:3]],
+            hint="the tables in stethoscope/checkpoints/names.py list the layouts that are known",
+        )
+    wanted = config_value(checkpoint.config, "num_hidden_layers", "n_layer", "num_layers")
+    count = wanted if type(wanted) is int and wanted > 0 else checkpoint.layers
+    if missing := sorted(set(range(min(count, 10_000))) - present):
+        raise CheckpointError(
+            f"the config of `{checkpoint.source}` says {count} layers, the files lack some",
+            problems=[f"layer {layer} has no tensor" for layer in missing],
+            hint="a shard may be missing",
+        )
+    # layers beyond the config's are extra heads for multi-token prediction, not part of the stack
+    checkpoint.layers = count
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+
+
+def from_hub(repository: str, revision: str | None, cache: Path | None) -> Path:
+    """The folder of a hub repository, from the cache or the network; config, tokenizer and safetensors only."""
+    if not HUB_ID.fullmatch(repository):
+        raise CheckpointError(f"there is no folder `{repository}`", hint="give a folder, or a hub id like `owner/name`")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    download: Callable[..., str] = snapshot_download
+    try:
+        return Path(download(repository, revision=revision, cache_dir=cache, allow_patterns=HUB_FILES))
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"`{repository}` is gated on the hub", hint="accept its licence there, then `hf auth login`"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        where = f" at revision `{revision}`" if revision else ""
+        raise CheckpointError(
+            f"there is no folder and no hub repository `{repository}`{where}",
+            hint="check the spelling; for a private repository, `hf auth login`",
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"`{repository}` is neither a folder nor in the hub's cache, and the hub cannot be reached",
+            hint="fetch it once with a network (`hf download`), or give a local folder",
+        ) from error

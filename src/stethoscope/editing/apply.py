@@ -1,0 +1,126 @@
+"""A plan applied to a live model in place, and taken back bit for bit.
+
+    with applied(model, task_vector, plan):
+        ...                                     # the model is the edited one
+                                                # and here it is itself again, whatever happened inside
+
+A tensor is exchanged by pointing its parameter at another tensor: the original is neither copied nor written.
+`prepare` reads the new tensors once for plans that are entered many times.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from jaxtyping import Shaped
+from torch import Tensor, nn
+
+from stethoscope.checkpoints.checkpoint import TORCH_DTYPES
+from stethoscope.checkpoints.names import parse_name
+from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite
+from stethoscope.editing.plan import EditPlan
+from stethoscope.errors import CheckpointError
+
+
+@contextmanager
+def applied(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Iterator[nn.Module]:
+    """The model edited for the length of a block.
+
+    Inside, the weights are those that `write_edit` would write, cast to the model's own dtype.
+
+    Raises:
+        CheckpointError: a selected tensor has no parameter in the model, or another shape there.
+    """
+    with prepare(model, task_vector, plan).entered() as edited:
+        yield edited
+
+
+class Swap:
+    """New tensors for some of a model's parameters, ready to be put in and taken out; see `prepare`."""
+
+    def __init__(self, model: nn.Module, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+        self.model = model
+        self.tensors = tensors
+        self._targets = targets
+
+    @contextmanager
+    def entered(self) -> Iterator[nn.Module]:
+        """The model with the new tensors in place, for the length of a block."""
+        originals: list[tuple[Tensor, Tensor]] = []
+        try:
+            for name, target in self._targets.items():
+                originals.append((target, target.data))
+                target.data = self.tensors[name]
+            yield self.model
+        finally:
+            for target, original in reversed(originals):
+                target.data = original
+
+
+def prepare(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
+    """Read and compute the edited tensors of a plan, on the model's devices and in its dtypes."""
+    live = live_tensors(model)
+    tensors: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    problems = []
+    for name in task_vector.names:
+        if not plan.coefficient(name):
+            continue
+        target = live.get(name)
+        entry = task_vector.base.entries[name]
+        if target is None:
+            problems.append(f"`{name}` is in the plan but not in the model")
+        elif tuple(target.shape) != entry.shape:
+            problems.append(f"`{name}` is {list(target.shape)} in the model and {list(entry.shape)} on disk")
+        elif target.device.type == "meta":
+            problems.append(f"`{name}` is offloaded: it has no memory of its own")
+        elif not any(target is other for other in targets.values()):
+            targets[name] = target
+    if problems:
+        raise CheckpointError(
+            "the plan does not fit the live model", problems=problems, hint="load the model from the base checkpoint"
+        )
+    for name, target in targets.items():
+        new = edited_tensor(task_vector, plan, name)
+        tensors[name] = new.to(device=target.device, dtype=target.dtype)
+    return Swap(model, tensors, targets)
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters and buffers by canonical name; tied ones appear under each of their names."""
+    live = {parse_name(name).canonical: tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
+    return live | {
+        parse_name(name).canonical: tensor for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
+
+
+def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[Tensor, "..."]:
+    """What a tensor is under a plan, in the base's dtype: what the writer writes.
+
+    At coefficient 1 without a transform it is tuned's tensor; else base + coefficient * change in float32, cast once.
+    """
+    coefficient = plan.coefficient(name)
+    if not coefficient:
+        return task_vector.base.read(name)
+    if coefficient == 1 and plan.transform is None:
+        return task_vector.tuned(name)
+    delta = task_vector.delta(name)
+    if plan.transform is not None:
+        changed = plan.transform.apply(name, delta)
+        if changed is delta and coefficient == 1:
+            return task_vector.tuned(name)
+        if changed.shape != delta.shape:
+            raise CheckpointError(f"the transform made `{name}` {list(changed.shape)} of {list(delta.shape)}")
+        delta = changed
+    return combine(task_vector, name, task_vector.base.read(name), delta, coefficient)
+
+
+def combine(
+    task_vector: TaskVector, name: str, base: Shaped[Tensor, "..."], delta: Shaped[Tensor, "..."], coefficient: float
+) -> Shaped[Tensor, "..."]:
+    """base + coefficient * delta, rounded once to the base's dtype."""
+    # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
+    total = base.float() + delta * coefficient
+    result = total.to(TORCH_DTYPES[task_vector.base.entries[name].dtype])
+    if not is_finite(result):
+        raise not_finite(name, "the edited model")
+    return result
