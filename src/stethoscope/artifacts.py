@@ -8,11 +8,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,6 +28,12 @@ def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(paths: Iterable[Path]) -> str:
+    """One hash of several files' names and contents; the order given does not matter."""
+    listed = sorted((path.name, sha256_file(path)) for path in paths)
+    return sha256_bytes(canonical_json(listed).encode())
 
 
 def canonical_json(value: Any) -> str:
@@ -93,6 +99,10 @@ class Provenance(BaseModel):
         return sha256_bytes(canonical_json(self.model_dump()).encode())
 
 
+# typing.Self would say this better, but beartype cannot check it in a class that is not decorated as a whole.
+Saved = TypeVar("Saved", bound="Artifact")
+
+
 class Artifact(BaseModel):
     """A stage's result: frozen, versioned, and saved as one JSON file.
 
@@ -114,7 +124,7 @@ class Artifact(BaseModel):
         return path
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls: type[Saved], folder: Path) -> Saved:
         """Read ``FILE`` from ``folder``.
 
         Raises:
@@ -140,7 +150,7 @@ class Artifact(BaseModel):
             raise StethoscopeError(f"`{path}` does not have the expected form", problems=problems) from error
 
     @classmethod
-    def load_if_current(cls, folder: Path, provenance: Provenance) -> Self | None:
+    def load_if_current(cls: type[Saved], folder: Path, provenance: Provenance) -> Saved | None:
         """The saved result if it was made from exactly these inputs, else None."""
         if not (folder / cls.FILE).exists():
             return None

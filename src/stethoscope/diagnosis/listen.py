@@ -5,7 +5,7 @@ A block of documents is forwarded on its own, so its sums are the same whichever
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -159,15 +159,12 @@ def _layer_outputs(
 ) -> Iterator[tuple[int, Float[Tensor, "rows tokens d_in"]]]:
     """Each layer's output on a batch, in order of depth."""
     heard: list[tuple[int, Tensor]] = []
-    with _hooked(decoder_layers(model), layers, heard):
-        try:
-            decoder(model)(
-                input_ids=batch.input_ids.to(model.device),
-                attention_mask=batch.attention_mask.to(model.device, torch.int64),
-                use_cache=False,
-            )
-        except _EnoughHeard:
-            pass
+    with _hooked(decoder_layers(model), layers, heard), suppress(_EnoughHeard):
+        decoder(model)(
+            input_ids=batch.input_ids.to(model.device),
+            attention_mask=batch.attention_mask.to(model.device, torch.int64),
+            use_cache=False,
+        )
     yield from heard
 
 

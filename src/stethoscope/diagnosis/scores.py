@@ -37,7 +37,7 @@ def mass_shift(
     0.5
     """
     difference: Float[ndarray, "*batch width"] = mass_difference(target, control)
-    return np.maximum(difference, 0).sum(-1)
+    return np.asarray(np.maximum(difference, 0).sum(-1))
 
 
 def _shares(sums: Float[ndarray, "*batch width"]) -> Float[ndarray, "*batch width"]:

@@ -7,7 +7,6 @@ independent. Blocks never share a batch, so a block's sums do not depend on what
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
@@ -67,7 +66,7 @@ class FeatureStatistics:
         return len(next(iter(self.layers.values())).tokens)
 
     @classmethod
-    def merge(cls, parts: Sequence[Self]) -> Self:
+    def merge(cls, parts: Sequence["FeatureStatistics"]) -> "FeatureStatistics":
         """Join the blocks of several parts, in the order given.
 
         Raises:

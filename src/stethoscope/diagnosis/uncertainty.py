@@ -7,7 +7,7 @@ by its excess over the scores of relabelled blocks.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from numpy import ndarray
 
 from stethoscope.diagnosis.scores import Score

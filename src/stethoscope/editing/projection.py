@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stethoscope.artifacts import sha256_bytes
 from stethoscope.checkpoints.names import parse_name
+from stethoscope.checkpoints.task_vector import TaskVector
 
 # Singular values below this share of the largest count as 0: bf16 directions are known to about 1e-3.
 RANK_TOLERANCE = 1e-3
@@ -65,5 +67,29 @@ class FeatureProjection:
         return torch.zeros_like(delta)
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest records."""
-        return {"kind": "feature_projection", "rank": {str(layer): Q.shape[1] for layer, Q in self.bases.items()}}
+        """What a manifest records: each layer's rank, and a hash of its basis."""
+        return {
+            "kind": "feature_projection",
+            "bases": {
+                str(layer): {"rank": Q.shape[1], "sha256": sha256_bytes(Q.contiguous().numpy().tobytes())}
+                for layer, Q in sorted(self.bases.items())
+            },
+        }
+
+
+def energy_kept(task_vector: TaskVector, projection: FeatureProjection) -> dict[int, tuple[float, float]]:
+    """Per layer of the projection: the share of the task vector's energy that it keeps, and the chance level r/d.
+
+    Energy is the squared Frobenius norm over the layer's matrices.
+    """
+    kept: dict[int, tuple[float, float]] = {}
+    for layer, Q in sorted(projection.bases.items()):
+        before = after = 0.0
+        for name in task_vector.names:
+            if task_vector.base.entries[name].layer == layer:
+                delta = task_vector.delta(name)
+                before += float(delta.double().square().sum())
+                after += float(projection.apply(name, delta).double().square().sum())
+        if before > 0:
+            kept[layer] = (after / before, Q.shape[1] / Q.shape[0])
+    return kept

@@ -1,0 +1,37 @@
+# `make demo` and `make test` set everything up on a fresh machine with Python 3.11, pip and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo demo-quick test lint types install clean
+
+demo: $(INSTALLED)
+	$(BIN)/stethoscope demo
+
+demo-quick: $(INSTALLED)
+	$(BIN)/stethoscope demo --quick
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+# torch comes with its own dependencies, which differ between builds; all else is exactly what constraints.txt lists.
+$(INSTALLED): constraints.txt pyproject.toml demo/pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch setuptools
+	$(PIP) install --quiet --no-deps --requirement constraints.txt
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable . --editable demo
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,173 @@
+"""The command line: arguments in, progress and tables out; no mathematics.
+
+Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a fault of this program, 2 something the
+user can mend, 130 interrupted. Nothing heavy is imported before a command needs it.
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stethoscope.errors import StethoscopeError
+
+if TYPE_CHECKING:
+    from stethoscope.pipeline import RunResult
+
+app = typer.Typer(
+    help="Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to run.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+class ConsoleReporter:
+    """One bar with the time left per stage on a terminal; one plain line per stage elsewhere."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        start = time.perf_counter()
+        if self.quiet or not _err.is_terminal:
+            yield lambda _done, _total: None
+        else:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (
+                TextColumn("{task.description:<34}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=_err, transient=True) as bar:
+                task = bar.add_task(title, total=None)
+                yield lambda done, total: bar.update(task, completed=done, total=total)
+        if not self.quiet:
+            _err.print(f"{title:<34} {time.perf_counter() - start:6.1f} s", highlight=False)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            _err.print(f"  {text}", highlight=False, markup=False)
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an expected failure.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Run all stages of a recipe; run again, it goes on where it stopped."""
+    from stethoscope.pipeline import run_recipe
+    from stethoscope.recipe import Recipe
+
+    folder = out or Path("runs") / recipe.stem
+    _show(run_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet)), as_json=as_json)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Few items, under two minutes; small-sample numbers.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Run the embedded recipe on a real language model, end to end."""
+    try:
+        from stethoscope_demo.recipe import prepare_demo
+    except ModuleNotFoundError as error:
+        raise StethoscopeError(
+            f"the demo's package is not installed: {error}", hint="`make install`, or `pip install -e demo`"
+        ) from error
+    from stethoscope.pipeline import run_recipe
+    from stethoscope.recipe import Recipe
+
+    reporter = ConsoleReporter(quiet=quiet)
+    recipe = prepare_demo(cache_folder(), quick=quick, reporter=reporter)
+    folder = out or Path("runs") / ("demo-quick" if quick else "demo")
+    _show(run_recipe(Recipe.from_yaml(recipe), folder, reporter=reporter), as_json=as_json)
+
+
+@app.command()
+def check(recipe: RecipePath) -> None:
+    """Say everything that is wrong with a recipe, in seconds, from configs and headers alone."""
+    from stethoscope.pipeline import preflight
+    from stethoscope.recipe import Recipe
+
+    found = preflight(Recipe.from_yaml(recipe))
+    _out.print(f"`{recipe}` can be run: {found.describe()}", highlight=False, markup=False)
+
+
+def cache_folder() -> Path:
+    """Where unpacked models lie: ``STETHOSCOPE_CACHE`` if set, else the system's place for a user's caches."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("STETHOSCOPE_CACHE")
+    return Path(chosen) if chosen else user_cache_path("stethoscope")
+
+
+def _show(result: "RunResult", *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result.summary(), indent=1))  # noqa: T201 - data goes to stdout
+        return
+    rows = result.table()
+    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows[1:]:
+        table.add_row(*row)
+    _out.print(table)
+    for line in result.verdicts():
+        _out.print(line, highlight=False, markup=False)
+    _out.print(f"\nreport: {result.report}\nedited model: {result.edited}", highlight=False, markup=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: turns failures that the user can mend into a message, a hint and exit code 2."""
+    # Nothing here is fetched by surprise: a local recipe must not wait for a hub that is out of reach.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    argv: list[Any] = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(argv, standalone_mode=False)
+    except StethoscopeError as error:
+        if "--debug" in argv:
+            raise
+        _err.print(f"error: {error}", highlight=False, markup=False)
+        sys.exit(2)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _err.print("\ninterrupted: run the same command again to go on where it stopped", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__module__.split(".")[0] == "click" and hasattr(error, "show"):
+            error.show()
+            sys.exit(2)
+        raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,410 @@
+"""Recipe in, verdict out: the stages in order, each resumable, all artefacts in one run folder.
+
+A stage whose inputs did not change is not run again; what it wrote is read instead.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import yaml
+from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
+from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.corpus import documents_hash, read_documents
+from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
+from stethoscope.diagnosis.listen import Listening, listen
+from stethoscope.diagnosis.statistics import save_statistics
+from stethoscope.editing.apply import applied
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.projection import FeatureProjection, energy_kept, feature_basis
+from stethoscope.editing.writer import write_edit
+from stethoscope.errors import RecipeError, StethoscopeError
+from stethoscope.evaluation.comparison import Comparison, compare
+from stethoscope.evaluation.control import DocumentLosses, document_losses
+from stethoscope.evaluation.run import evaluate, load_tasks
+from stethoscope.models import load_model, load_tokenizer
+from stethoscope.recipe import Recipe, Text
+from stethoscope.report.render import render_report
+from stethoscope.saes.sources import SAEFolder, check_fit, load_sae, open_saes
+from stethoscope.selection.policies import Selection, select
+
+# The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
+PROJECTED_SHARE = 0.03
+
+Side = Literal["target", "control"]
+
+
+class Reporter(Protocol):
+    """Shows progress; the library itself never prints."""
+
+    def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """A stage begins; the value is called with steps done and in all."""
+
+    def note(self, text: str) -> None:
+        """One line on what a stage found or where it wrote."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    """What a recipe refers to, opened by headers alone and found to fit together."""
+
+    base: Checkpoint
+    task_vector: TaskVector
+    saes: dict[int, SAEFolder]
+    texts: dict[str, list[str]]
+    tasks: list[str]
+    control_tasks: list[str]
+
+    def describe(self) -> str:
+        """One line for a person."""
+        texts = ", ".join(f"{len(documents)} {name} documents" for name, documents in self.texts.items())
+        return (
+            f"{self.base.layers} layers of width {self.base.hidden_size}, {len(self.task_vector.names)} tensors in the"
+            f" task vector, SAEs for {len(self.saes)} layers, {texts}, {len(self.tasks) + len(self.control_tasks)} tasks"
+        )
+
+
+def preflight(recipe: Recipe) -> Preflight:
+    """Open everything a recipe refers to, without reading a weight.
+
+    Raises:
+        RecipeError: everything that is missing or does not fit, at once.
+    """
+    problems: list[str] = []
+
+    def attempt(open_it: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        try:
+            return open_it(*args, **options)
+        except StethoscopeError as error:
+            problems.append(str(error).replace("\n\n", "\n").replace("\n", "\n    "))
+            return None
+
+    def documents(text: Text) -> list[str]:
+        return read_documents(text.dataset, field=text.field, limit=text.documents)
+
+    base = attempt(open_checkpoint, recipe.base)
+    task_vector = attempt(open_task_vector, base, recipe.tuned) if base else None
+    saes = attempt(open_saes, recipe.saes, sae_id=recipe.sae_id)
+    if base and saes:
+        attempt(check_fit, saes, hidden_size=base.hidden_size, num_layers=base.layers)
+        if recipe.select.k > len(saes):
+            problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
+    texts = {"target": recipe.target, "control": recipe.control}
+    if recipe.evaluate.control:
+        texts["general"] = recipe.evaluate.control
+    read = {name: attempt(documents, text) for name, text in texts.items()}
+    include_path = recipe.evaluate.include_path
+    tasks = attempt(load_tasks, recipe.evaluate.tasks, include_path, seed=recipe.seed)
+    controls = (
+        attempt(load_tasks, recipe.evaluate.control_tasks, include_path, seed=recipe.seed)
+        if recipe.evaluate.control_tasks
+        else {}
+    )
+    if problems:
+        raise RecipeError("the recipe cannot be run", problems=problems)
+    return Preflight(
+        base=base, task_vector=task_vector, saes=saes, texts=read, tasks=list(tasks), control_tasks=list(controls)
+    )
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LayerEnergy(_Frozen):
+    """One layer's task vector: squared Frobenius norm, and its share of the whole."""
+
+    layer: int
+    energy: float
+    share: float
+
+
+class ProjectedEnergy(_Frozen):
+    """What a layer's feature projection keeps of its task vector, beside what random directions would."""
+
+    layer: int
+    features: int
+    energy_kept: float
+    chance: float
+
+
+class Edits(Artifact):
+    """The arms' plans and what they hold of the task vector."""
+
+    FILE: ClassVar[str] = "edits.json"
+
+    plans: dict[str, dict[str, Any] | None]
+    energy: tuple[LayerEnergy, ...]
+    projected: tuple[ProjectedEnergy, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Where a run's artefacts are, and what it found."""
+
+    folder: Path
+    selection: Selection
+    comparison: Comparison
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.folder / "report.html"
+
+    @property
+    def edited(self) -> Path:
+        """The edited checkpoint."""
+        return self.folder / "edited"
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, folder: Path, reporter: Reporter) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.reporter = reporter
+        with reporter.stage("Check the recipe"):
+            self.found = preflight(recipe)
+            self.hashes = {
+                "base": sha256_files([*identity_files(self.found.base.path)]),
+                "tuned": sha256_files(identity_files(Path(recipe.tuned))),
+                "saes": sha256_bytes(
+                    canonical_json({str(n): sae.sha256 for n, sae in self.found.saes.items()}).encode()
+                ),
+                **{name: documents_hash(documents) for name, documents in self.found.texts.items()},
+            }
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        return load_model(self.found.base.path)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.found.base.path)
+
+    def provenance(self, *inputs: str, **settings: Any) -> Provenance:
+        chosen = {name: self.hashes[name] for name in inputs}
+        chosen["settings"] = sha256_bytes(canonical_json(settings).encode())
+        return Provenance(seed=self.recipe.seed, inputs=chosen)
+
+    def diagnose(self) -> Diagnosis:
+        recipe, options = self.recipe, self.recipe.diagnose
+        provenance = self.provenance(
+            "base", "saes", "target", "control", score=recipe.score, features=self.projected_features,
+            **options.model_dump(),
+        )  # fmt: skip
+        with self.reporter.stage("Diagnose: listen to every layer") as advance:
+            saved = Diagnosis.load_if_current(self.folder, provenance)
+            if saved:
+                return saved
+            saes = {layer: load_sae(found) for layer, found in self.found.saes.items()}
+            heard: dict[Side, Listening] = {}
+            total = len(self.found.texts["target"]) + len(self.found.texts["control"])
+            sides: tuple[Side, Side] = ("target", "control")
+            for side in sides:
+                before = len(self.found.texts["target"]) if heard else 0
+                heard[side] = listen(
+                    self.model,
+                    self.tokenizer,
+                    saes,
+                    self.found.texts[side],
+                    block_size=options.block_size,
+                    max_tokens=options.max_tokens,
+                    progress=lambda done, _, before=before: advance(before + done, total),  # type: ignore[misc]
+                )
+            save_statistics(self.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
+            made = diagnose(
+                heard,
+                documents={side: len(self.found.texts[side]) for side in sides},
+                provenance=provenance,
+                score=recipe.score,
+                permutations=options.permutations,
+                resamples=options.resamples,
+                top_features=max(64, self.projected_features),
+            )
+            made.save(self.folder)
+        return made
+
+    @property
+    def projected_features(self) -> int:
+        return self.recipe.project.features or max(1, round(PROJECTED_SHARE * self.found.base.hidden_size))
+
+    def select(self, diagnosis: Diagnosis) -> Selection:
+        options = self.recipe.select
+        self.hashes["diagnosis"] = diagnosis.provenance.key
+        made = select(
+            diagnosis,
+            policy=options.policy,
+            k=options.k,
+            include_flagged=options.include_flagged,
+            provenance=self.provenance("diagnosis", **options.model_dump()),
+        )
+        made.save(self.folder)
+        self.reporter.note(f"layers chosen: {', '.join(map(str, made.layers))}")
+        for warning in diagnosis.warnings:
+            self.reporter.note(f"warning: {warning}")
+        return made
+
+    def plan_arms(self, diagnosis: Diagnosis, selection: Selection) -> dict[str, EditPlan | None]:
+        """A plan for every arm; None leaves the base as it is."""
+        recipe = self.recipe
+        coefficient = recipe.edit.coefficient
+        plans: dict[str, EditPlan | None] = {}
+        for arm in recipe.arms:
+            if arm == "base":
+                plans[arm] = None
+            elif arm == "tuned":
+                plans[arm] = EditPlan.everything()
+            elif arm == "selected":
+                plans[arm] = EditPlan.for_layers(selection.layers, coefficient=coefficient)
+            elif arm == "random_layers":
+                for number, layers in enumerate(self.random_layers(selection), 1):
+                    plans[f"random_layers_{number}"] = EditPlan.for_layers(layers, coefficient=coefficient)
+            else:
+                transform = FeatureProjection(bases=self.feature_bases(diagnosis, selection))
+                plans[arm] = EditPlan.for_layers(selection.layers, coefficient=coefficient, transform=transform)
+        return plans
+
+    def random_layers(self, selection: Selection) -> list[list[int]]:
+        """Sets of as many layers as the selection has, all different from it and from each other."""
+        rng = np.random.default_rng(self.recipe.seed)
+        depth, size = self.found.base.layers, len(selection.layers)
+        seen = {tuple(selection.layers)}
+        for _ in range(1000):
+            seen.add(tuple(sorted(int(n) for n in rng.choice(depth, size, replace=False))))
+            if len(seen) > self.recipe.random_sets:
+                break
+        else:
+            raise RecipeError(
+                f"there are no {self.recipe.random_sets} other sets of {size} of {depth} layers",
+                hint="choose a smaller `random_sets` or another `k`",
+            )
+        return [list(layers) for layers in sorted(seen - {tuple(selection.layers)})]
+
+    def feature_bases(self, diagnosis: Diagnosis, selection: Selection) -> dict[int, Any]:
+        bases = {}
+        for layer in diagnosis.layers:
+            if layer.layer in selection.layers:
+                chosen = [found.feature for found in layer.features[: self.projected_features]]
+                sae = load_sae(self.found.saes[layer.layer])
+                bases[layer.layer] = feature_basis(sae.W_dec.detach()[chosen])
+        return bases
+
+    def write(self, plans: dict[str, EditPlan | None]) -> None:
+        provenance = self.provenance("base", "tuned", plans={name: p and p.to_json() for name, p in plans.items()})
+        edited = self.folder / "edited"
+        with self.reporter.stage("Edit: write the checkpoint") as advance:
+            if Edits.load_if_current(self.folder, provenance) and edited.exists():
+                return
+            if selected := plans.get("selected"):
+                write_edit(self.found.base, self.found.task_vector, selected, edited, overwrite=True, progress=advance)
+            energy = self.found.task_vector.energy_by_layer()
+            whole = sum(energy.values())
+            projected = plans.get("projected")
+            kept = energy_kept(self.found.task_vector, projected.transform) if projected else {}  # type: ignore[arg-type]
+            Edits(
+                provenance=provenance,
+                plans={name: plan and plan.to_json() for name, plan in plans.items()},
+                energy=tuple(
+                    LayerEnergy(layer=n, energy=e, share=e / whole if whole else 0.0) for n, e in energy.items()
+                ),
+                projected=tuple(
+                    ProjectedEnergy(layer=n, features=self.projected_features, energy_kept=share, chance=chance)
+                    for n, (share, chance) in kept.items()
+                ),
+            ).save(self.folder)
+        self.reporter.note(f"wrote {edited}")
+
+    def evaluate(self, plans: dict[str, EditPlan | None]) -> Comparison:
+        recipe, options = self.recipe, self.recipe.evaluate
+        arms = {name: self.arm(plan) for name, plan in plans.items()}
+        keys = {
+            name: self.provenance("base", "tuned", plan=plan and plan.to_json()).key for name, plan in plans.items()
+        }
+        tasks = [*self.found.tasks, *self.found.control_tasks]
+        with self.reporter.stage(f"Evaluate: {len(arms)} arms, {len(tasks)} tasks") as advance:
+            outcomes = evaluate(
+                self.model,
+                self.tokenizer,
+                arms,
+                [*options.tasks, *options.control_tasks],
+                out=self.folder,
+                include_path=options.include_path,
+                limit=options.limit,
+                batch_size=options.batch_size,
+                seed=recipe.seed,
+                keys=keys,
+                progress=lambda done, total, _: advance(done, total),
+            )
+        losses = self.control_losses(arms, keys)
+        with self.reporter.stage("Compare: paired tests"):
+            comparison = compare(outcomes, family=self.found.tasks, losses=losses or None, seed=recipe.seed)
+            comparison.save(self.folder / "comparison.json")
+        return comparison
+
+    def arm(self, plan: EditPlan | None) -> Callable[[], AbstractContextManager[Any]]:
+        if plan is None:
+            return nullcontext
+        return lambda: applied(self.model, self.found.task_vector, plan)
+
+    def control_losses(
+        self, arms: dict[str, Callable[[], AbstractContextManager[Any]]], keys: dict[str, str]
+    ) -> dict[str, DocumentLosses]:
+        """Loss of every arm on each document of the general text; empty where the recipe names none."""
+        documents = self.found.texts.get("general")
+        if not documents:
+            return {}
+        losses = {}
+        with self.reporter.stage("Evaluate: loss on general text") as advance:
+            for number, (name, arm) in enumerate(arms.items()):
+                provenance = self.provenance("general", arm=keys[name])
+                folder = self.folder / "losses" / name
+                saved = GeneralLoss.load_if_current(folder, provenance)
+                if saved is None:
+                    with arm():
+                        measured = document_losses(self.model, self.tokenizer, documents)
+                    saved = GeneralLoss(provenance=provenance, **measured.to_dict())
+                    saved.save(folder)
+                losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})
+                advance(number + 1, len(arms))
+        return losses
+
+
+class GeneralLoss(Artifact):
+    """One arm's loss on each document of general text: sums in nats over predicted tokens."""
+
+    FILE: ClassVar[str] = "general_loss.json"
+
+    sums: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+
+def identity_files(folder: Path) -> list[Path]:
+    """The files that decide what a checkpoint or adapter is: configs, weights and tokenizer."""
+    return [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
+
+
+def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> RunResult:
+    """Run all stages of a recipe in a run folder; what is already there and current is not done again.
+
+    Raises:
+        StethoscopeError: whatever is wrong with the recipe, before any long work.
+    """
+    run = _Run(recipe, folder, reporter)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    diagnosis = run.diagnose()
+    selection = run.select(diagnosis)
+    plans = run.plan_arms(diagnosis, selection)
+    run.write(plans)
+    comparison = run.evaluate(plans)
+    with reporter.stage("Report"):
+        render_report(folder)
+    return RunResult(folder=folder, selection=selection, comparison=comparison)

@@ -1,0 +1,58 @@
+"""Imports point down one way, the library never prints, and the command line starts without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stethoscope
+
+SOURCE = Path(stethoscope.__file__).parent
+# From the top: a room may import rooms below it and nothing beside or above it.
+ORDER = [
+    {"cli"},
+    {"pipeline"},
+    {"report"},
+    {"scaling"},
+    {"selection", "evaluation"},
+    {"diagnosis"},
+    {"editing"},
+    {"saes"},
+    {"checkpoints", "corpus", "models", "recipe"},
+    {"artifacts"},
+    {"errors"},
+]
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if parts[0] == "stethoscope" and len(parts) > 1 else None
+
+
+def level(room: str) -> int:
+    return next(i for i, rooms in enumerate(ORDER) if room in rooms)
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path):
+    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "stethoscope"
+                else [node.module]
+            )
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for room in filter(None, map(room_of, names)):
+            assert room == own or own == "__init__" or level(own) < level(room), f"{own} imports {room}"
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys, stethoscope.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
