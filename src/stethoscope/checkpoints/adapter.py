@@ -6,12 +6,13 @@ float32, so that it does not depend on the BLAS or the number of threads.
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from stethoscope.checkpoints.checkpoint import (
@@ -24,7 +25,7 @@ from stethoscope.checkpoints.checkpoint import (
 )
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
-from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite, require_float, row_chunks
+from stethoscope.checkpoints.task_vector import Chunk, TaskVector, is_finite, not_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError
 
 CONFIG = "adapter_config.json"
@@ -111,8 +112,6 @@ class AdapterTaskVector(TaskVector):
         )  # fmt: skip
         self.changes = self._match()
         self.names = tuple(name for name in base.entries if name in self.changes)
-        self._factors: tuple[str, LoraFactors] | None = None
-        self._dora: tuple[str, Tensor] | None = None
 
     def factors(self, name: str) -> LoraFactors | None:
         """The low-rank factors of a tensor's change; None where the adapter replaces the tensor."""
@@ -120,49 +119,59 @@ class AdapterTaskVector(TaskVector):
         change = self.changes[name]
         if change.replaced_by or "A" not in change.parts:
             return None
-        if self._factors is None or self._factors[0] != name:
-            read = {part: self.store.read(key).float() for part, key in change.parts.items()}
-            for part, values in read.items():
-                if not is_finite(values):
-                    raise not_finite(f"{change.module}, {part}", self.source)
-            magnitude = read["magnitude"].flatten() if "magnitude" in read else None
-            factors = LoraFactors(
-                A=read["A"], B=read["B"], scaling=change.scaling, transposed=change.transposed, magnitude=magnitude
-            )
-            self._factors = (name, factors)
-        return self._factors[1]
+        read = {part: self.store.read(key).float() for part, key in change.parts.items()}
+        for part, values in read.items():
+            if not is_finite(values):
+                raise not_finite(f"{change.module}, {part}", self.source)
+        return LoraFactors(
+            A=read["A"],
+            B=read["B"],
+            scaling=change.scaling,
+            transposed=change.transposed,
+            magnitude=read["magnitude"].flatten() if "magnitude" in read else None,
+        )
 
-    def delta_rows(self, name: str, start: int, stop: int) -> Float[Tensor, "rows columns"]:
-        require_float(self.base.entries[name])
-        change = self.changes[name]
+    def delta_chunks(self, name: str) -> Iterator[Chunk]:
+        entry = self._entry(name)
+        require_float(entry)
+        for start, stop, delta in self._raw_delta_chunks(entry):
+            if not is_finite(delta):
+                raise not_finite(name, self.source)
+            yield start, stop, delta
+
+    def _raw_delta_chunks(self, entry: Entry) -> Iterator[Chunk]:
+        change = self.changes[entry.name]
+        factors = self.factors(entry.name)
         if change.replaced_by:
-            delta = self._replacement(name, start, stop).float()
-            delta = delta - self.base.read_rows(name, start, stop).float()
-        elif "A" not in change.parts:  # a bias that LoRA trained
-            delta = (self.store.read(change.parts["bias"]).double() * change.scaling).float().reshape(1, -1)[start:stop]
+            for start, stop in row_chunks(entry):
+                base = self.base.read_rows(entry.name, start, stop).float()
+                yield start, stop, self.store.read_rows(change.replaced_by, start, stop).float() - base
+        elif factors is None:  # the bias of a LoRA layer
+            bias = self.store.read(change.parts["bias"]).double().mul(change.scaling).float().reshape(1, -1)
+            yield 0, 1, bias
         else:
-            factors = self.factors(name)
-            assert factors is not None
-            delta = _product(factors, start, stop)
-            if factors.magnitude is not None:
-                base = self.base.read_rows(name, start, stop).float()
-                scale = self._dora_scale(name, factors)
-                scale = scale[None, :] if factors.transposed else scale[start:stop, None]
-                delta = scale * (base + delta) - base
-        if not is_finite(delta):
-            raise not_finite(name, self.source)
-        return delta
+            product = _Product(factors)
+            scale = self._dora_scale(entry, factors, product)
+            for start, stop in row_chunks(entry):
+                delta = product.rows(start, stop)
+                if scale is not None:
+                    base = self.base.read_rows(entry.name, start, stop).float()
+                    by = scale[None, :] if factors.transposed else scale[start:stop, None]
+                    delta = (by * (base.double() + delta)).float() - base
+                yield start, stop, delta
 
-    def tuned_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows columns"]:
-        wanted = TORCH_DTYPES[self.base.entries[name].dtype]
-        if self.changes[name].replaced_by:
-            rows = self._replacement(name, start, stop).to(wanted)
+    def tuned_chunks(self, name: str) -> Iterator[Chunk]:
+        entry = self._entry(name)
+        replaced_by = self.changes[name].replaced_by
+        if replaced_by:
+            for start, stop in row_chunks(entry):
+                rows = self.store.read_rows(replaced_by, start, stop).to(TORCH_DTYPES[entry.dtype])
+                if not is_finite(rows):
+                    raise not_finite(name, self.source)
+                yield start, stop, rows
         else:
-            base = self.base.read_rows(name, start, stop).float()
-            rows = base.add_(self.delta_rows(name, start, stop)).to(wanted)
-        if not is_finite(rows):
-            raise not_finite(name, self.source)
-        return rows
+            for start, stop, delta in self.delta_chunks(name):
+                yield start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, 1.0)
 
     def energy(self, name: str) -> float:
         """|scaling B A|^2 = scaling^2 <B'B, AA'>, without forming the product."""
@@ -172,25 +181,18 @@ class AdapterTaskVector(TaskVector):
         A, B = factors.A.double(), factors.B.double()
         return factors.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())
 
-    def _replacement(self, name: str, start: int, stop: int) -> Tensor:
-        key = self.changes[name].replaced_by
-        assert key is not None
-        return self.store.read_rows(key, start, stop)
-
-    def _dora_scale(self, name: str, factors: LoraFactors) -> Tensor:
-        """DoRA's magnitude over the norm of base + change, one per output."""
-        if self._dora is None or self._dora[0] != name:
-            entry = self.base.entries[name]
-            squares = torch.zeros(factors.B.shape[0], dtype=torch.float64)
-            for start, stop in row_chunks(entry):
-                moved = self.base.read_rows(name, start, stop).double() + _product(factors, start, stop)
-                if factors.transposed:
-                    squares += moved.square().sum(0)
-                else:
-                    squares[start:stop] = moved.square().sum(1)
-            assert factors.magnitude is not None
-            self._dora = (name, (factors.magnitude.double() / squares.sqrt()).float())
-        return self._dora[1]
+    def _dora_scale(self, entry: Entry, factors: LoraFactors, product: "_Product") -> Tensor | None:
+        """DoRA's magnitude over the norm of base + change, float64, one per output; None for plain LoRA."""
+        if factors.magnitude is None:
+            return None
+        squares = torch.zeros(factors.B.shape[0], dtype=torch.float64)
+        for start, stop in row_chunks(entry):
+            moved = self.base.read_rows(entry.name, start, stop).double() + product.rows(start, stop)
+            if factors.transposed:
+                squares += moved.square().sum(0)
+            else:
+                squares[start:stop] = moved.square().sum(1)
+        return factors.magnitude.double() / squares.sqrt()
 
     def _match(self) -> dict[str, Change]:
         """Adapter keys -> base tensors; raises with every key that fits none."""
@@ -296,10 +298,16 @@ def _split_key(key: str) -> tuple[str, str | None, bool]:
     return ".".join(parts), None, False
 
 
-def _product(factors: LoraFactors, start: int, stop: int) -> Float[Tensor, "rows columns"]:
-    A, B = factors.A.double(), factors.B.double()
-    rows = A.T[start:stop] @ B.T if factors.transposed else B[start:stop] @ A
-    return rows.mul_(factors.scaling).float()
+class _Product:
+    """Rows of scaling * B A, taken in float64 so that the BLAS and its threads leave no trace in float32."""
+
+    def __init__(self, factors: LoraFactors) -> None:
+        A, B = factors.A.double(), factors.B.double()
+        self.left, self.right = (A.T, B.T) if factors.transposed else (B, A)
+        self.scaling = factors.scaling
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "rows columns"]:
+        return (self.left[start:stop] @ self.right).mul_(self.scaling).float()
 
 
 def _is_number(value: Any) -> bool:

@@ -60,6 +60,11 @@ class Entry:
             size *= extent
         return size
 
+    @property
+    def columns(self) -> int:
+        """Elements per row: the last dimension, 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
+
 
 class Checkpoint(Mapping[str, Tensor]):
     """A model's weights on disk by canonical name. Opened with `open_checkpoint`; holds no file open.
@@ -142,18 +147,18 @@ class Checkpoint(Mapping[str, Tensor]):
             )
         row = entry.nbytes // entry.rows if entry.rows else 0
         data = torch.empty((stop - start) * row, dtype=torch.uint8)
-        self._read_into(entry, entry.start + start * row, memoryview(data.numpy()))
-        columns = entry.shape[-1] if entry.shape else 1
-        return data.view(TORCH_DTYPES[entry.dtype]).view(stop - start, columns)
+        self.read_into(entry, entry.start + start * row, data.numpy().data)
+        return data.view(TORCH_DTYPES[entry.dtype]).view(stop - start, entry.columns)
 
     def read_bytes(self, name: str) -> bytes:
         """The tensor's bytes as stored."""
         entry = self.entry(name)
         data = bytearray(entry.nbytes)
-        self._read_into(entry, entry.start, memoryview(data))
+        self.read_into(entry, entry.start, memoryview(data))
         return bytes(data)
 
-    def _read_into(self, entry: Entry, offset: int, view: memoryview) -> None:
+    def read_into(self, entry: Entry, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from the entry's file, ``offset`` counted from the file's first byte."""
         path = self.path / entry.file
         try:
             handle = os.open(path, os.O_RDONLY)

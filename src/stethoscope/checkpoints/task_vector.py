@@ -11,6 +11,7 @@ have the same bytes, and no step needs more memory than it returns.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,13 +24,13 @@ from stethoscope.checkpoints.names import Kind
 from stethoscope.errors import CheckpointError
 
 Key = TypeVar("Key")
+Chunk = tuple[int, int, Tensor]  # first row, last row + 1, the rows as a matrix
 CHUNK_ELEMENTS = 1 << 20  # a few float32 copies of a chunk stay in the second-level cache
 
 
 def row_chunks(entry: Entry) -> Iterator[tuple[int, int]]:
     """The grid that every computation over a tensor follows: (first row, last row + 1)."""
-    columns = entry.shape[-1] if entry.shape else 1
-    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    step = max(1, CHUNK_ELEMENTS // max(1, entry.columns))
     for start in range(0, entry.rows, step):
         yield start, min(start + step, entry.rows)
 
@@ -48,12 +49,33 @@ class TaskVector(ABC):
     names: tuple[str, ...]
 
     @abstractmethod
-    def delta_rows(self, name: str, start: int, stop: int) -> Float[Tensor, "rows columns"]:
-        """Rows of the change in float32; ``start`` and ``stop`` come from `row_chunks`."""
+    def delta_chunks(self, name: str) -> Iterator[Chunk]:
+        """The change in float32, chunk by chunk, each [rows, columns], on the grid of `row_chunks`."""
 
     @abstractmethod
-    def tuned_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows columns"]:
-        """Rows of the tuned tensor in the base's dtype."""
+    def tuned_chunks(self, name: str) -> Iterator[Chunk]:
+        """The tuned tensor in the base's dtype, chunk by chunk."""
+
+    def edited_chunks(self, name: str, coefficient: float) -> Iterator[Chunk]:
+        """base + coefficient * change, rounded once to the base's dtype, chunk by chunk; at 1 exactly tuned."""
+        if coefficient == 1:
+            yield from self.tuned_chunks(name)
+            return
+        for start, stop, delta in self.delta_chunks(name):
+            yield start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, coefficient)
+
+    def add(
+        self, name: str, base: Shaped[Tensor, "..."], delta: Float[Tensor, "..."], coefficient: float
+    ) -> Shaped[Tensor, "..."]:
+        """base + coefficient * delta, rounded once to the base's dtype."""
+        # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
+        result = (delta * coefficient).add_(base.float()).to(base.dtype)
+        if not is_finite(result):
+            raise CheckpointError(
+                f"`{name}` leaves the range of `{self.base.entries[name].dtype}` at coefficient {coefficient}",
+                hint="choose a smaller coefficient",
+            )
+        return result
 
     def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
         """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""
@@ -65,25 +87,22 @@ class TaskVector(ABC):
         Raises:
             CheckpointError: there is no such tensor, it is not a float, or it holds NaN or infinity.
         """
-        entry = self._entry(name)
-        out = torch.empty(entry.rows, entry.shape[-1] if entry.shape else 1)
-        for start, stop in row_chunks(entry):
-            out[start:stop] = self.delta_rows(name, start, stop)
-        return out.reshape(entry.shape)
+        return self._assemble(name, self.delta_chunks(name), torch.float32)
 
     def tuned(self, name: str) -> Shaped[Tensor, "..."]:
         """The tuned tensor in the base's dtype: its very bytes where the dtypes agree, else cast once."""
-        entry = self._entry(name)
-        out = torch.empty(entry.rows, entry.shape[-1] if entry.shape else 1, dtype=TORCH_DTYPES[entry.dtype])
-        for start, stop in row_chunks(entry):
-            out[start:stop] = self.tuned_rows(name, start, stop)
-        return out.reshape(entry.shape)
+        return self.edited(name, 1.0)
+
+    def edited(self, name: str, coefficient: float) -> Shaped[Tensor, "..."]:
+        """base + coefficient * change in the base's dtype; at 1 exactly `tuned`."""
+        dtype = TORCH_DTYPES[self._entry(name).dtype]
+        return self._assemble(name, self.edited_chunks(name, coefficient), dtype)
 
     def energy(self, name: str) -> float:
         """The squared Frobenius norm of the tensor's change."""
-        entry = self._entry(name)
-        chunks = (self.delta_rows(name, start, stop) for start, stop in row_chunks(entry))
-        return math.fsum(float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2 for chunk in chunks)
+        self._entry(name)
+        norms = (float(torch.linalg.vector_norm(rows, dtype=torch.float64)) for _, _, rows in self.delta_chunks(name))
+        return math.fsum(norm**2 for norm in norms)
 
     def energies(self, names: Iterable[str] | None = None) -> dict[str, float]:
         """Energy per tensor; by default of all float tensors but vision's."""
@@ -93,20 +112,25 @@ class TaskVector(ABC):
 
     def energy_by_layer(self) -> dict[int, float]:
         """Energy per decoder layer: the sum over its tensors."""
-        return dict(sorted(_sum_by(self.base, self._energies(), lambda entry: entry.layer).items()))
+        return dict(sorted(_sum_by(self.base, self._energies, lambda entry: entry.layer).items()))
 
     def energy_by_kind(self) -> dict[Kind, float]:
         """Energy per kind of module."""
-        return _sum_by(self.base, self._energies(), lambda entry: entry.kind)
+        return _sum_by(self.base, self._energies, lambda entry: entry.kind)
 
+    @cached_property
     def _energies(self) -> dict[str, float]:
-        # reading two whole models for the second of two summaries would be a waste
-        if not hasattr(self, "_energy_cache"):
-            self._energy_cache: dict[str, float] = self.energies()
-        return self._energy_cache
+        return self.energies()  # kept: a second summary must not read two models again
 
     def _counts(self, entry: Entry) -> bool:
         return entry.dtype in ARITHMETIC and entry.kind != "vision"
+
+    def _assemble(self, name: str, chunks: Iterator[Chunk], dtype: torch.dtype) -> Tensor:
+        entry = self._entry(name)
+        out = torch.empty(entry.rows, entry.columns, dtype=dtype)
+        for start, stop, rows in chunks:
+            out[start:stop] = rows
+        return out.reshape(entry.shape)
 
     def _entry(self, name: str) -> Entry:
         if name not in self._name_set:
@@ -114,11 +138,9 @@ class TaskVector(ABC):
             raise CheckpointError(f"`{self.source}` does not change `{name}`")
         return self.base.entries[name]
 
-    @property
+    @cached_property
     def _name_set(self) -> frozenset[str]:
-        if not hasattr(self, "_names_cached"):
-            self._names_cached = frozenset(self.names)
-        return self._names_cached
+        return frozenset(self.names)
 
 
 class FullTaskVector(TaskVector):
@@ -136,32 +158,38 @@ class FullTaskVector(TaskVector):
         self.matches = match(base, tuned)
         self.names = tuple(self.matches)
 
-    def delta_rows(self, name: str, start: int, stop: int) -> Float[Tensor, "rows columns"]:
-        require_float(self.base.entries[name])
-        require_float(self.tuned_checkpoint.entries[self.matches[name]])
-        base = self.base.read_rows(name, start, stop).float()
-        delta = self.tuned_checkpoint.read_rows(self.matches[name], start, stop).float().sub_(base)
-        if not is_finite(delta):
-            guilty = self.base.source if not is_finite(base) else self.source
-            raise not_finite(name, guilty)
-        return delta
+    def delta_chunks(self, name: str) -> Iterator[Chunk]:
+        entry, other = self._pair(name)
+        require_float(entry)
+        require_float(other)
+        for start, stop in row_chunks(entry):
+            base = self.base.read_rows(name, start, stop).float()
+            delta = self.tuned_checkpoint.read_rows(other.name, start, stop).float()
+            delta = delta - base  # not in place: `float` may hand back what it was given
+            if not is_finite(delta):
+                raise not_finite(name, self.source if is_finite(base) else self.base.source)
+            yield start, stop, delta
 
-    def tuned_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows columns"]:
-        rows = self.tuned_checkpoint.read_rows(self.matches[name], start, stop)
-        if rows.is_floating_point() and not is_finite(rows):
-            raise not_finite(name, self.source)
-        wanted = TORCH_DTYPES[self.base.entries[name].dtype]
-        if rows.dtype == wanted:
-            return rows
-        require_float(self.base.entries[name])
-        require_float(self.tuned_checkpoint.entries[self.matches[name]])
-        cast = rows.to(wanted)
-        if not is_finite(cast):
-            raise CheckpointError(
-                f"`{name}` of `{self.source}` has values that `{self.base.entries[name].dtype}` cannot hold",
-                hint="convert the base to a wider dtype first",
-            )
-        return cast
+    def tuned_chunks(self, name: str) -> Iterator[Chunk]:
+        entry, other = self._pair(name)
+        wanted = TORCH_DTYPES[entry.dtype]
+        if entry.dtype != other.dtype:
+            require_float(entry)
+            require_float(other)
+        for start, stop in row_chunks(entry):
+            rows = self.tuned_checkpoint.read_rows(other.name, start, stop)
+            if rows.is_floating_point() and not is_finite(rows):
+                raise not_finite(name, self.source)
+            cast = rows.to(wanted)
+            if cast is not rows and not is_finite(cast):
+                raise CheckpointError(
+                    f"`{name}` of `{self.source}` has values that `{entry.dtype}` cannot hold",
+                    hint="convert the base to a wider dtype first",
+                )
+            yield start, stop, cast
+
+    def _pair(self, name: str) -> tuple[Entry, Entry]:
+        return self._entry(name), self.tuned_checkpoint.entries[self.matches[name]]
 
     def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
         entry = self.tuned_checkpoint.entries[self.matches[name]]

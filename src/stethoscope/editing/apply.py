@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from stethoscope.checkpoints.checkpoint import TORCH_DTYPES
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import CheckpointError
 
@@ -101,26 +100,13 @@ def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[
     coefficient = plan.coefficient(name)
     if not coefficient:
         return task_vector.base.read(name)
-    if coefficient == 1 and plan.transform is None:
-        return task_vector.tuned(name)
+    if plan.transform is None:
+        return task_vector.edited(name, coefficient)
     delta = task_vector.delta(name)
-    if plan.transform is not None:
-        changed = plan.transform.apply(name, delta)
-        if changed is delta and coefficient == 1:
-            return task_vector.tuned(name)
-        if changed.shape != delta.shape:
-            raise CheckpointError(f"the transform made `{name}` {list(changed.shape)} of {list(delta.shape)}")
-        delta = changed
-    return combine(task_vector, name, task_vector.base.read(name), delta, coefficient)
-
-
-def combine(
-    task_vector: TaskVector, name: str, base: Shaped[Tensor, "..."], delta: Shaped[Tensor, "..."], coefficient: float
-) -> Shaped[Tensor, "..."]:
-    """base + coefficient * delta, rounded once to the base's dtype."""
-    # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
-    total = base.float() + delta * coefficient
-    result = total.to(TORCH_DTYPES[task_vector.base.entries[name].dtype])
-    if not is_finite(result):
-        raise not_finite(name, "the edited model")
-    return result
+    changed = plan.transform.apply(name, delta)
+    if changed is delta:
+        return task_vector.edited(name, coefficient)
+    if changed.shape != delta.shape:
+        raise CheckpointError(f"the transform made `{name}` {list(changed.shape)} of {list(delta.shape)}")
+    del delta
+    return task_vector.add(name, task_vector.base.read(name), changed, coefficient)
