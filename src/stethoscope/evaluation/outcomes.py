@@ -1,0 +1,216 @@
+"""Outcomes: one row per arm, task and item, as `evaluate` writes and `compare` reads them; no model needed.
+
+Columns: ``arm``, ``task``, ``item`` (number in the task), ``item_hash``, ``prompt_hash``, a column per metric,
+``extracted`` (an answer was found in the response), ``truncated`` (cut off by the token limit),
+``generated_tokens``, ``response``, ``answer`` (as extracted), ``target``.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from stethoscope.errors import EvaluationError
+
+SCHEMA = 1
+KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
+DETAILS = ("extracted", "truncated", "generated_tokens", "response", "answer", "target")
+_PREFERRED = ("exact_match", "math_verify", "acc")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcomes:
+    """Results of several arms on the same items.
+
+    Attributes:
+        frame: a row per arm, task and item; see the module's text for the columns.
+        provenance: settings that every arm shares, and versions.
+    """
+
+    frame: pd.DataFrame
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if missing := [name for name in (*KEYS, *DETAILS) if name not in self.frame]:
+            raise EvaluationError(
+                "these outcomes lack columns", problems=missing, hint="were they written by `stethoscope evaluate`?"
+            )
+        doubled = self.frame[self.frame.duplicated(["arm", "task", "item"])]
+        if len(doubled):
+            first = doubled.iloc[0]
+            raise EvaluationError(
+                f"arm `{first.arm}` has item `{first['item']}` of task `{first.task}` twice"
+            )
+
+    @property
+    def arms(self) -> list[str]:
+        """Names of the arms, in the order in which they were run."""
+        return list(dict.fromkeys(self.frame["arm"]))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in the order in which they were run."""
+        return list(dict.fromkeys(self.frame["task"]))
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metric columns."""
+        return [name for name in self.frame if name not in (*KEYS, *DETAILS)]
+
+    def metric_of(self, task: str) -> str:
+        """The metric that decides a task: exact_match, math_verify or acc if it has one, else its first."""
+        rows = self.frame[self.frame["task"] == task]
+        present = [name for name in self.metrics if rows[name].notna().any()]
+        chosen = [name for name in _PREFERRED if name in present] or present
+        if not chosen:
+            raise EvaluationError(f"task `{task}` has no metric per item", hint="choose a task that scores each item")
+        return chosen[0]
+
+    def rows(self, arm: str, task: str) -> pd.DataFrame:
+        """One arm's rows of one task, by item.
+
+        Raises:
+            EvaluationError: there are none.
+        """
+        rows = self.frame[(self.frame["arm"] == arm) & (self.frame["task"] == task)]
+        if not len(rows):
+            raise EvaluationError(
+                f"arm `{arm}` has no outcomes on task `{task}`",
+                hint=f"arms: {', '.join(self.arms)}; tasks: {', '.join(self.tasks)}",
+            )
+        return rows.sort_values("item").reset_index(drop=True)
+
+    def check_comparable(self) -> None:
+        """Make sure that every arm met the same items with the same prompts.
+
+        Raises:
+            EvaluationError: naming every arm and task that differs from the first arm, and how.
+        """
+        problems = []
+        for task, rows in self.frame.groupby("task", sort=False):
+            seen = {
+                arm: dict(zip(own["item"], zip(own["item_hash"], own["prompt_hash"], strict=True), strict=True))
+                for arm, own in rows.groupby("arm", sort=False)
+            }
+            first = self.arms[0]
+            for arm in self.arms[1:]:
+                a, b = seen.get(first, {}), seen.get(arm, {})
+                if only := sorted(a.keys() ^ b.keys()):
+                    problems.append(f"task `{task}`: only one of `{first}` and `{arm}` has {_items(only)}")
+                for part, what in enumerate(("content", "prompt")):
+                    if changed := sorted(i for i in a.keys() & b.keys() if a[i][part] != b[i][part]):
+                        problems.append(f"task `{task}`: `{first}` and `{arm}` have another {what} at {_items(changed)}")
+        if problems:
+            raise EvaluationError(
+                "the arms were not given the same items",
+                problems=problems,
+                hint="evaluate all arms again with one task definition, seed, limit and tokenizer",
+            )
+
+    def accuracy(self, metric: str | None = None) -> pd.DataFrame:
+        """A row per task and arm: items, accuracy, shares extracted and truncated, accuracy among extracted.
+
+        Args:
+            metric: a metric column; each task's own deciding one (`metric_of`) if not given.
+
+        Returns:
+            columns task, arm, metric, n, correct, accuracy, extracted, truncated, accuracy_extracted,
+            generated_tokens (mean). What is not known is missing.
+        """
+        table = []
+        for (task, arm), rows in self.frame.groupby(["task", "arm"], sort=False):
+            name = metric or self.metric_of(str(task))
+            values = rows[name].astype("float64")
+            found = rows["extracted"].fillna(False).astype(bool)
+            table.append(
+                {
+                    "task": task,
+                    "arm": arm,
+                    "metric": name,
+                    "n": len(rows),
+                    "correct": values.sum(),
+                    "accuracy": values.mean(),
+                    "extracted": rows["extracted"].mean(),
+                    "truncated": rows["truncated"].mean(),
+                    "accuracy_extracted": values[found].mean() if found.any() else None,
+                    "generated_tokens": rows["generated_tokens"].mean(),
+                }
+            )
+        return pd.DataFrame(table)
+
+    def save(self, path: Path) -> None:
+        """Write one parquet file, whole or not at all."""
+        table = pa.Table.from_pandas(self.frame, preserve_index=False)
+        note = json.dumps({"schema": SCHEMA, **self.provenance}, sort_keys=True)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"stethoscope": note.encode()})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            pq.write_table(table, temporary)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: Path) -> "Outcomes":
+        """Read what `save` wrote.
+
+        Raises:
+            EvaluationError: the file is missing, is something else, or has a newer schema.
+        """
+        hint = "give the `outcomes.parquet` of a run"
+        try:
+            table = pq.read_table(path)
+            note = json.loads((table.schema.metadata or {})[b"stethoscope"])
+        except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+            raise EvaluationError(f"`{path}` does not hold outcomes: {error}", hint=hint) from error
+        if note.pop("schema") != SCHEMA:
+            raise EvaluationError(f"`{path}` was written by another version of stethoscope", hint="evaluate again")
+        return cls(frame=table.to_pandas(), provenance=note)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentLosses:
+    """Next-token loss on the same documents, kept per document so that arms can be paired.
+
+    Attributes:
+        sums: total loss of each document in nats, shape [documents].
+        tokens: predicted tokens of each document, shape [documents]; 0 for a document too short to predict.
+    """
+
+    sums: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+    @property
+    def mean(self) -> float | None:
+        """Loss per token in nats; ``None`` without tokens."""
+        total = int(self.tokens.sum())
+        return float(self.sums.sum() / total) if total else None
+
+    def to_dict(self) -> dict[str, list[float] | list[int]]:
+        """Plain values, ready for JSON."""
+        return {"sums": self.sums.tolist(), "tokens": self.tokens.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Sequence[float]]) -> "DocumentLosses":
+        """The inverse of `to_dict`."""
+        return cls(
+            sums=np.asarray(values["sums"], dtype=np.float64), tokens=np.asarray(values["tokens"], dtype=np.int64)
+        )
+
+
+def _items(numbers: Sequence[int]) -> str:
+    shown = ", ".join(str(n) for n in numbers[:5])
+    return f"{len(numbers)} items ({shown}{', ...' if len(numbers) > 5 else ''})"
