@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,11 +34,13 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrai
             weights with random numbers and only warns.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype or preferred_dtype(), output_loading_info=True, low_cpu_mem_usage=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype or preferred_dtype(), output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the model `{path}` cannot be loaded: {error}") from error
+    model: PreTrainedModel
+    model, info = loaded
     if info["missing_keys"]:
         raise CheckpointError(
             f"the checkpoint `{path}` lacks weights of {type(model).__name__}",
@@ -72,7 +75,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     found = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and name.rsplit(".", 1)[-1] in ("layers", "h")
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and name.rsplit(".", 1)[-1] in ("layers", "h")
         # a vision tower of equal depth has the same shape of name
         and not {"vision_tower", "vision_model"} & set(name.split("."))
     ]

@@ -90,8 +90,8 @@ def preflight(recipe: Recipe) -> Preflight:
     def documents(text: Text) -> list[str]:
         return read_documents(text.dataset, field=text.field, limit=text.documents)
 
-    base = attempt(open_checkpoint, recipe.base)
-    task_vector = attempt(open_task_vector, base, recipe.tuned) if base else None
+    base: Checkpoint | None = attempt(open_checkpoint, recipe.base)
+    task_vector: TaskVector | None = attempt(open_task_vector, base, recipe.tuned) if base else None
     saes = attempt(open_saes, recipe.saes, sae_id=recipe.sae_id)
     if base and saes:
         attempt(check_fit, saes, hidden_size=base.hidden_size, num_layers=base.layers)
@@ -108,7 +108,7 @@ def preflight(recipe: Recipe) -> Preflight:
         if recipe.evaluate.control_tasks
         else {}
     )
-    if problems:
+    if problems or base is None or task_vector is None:
         raise RecipeError("the recipe cannot be run", problems=problems)
     return Preflight(
         base=base, task_vector=task_vector, saes=saes, texts=read, tasks=list(tasks), control_tasks=list(controls)
@@ -163,6 +163,36 @@ class RunResult:
     def edited(self) -> Path:
         """The edited checkpoint."""
         return self.folder / "edited"
+
+    def summary(self) -> dict[str, Any]:
+        """The run in plain values: layers, accuracy per arm and task, verdicts, and where everything is."""
+        return {
+            "selection": list(self.selection.layers),
+            "accuracy": self.comparison.accuracy,
+            "verdicts": self.verdicts(),
+            "edited": str(self.edited),
+            "report": str(self.report),
+        }
+
+    def verdicts(self) -> list[str]:
+        """One sentence for every pair of arms that was compared."""
+        return [contrast.verdict for contrast in self.comparison.contrasts]
+
+    def table(self) -> list[list[str]]:
+        """Arms by tasks, in percent, with a header row; ``*`` marks a significant difference from the base."""
+        comparison = self.comparison
+        tasks = [*comparison.family, *comparison.controls]
+        found = {(row["arm"], row["task"]): row["accuracy"] for row in comparison.accuracy}
+        contrasts = {contrast.b: contrast for contrast in comparison.contrasts if contrast.a == comparison.baseline}
+        rows = [["arm", *tasks, "all", "loss"]]
+        for arm in dict.fromkeys(row["arm"] for row in comparison.accuracy):
+            against = contrasts.get(arm)
+            marked = {*against.improved, *against.worsened} if against else set()
+            cells = [f"{100 * found[arm, task]:.1f}{'*' if task in marked else ' '}" for task in tasks]
+            mean = np.mean([found[arm, task] for task in comparison.family])
+            loss = f"{against.loss.difference:+.3f}" if against and against.loss else ""
+            rows.append([arm, *cells, f"{100 * mean:.1f}", loss])
+        return rows
 
 
 class _Run:
@@ -298,7 +328,7 @@ class _Run:
         return bases
 
     def write(self, plans: dict[str, EditPlan | None]) -> None:
-        provenance = self.provenance("base", "tuned", plans={name: p and p.to_json() for name, p in plans.items()})
+        provenance = self.provenance("base", "tuned", plans=_described(plans))
         edited = self.folder / "edited"
         with self.reporter.stage("Edit: write the checkpoint") as advance:
             if Edits.load_if_current(self.folder, provenance) and edited.exists():
@@ -311,7 +341,7 @@ class _Run:
             kept = energy_kept(self.found.task_vector, projected.transform) if projected else {}  # type: ignore[arg-type]
             Edits(
                 provenance=provenance,
-                plans={name: plan and plan.to_json() for name, plan in plans.items()},
+                plans=_described(plans),
                 energy=tuple(
                     LayerEnergy(layer=n, energy=e, share=e / whole if whole else 0.0) for n, e in energy.items()
                 ),
@@ -326,7 +356,8 @@ class _Run:
         recipe, options = self.recipe, self.recipe.evaluate
         arms = {name: self.arm(plan) for name, plan in plans.items()}
         keys = {
-            name: self.provenance("base", "tuned", plan=plan and plan.to_json()).key for name, plan in plans.items()
+            name: self.provenance("base", "tuned", plan=plan.to_json() if plan else None).key
+            for name, plan in plans.items()
         }
         tasks = [*self.found.tasks, *self.found.control_tasks]
         with self.reporter.stage(f"Evaluate: {len(arms)} arms, {len(tasks)} tasks") as advance:
@@ -375,6 +406,10 @@ class _Run:
                 losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})
                 advance(number + 1, len(arms))
         return losses
+
+
+def _described(plans: dict[str, EditPlan | None]) -> dict[str, dict[str, Any] | None]:
+    return {name: plan.to_json() if plan else None for name, plan in plans.items()}
 
 
 class GeneralLoss(Artifact):

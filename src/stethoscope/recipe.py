@@ -2,15 +2,15 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stethoscope.errors import RecipeError
 
-ARMS = ("base", "tuned", "selected", "random_layers", "projected")
 ArmName = Literal["base", "tuned", "selected", "random_layers", "projected"]
+ARMS: tuple[ArmName, ...] = get_args(ArmName)
 
 
 class _Section(BaseModel):
@@ -93,7 +93,7 @@ class Recipe(_Section):
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _arms_make_sense(self) -> Self:
+    def _arms_make_sense(self) -> "Recipe":
         if len(set(self.arms)) != len(self.arms):
             raise ValueError("`arms` names an arm twice")
         if "base" not in self.arms:
@@ -101,7 +101,7 @@ class Recipe(_Section):
         return self
 
     @classmethod
-    def from_yaml(cls, path: Path) -> Self:
+    def from_yaml(cls, path: Path) -> "Recipe":
         """Read and validate a recipe; relative paths in it are relative to its folder.
 
         Raises:
@@ -125,7 +125,7 @@ class Recipe(_Section):
             ) from error
         return recipe._resolved(path.parent.resolve())
 
-    def _resolved(self, folder: Path) -> Self:
+    def _resolved(self, folder: Path) -> "Recipe":
         def there(text: Text) -> Text:
             return text.model_copy(update={"dataset": folder / text.dataset})
 

@@ -1,0 +1,281 @@
+"""The main job on small real models: every artefact, resumption, identical second runs, and wrong input named early."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from sae_lens import StandardSAE, StandardSAEConfig
+from transformers import AutoModelForCausalLM
+
+from stethoscope.artifacts import sha256_file
+from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.cli import main
+from stethoscope.diagnosis.diagnose import Diagnosis
+from stethoscope.errors import RecipeError
+from stethoscope.evaluation.comparison import Comparison
+from stethoscope.pipeline import Edits, preflight, run_recipe
+from stethoscope.recipe import Recipe
+from stethoscope.selection.policies import Selection
+
+LAYERS = 4
+HIDDEN = 32
+
+
+class Recorder:
+    """A reporter that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+
+    @contextmanager
+    def stage(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        self.stages.append(title)
+        yield lambda _done, _total: None
+
+    def note(self, text: str) -> None:
+        self.stages.append(text)
+
+
+def write_saes(folder: Path, d: int) -> None:
+    for layer in range(LAYERS):
+        sae = StandardSAE(StandardSAEConfig(d_in=d, d_sae=2 * d, apply_b_dec_to_input=False))
+        identity = torch.eye(d)
+        sae.W_enc.data = torch.cat([identity, -identity], dim=1)
+        sae.W_dec.data = torch.cat([identity, -identity], dim=0)
+        sae.cfg.metadata.hook_name = f"model.layers.{layer}"
+        sae.save_model(folder / f"layer_{layer}")
+
+
+def write_task(folder: Path, name: str, operator: str) -> None:
+    rows = [{"problem": f"{a}{operator}{b}", "answer": str(a + b)} for a in range(2, 6) for b in range(1, 4)]
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{problem}}=",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 4},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, llama, tokenizer) -> Path:
+    """A folder with a base, a LoRA sibling, SAEs, texts, tasks and a recipe over them."""
+    folder = tmp_path_factory.mktemp("world")
+    base = llama(layers=LAYERS, hidden=HIDDEN).to(torch.bfloat16)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    torch.manual_seed(1)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "base"),
+        LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False),
+    )
+    adapted.save_pretrained(folder / "adapter")
+    write_saes(folder / "saes", HIDDEN)
+    for name, words in {"target": "12+34=46 ", "control": "the cat sat on the mat ", "general": "a quiet day "}.items():
+        rows = [{"text": words * (2 + i % 3) + f"{name} {i}"} for i in range(24)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tasks").mkdir()
+    write_task(folder / "tasks", "tiny_sum", "+")
+    write_task(folder / "tasks", "tiny_and", " and ")
+    recipe = {
+        "base": "base",
+        "tuned": "adapter",
+        "saes": "saes",
+        "target": {"dataset": "target.jsonl"},
+        "control": {"dataset": "control.jsonl"},
+        "diagnose": {"block_size": 4},
+        "select": {"policy": "top_k", "k": 2},
+        "evaluate": {
+            "tasks": ["tiny_sum"],
+            "control_tasks": ["tiny_and"],
+            "include_path": "tasks",
+            "control": {"dataset": "general.jsonl"},
+        },
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world) -> Path:
+    run_recipe(Recipe.from_yaml(world / "recipe.yaml"), world / "run", reporter=Recorder())
+    return world / "run"
+
+
+def changed(world: Path, folder: Path, **changes: object) -> Path:
+    """The world's recipe with some keys changed, written elsewhere with absolute paths."""
+    value = yaml.safe_load((world / "recipe.yaml").read_text())
+    value |= {name: str(world / value[name]) for name in ("base", "tuned", "saes")}
+    for name in ("target", "control"):
+        value[name] = {"dataset": str(world / value[name]["dataset"])}
+    value["evaluate"] |= {"include_path": str(world / "tasks"), "control": {"dataset": str(world / "general.jsonl")}}
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(value | changes))
+    return path
+
+
+def test_every_artefact_is_written(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {
+        "recipe.yaml", "diagnosis.json", "statistics.safetensors", "selection.json", "edits.json", "edited",
+        "outcomes.parquet", "comparison.json", "report.html",
+    } <= names  # fmt: skip
+    comparison = Comparison.load(finished / "comparison.json")
+    arms = {row["arm"] for row in comparison.accuracy}
+    assert arms == {"base", "tuned", "selected", "random_layers_1", "random_layers_2", "projected"}
+    assert comparison.family == ["tiny_sum"]
+    assert comparison.contrast("tuned").loss is not None
+
+
+def test_edited_checkpoint_is_base_outside_and_tuned_inside_the_selection(world, finished):
+    selection = Selection.load(finished)
+    assert len(selection.layers) == 2
+    base, edited = open_checkpoint(world / "base"), open_checkpoint(finished / "edited")
+    merged = get_merged(world)
+    inside = 0
+    for name, entry in base.entries.items():
+        if entry.layer in selection.layers and entry.kind in ("attention", "mlp"):
+            inside += 1
+            assert not torch.equal(edited.read(name), base.read(name))
+            torch.testing.assert_close(edited.read(name), merged[f"model.{name}"].to(torch.bfloat16), rtol=0, atol=0)
+        else:
+            assert edited.read_bytes(name) == base.read_bytes(name)
+    assert inside == 14
+    model = AutoModelForCausalLM.from_pretrained(finished / "edited")
+    assert model.generate(torch.tensor([[1, 50, 60]]), max_new_tokens=3, do_sample=False).shape == (1, 6)
+
+
+def get_merged(world: Path) -> dict[str, torch.Tensor]:
+    """PEFT's own merge, in float32."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    return PeftModel.from_pretrained(model, world / "adapter").merge_and_unload().state_dict()
+
+
+def test_projection_energy_is_reported_beside_chance(finished):
+    edits = Edits.load(finished)
+    assert sum(layer.share for layer in edits.energy) == pytest.approx(1)
+    for kept in edits.projected:
+        assert kept.chance == pytest.approx(1 / HIDDEN)  # 3 % of 32 directions is 1
+        assert 0 < kept.energy_kept < 1
+
+
+def test_a_second_run_is_identical(world, finished, tmp_path):
+    run_recipe(Recipe.from_yaml(world / "recipe.yaml"), tmp_path / "again", reporter=Recorder())
+    files = sorted(path.relative_to(finished) for path in finished.rglob("*") if path.is_file())
+    same = {str(f) for f in files if sha256_file(finished / f) == sha256_file(tmp_path / "again" / f)}
+    assert {str(f) for f in files if f.parts[0] == "edited"} <= same
+    assert {"diagnosis.json", "statistics.safetensors", "selection.json", "edits.json", "comparison.json"} <= same
+
+
+def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+    monkeypatch.setattr("stethoscope.pipeline.listen", None)  # would fail if called
+    monkeypatch.setattr("stethoscope.pipeline.write_edit", None)
+    monkeypatch.setattr("stethoscope.pipeline.document_losses", None)
+    run_recipe(Recipe.from_yaml(world / "recipe.yaml"), finished, reporter=Recorder())
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def test_a_run_interrupted_in_the_evaluation_goes_on(world, tmp_path, monkeypatch):
+    recipe = Recipe.from_yaml(world / "recipe.yaml")
+    with monkeypatch.context() as patched:
+        patched.setattr("stethoscope.pipeline.compare", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path / "run", reporter=Recorder())
+    assert not (tmp_path / "run/report.html").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr("stethoscope.pipeline.listen", None)
+        result = run_recipe(recipe, tmp_path / "run", reporter=Recorder())
+    assert result.report.exists()
+
+
+def interrupt(*_args: object, **_options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_another_target_runs_the_diagnosis_again(world, finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    path = changed(world, tmp_path, target={"dataset": str(world / "general.jsonl")})
+    run_recipe(Recipe.from_yaml(path), copy, reporter=Recorder())
+    assert Diagnosis.load(copy).provenance.inputs["target"] != Diagnosis.load(finished).provenance.inputs["target"]
+
+
+def test_everything_wrong_is_said_before_any_work(world, tmp_path, llama):
+    write_saes(tmp_path / "saes", 16)
+    llama(layers=LAYERS, hidden=64).save_pretrained(tmp_path / "other")
+    path = changed(
+        world,
+        tmp_path,
+        saes=str(tmp_path / "saes"),
+        tuned=str(tmp_path / "other"),
+        target={"dataset": "nowhere.jsonl"},
+        control={"dataset": str(world / "control.jsonl"), "field": "body"},
+    )
+    with pytest.raises(RecipeError) as error:
+        preflight(Recipe.from_yaml(path))
+    shown = str(error.value)
+    assert "nowhere.jsonl" in shown
+    assert "no text in field `body`" in shown
+    assert "hidden size" in shown
+    assert "layers.0.self_attn.q_proj.weight" in shown
+
+
+def test_an_adapter_for_another_model_is_refused(world, tmp_path, llama):
+    other = get_peft_model(llama(layers=6, hidden=64), LoraConfig(r=2, target_modules=["q_proj"]))
+    other.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RecipeError) as error:
+        preflight(Recipe.from_yaml(changed(world, tmp_path, tuned=str(tmp_path / "adapter"))))
+    assert "q_proj" in str(error.value)
+
+
+def test_unknown_task_and_too_many_layers_are_named(world, tmp_path):
+    evaluate = {"tasks": ["tiny_summ"], "include_path": str(world / "tasks")}
+    path = changed(world, tmp_path, evaluate=evaluate, select={"k": 9})
+    with pytest.raises(RecipeError) as error:
+        preflight(Recipe.from_yaml(path))
+    assert "tiny_summ" in str(error.value)
+    assert "select.k is `9`" in str(error.value)
+
+
+def test_command_line_prints_json_and_a_short_error(world, finished, tmp_path, capsys):
+    main(["run", str(world / "recipe.yaml"), "--out", str(finished), "--json"])
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["selection"] == list(Selection.load(finished).layers)
+    (tmp_path / "bad.yaml").write_text((world / "recipe.yaml").read_text().replace("control:", "contrl:", 1))
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(tmp_path / "bad.yaml")])
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "did you mean `control`?" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_check_reads_headers_only(world, capsys, monkeypatch):
+    monkeypatch.setattr("stethoscope.pipeline.load_model", None)
+    main(["check", str(world / "recipe.yaml")])
+    assert "4 layers of width 32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "x.yaml", "--frobnicate"], ["sing"]])
+def test_bad_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err
