@@ -1,0 +1,189 @@
+"""Train the SAEs that the demo ships: every layer of SmolLM2-135M-Instruct, on general, maths, code and chat text.
+
+    python demo/scripts/train_saes.py --base DIR --data DIR --out demo/src/stethoscope_demo/saes
+
+`--data` holds the public files named in `CARD.md` beside the weights. The same arguments give the same text.
+"""
+
+import argparse
+import json
+import logging
+import random
+import re
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from stethoscope.artifacts import sha256_bytes
+from stethoscope.models import load_model, load_tokenizer
+from stethoscope.saes.training import TrainingSettings, train_saes
+from stethoscope_demo.base_model import ORIGIN
+from stethoscope_demo.items import train_documents
+
+# Share of training tokens.
+SHARES = {"wikitext": 0.22, "mmlu": 0.13, "gsm8k": 0.17, "items": 0.20, "code": 0.08, "chat": 0.20}
+# Health is reported for these; together they weigh like the mixture.
+KINDS = {"general": ("wikitext", "mmlu"), "maths": ("gsm8k", "items"), "code": ("code",), "chat": ("chat",)}
+HELD_OUT_PERCENT = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True, help="the base model's checkpoint")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the text files")
+    parser.add_argument("--out", type=Path, required=True, help="becomes the folder of SAEs")
+    parser.add_argument("--tokens", type=int, default=1_200_000)
+    parser.add_argument("--width", type=int, default=1152)
+    parser.add_argument("--k", type=float, default=64)
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--batch", type=int, default=1024)
+    parser.add_argument("--layers", type=int, nargs="*", help="all unless given")
+    parser.add_argument("--threads", type=int, default=1, help="for the model, and again for the SAEs beside it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--overwrite", action="store_true")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+
+    model, tokenizer = load_model(options.base, dtype=torch.bfloat16), load_tokenizer(options.base)
+    # On a CPU, for documents this short, faster than the fused kernel.
+    model.set_attn_implementation("eager")
+    documents, held_out = mixture(options.data, tokenizer, tokens=options.tokens, seed=options.seed)
+    start = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        seconds = time.monotonic() - start
+        left = seconds / done * (total - done)
+        print(
+            f"{done:>9,} of {total:,} tokens, {done / seconds:5.0f} a second, {left / 60:5.1f} min left",
+            file=sys.stderr,
+        )
+
+    health = train_saes(
+        model,
+        tokenizer,
+        documents,
+        options.out,
+        settings=TrainingSettings(
+            width=options.width,
+            k=options.k,
+            tokens=options.tokens,
+            batch=options.batch,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+            model_name=ORIGIN,
+        ),
+        held_out=held_out,
+        layers=options.layers,
+        overwrite=options.overwrite,
+        progress=progress,
+    )
+    print(
+        "| layer | " + " | ".join(f"VE {kind}" for kind in next(iter(health.values()))) + " | L0 | dead % | dense % |"
+    )
+    print("|---|" + "---|" * (len(next(iter(health.values()))) + 3))
+    for layer, kinds in health.items():
+        explained = " | ".join(f"{found.variance_explained:.3f}" for found in kinds.values())
+        whole = kinds["all"]
+        print(f"| {layer} | {explained} | {whole.l0:.0f} | {100 * whole.dead:.1f} | {100 * whole.dense:.1f} |")
+    print(f"\n{(time.monotonic() - start) / 60:.1f} minutes in all")
+
+
+def mixture(
+    data: Path, tokenizer: PreTrainedTokenizerBase, *, tokens: int, seed: int
+) -> tuple[list[str], dict[str, list[str]]]:
+    """Documents to train on, about ``tokens`` tokens in the shares above, and held-out ones by kind.
+
+    A document is held out by its own hash, whatever the seed and the size of the mixture.
+    """
+    rng = random.Random(seed)
+    gsm8k = [
+        (row["question"], re.sub(r"<<.*?>>", "", row["answer"]).replace("#### ", "The answer is ") + ".")
+        for row in _rows(data / "gsm8k_train.jsonl")
+    ] + [
+        (f"{row['Body'].rstrip('. ')}. {row['Question']}", f"The answer is {row['Answer']:g}.")
+        for row in json.loads((data / "svamp.json").read_text(encoding="utf-8"))
+    ]
+    mmlu = [(_choices(row), f"Answer: {row['answer']}") for row in _rows(data / "mmlu_test.jsonl")]
+    code = [(row["text"], row["code"].replace("\r\n", "\n")) for row in _rows(data / "mbpp.jsonl")]
+    alpaca = [
+        ((row["instruction"] + "\n" + row["instances"][0]["input"]).strip(), row["instances"][0]["output"])
+        for row in _rows(data / "alpaca_seed_tasks.jsonl")
+    ]
+    for pairs in (gsm8k, mmlu, code):
+        rng.shuffle(pairs)
+    worked = [f"Problem:\n{question}\n\nSolution: {answer}" for question, answer in gsm8k]
+    dialogues = [*alpaca, *gsm8k[:2500], *mmlu[:4000], *code[:200]]
+    sources = {
+        "wikitext": _wikitext((data / "wikitext2_valid.txt").read_text(encoding="utf-8")),
+        "mmlu": ["\n\n".join(f"{q}\n{a}" for q, a in mmlu[i : i + 2]) for i in range(4000, len(mmlu), 2)],
+        "gsm8k": ["\n\n".join(worked[i : i + 2]) for i in range(2500, len(worked), 2)],
+        # about 160 tokens to a document
+        "items": list(train_documents(max(200, int(SHARES["items"] * tokens / 160)), seed=seed)),
+        "code": [f"{task}\n\n{answer}" for task, answer in code[200:]]
+        + [row["prompt"] + row["canonical_solution"] for row in _rows(data / "humaneval.jsonl")],
+        "chat": [
+            str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}], tokenize=False
+                )
+            )
+            for asked, answer in dialogues
+        ],
+    }
+    train: list[str] = []
+    held: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for kind, names in KINDS.items():
+        for name in names:
+            found = sources[name]
+            rng.shuffle(found)
+            held[kind] += [text for text in found if _is_held_out(text)][:40]
+            left = SHARES[name] * tokens
+            for text in found:
+                if left > 0 and not _is_held_out(text):
+                    train.append(text)
+                    left -= len(tokenizer(text).input_ids)
+    return train, held
+
+
+def _is_held_out(text: str) -> bool:
+    return int(sha256_bytes(text.encode())[:8], 16) % 100 < HELD_OUT_PERCENT
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _choices(row: dict[str, Any]) -> str:
+    return (
+        row["question"]
+        + "\n"
+        + "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))
+    )
+
+
+def _wikitext(text: str) -> list[str]:
+    """Paragraphs, joined to about a thousand characters, with the spacing that tokenisation had added taken out."""
+    text = re.sub(r" @(.)@ ", r"\1", text)
+    text = re.sub(r" ([.,;:!?)\]%]|'s|n't)(?=\s)", r"\1", text)
+    text = re.sub(r"([(\[$]) ", r"\1", text)
+    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text).replace(" \u2013 ", "\u2013")
+    documents, current = [], ""
+    for line in text.splitlines():
+        if line.strip().startswith("= ") and current:
+            documents.append(current)
+            current = ""
+        current = (current + "\n" + line.strip()).strip()
+        if len(current) > 1000:
+            documents.append(current)
+            current = ""
+    return [document for document in [*documents, current] if len(document) > 200]
+
+
+if __name__ == "__main__":
+    main()

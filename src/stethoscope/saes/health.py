@@ -1,0 +1,107 @@
+"""How well an SAE reads a model: variance explained, L0, dead and dense features, as sums that merge."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# A feature that fires on more than this share of tokens says little about any of them.
+DENSE_RATE = 0.1
+
+
+@dataclass(kw_only=True)
+class HealthSums:
+    """Sums over tokens from which an SAE's health follows; two of them add up.
+
+    Attributes:
+        tokens: tokens seen.
+        total: sum of activations per dimension.
+        square: sum of squared activations.
+        residual: sum of squared differences between activation and reconstruction.
+        fired: tokens on which each feature fired.
+    """
+
+    tokens: int
+    total: Float[Tensor, " d_in"]
+    square: float
+    residual: float
+    fired: Int[Tensor, " width"]
+
+    @classmethod
+    def of(
+        cls,
+        hidden: Float[Tensor, "tokens d_in"],
+        features: Float[Tensor, "tokens width"],
+        decoded: Float[Tensor, "tokens d_in"],
+    ) -> "HealthSums":
+        """The sums of one batch: activations, what the SAE encoded them to, and what it made of that."""
+        wide = hidden.double()
+        return cls(
+            tokens=len(wide),
+            total=wide.sum(0),
+            square=float(wide.square().sum()),
+            residual=float((wide - decoded.double()).square().sum()),
+            fired=(features > 0).sum(0),
+        )
+
+    def __add__(self, other: "HealthSums") -> "HealthSums":
+        return HealthSums(
+            tokens=self.tokens + other.tokens,
+            total=self.total + other.total,
+            square=self.square + other.square,
+            residual=self.residual + other.residual,
+            fired=self.fired + other.fired,
+        )
+
+    def health(self) -> "SAEHealth":
+        """What the sums say; undefined values are None."""
+        if not self.tokens:
+            return SAEHealth(tokens=0, variance_explained=None, l0=None, dead=None, dense=None)
+        variance = self.square - float(self.total.square().sum()) / self.tokens
+        rate = self.fired.double() / self.tokens
+        return SAEHealth(
+            tokens=self.tokens,
+            variance_explained=1 - self.residual / variance if variance > 0 else None,
+            l0=float(rate.sum()),
+            dead=float((self.fired == 0).double().mean()),
+            dense=float((rate > DENSE_RATE).double().mean()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEHealth:
+    """An SAE's health on some text.
+
+    Attributes:
+        tokens: tokens it was measured on; a feature can be called dead only against this number.
+        variance_explained: 1 less residual over total variance, about the mean; at most 1, and below 0 for an SAE
+            that is worse than the mean.
+        l0: features that fire on a token, on average.
+        dead: share of features that never fired, in [0, 1].
+        dense: share of features that fired on more than a tenth of the tokens, in [0, 1].
+    """
+
+    tokens: int
+    variance_explained: float | None
+    l0: float | None
+    dead: float | None
+    dense: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_health(sae: Any, hidden: Float[Tensor, "tokens d_in"], *, chunk: int = 4096) -> HealthSums:
+    """Encode and decode activations with an SAE, in chunks of tokens, and sum up what it made of them."""
+    sums = None
+    for part in hidden.split(chunk) if len(hidden) else (hidden,):
+        values = part.to(sae.W_enc.dtype)
+        features = sae.encode(values)
+        batch = HealthSums.of(values, features, sae.decode(features))
+        sums = batch if sums is None else sums + batch
+    assert sums is not None
+    return sums

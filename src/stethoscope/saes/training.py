@@ -1,0 +1,366 @@
+"""SAEs for a model that has none: every layer's residual stream, on SAELens' trainers, from one shared forward.
+
+`python demo/scripts/train_saes.py` made the demo's SAEs with it.
+"""
+
+import json
+import logging
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.training.prefetch import PrefetchingIterator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stethoscope.artifacts import new_folder, write_json
+from stethoscope.corpus import TokenBatch, batches, tokenize
+from stethoscope.errors import SAEError
+from stethoscope.models import decoder, decoder_layers
+from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
+
+log = logging.getLogger(__name__)
+
+# Positions louder than this many times the median of their document are attention sinks. The first position is one in
+# most models; left in, they take the whole loss.
+SINK_RATIO = 10.0
+
+# Encoder rows start as this multiple of the decoder's: many features that overlap fire on a token at first.
+INIT_GAIN = 0.15
+
+Activations = dict[str, Float[Tensor, "tokens d_in"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How SAEs are trained.
+
+    Attributes:
+        width: features of each SAE.
+        k: features that fire on a token, on average over a batch (BatchTopK).
+        tokens: tokens to train on; documents repeat, in another order, if there are fewer.
+        batch: tokens to a step.
+        learning_rate: Adam's, after a warm-up over the first twentieth of the steps and before a linear decay to 0
+            over the last half.
+        buffer: tokens held and shuffled before they are cut into batches.
+        max_tokens: documents are cut here.
+        seed: of document order, shuffling and initial weights.
+        model_name: written beside each SAE; the model's own name or folder if None.
+    """
+
+    width: int
+    k: float
+    tokens: int
+    batch: int = 1024
+    learning_rate: float = 4e-3
+    buffer: int = 16384
+    max_tokens: int = 384
+    seed: int = 0
+    model_name: str | None = None
+
+
+class _LeanBatchTopK(BatchTopKTrainingSAE):
+    """SAELens' BatchTopK SAE with a training step of few passes over memory, for which a CPU has little bandwidth.
+
+    Products are in bfloat16, the error and the weights in float32. The cut between the k largest activations of the
+    batch and the rest is found by partial sorting of the bfloat16 bit patterns, which order as their values do above 0.
+    Values equal to the cut are left out, so that L0 falls short of k by about a hundredth.
+    """
+
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        centred = step_input.sae_in.float() - self.b_dec
+        # b_dec learns as a mean from the decoder's side alone: the encoder's side would cost one more product.
+        encoded = torch.addmm(self.b_enc.bfloat16(), centred.detach().bfloat16(), self.W_enc.bfloat16())
+        cut = self._cut(encoded.detach())
+        features = functional.threshold(encoded, cut, 0.0)
+        decoded = (features @ self.W_dec.bfloat16()).float()
+        loss = (decoded - centred).square().sum(-1).mean()
+        with torch.no_grad():
+            self.topk_threshold.lerp_(self.topk_threshold.new_tensor(cut), self.cfg.topk_threshold_lr)
+        return TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=decoded + self.b_dec,
+            feature_acts=features.detach(),
+            hidden_pre=encoded,
+            loss=loss,
+            losses={"mse_loss": loss},
+        )
+
+    def _cut(self, encoded: Float[Tensor, "tokens width"]) -> float:
+        bits = encoded.contiguous().view(torch.int16).reshape(-1).cpu().numpy()
+        place = max(bits.size - int(self.cfg.k * len(encoded)) - 1, 0)
+        cut = torch.tensor(int(np.partition(bits, place)[place]), dtype=torch.int16).view(torch.bfloat16)
+        return max(float(cut), 0.0)
+
+
+def train_saes(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[str],
+    out: Path,
+    *,
+    settings: TrainingSettings,
+    held_out: Mapping[str, Sequence[str]],
+    layers: Sequence[int] | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, dict[str, SAEHealth]]:
+    """Train a BatchTopK SAE on the output of each layer and write them in SAELens' layout, as JumpReLU.
+
+    Weights are stored in bfloat16 with decoder rows of norm 1, biases and thresholds in float32; they load in float32.
+    Special tokens, each document's first position and attention sinks are left out.
+
+    Args:
+        model: whose residual stream is read; its head is never run.
+        tokenizer: the model's own.
+        documents: the text to train on.
+        out: becomes a folder of ``layer_{layer}`` folders and ``health.json``, whole or not at all.
+        settings: width, sparsity, length and pace.
+        held_out: kinds of text that health is measured on after the weights were rounded, by name.
+        layers: which; all if None.
+        overwrite: replace ``out`` if it exists.
+        progress: called with tokens done and in all.
+
+    Returns:
+        Health by layer and kind of held-out text, with the kind ``all`` for all of it.
+
+    Raises:
+        SAEError: layers that the model does not have, or no text.
+    """
+    depth = len(decoder_layers(model))
+    layers = sorted(set(range(depth) if layers is None else layers))
+    if bad := [f"layer {layer}" for layer in layers if not 0 <= layer < depth]:
+        raise SAEError(f"the model has {depth} layers, numbered from 0", problems=bad)
+    if not documents or not layers:
+        raise SAEError("there is nothing to train SAEs on", hint="pass documents and layers")
+    torch.manual_seed(settings.seed)
+    stream = ActivationStream(model, tokenizer, layers, max_tokens=settings.max_tokens)
+    rows = stream.tokenize(documents)
+    with new_folder(out, overwrite=overwrite) as folder:
+        saes = _fit(stream, stream.shuffled(rows, settings), settings, progress)
+        for layer in layers:
+            _save(saes[stream.hook(layer)], folder / f"layer_{layer}")
+        health = measure_saes(
+            {layer: SAE.load_from_disk(folder / f"layer_{layer}") for layer in layers}, stream, held_out
+        )
+        write_json(
+            folder / "health.json",
+            {
+                "settings": asdict(settings),
+                "layers": {str(layer): {kind: h.to_dict() for kind, h in health[layer].items()} for layer in layers},
+            },
+        )
+    return health
+
+
+def _fit(
+    stream: "ActivationStream",
+    activations: "Iterator[Activations]",
+    settings: TrainingSettings,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    """Step every layer's SAELens trainer on the same tokens; the model runs ahead in a thread of its own."""
+    steps = max(1, settings.tokens // settings.batch)
+    # Deep enough for the model to run on while the SAEs work through what it filled the buffer with.
+    source = PrefetchingIterator(activations, prefetch=max(2, settings.buffer // settings.batch))
+    try:
+        batch = next(source)
+        trainer = MultiSAETrainer(
+            SAETrainerConfig(
+                total_training_samples=steps * settings.batch,
+                train_batch_size_samples=settings.batch,
+                lr=settings.learning_rate,
+                # decays from here to 0; SAELens refuses to start a decay at 0
+                lr_end=settings.learning_rate,
+                lr_warm_up_steps=max(2, steps // 20),
+                lr_decay_steps=max(1, steps // 2),
+                device=str(stream.model.device),
+            ),
+            saes={name: _new_sae(stream, name, values, settings) for name, values in batch.items()},
+            hook_names={name: name for name in batch},
+            data_provider=source,
+        )
+        for name, one in trainer.trainers.items():
+            one.activation_scaler.scaling_factor = _scale(batch[name])
+            for group in one.optimizer.param_groups:
+                group.update(fused=True, foreach=False)  # one pass over the weights
+        for step in range(steps):
+            for name, one in trainer.trainers.items():
+                one.step(batch[name])
+                one.n_training_steps += 1
+            if progress:
+                progress((step + 1) * settings.batch, steps * settings.batch)
+            if step + 1 < steps:
+                batch = next(source)
+    finally:
+        source.close()
+    for name, one in trainer.trainers.items():
+        trainer.saes[name].fold_activation_norm_scaling_factor(one.activation_scaler.scaling_factor or 1.0)
+        one.activation_scaler.scaling_factor = None
+        one.set_final_sae_metadata()
+    return trainer.saes
+
+
+def _scale(hidden: Float[Tensor, "tokens d_in"]) -> float:
+    """A power of two, exact in bfloat16, that brings activations about their mean to unit variance, about."""
+    spread = float((hidden.float() - hidden.float().mean(0)).square().mean().sqrt())
+    return 2.0 ** -round(math.log2(spread)) if spread > 0 else 1.0
+
+
+@torch.no_grad()
+def _new_sae(
+    stream: "ActivationStream", name: str, hidden: Float[Tensor, "tokens d_in"], settings: TrainingSettings
+) -> _LeanBatchTopK:
+    """An SAE whose features start as directions of real activations, which leaves few dead."""
+    steps = max(1, settings.tokens // settings.batch)
+    sae = _LeanBatchTopK(
+        BatchTopKTrainingSAEConfig(
+            d_in=hidden.shape[1],
+            d_sae=settings.width,
+            k=settings.k,
+            device=str(stream.model.device),
+            normalize_activations="expected_average_only_in",
+            rescale_acts_by_decoder_norm=False,
+            topk_threshold_lr=max(0.01, min(1.0, 10 / steps)),
+            metadata=SAEMetadata(
+                model_name=settings.model_name or Path(stream.model.name_or_path).name,
+                model_class_name="AutoModelForCausalLM",
+                hook_name=name,
+                context_size=stream.max_tokens,
+                prepend_bos=False,
+                exclude_special_tokens=True,
+            ),
+        )
+    )
+    values = hidden.float() * _scale(hidden)
+    mean = values.mean(0)
+    chosen = torch.randint(len(values), (settings.width,), device=values.device)
+    directions = functional.normalize(values[chosen] - mean + 1e-6 * torch.randn_like(values[chosen]), dim=-1)
+    sae.b_dec.copy_(mean)
+    sae.W_dec.copy_(directions)
+    sae.W_enc.copy_(INIT_GAIN * directions.T)
+    return sae
+
+
+def _save(trained: _LeanBatchTopK, folder: Path) -> None:
+    """Write an SAE as JumpReLU in SAELens' layout, matrices in bfloat16."""
+    trained.save_inference_model(folder)
+    sae = SAE.load_from_disk(folder, device="cpu")
+    sae.fold_W_dec_norm()
+    sae.cfg.device = "cpu"
+    sae.save_model(folder)
+    weights = load_file(folder / "sae_weights.safetensors")
+    # A bias holds values far from 0 whose rounding would shift every activation; matrices hold all of the bytes.
+    stored = {name: (value.bfloat16() if value.ndim == 2 else value.float()) for name, value in weights.items()}
+    save_file({name: value.contiguous() for name, value in stored.items()}, folder / "sae_weights.safetensors")
+    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    write_json(folder / "cfg.json", config)
+
+
+def measure_saes(
+    saes: Mapping[int, SAE[Any]], stream: "ActivationStream", held_out: Mapping[str, Sequence[str]]
+) -> dict[int, dict[str, SAEHealth]]:
+    """Health by layer and kind of text, with the kind ``all`` for all of it."""
+    sums: dict[int, dict[str, HealthSums]] = {layer: {} for layer in saes}
+    for kind, documents in held_out.items():
+        for heard in stream.outputs(stream.tokenize(documents)):
+            for layer, sae in saes.items():
+                found = measure_health(sae, heard[stream.hook(layer)])
+                for name in (kind, "all"):
+                    sums[layer][name] = sums[layer][name] + found if name in sums[layer] else found
+    return {layer: {name: found.health() for name, found in kinds.items()} for layer, kinds in sums.items()}
+
+
+class ActivationStream:
+    """Every chosen layer's output on text, tokens aligned between layers, without special tokens and sinks."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        layers: Sequence[int],
+        *,
+        max_tokens: int = 384,
+        batch_tokens: int = 512,
+    ) -> None:
+        self.model, self.tokenizer, self.layers = model, tokenizer, list(layers)
+        self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
+        self.blocks = decoder_layers(model)
+        self._names = {id(module): name for name, module in model.named_modules()}
+
+    def hook(self, layer: int) -> str:
+        """The module whose output is read, as `named_modules` calls it."""
+        return self._names[id(self.blocks[layer])]
+
+    def tokenize(self, documents: Sequence[str]) -> list[list[int]]:
+        """Token ids per document, of those with enough tokens to have any left after the first."""
+        return [row for row in tokenize(documents, self.tokenizer, max_tokens=self.max_tokens) if len(row) > 1]
+
+    @torch.no_grad()
+    def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[Activations]:
+        """Each layer's output on some documents, a batch of documents at a time."""
+        for batch in batches(rows, self.tokenizer, batch_tokens=self.batch_tokens):
+            heard: Activations = {}
+            with ExitStack() as stack:
+                for layer in self.layers:
+                    stack.callback(self.blocks[layer].register_forward_hook(_keep(heard, self.hook(layer))).remove)
+                decoder(self.model)(
+                    # no attention mask: padding is on the right, where a causal model never looks
+                    input_ids=batch.input_ids.to(self.model.device),
+                    use_cache=False,
+                )
+            keep = _countable(heard, batch)
+            yield {name: hidden[keep] for name, hidden in heard.items()}
+
+    def shuffled(self, rows: Sequence[Sequence[int]], settings: TrainingSettings) -> Iterator[Activations]:
+        """Batches of single tokens from many documents, without end."""
+        order = random.Random(settings.seed)
+        shuffle = torch.Generator().manual_seed(settings.seed)
+        queue: list[Sequence[int]] = []
+        rest: list[Activations] = []
+        while True:
+            held = sum(len(next(iter(part.values()))) for part in rest)
+            fill: list[Sequence[int]] = []
+            while held + sum(map(len, fill)) < max(settings.buffer, settings.batch):
+                if not queue:
+                    queue = order.sample(list(rows), len(rows))
+                fill.append(queue.pop())
+            parts = [*rest, *self.outputs(fill)]
+            packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            mixed = torch.randperm(len(next(iter(packed.values()))), generator=shuffle).split(settings.batch)
+            for chosen in mixed:
+                batch = {name: values[chosen.to(values.device)] for name, values in packed.items()}
+                if len(chosen) == settings.batch:
+                    yield batch
+            rest = [batch] if len(mixed[-1]) < settings.batch else []
+
+
+def _keep(heard: Activations, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        heard[name] = output[0] if isinstance(output, tuple) else output
+
+    return hook
+
+
+def _countable(heard: Activations, batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
+    """Tokens worth training on: no padding, no special token, not a document's first, no sink in any layer."""
+    keep = batch.countable.clone()
+    keep[:, 0] = False
+    for hidden in heard.values():
+        norms = hidden.float().norm(dim=-1).cpu()
+        median = norms.masked_fill(~batch.attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
+        keep &= norms <= SINK_RATIO * median
+    return keep
