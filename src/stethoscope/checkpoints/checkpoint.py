@@ -308,7 +308,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
                 f"`{file}` has `{name}`, which the index does not list there" for name in sorted(set(slots) - promised)
             ]
         for stored, slot in slots.items():
-            entry = _entry(stored, slot, file)
+            entry = make_entry(stored, slot, file)
             other = entries.get(entry.name)
             if other is None:
                 entries[entry.name] = entry
@@ -323,7 +323,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(stored: str, slot: Slot, file: str) -> Entry:
+def make_entry(stored: str, slot: Slot, file: str) -> Entry:
+    """The entry of a file's tensor, its name understood."""
     name = parse_name(stored)
     return Entry(
         name=name.canonical, stored=stored, layer=name.layer, kind=name.kind,

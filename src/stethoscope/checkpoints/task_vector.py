@@ -41,11 +41,13 @@ class TaskVector(ABC):
     Attributes:
         base: the checkpoint that the change is relative to.
         source: what the user called tuned.
+        store: its files: the tuned checkpoint, or the adapter's matrices under their own keys.
         names: canonical names of the tensors that tuned has a value for, in the base's order.
     """
 
     base: Checkpoint
     source: str
+    store: Checkpoint
     names: tuple[str, ...]
 
     @abstractmethod
@@ -147,14 +149,13 @@ class FullTaskVector(TaskVector):
     """Against a full checkpoint of the same model, in whatever layout.
 
     Attributes:
-        tuned_checkpoint: the other checkpoint.
         matches: the base's canonical name -> tuned's; they differ only where heads are tied.
     """
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
         self.base = base
         self.source = tuned.source
-        self.tuned_checkpoint = tuned
+        self.store = tuned
         self.matches = match(base, tuned)
         self.names = tuple(self.matches)
 
@@ -164,7 +165,7 @@ class FullTaskVector(TaskVector):
         require_float(other)
         for start, stop in row_chunks(entry):
             base = self.base.read_rows(name, start, stop).float()
-            delta = self.tuned_checkpoint.read_rows(other.name, start, stop).float()
+            delta = self.store.read_rows(other.name, start, stop).float()
             delta = delta - base  # not in place: `float` may hand back what it was given
             if not is_finite(delta):
                 raise not_finite(name, self.source if is_finite(base) else self.base.source)
@@ -177,7 +178,7 @@ class FullTaskVector(TaskVector):
             require_float(entry)
             require_float(other)
         for start, stop in row_chunks(entry):
-            rows = self.tuned_checkpoint.read_rows(other.name, start, stop)
+            rows = self.store.read_rows(other.name, start, stop)
             if rows.is_floating_point() and not is_finite(rows):
                 raise not_finite(name, self.source)
             cast = rows.to(wanted)
@@ -189,11 +190,11 @@ class FullTaskVector(TaskVector):
             yield start, stop, cast
 
     def _pair(self, name: str) -> tuple[Entry, Entry]:
-        return self._entry(name), self.tuned_checkpoint.entries[self.matches[name]]
+        return self._entry(name), self.store.entries[self.matches[name]]
 
     def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
-        entry = self.tuned_checkpoint.entries[self.matches[name]]
-        return (self.tuned_checkpoint, entry) if entry.dtype == self.base.entries[name].dtype else None
+        entry = self.store.entries[self.matches[name]]
+        return (self.store, entry) if entry.dtype == self.base.entries[name].dtype else None
 
 
 def open_task_vector(

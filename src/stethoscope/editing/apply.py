@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.errors import CheckpointError
 
 
@@ -61,9 +61,7 @@ def prepare(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
     tensors: dict[str, Tensor] = {}
     targets: dict[str, Tensor] = {}
     problems = []
-    for name in task_vector.names:
-        if not plan.coefficient(name):
-            continue
+    for name in coefficients(task_vector, plan):
         target = live.get(name)
         entry = task_vector.base.entries[name]
         if target is None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stethoscope.checkpoints.names import KINDS, Kind, TensorName, parse_name
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
 
 Modules = Literal["all", "attention", "mlp"]
@@ -163,3 +164,17 @@ MODULE_KINDS: dict[str, tuple[Kind, ...]] = {
 
 def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def coefficients(task_vector: TaskVector, plan: EditPlan) -> dict[str, float]:
+    """The canonical names of the tensors that a plan changes, with their coefficients, in the base's order.
+
+    A tied head that has a copy of its own on disk follows the embedding.
+    """
+    base = task_vector.base
+    chosen = {}
+    for name in task_vector.names:
+        follows = name == "lm_head.weight" and base.tied and "embed_tokens.weight" in base.entries
+        if coefficient := plan.coefficient("embed_tokens.weight" if follows else name):
+            chosen[name] = coefficient
+    return chosen

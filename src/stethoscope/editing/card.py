@@ -1,0 +1,93 @@
+"""The model card of an edit, and the mergekit recipe that does the same where there is one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from stethoscope.checkpoints.adapter import AdapterTaskVector
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.plan import EditPlan
+
+
+def mergekit_recipe(base: Checkpoint, task_vector: TaskVector, plan: EditPlan) -> str | None:
+    """YAML for `mergekit-yaml` that makes the same weights, or None.
+
+    There is none for transforms, for coefficients that differ between the modules of one layer (mergekit tells
+    modules apart by substring only), for DoRA and for tensors outside the layers. With float32 arithmetic and one
+    cast at the end mergekit's result equals this package's to the byte.
+    """
+    outside = [entry for entry in base.entries.values() if entry.layer is None and plan.coefficient(entry.name)]
+    if plan.transform is not None or outside or isinstance(task_vector, AdapterTaskVector):
+        return None
+    weights = []
+    for layer in range(base.layers):
+        inside = {plan.coefficient(e.name) for e in base.entries.values() if e.layer == layer and e.kind != "buffer"}
+        if len(inside) != 1:
+            return None
+        weights.append(inside.pop())
+    slices: list[dict[str, Any]] = []
+    for layer, weight in enumerate(weights):
+        if layer == 0 or weight != weights[layer - 1]:
+            # mergekit gives tensors outside the layers the weight of the nearest slice, so these are named apart
+            outer = [
+                {"filter": name, "value": 0.0} for name in ("embed", "wte", "wpe", "lm_head", "model.norm", "ln_f")
+            ]
+            value = [*outer, {"value": weight}] if weight and layer == 0 else weight
+            sources = [
+                {"model": base.source, "layer_range": [layer, layer + 1]},
+                {"model": task_vector.source, "layer_range": [layer, layer + 1], "parameters": {"weight": value}},
+            ]
+            slices.append({"sources": sources})
+        for source in slices[-1]["sources"]:
+            source["layer_range"][1] = layer + 1
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": base.source,
+        "slices": slices,
+        "parameters": {"normalize": False},
+        "dtype": "float32",
+        "out_dtype": str(base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"),
+    }
+    return yaml.safe_dump(recipe, sort_keys=False)
+
+
+def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """README.md of an edit, with the metadata that the hub reads."""
+    base, tuned, kind = manifest["base"]["source"], manifest["tuned"]["source"], manifest["kind"]
+    changed = {name: record for name, record in manifest["tensors"].items() if record.get("from") != "base"}
+    metadata: dict[str, Any] = {"tags": ["stethoscope", "model-editing"]}
+    if "/" in base:
+        metadata["base_model"] = base
+    if kind == "checkpoint":
+        metadata["library_name"] = "transformers"
+    elif kind == "adapter":
+        metadata["library_name"] = "peft"
+    what = {
+        "checkpoint": f"`{base}` with weights of `{tuned}` in some layers; all others are the base's, byte for byte.",
+        "patch": f"The difference, base XOR edited, between `{base}` and an edit of it with `{tuned}`. "
+        "`stethoscope undo` takes the edit back.",
+        "adapter": f"The part of the adapter `{tuned}` for `{base}` that changes some layers.",
+    }[kind]
+    layers = ", ".join(map(str, manifest["layers"])) or "none"
+    transform = manifest["plan"]["transform"]
+    rows = {
+        "base": f"`{base}`{_at(manifest['base'])}",
+        "tuned": f"`{tuned}`{_at(manifest['tuned'])}",
+        "architecture": ", ".join(config.get("architectures") or ["unknown"]),
+        "layers changed": layers,
+        "tensors changed": f"{len(changed)} of {len(manifest['tensors'])}" if kind == "checkpoint" else len(changed),
+        "transform": f"`{transform.get('kind', 'see manifest.json')}`" if transform else "none, the raw change",
+        "made by": f"stethoscope {manifest['stethoscope']}",
+    }
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=True).strip(), "---", "", f"# {base}, edited", "", what, ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    lines += ["`manifest.json` has the plan and the hash of every tensor; `stethoscope verify` checks them."]
+    if manifest.get("mergekit"):
+        lines += ["", "The same edit for mergekit:", "", "```yaml", manifest["mergekit"].rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _at(about: Mapping[str, Any]) -> str:
+    return f" at `{about['revision']}`" if about.get("revision") else ""

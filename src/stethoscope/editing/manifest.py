@@ -1,0 +1,126 @@
+"""What lies beside the weights of an edit: manifest.json, the model card, the base's config and tokenizer.
+
+The manifest says for every tensor where it came from and what its bytes hash to. It holds no time and no path,
+so that two runs of the same edit are the same files.
+"""
+
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from stethoscope.artifacts import canonical_json, sha256_bytes, write_json, write_text
+from stethoscope.checkpoints.checkpoint import Checkpoint, read_json_object
+from stethoscope.checkpoints.hashing import ALGORITHM, fingerprint, new_digest
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.card import mergekit_recipe, model_card
+from stethoscope.editing.plan import EditPlan
+from stethoscope.errors import CheckpointError
+
+SCHEMA = "stethoscope.edit/1"
+MANIFEST = "manifest.json"
+CARD, BASE_CARD, RECIPE = "README.md", "BASE_README.md", "mergekit.yaml"
+GENERATED = frozenset({MANIFEST, CARD, RECIPE})
+# weights in other formats would contradict the edited ones
+NOT_COPIED = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"})
+
+
+def describe_edit(
+    kind: str,
+    base: Checkpoint,
+    task_vector: TaskVector,
+    plan: EditPlan,
+    chosen: Mapping[str, float],
+    tensors: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The manifest of an edit, but for the files beside the weights."""
+    layers = {base.entries[name].layer for name in chosen}
+    about_base = {"source": base.source, "revision": base.revision, "fingerprint": fingerprint(base)}
+    if kind == "patch":
+        about_base["rest_fingerprint"] = fingerprint(base, without=frozenset(chosen))
+    about_tuned = {"source": task_vector.source, "revision": task_vector.store.revision}
+    return {
+        "schema": SCHEMA,
+        "stethoscope": version("sae-stethoscope"),
+        "versions": {name: version(name) for name in ("torch",)},
+        "kind": kind,
+        "hash": ALGORITHM,
+        "plan": plan.to_json(),
+        "plan_hash": sha256_bytes(canonical_json(plan.to_json()).encode()),
+        "layers": sorted(layer for layer in layers if layer is not None),
+        "base": about_base,
+        "tuned": about_tuned | {"fingerprint": fingerprint(task_vector.store)},
+        "mergekit": mergekit_recipe(base, task_vector, plan) if kind == "checkpoint" else None,
+        "tensors": dict(tensors),
+    }
+
+
+def describe_patched(patch: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the checkpoint that a patch makes."""
+    base = {key: value for key, value in patch["base"].items() if key != "rest_fingerprint"}
+    return {**patch, "kind": "checkpoint", "base": base, "tensors": dict(tensors)}
+
+
+def write_generated(manifest: dict[str, Any], config: Mapping[str, Any], folder: Path) -> None:
+    """The card, the mergekit recipe if there is one, and last the manifest with the hash of every other file."""
+    write_text(folder / CARD, model_card(manifest, config))
+    if manifest["mergekit"]:
+        write_text(folder / RECIPE, manifest["mergekit"])
+    weights = {record["file"] for record in manifest["tensors"].values()}
+    others = sorted(path for path in folder.iterdir() if path.name not in weights)
+    manifest["files"] = {path.name: hash_file(path, manifest["hash"]) for path in others}
+    write_json(folder / MANIFEST, manifest)
+
+
+def copy_side_files(source: Path, folder: Path, *, undo: bool = False) -> None:
+    """Config, tokenizer, index and whatever else is not weights; the base's card under another name, or back."""
+    for path in sorted(source.iterdir()):
+        name = path.name
+        if not path.is_file() or path.suffix in NOT_COPIED or name.startswith("."):
+            continue
+        if undo and name in GENERATED:
+            continue
+        if name in (MANIFEST, RECIPE):
+            continue
+        if name == CARD:
+            name = BASE_CARD
+        elif name == BASE_CARD:
+            if not undo:
+                continue
+            name = CARD
+        shutil.copyfile(path, folder / name)
+
+
+def hash_file(path: Path, algorithm: str) -> str:
+    """The hash of a small file."""
+    digest = new_digest(algorithm)
+    digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an edit.
+
+    Raises:
+        CheckpointError: there is none, it is of another schema, or it lacks what it must have.
+    """
+    hint = "give a folder that `stethoscope edit` has written"
+    manifest = read_json_object(folder / MANIFEST, hint=hint)
+    if manifest.get("schema") != SCHEMA:
+        raise CheckpointError(f"`{folder / MANIFEST}` is not of schema `{SCHEMA}`", hint=hint)
+    wanted = {"kind": str, "hash": str, "tensors": dict, "files": dict, "base": dict, "tuned": dict, "plan": dict}
+    problems = [f"`{key}` is missing" for key, type_ in wanted.items() if not isinstance(manifest.get(key), type_)]
+    fields = {"file", "dtype", "shape", "hash"}
+    if manifest.get("kind") == "patch":
+        fields |= {"base_hash", "edited_hash", "from", "coefficient"}
+        if "rest_fingerprint" not in manifest.get("base", {}):
+            problems.append("`base` lacks `rest_fingerprint`")
+    for name, record in manifest.get("tensors", {}).items() if not problems else ():
+        if not isinstance(record, dict) or not fields <= set(record):
+            problems.append(f"the record of `{name}` is incomplete")
+        elif Path(str(record["file"])).name != record["file"]:
+            problems.append(f"the file of `{name}` leads out of the folder")
+    if problems:
+        raise CheckpointError(f"`{folder / MANIFEST}` is damaged", problems=problems, hint="write the edit again")
+    return manifest

@@ -1,0 +1,170 @@
+"""A patch: base XOR edited for the tensors that an edit changes. It turns either one into the other, exactly.
+
+    apply_patch(Path("patch"), "base", Path("edited"))
+    undo_patch(Path("patch"), "edited", Path("base-again"))
+
+Each tensor is checked against its hash before it is changed and after; a checkpoint that the patch was not made
+for is refused and nothing is written.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from stethoscope.artifacts import new_folder
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry, open_checkpoint
+from stethoscope.checkpoints.hashing import Digest, fingerprint, hash_tensor, new_digest
+from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.names import parse_name
+from stethoscope.editing.manifest import copy_side_files, describe_patched, read_manifest, write_generated
+from stethoscope.editing.preview import refuse_overlap
+from stethoscope.editing.transfer import Output, Progress, disk_errors, in_parallel, rewrite, send, stored_pieces
+from stethoscope.errors import CheckpointError
+
+PATCH = "patch.safetensors"
+Direction = Literal["apply", "undo"]
+
+
+def apply_patch(
+    patch: Path,
+    base: str | Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    sync: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the edited checkpoint that a patch and its base make.
+
+    Raises:
+        CheckpointError: ``base`` is not the checkpoint that the patch was made for, or something cannot be read.
+    """
+    return _patched(patch, base, out, "apply", overwrite=overwrite, sync=sync, progress=progress)
+
+
+def undo_patch(
+    patch: Path,
+    edited: str | Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    sync: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the base again from an edited checkpoint and the patch that made it (or the same edit as a patch).
+
+    Raises:
+        CheckpointError: ``edited`` does not hold what the patch made.
+    """
+    return _patched(patch, edited, out, "undo", overwrite=overwrite, sync=sync, progress=progress)
+
+
+def _patched(
+    patch: Path,
+    checkpoint: str | Path,
+    out: Path,
+    direction: Direction,
+    *,
+    overwrite: bool,
+    sync: bool,
+    progress: Progress | None,
+) -> Path:
+    manifest = read_manifest(patch)
+    if manifest["kind"] != "patch":
+        raise CheckpointError(f"`{patch}` is an edit of kind `{manifest['kind']}`", hint="write it with kind `patch`")
+    source = open_checkpoint(checkpoint)
+    refuse_overlap(out, source.path, patch)
+    # the patch's file is read like a checkpoint's: same checks, same errors
+    differences = _open_differences(patch)
+    algorithm = manifest["hash"]
+    records = {parse_name(stored).canonical: record for stored, record in manifest["tensors"].items()}
+    was, becomes = ("base_hash", "edited_hash") if direction == "apply" else ("edited_hash", "base_hash")
+    if problems := _misfits(source, manifest, records, differences, was):
+        made = "was made for" if direction == "apply" else "has made"
+        raise CheckpointError(
+            f"`{source.source}` is not the checkpoint that the patch `{patch}` {made}",
+            problems=problems,
+            hint=f"it belongs to `{manifest['base']['source']}`",
+        )
+
+    def fill(entry: Entry, output: Output, shared: bool) -> dict[str, Any]:
+        digest = new_digest(algorithm)
+        record: dict[str, Any] = {"file": entry.file, "dtype": entry.dtype, "shape": list(entry.shape)}
+        if entry.name not in records:
+            send(stored_pieces(source, entry), digest, None if shared else output, entry.start)
+            return record | {"from": "base", "hash": digest.hexdigest()}
+        pieces = stored_pieces(differences, differences.entries[entry.name])
+        send(exclusive_or(source, entry, pieces), digest, output, entry.start)
+        if digest.hexdigest() != records[entry.name][becomes]:
+            raise CheckpointError(f"`{entry.stored}` of the patch `{patch}` is damaged", hint="fetch the patch again")
+        kept = {key: records[entry.name][key] for key in ("from", "coefficient", "base_hash")}
+        return record | kept | {"hash": digest.hexdigest()}
+
+    with disk_errors(out), new_folder(out, overwrite=overwrite) as folder:
+        tensors = rewrite(source, folder, fill, sync=sync, progress=progress)
+        copy_side_files(source.path, folder, undo=direction == "undo")
+        if direction == "apply":
+            write_generated(describe_patched(manifest, tensors), source.config, folder)
+    return out
+
+
+def _open_differences(patch: Path) -> Checkpoint:
+    entries = {}
+    for stored, slot in read_header(patch / PATCH).items():
+        entry = make_entry(stored, slot, PATCH)
+        entries[entry.name] = entry
+    return Checkpoint(patch, {}, entries, source=str(patch), revision=None)
+
+
+def _misfits(
+    source: Checkpoint, manifest: dict[str, Any], records: dict[str, Any], differences: Checkpoint, was: str
+) -> list[str]:
+    """Why a checkpoint is not what a patch was made for: names and shapes first, then hashes."""
+    problems = []
+    for name, record in records.items():
+        entry, difference = source.entries.get(name), differences.entries.get(name)
+        if difference is None:
+            problems.append(f"the patch's file lacks `{name}`, which its manifest lists")
+        elif entry is None:
+            problems.append(f"it has no tensor `{name}`")
+        elif (entry.dtype, list(entry.shape)) != (record["dtype"], record["shape"]):
+            problems.append(
+                f"`{entry.stored}` is {entry.dtype} {list(entry.shape)}, not {record['dtype']} {record['shape']}"
+            )
+        elif difference.nbytes != entry.nbytes:
+            problems.append(f"the patch's file has `{name}` in another size")
+    if problems:
+        return problems
+    rest = fingerprint(source, without=frozenset(records), algorithm=manifest["hash"])
+    if rest != manifest["base"]["rest_fingerprint"]:
+        problems.append("the tensors that the patch leaves alone differ")
+    entries = [source.entries[name] for name in records]
+    found = in_parallel([(e.nbytes, partial(hash_tensor, source, e, manifest["hash"])) for e in entries])
+    return problems + [
+        f"`{entry.stored}` has other contents"
+        for entry, digest in zip(entries, found, strict=True)
+        if digest != records[entry.name][was]
+    ]
+
+
+def exclusive_or(
+    checkpoint: Checkpoint,
+    entry: Entry,
+    pieces: Iterable[memoryview],
+    before: Digest | None = None,
+    after: Digest | None = None,
+) -> Iterator[memoryview]:
+    """A tensor's stored bytes XOR others, piece by piece; ``before`` hashes the first, ``after`` the second."""
+    offset = entry.start
+    for piece in pieces:
+        stored = np.empty(len(piece), dtype=np.uint8)
+        checkpoint.read_into(entry, offset, stored.data)
+        if before is not None:
+            before.update(stored.data)
+        if after is not None:
+            after.update(piece)
+        yield np.bitwise_xor(stored, np.frombuffer(piece, dtype=np.uint8), out=stored).data
+        offset += len(piece)

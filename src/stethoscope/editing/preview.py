@@ -1,0 +1,188 @@
+"""What an edit will do, from configs and headers alone: tensors, bytes, disk, time, and all that is wrong.
+
+preview(base, task_vector, plan, Path("edited")).problems      # of opened checkpoints
+check_edit("base", "tuned", plan, Path("edited")).problems     # opens them too, and keeps going
+"""
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stethoscope.checkpoints.adapter import AdapterTaskVector
+from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint, open_checkpoint
+from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.errors import CheckpointError
+
+# bytes per second on two cores and a disk that keeps up; a prediction, not a promise
+COPY_RATE, ARITHMETIC_RATE = 1.2e9, 0.5e9
+SMALL_FILES = 64 << 20  # what tokenizer, config, manifest and card may need
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What an edit will do.
+
+    Attributes:
+        layers, tensors: what it changes.
+        bytes_changed: bytes of the tensors it changes.
+        bytes_read, bytes_written: of weights, where no reflink saves them.
+        disk_needed, disk_free: bytes, where the output will lie.
+        seconds: predicted wall time.
+        problems: everything that stands in the way, one line each.
+    """
+
+    layers: tuple[int, ...] = ()
+    tensors: int = 0
+    bytes_changed: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    disk_needed: int = 0
+    disk_free: int = 0
+    seconds: float = 0.0
+    problems: tuple[str, ...] = ()
+    hint: str | None = None
+
+
+def preview(
+    base: Checkpoint,
+    task_vector: TaskVector,
+    plan: EditPlan,
+    out: Path,
+    *,
+    kind: str = "checkpoint",
+    overwrite: bool = False,
+) -> Preview:
+    """What `write_edit` with the same arguments will do; reads no weights and writes nothing."""
+    chosen = coefficients(task_vector, plan)
+    problems = _plan_problems(base, task_vector, plan, chosen, kind) + output_problems(
+        out, base.path, task_vector.store.path, overwrite=overwrite
+    )
+    changed = sum(base.entries[name].nbytes for name in chosen)
+    copied = sum(
+        base.entries[n].nbytes for n, c in chosen.items() if c == 1 and plan.transform is None and task_vector.raw(n)
+    )
+    written = {"checkpoint": base.nbytes, "patch": changed}.get(
+        kind, sum(e.nbytes for e in task_vector.store.entries.values())
+    )
+    read = {"checkpoint": base.nbytes + changed - copied, "patch": 2 * changed}.get(kind, written)
+    free = _disk_free(out)
+    needed = written + SMALL_FILES
+    if needed > free:
+        problems.append(f"`{out}` needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+    return Preview(
+        layers=tuple(sorted({e for n in chosen if (e := base.entries[n].layer) is not None})),
+        tensors=len(chosen),
+        bytes_changed=changed,
+        bytes_read=read,
+        bytes_written=written,
+        disk_needed=needed,
+        disk_free=free,
+        seconds=round(1.0 + written / COPY_RATE + (changed - copied) / ARITHMETIC_RATE, 1),
+        problems=tuple(problems),
+        hint="nothing has been written" if problems else None,
+    )
+
+
+def check_edit(
+    base: str | Path, tuned: str | Path, plan: EditPlan, out: Path, *, kind: str = "checkpoint", overwrite: bool = False
+) -> Preview:
+    """The same from names: what keeps base or tuned from being opened is among the problems, not raised."""
+    problems: list[str] = []
+    opened: Checkpoint | None = None
+    change: TaskVector | None = None
+    try:
+        opened = open_checkpoint(base)
+    except CheckpointError as error:
+        problems += _lines(error)
+    try:
+        if opened is not None:
+            change = open_task_vector(opened, tuned)
+        elif not (Path(tuned) / "adapter_config.json").is_file():
+            open_checkpoint(tuned)
+    except CheckpointError as error:
+        problems += _lines(error)
+    if opened is None or change is None:
+        problems += output_problems(out, Path(base), Path(tuned), overwrite=overwrite)
+        return Preview(problems=tuple(problems), disk_free=_disk_free(out))
+    found = preview(opened, change, plan, out, kind=kind, overwrite=overwrite)
+    return replace(found, problems=(*problems, *found.problems))
+
+
+def output_problems(out: Path, *inputs: Path, overwrite: bool) -> list[str]:
+    """Why a folder cannot be written, inputs considered."""
+    place = out.resolve()
+    problems = []
+    for source in inputs:
+        if source.exists() and place.is_relative_to(source.resolve()):
+            problems.append(f"the output `{out}` lies in the input `{source}`")
+        elif source.exists() and source.resolve().is_relative_to(place):
+            problems.append(f"the input `{source}` lies in the output `{out}`")
+    if place.exists() and not overwrite and not problems:
+        problems.append(f"the output `{out}` exists")
+    parent = _nearest(place)
+    if not parent.is_dir():
+        problems.append(f"`{parent}` is a file, so `{out}` cannot be made")
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        problems.append(f"`{parent}` cannot be written to")
+    return problems
+
+
+def refuse_overlap(out: Path, *inputs: Path, overwrite: bool = False) -> None:
+    """Raise what `output_problems` finds."""
+    if problems := output_problems(out, *inputs, overwrite=overwrite):
+        raise CheckpointError(
+            "the output cannot be written", problems=problems, hint="choose another folder or remove it first"
+        )
+
+
+def _plan_problems(
+    base: Checkpoint, task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float], kind: str
+) -> list[str]:
+    problems = [
+        f"the plan names layer {layer}, `{base.source}` has layers 0 to {base.layers - 1}"
+        for layer in plan.selected_layers
+        if layer >= base.layers
+    ]
+    if kind not in ("checkpoint", "patch", "adapter"):
+        problems.append(f"there is no output `{kind}`: choose checkpoint, patch or adapter")
+    if kind == "patch" and not chosen:
+        problems.append("the plan changes nothing, so there is nothing to patch")
+    for name, coefficient in chosen.items():
+        entry, raw = base.entries[name], task_vector.raw(name)
+        exact = coefficient == 1 and plan.transform is None and raw is not None
+        if not exact and entry.dtype not in ARITHMETIC:
+            problems.append(f"`{entry.stored}` is {entry.dtype}: its change can be copied whole, not scaled")
+    if kind == "adapter":
+        problems += _adapter_problems(task_vector, plan, chosen)
+    return problems
+
+
+def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float]) -> list[str]:
+    if not isinstance(task_vector, AdapterTaskVector):
+        return [f"`{task_vector.source}` is not an adapter, so no adapter can be made of it"]
+    problems = ["an adapter cannot hold a transform"] if plan.transform is not None else []
+    if not chosen:
+        problems.append("the plan changes nothing that the adapter has")
+    for name, coefficient in chosen.items():
+        change = task_vector.changes[name]
+        if coefficient != 1 and (change.replaced_by or "magnitude" in change.parts):
+            problems.append(f"`{name}` cannot be scaled by {coefficient} in an adapter")
+    return problems
+
+
+def _lines(error: CheckpointError) -> list[str]:
+    return [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
+
+
+def _nearest(path: Path) -> Path:
+    """The nearest ancestor that exists."""
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    return parent
+
+
+def _disk_free(out: Path) -> int:
+    return shutil.disk_usage(_nearest(out.resolve())).free

@@ -1,0 +1,178 @@
+"""Bytes from one file to another, hashed on the way, by as many threads as the disk can feed.
+
+Copy and hash share one read: a piece is read into a buffer that stays in the cache, hashed and written from there.
+Where the file system shares blocks between files (Btrfs, XFS), nothing is written at all: see `clone`.
+"""
+
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.hashing import PIECE, Digest
+from stethoscope.errors import CheckpointError
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another
+
+
+class Output:
+    """A new file of known size that several threads fill."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self.handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        # The kernel lets one thread write to a file at a time, and the others burn processor time waiting: wait here.
+        self._turn = threading.Lock()
+        self.size = size
+
+    def allocate(self) -> None:
+        """Claim the disk space now, so that a full disk is known before the first byte is written."""
+        if self.size:
+            try:
+                os.posix_fallocate(self.handle, 0, self.size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                os.ftruncate(self.handle, self.size)
+
+    def clone(self, source: Path) -> bool:
+        """Share the blocks of ``source`` if the file system can; nothing is read or written then."""
+        try:
+            with source.open("rb") as file:
+                fcntl.ioctl(self.handle, FICLONE, file.fileno())
+        except OSError:
+            return False
+        return True
+
+    def write(self, offset: int, data: memoryview) -> None:
+        with self._turn:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self.handle, data[done:], offset + done)
+
+    def close(self, *, sync: bool) -> None:
+        """Close the file, on the disk itself if ``sync``."""
+        try:
+            if sync:
+                os.fsync(self.handle)
+        finally:
+            os.close(self.handle)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Say what the operating system's errors mean to someone who writes to ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message, hint = f"the disk of `{path}` is full", "free some space, or write `patch` instead of `checkpoint`"
+        else:
+            message, hint = f"cannot write `{path}`: {error.strerror or error}", "choose a folder that you can write to"
+        raise CheckpointError(message, hint=hint) from error
+
+
+def stored_pieces(checkpoint: Checkpoint, entry: Entry) -> Iterator[memoryview]:
+    """A tensor's bytes as stored, in pieces; each is valid until the next is asked for."""
+    buffer = memoryview(bytearray(min(PIECE, entry.nbytes)))
+    for offset in range(entry.start, entry.end, PIECE):
+        piece = buffer[: min(PIECE, entry.end - offset)]
+        checkpoint.read_into(entry, offset, piece)
+        yield piece
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy where it is contiguous."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def send(pieces: Iterable[memoryview], digest: Digest, output: Output | None, offset: int) -> None:
+    """Hash pieces and write them one behind the other; with no output, only hash."""
+    for piece in pieces:
+        digest.update(piece)
+        if output is not None:
+            output.write(offset, piece)
+        offset += len(piece)
+
+
+def in_parallel(
+    jobs: Sequence[tuple[int, Callable[[], Result]]], *, progress: Progress | None = None, workers: int | None = None
+) -> list[Result]:
+    """Run jobs (size in bytes, function) on a few threads; the first failure stops the rest and is raised.
+
+    The functions spend their time in reads, hashes and tensor arithmetic, which all let other threads run.
+    """
+    total = sum(size for size, _ in jobs)
+    stopped = threading.Event()
+    finished = 0
+    lock = threading.Lock()
+
+    def run(size: int, job: Callable[[], Result]) -> Result | None:
+        nonlocal finished
+        if stopped.is_set():
+            return None
+        result = job()
+        with lock:
+            finished += size
+        return result
+
+    # each worker is one thread of arithmetic: two levels of threads would fight over the same cores
+    pool = ThreadPoolExecutor(
+        workers or min(4, os.cpu_count() or 1), "stethoscope-edit", lambda: torch.set_num_threads(1)
+    )
+    try:
+        futures = [pool.submit(run, size, job) for size, job in jobs]
+        waiting = set(futures)
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+            for future in done:
+                future.result()
+            if progress is not None:
+                progress(finished, total)
+        return [future.result() for future in futures]  # type: ignore[misc]  # None only after a failure
+    finally:
+        stopped.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def rewrite(
+    source: Checkpoint,
+    folder: Path,
+    fill: Callable[[Entry, Output, bool], Result],
+    *,
+    sync: bool,
+    progress: Progress | None = None,
+) -> dict[str, Result]:
+    """Make weight files in ``folder`` with the layout of ``source``; return what ``fill`` says by stored name.
+
+    ``fill(entry, output, shared)`` writes one tensor in its place, or leaves it where ``shared`` says that the
+    source's bytes are there already.
+    """
+    jobs: list[tuple[int, Callable[[], Result]]] = []
+    stored: list[str] = []
+    with ExitStack() as stack:
+        for file in source.files:
+            path = source.path / file
+            output = Output(folder / file, path.stat().st_size)
+            stack.callback(output.close, sync=sync)
+            inside = [entry for entry in source.entries.values() if entry.file == file]
+            shared = output.clone(path)
+            if not shared:
+                output.allocate()
+                with path.open("rb") as header:
+                    output.write(0, memoryview(header.read(min(entry.start for entry in inside))))
+            jobs += [(entry.nbytes, partial(fill, entry, output, shared)) for entry in inside]
+            stored += [entry.stored for entry in inside]
+        return dict(zip(stored, in_parallel(jobs, progress=progress), strict=True))

@@ -1,0 +1,107 @@
+"""An edit's manifest against its bytes, in one read.
+
+report = verify(Path("edited"))
+report.ok, report.problems
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.header import read_header
+from stethoscope.editing.manifest import MANIFEST, hash_file, read_manifest
+from stethoscope.editing.transfer import Progress, in_parallel
+from stethoscope.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What `verify` found.
+
+    Attributes:
+        kind: the edit's kind.
+        tensors: tensors whose bytes were compared with the manifest.
+        untouched: those of them that the manifest says are the base's.
+        problems: everything that does not agree, one line each.
+    """
+
+    path: Path
+    kind: str
+    tensors: int
+    untouched: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | None = None) -> Verification:
+    """Compare every tensor and file of an edit with its manifest.
+
+    Args:
+        base: also compare the untouched tensors, and what computed ones were made from, with this checkpoint itself.
+
+    Raises:
+        CheckpointError: there is no manifest, or it makes no sense. What does not agree is reported, not raised.
+    """
+    manifest = read_manifest(path)
+    algorithm = manifest["hash"]
+    problems: list[str] = []
+    entries: dict[str, Entry] = {}
+    for file in sorted({record["file"] for record in manifest["tensors"].values()}):
+        try:
+            slots = read_header(path / file)
+        except CheckpointError as error:
+            problems += [error.message, *(f"`{file}`: {problem}" for problem in error.problems)]
+            continue
+        for stored, slot in slots.items():
+            if stored not in manifest["tensors"]:
+                problems.append(f"`{stored}` in `{file}` is not in the manifest")
+            entries[stored] = Entry(
+                name=stored, stored=stored, layer=None, kind="other", dtype=slot.dtype, shape=slot.shape,
+                file=file, start=slot.start, end=slot.end,
+            )  # fmt: skip
+    store = Checkpoint(path, {}, entries, source=str(path), revision=None)
+    present = {stored: record for stored, record in manifest["tensors"].items() if stored in entries}
+    problems += [f"`{stored}` is missing" for stored in manifest["tensors"] if stored not in present]
+    jobs = [(entries[stored].nbytes, partial(hash_tensor, store, entries[stored], algorithm)) for stored in present]
+    for (stored, record), found in zip(present.items(), in_parallel(jobs, progress=progress), strict=True):
+        if found != record["hash"]:
+            problems.append(f"the bytes of `{stored}` are not those that were written")
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name or not (path / name).is_file():
+            problems.append(f"`{name}` is missing")
+        elif hash_file(path / name, algorithm) != expected:
+            problems.append(f"`{name}` is not as it was written")
+    known = set(manifest["files"]) | {MANIFEST} | {record["file"] for record in manifest["tensors"].values()}
+    problems += [
+        f"`{item.name}` is weights that the manifest does not know"
+        for item in sorted(path.glob("*.safetensors"))
+        if item.name not in known
+    ]
+    if base is not None:
+        problems += _against_base(manifest["tensors"], base, algorithm)
+    untouched = sum(record.get("from") == "base" for record in manifest["tensors"].values())
+    return Verification(
+        path=path, kind=manifest["kind"], tensors=len(present), untouched=untouched, problems=tuple(problems)
+    )
+
+
+def _against_base(records: dict[str, dict[str, object]], base: Checkpoint, algorithm: str) -> list[str]:
+    stored = {entry.stored: entry for entry in base.entries.values()}
+    expected = {
+        name: record["hash"] if record.get("from") == "base" else record["base_hash"]
+        for name, record in records.items()
+        if record.get("from") == "base" or "base_hash" in record
+    }
+    problems = [f"`{base.source}` has no tensor `{name}`" for name in expected if name not in stored]
+    names = [name for name in expected if name in stored]
+    found = in_parallel([(stored[n].nbytes, partial(hash_tensor, base, stored[n], algorithm)) for n in names])
+    return problems + [
+        f"`{name}` of `{base.source}` is not what the edit was made from"
+        for name, digest in zip(names, found, strict=True)
+        if digest != expected[name]
+    ]
