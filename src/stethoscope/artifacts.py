@@ -3,6 +3,8 @@
 An output that exists is complete: it is written beside its place and renamed into it.
 """
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -66,22 +68,53 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that becomes ``path`` if the block succeeds, else vanishes.
 
+    A process that is killed leaves a hidden ``.name.*.partial`` behind; the next to write the same path removes it.
+
     Raises:
         StethoscopeError: ``path`` exists and ``overwrite`` is false.
     """
     if path.exists() and not overwrite:
         raise StethoscopeError(f"the output `{path}` exists", hint="choose another folder or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if (lock := _locked(stale)) is not None:  # whoever made it is gone
+            shutil.rmtree(stale, ignore_errors=True)
+            os.close(lock)
+    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary = made.with_name(made.name + ".partial")
+    # locked under its first name, so that nobody sees an unlocked `.partial` that is alive
+    lock = _locked(made)
     try:
+        made.rename(temporary)
         yield temporary
         temporary.chmod(0o755)
         if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            old = made.with_name(made.name + ".old.partial")
+            path.rename(old)  # not removed in place: half of it would look like all of it
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A handle that holds the lock on a folder until it is closed or its process ends; None if another has it."""
+    handle = -1
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if handle >= 0:
+            os.close(handle)
+        return None
+    return handle
 
 
 class Provenance(BaseModel):

@@ -51,29 +51,17 @@ OUTSIDE_BLOCKS: dict[str, tuple[str, Kind]] = {
 # What a block is made of, by the first component behind its number.
 BLOCK_MODULES: dict[str, Kind] = {
     **dict.fromkeys(("self_attn", "attn", "attention", "self_attention", "linear_attn"), "attention"),
-    **dict.fromkeys(("mlp", "block_sparse_moe", "feed_forward", "ffn", "fc1", "fc2"), "mlp"),
-    **dict.fromkeys(
-        (
-            "input_layernorm",
-            "post_attention_layernorm",
-            "pre_feedforward_layernorm",
-            "post_feedforward_layernorm",
-            "post_self_attn_layernorm",
-            "post_mlp_layernorm",
-            "attention_norm",
-            "ffn_norm",
-            "self_attn_layer_norm",
-            "final_layer_norm",
-            "ln_1",
-            "ln_2",
-            "ln_attn",
-            "ln_mlp",
-            "norm_1",
-            "norm_2",
-        ),
-        "norm",
-    ),
+    **dict.fromkeys(("mlp", "feed_forward", "ffn", "fc1", "fc2"), "mlp"),
+    **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), "norm"),
+    **dict.fromkeys(("pre_feedforward_layernorm", "post_feedforward_layernorm"), "norm"),
+    **dict.fromkeys(("post_self_attn_layernorm", "post_mlp_layernorm"), "norm"),
+    **dict.fromkeys(("attention_norm", "ffn_norm", "self_attn_layer_norm", "final_layer_norm"), "norm"),
+    **dict.fromkeys(("ln_1", "ln_2", "ln_attn", "ln_mlp", "norm_1", "norm_2"), "norm"),
 }  # fmt: skip
+
+# Mixtral's files and its run-time class call the same things differently.
+RENAMED_MODULES = {"block_sparse_moe": "mlp"}
+RENAMED_EXPERTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 # Not text: left alone by every plan that names layers. A leading `model` is dropped.
 VISION = frozenset(
@@ -122,8 +110,12 @@ def parse_name(stored: str) -> TensorName:
 
 def _in_decoder(parts: tuple[str, ...]) -> TensorName | None:
     if len(parts) >= 3 and parts[0] in BLOCKS and _is_number(parts[1]):
-        kind: Kind = "buffer" if parts[2:] in BUFFERS else BLOCK_MODULES.get(parts[2], "other")
-        return TensorName(".".join(("layers", *parts[1:])), int(parts[1]), kind)
+        module = RENAMED_MODULES.get(parts[2], parts[2])
+        rest = parts[3:]
+        if module == "mlp" and len(rest) >= 3 and rest[0] == "experts":
+            rest = (*rest[:2], RENAMED_EXPERTS.get(rest[2], rest[2]), *rest[3:])
+        kind: Kind = "buffer" if (module, *rest) in BUFFERS else BLOCK_MODULES.get(module, "other")
+        return TensorName(".".join(("layers", parts[1], module, *rest)), int(parts[1]), kind)
     if len(parts) >= 2 and parts[0] in OUTSIDE_BLOCKS:
         module, kind = OUTSIDE_BLOCKS[parts[0]]
         return TensorName(".".join((module, *parts[1:])), None, kind)

@@ -11,6 +11,7 @@ A tensor is exchanged by pointing its parameter at another tensor: the original 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
@@ -58,27 +59,31 @@ class Swap:
 def prepare(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
     """Read and compute the edited tensors of a plan, on the model's devices and in its dtypes."""
     live = live_tensors(model)
-    tensors: dict[str, Tensor] = {}
+    chosen = coefficients(task_vector, plan)
+    fused = _fused(live, task_vector)
     targets: dict[str, Tensor] = {}
     problems = []
-    for name in coefficients(task_vector, plan):
-        target = live.get(name)
-        entry = task_vector.base.entries[name]
+    for name in chosen:
+        shape = task_vector.base.entries[name].shape
+        place = fused.get(name, name)
+        target = live.get(place)
         if target is None:
             problems.append(f"`{name}` is in the plan but not in the model")
-        elif tuple(target.shape) != entry.shape:
-            problems.append(f"`{name}` is {list(target.shape)} in the model and {list(entry.shape)} on disk")
         elif target.device.type == "meta":
             problems.append(f"`{name}` is offloaded: it has no memory of its own")
-        elif not any(target is other for other in targets.values()):
-            targets[name] = target
+        elif place == name and tuple(target.shape) != shape:
+            problems.append(f"`{name}` is {list(target.shape)} in the model and {list(shape)} on disk")
+        elif place not in targets and not any(target is other for other in targets.values()):
+            targets[place] = target
     if problems:
         raise CheckpointError(
             "the plan does not fit the live model", problems=problems, hint="load the model from the base checkpoint"
         )
-    for name, target in targets.items():
-        new = edited_tensor(task_vector, plan, name)
-        tensors[name] = new.to(device=target.device, dtype=target.dtype)
+    tensors = {}
+    for place, target in targets.items():
+        stacked = place not in task_vector.base.entries
+        new = _stack_experts(task_vector, plan, place, target) if stacked else edited_tensor(task_vector, plan, place)
+        tensors[place] = new.to(device=target.device, dtype=target.dtype)
     return Swap(model, tensors, targets)
 
 
@@ -88,6 +93,37 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     return live | {
         parse_name(name).canonical: tensor for name, tensor in model.named_parameters(remove_duplicate=False)
     }
+
+
+# Transformers 5 runs a block's experts as one tensor, and still saves one per expert.
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def _fused(live: dict[str, Tensor], task_vector: TaskVector) -> dict[str, str]:
+    """Canonical name of an expert's tensor -> the live tensor that holds all experts', where the model stacks them."""
+    places = {}
+    for name in task_vector.names:
+        parts = name.split(".")
+        if parts[2:4] == ["mlp", "experts"] and parts[4].isdigit() and name not in live:
+            for stacked, modules in STACKED.items():
+                if parts[5] in modules:
+                    places[name] = ".".join((*parts[:4], stacked))
+    return places
+
+
+def _stack_experts(task_vector: TaskVector, plan: EditPlan, place: str, target: Tensor) -> Tensor:
+    prefix, _, stacked = place.rpartition(".")
+    experts = [
+        torch.cat([edited_tensor(task_vector, plan, f"{prefix}.{n}.{module}.weight") for module in STACKED[stacked]])
+        for n in range(len(target))
+    ]
+    new = torch.stack(experts)
+    if new.shape != target.shape:
+        raise CheckpointError(
+            f"`{place}` is {list(target.shape)} in the model, its experts on disk make {list(new.shape)}",
+            hint="this version of Transformers stacks the experts in another way: edit on disk and load that",
+        )
+    return new
 
 
 def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[Tensor, "..."]:
