@@ -3,13 +3,14 @@
 import pytest
 
 from stethoscope.artifacts import Provenance
-from stethoscope.diagnosis.diagnose import CorpusSummary, Diagnosis, LayerDiagnosis, SAEHealth
+from stethoscope.diagnosis.diagnose import CorpusSummary, Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
+from stethoscope.saes.health import SAEHealth
 from stethoscope.selection.policies import select
 
 
 def diagnosis(excesses: list[float], flagged: tuple[int, ...] = ()) -> Diagnosis:
-    healthy = SAEHealth(variance_explained=0.9, l0=10, dead=0, dense=0)
+    healthy = SAEHealth(tokens=100, variance_explained=0.9, l0=10.0, dead=0.0, dense=0.0)
     return Diagnosis(
         provenance=Provenance(),
         score="mass_shift",

@@ -11,30 +11,14 @@ from stethoscope.diagnosis.listen import Listening
 from stethoscope.diagnosis.scores import SCORES, mass_difference
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.errors import StethoscopeError
+from stethoscope.saes.health import DENSE_RATE, SAEHealth
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
-DENSE_RATE = 0.1
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class SAEHealth(_Frozen):
-    """How well an SAE describes its layer on one corpus.
-
-    Attributes:
-        variance_explained: about the mean, on a sample; None where it is undefined.
-        l0: features active per counted token.
-        dead: share of features that never fired on this corpus.
-        dense: share of features that fired on more than a tenth of the counted tokens.
-    """
-
-    variance_explained: float | None
-    l0: float
-    dead: float
-    dense: float
 
 
 class FeatureDifference(_Frozen):
@@ -161,6 +145,7 @@ def diagnose(
 def _health(heard: Listening, layer: int) -> SAEHealth:
     rate = heard.statistics.layers[layer].rate
     return SAEHealth(
+        tokens=int(heard.statistics.layers[layer].tokens.sum()),
         variance_explained=heard.variance_explained[layer],
         l0=float(rate.sum()),
         dead=float((rate == 0).mean()),

@@ -6,7 +6,7 @@ A block of documents is forwarded on its own, so its sums are the same whichever
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from stethoscope.corpus import TokenBatch, batches, tokenize
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.errors import SAEError
 from stethoscope.models import decoder, decoder_layers
+from stethoscope.saes.health import HealthSums
 
 log = logging.getLogger(__name__)
 
@@ -27,32 +28,6 @@ log = logging.getLogger(__name__)
 SINK_RATIO = 10.0
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(kw_only=True)
-class ReconstructionError:
-    """Sums for variance explained, about the mean, over a sample of counted tokens."""
-
-    tokens: int = 0
-    total: np.ndarray = field(default_factory=lambda: np.zeros(()))
-    square: float = 0.0
-    residual: float = 0.0
-
-    def add(self, hidden: Float[Tensor, "tokens d_in"], decoded: Float[Tensor, "tokens d_in"]) -> None:
-        """Take in a batch of activations and their reconstruction."""
-        wide = hidden.double()
-        self.tokens += len(wide)
-        self.total = self.total + wide.sum(0).cpu().numpy()
-        self.square += float(wide.square().sum())
-        self.residual += float((wide - decoded.double()).square().sum())
-
-    @property
-    def variance_explained(self) -> float | None:
-        """1 less residual over total variance; None where there is no variance to explain."""
-        if not self.tokens:
-            return None
-        variance = self.square - float(np.square(self.total).sum()) / self.tokens
-        return 1 - self.residual / variance if variance > 0 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +71,7 @@ def listen(
     """
     rows = tokenize(documents, tokenizer, max_tokens=max_tokens)
     layers = sorted(saes)
-    errors = {layer: ReconstructionError() for layer in layers}
+    health: dict[int, HealthSums] = {}
     parts = []
     for start in range(0, len(rows), block_size):
         block = {layer: _BlockSums(saes[layer].cfg.d_sae) for layer in layers}
@@ -108,14 +83,15 @@ def listen(
                 sae = saes[layer]
                 activations = sae.encode(heard)
                 block[layer].add(activations, sinks=int(loud.sum()))
-                if errors[layer].tokens < health_tokens:
-                    errors[layer].add(heard, sae.decode(activations))
+                if layer not in health or health[layer].tokens < health_tokens:
+                    sums = HealthSums.of(heard, activations, sae.decode(activations))
+                    health[layer] = health[layer] + sums if layer in health else sums
         parts.append(FeatureStatistics(layers={layer: block[layer].freeze(layer) for layer in layers}))
         if progress:
             progress(min(start + block_size, len(rows)), len(rows))
     return Listening(
         statistics=FeatureStatistics.merge(parts),
-        variance_explained={layer: errors[layer].variance_explained for layer in layers},
+        variance_explained={layer: health[layer].health().variance_explained for layer in layers},
     )
 
 
