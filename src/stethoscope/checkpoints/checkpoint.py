@@ -9,7 +9,7 @@ Opening reads config.json, the index and the headers, and says everything that i
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -66,8 +66,8 @@ class Entry:
         return self.shape[-1] if self.shape else 1
 
 
-class Checkpoint(Mapping[str, Tensor]):
-    """A model's weights on disk by canonical name. Opened with `open_checkpoint`; holds no file open.
+class Checkpoint:
+    """A model's weights on disk, a mapping from canonical name to tensor. Opened with `open_checkpoint`; holds no file open.
 
     Attributes:
         path: the folder.
@@ -102,6 +102,10 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
+
+    def keys(self) -> KeysView[str]:
+        """The canonical names, in the order of files and bytes."""
+        return self.entries.keys()
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.layers} layers)"

@@ -6,7 +6,7 @@ difference between a hash per tensor that hides behind the copy and one that dou
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from stethoscope.artifacts import canonical_json
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
@@ -16,6 +16,7 @@ PIECE = 1 << 20  # bytes read, hashed and written at a time: what stays in a cor
 SAMPLE = 4096
 
 
+@runtime_checkable
 class Digest(Protocol):
     """What hashlib's and BLAKE3's objects have in common."""
 

@@ -1,0 +1,181 @@
+"""Checkpoints as they lie on disk, whole and damaged."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from stethoscope.checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
+from stethoscope.errors import CheckpointError
+
+
+@pytest.fixture
+def sharded(llama: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
+    llama(layers=2, hidden=16).save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
+    return tmp_path / "sharded"
+
+
+@pytest.fixture
+def single(llama: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
+    llama(layers=2, hidden=16).save_pretrained(tmp_path / "single")
+    return tmp_path / "single"
+
+
+def test_a_mapping_from_canonical_name_to_tensor(llama: Callable[..., PreTrainedModel], sharded: Path, single: Path) -> None:
+    weights = llama(layers=2, hidden=16).state_dict()
+    for folder in (sharded, single):
+        checkpoint = open_checkpoint(folder)
+        assert (checkpoint.layers, checkpoint.hidden_size, checkpoint.tied) == (2, 16, True)
+        assert "lm_head.weight" not in checkpoint
+        assert len(checkpoint) == len(weights) - 1
+        for name in checkpoint:
+            assert torch.equal(checkpoint[name], weights[checkpoint.entries[name].stored])
+            assert checkpoint.read_bytes(name) == checkpoint[name].numpy().tobytes()
+    with pytest.raises(CheckpointError, match="no tensor") as caught:
+        checkpoint["layers.0.self_attn.q_porj.weight"]
+    assert "q_proj" in str(caught.value.hint)
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 5)
+
+
+def second_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+def repeat_tensor(folder: Path) -> None:
+    one, two = sorted(folder.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(one)))
+    save_file(load_file(two) | {name: load_file(one)[name]}, two)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "truncated shard": (lambda f: truncate(second_shard(f)), "truncated"),
+    "zero-byte file": (lambda f: second_shard(f).write_bytes(b""), "is empty"),
+    "missing shard": (lambda f: second_shard(f).unlink(), "is missing"),
+    "the same tensor twice": (repeat_tensor, "the index does not list"),
+    "index leads out": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x="../x.safetensors")), "leads out"),
+    "index is absolute": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x="/x.safetensors")), "leads out"),
+    "index names a pickle": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x="x.bin")), "not a safetensors"),
+    "index names a number": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x=3)), "not a name"),
+    "index promises more": (
+        lambda f: edit_index(f, lambda i: i["weight_map"].update(x=second_shard(f).name)),
+        "lacks `x`",
+    ),
+    "index is empty": (lambda f: edit_index(f, lambda i: i.clear()), "no `weight_map`"),
+    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
+    "index is missing": (lambda f: (f / INDEX).unlink(), "and no `model.safetensors.index.json`"),
+    "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
+    "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    "config wants more layers": (
+        lambda f: (f / "config.json").write_text(json.dumps({"num_hidden_layers": 4})),
+        "layer 3 has no tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named(fault: str, sharded: Path) -> None:
+    damage, message = FAULTS[fault]
+    damage(sharded)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_checkpoint(sharded)
+    assert caught.value.hint
+
+
+def test_two_names_of_one_tensor(single: Path) -> None:
+    tensors = load_file(single / "model.safetensors")
+    tensors["language_model.model.norm.weight"] = tensors["model.norm.weight"].clone()
+    save_file(tensors, single / "model.safetensors")
+    with pytest.raises(CheckpointError, match="are the same tensor"):
+        open_checkpoint(single)
+
+
+def test_a_pickle_is_refused_and_not_opened(single: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(single / "exploded"),))
+
+    (single / "model.safetensors").unlink()
+    torch.save({"x": Bomb()}, single / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="is a pickle") as caught:
+        open_checkpoint(single)
+    assert "save_pretrained" in str(caught.value.hint)
+    assert not (single / "exploded").exists()
+
+
+def test_all_damage_at_once(sharded: Path) -> None:
+    for path in sorted(sharded.glob("*.safetensors"))[:3]:
+        truncate(path)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(sharded)
+    assert len(caught.value.problems) == 3
+
+
+def test_a_file_that_shrinks_after_it_was_opened(single: Path) -> None:
+    checkpoint = open_checkpoint(single)
+    os.truncate(single / "model.safetensors", 3000)
+    with pytest.raises(CheckpointError, match="shorter while it was being read"):
+        checkpoint["norm.weight"]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.dictionaries(st.text(max_size=12), st.text(max_size=24) | st.integers() | st.none(), max_size=5))
+def test_any_index_is_refused_or_stays_in_its_folder(sharded: Path, weight_map: dict[str, Any]) -> None:
+    original = (sharded / INDEX).read_text()
+    try:
+        (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError):
+            open_checkpoint(sharded)
+    finally:
+        (sharded / INDEX).write_text(original)
+
+
+def hub_cache(cache: Path, folder: Path, repository: str, commit: str) -> None:
+    """The hub library's own cache layout: blobs, a snapshot of links to them, and a ref."""
+    root = cache / ("models--" + repository.replace("/", "--"))
+    (root / "blobs").mkdir(parents=True)
+    (root / "snapshots" / commit).mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    for path in folder.iterdir():
+        blob = root / "blobs" / path.name
+        blob.write_bytes(path.read_bytes())
+        (root / "snapshots" / commit / path.name).symlink_to(blob)
+
+
+def test_a_hub_id_is_found_in_the_cache(single: Path, tmp_path: Path) -> None:
+    commit = "a" * 40
+    hub_cache(tmp_path / "cache", single, "someone/tiny", commit)
+    for revision in (None, "main", commit):
+        checkpoint = open_checkpoint("someone/tiny", revision=revision, cache=tmp_path / "cache")
+        assert checkpoint.source == "someone/tiny"
+        assert torch.equal(checkpoint["norm.weight"], open_checkpoint(single)["norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["someone/absent", "absent", "no/such/folder", "./nowhere", "a b"])
+def test_what_is_neither_folder_nor_in_the_cache(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(name, cache=tmp_path)
+    assert caught.value.hint
+    assert name in caught.value.message
+
+
+def test_a_checkpoint_is_not_read_when_it_is_opened(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Checkpoint, "read_into", lambda *_: pytest.fail("read"))
+    assert len(open_checkpoint(single)) > 0
