@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="becomes the folder of SAEs")
     parser.add_argument("--tokens", type=int, default=1_200_000)
     parser.add_argument("--width", type=int, default=1152)
-    parser.add_argument("--k", type=float, default=64)
+    parser.add_argument("--k", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--layers", type=int, nargs="*", help="all unless given")

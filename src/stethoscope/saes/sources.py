@@ -248,7 +248,8 @@ def _read(folder: Path) -> SAEFolder:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise _unusable([f"`{CONFIG}` {reason}"]) from error
     problems: list[str] = []
-    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
+    metadata = config.get("metadata")
+    metadata = metadata if isinstance(metadata, dict) else {}
     hook_name = metadata.get("hook_name") or config.get("hook_name") or ""
     sizes = {name: config.get(name) for name in ("d_in", "d_sae")}
     problems += [

@@ -42,6 +42,7 @@ SINK_RATIO = 10.0
 INIT_GAIN = 0.15
 
 Activations = dict[str, Float[Tensor, "tokens d_in"]]
+Padded = dict[str, Float[Tensor, "rows tokens d_in"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class TrainingSettings:
     """
 
     width: int
-    k: float
+    k: int
     tokens: int
     batch: int = 1024
     learning_rate: float = 4e-3
@@ -72,7 +73,7 @@ class TrainingSettings:
     model_name: str | None = None
 
 
-class _LeanBatchTopK(BatchTopKTrainingSAE):
+class _LeanBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]  # SAELens is not typed
     """SAELens' BatchTopK SAE with a training step of few passes over memory, for which a CPU has little bandwidth.
 
     Products are in bfloat16, the error and the weights in float32. The cut between the k largest activations of the
@@ -101,7 +102,7 @@ class _LeanBatchTopK(BatchTopKTrainingSAE):
 
     def _cut(self, encoded: Float[Tensor, "tokens width"]) -> float:
         bits = encoded.contiguous().view(torch.int16).reshape(-1).cpu().numpy()
-        place = max(bits.size - int(self.cfg.k * len(encoded)) - 1, 0)
+        place = max(bits.size - int(self.cfg.k) * len(encoded) - 1, 0)
         cut = torch.tensor(int(np.partition(bits, place)[place]), dtype=torch.int16).view(torch.bfloat16)
         return max(float(cut), 0.0)
 
@@ -236,7 +237,7 @@ def _new_sae(
             rescale_acts_by_decoder_norm=False,
             topk_threshold_lr=max(0.01, min(1.0, 10 / steps)),
             metadata=SAEMetadata(
-                model_name=settings.model_name or Path(stream.model.name_or_path).name,
+                model_name=settings.model_name or Path(stream.model.name_or_path or "").name,
                 model_class_name="AutoModelForCausalLM",
                 hook_name=name,
                 context_size=stream.max_tokens,
@@ -266,6 +267,7 @@ def _save(trained: _LeanBatchTopK, folder: Path) -> None:
     # A bias holds values far from 0 whose rounding would shift every activation; matrices hold all of the bytes.
     stored = {name: (value.bfloat16() if value.ndim == 2 else value.float()) for name, value in weights.items()}
     save_file({name: value.contiguous() for name, value in stored.items()}, folder / "sae_weights.safetensors")
+    (folder / "sae_weights.safetensors").chmod(0o644)
     config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
     write_json(folder / "cfg.json", config)
 
@@ -313,7 +315,7 @@ class ActivationStream:
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[Activations]:
         """Each layer's output on some documents, a batch of documents at a time."""
         for batch in batches(rows, self.tokenizer, batch_tokens=self.batch_tokens):
-            heard: Activations = {}
+            heard: Padded = {}
             with ExitStack() as stack:
                 for layer in self.layers:
                     stack.callback(self.blocks[layer].register_forward_hook(_keep(heard, self.hook(layer))).remove)
@@ -348,14 +350,14 @@ class ActivationStream:
             rest = [batch] if len(mixed[-1]) < settings.batch else []
 
 
-def _keep(heard: Activations, name: str) -> Callable[[nn.Module, Any, Any], None]:
+def _keep(heard: Padded, name: str) -> Callable[[nn.Module, Any, Any], None]:
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         heard[name] = output[0] if isinstance(output, tuple) else output
 
     return hook
 
 
-def _countable(heard: Activations, batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
+def _countable(heard: Padded, batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
     """Tokens worth training on: no padding, no special token, not a document's first, no sink in any layer."""
     keep = batch.countable.clone()
     keep[:, 0] = False

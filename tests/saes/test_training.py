@@ -1,0 +1,194 @@
+"""SAEs trained on a tiny model, and health on an SAE whose answer is known."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from sae_lens import SAE, BatchTopKTrainingSAEConfig, StandardSAE, StandardSAEConfig
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.sae import TrainStepInput
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stethoscope.errors import SAEError
+from stethoscope.saes.health import HealthSums, measure_health
+from stethoscope.saes.sources import check_fit, load_sae, open_saes
+from stethoscope.saes.training import ActivationStream, TrainingSettings, _LeanBatchTopK, train_saes
+
+Llama = Callable[..., LlamaForCausalLM]
+DOCUMENTS = [f"{n} cats and {n * n % 97} dogs met at house {n % 13} in the year {1900 + n}." for n in range(120)]
+SETTINGS = TrainingSettings(width=64, k=8, tokens=16384, batch=256, buffer=1024)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    llama: Llama, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, LlamaForCausalLM]:
+    model = llama(layers=3)
+    out = tmp_path_factory.mktemp("saes") / "trained"
+    done: list[int] = []
+    train_saes(
+        model,
+        tokenizer,
+        DOCUMENTS[20:],
+        out,
+        settings=SETTINGS,
+        held_out={"first": DOCUMENTS[:10], "second": DOCUMENTS[10:20]},
+        progress=lambda tokens, _total: done.append(tokens),
+    )
+    assert done[-1] == SETTINGS.tokens
+    return out, model
+
+
+def activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layer: int) -> torch.Tensor:
+    stream = ActivationStream(model, tokenizer, [layer])
+    return torch.cat([part[stream.hook(layer)] for part in stream.outputs(stream.tokenize(DOCUMENTS[:20]))])
+
+
+def test_trained_saes_explain_held_out_text(trained: tuple[Path, LlamaForCausalLM]) -> None:
+    out, _ = trained
+    report = json.loads((out / "health.json").read_text())["layers"]
+    assert report.keys() == {"0", "1", "2"}
+    for kinds in report.values():
+        assert kinds.keys() == {"first", "second", "all"}
+        assert kinds["all"]["variance_explained"] > 0.7
+        assert 4 < kinds["all"]["l0"] < 16
+        assert kinds["all"]["tokens"] == kinds["first"]["tokens"] + kinds["second"]["tokens"]
+
+
+def test_training_beats_no_training(
+    trained: tuple[Path, LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    out, model = trained
+    health = train_saes(
+        model,
+        tokenizer,
+        DOCUMENTS[20:],
+        tmp_path / "hurried",
+        settings=TrainingSettings(width=64, k=8, tokens=256, batch=256, buffer=1024),
+        held_out={"all of it": DOCUMENTS[:20]},
+        layers=[1],
+    )
+    hidden = activations(model, tokenizer, 1)
+    explained = measure_health(SAE.load_from_disk(out / "layer_1"), hidden).health().variance_explained
+    hurried = health[1]["all"].variance_explained
+    assert explained is not None
+    assert hurried is not None
+    assert explained > hurried + 0.1
+
+
+def test_saved_saes_are_jumprelu_in_sae_lens_layout(trained: tuple[Path, LlamaForCausalLM]) -> None:
+    out, _ = trained
+    saes = open_saes(out, sae_id="layer_{layer}")
+    check_fit(saes, hidden_size=32, num_layers=3)
+    assert saes[1].architecture == "jumprelu"
+    sae = load_sae(saes[1])
+    stored = load_file(out / "layer_1" / "sae_weights.safetensors")
+    assert {name: value.dtype for name, value in stored.items()} == {
+        "W_enc": torch.bfloat16,
+        "W_dec": torch.bfloat16,
+        "b_enc": torch.float32,
+        "b_dec": torch.float32,
+        "threshold": torch.float32,
+    }
+    for name, value in stored.items():
+        assert torch.equal(getattr(sae, name), value.float())
+    assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(64), atol=0.01)
+    x = torch.randn(7, 32)
+    z = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    assert torch.allclose(sae.encode(x), z.relu() * (z > sae.threshold), atol=1e-5)
+
+
+def test_training_again_gives_the_same_bytes(
+    trained: tuple[Path, LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    _, model = trained
+    settings = TrainingSettings(width=16, k=4, tokens=512, batch=256, buffer=512)
+    for name in ("one", "two"):
+        train_saes(
+            model, tokenizer, DOCUMENTS, tmp_path / name, settings=settings, held_out={"x": DOCUMENTS[:4]}, layers=[0]
+        )
+    weights = [tmp_path / name / "layer_0" / "sae_weights.safetensors" for name in ("one", "two")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_a_lean_step_is_sae_lens_batch_top_k() -> None:
+    sae = _LeanBatchTopK(BatchTopKTrainingSAEConfig(d_in=16, d_sae=64, k=6, rescale_acts_by_decoder_norm=False))
+    x = torch.randn(128, 16)
+    step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
+    ours = sae.training_forward_pass(step)
+    expected = BatchTopK(6)((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    fired, meant = ours.feature_acts > 0, expected > 0
+    # bfloat16 moves a few values over the cut
+    assert (fired != meant).float().mean() < 0.01
+    both = fired & meant
+    assert torch.allclose(ours.feature_acts[both].float(), expected[both], rtol=0.02, atol=0.02)
+
+
+def test_layers_out_of_range_are_all_named(llama: Llama, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with pytest.raises(SAEError) as caught:
+        train_saes(
+            llama(layers=2),
+            tokenizer,
+            DOCUMENTS,
+            tmp_path / "x",
+            settings=SETTINGS,
+            held_out={},
+            layers=[0, 2, 7],
+        )
+    assert caught.value.problems == ("layer 2", "layer 7")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_exact_sae_explains_everything(llama: Llama, tokenizer: PreTrainedTokenizerFast) -> None:
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64, apply_b_dec_to_input=False))
+    eye = torch.eye(32)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([eye, -eye], dim=1))
+        sae.W_dec.copy_(torch.cat([eye, -eye]))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    model = llama(layers=3)
+    for layer in range(3):
+        health = measure_health(sae, activations(model, tokenizer, layer)).health()
+        assert health.variance_explained == pytest.approx(1)
+        assert health.l0 == pytest.approx(32, abs=1)
+
+
+def test_the_stream_reads_each_layer_without_first_and_special_tokens(
+    llama: Llama, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model, documents = llama(layers=2), ["abcd</s>efg", "hi"]
+    stream = ActivationStream(model, tokenizer, [0, 1], batch_tokens=4)
+    heard = {0: [], 1: []}  # type: dict[int, list[torch.Tensor]]
+    for part in stream.outputs(stream.tokenize(documents)):
+        for layer in heard:
+            heard[layer].append(part[stream.hook(layer)])
+    states = []
+    for document in documents:
+        out = model.model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True)
+        states.append(out.hidden_states[1][0])
+    assert torch.allclose(torch.cat(heard[0]), torch.cat([states[0][[1, 2, 3, 5, 6, 7]], states[1][1:]]), atol=1e-5)
+    assert not torch.allclose(torch.cat(heard[0]), torch.cat(heard[1]))
+
+
+def test_health_merges_in_any_grouping() -> None:
+    torch.manual_seed(0)
+    hidden, features = torch.randn(60, 8), torch.randn(60, 16).relu()
+    features[:, 3] = 0
+    decoded = hidden + 0.1 * torch.randn(60, 8)
+    whole = HealthSums.of(hidden, features, decoded).health()
+    parts = [HealthSums.of(hidden[a:b], features[a:b], decoded[a:b]) for a, b in ((0, 7), (7, 50), (50, 60))]
+    merged = (parts[0] + (parts[1] + parts[2])).health()
+    assert merged.variance_explained == pytest.approx(whole.variance_explained)
+    assert (merged.l0, merged.dead, merged.dense) == (whole.l0, whole.dead, whole.dense)
+    assert whole.dead == 1 / 16
+    assert whole.variance_explained == pytest.approx(0.99, abs=0.01)
+
+
+def test_health_of_nothing_is_undefined_not_zero() -> None:
+    none = HealthSums.of(torch.zeros(0, 4), torch.zeros(0, 8), torch.zeros(0, 4)).health()
+    assert none.variance_explained is None
+    assert none.l0 is None
