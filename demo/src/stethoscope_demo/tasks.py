@@ -1,0 +1,121 @@
+"""The demo's tasks as files: JSON lines and lm-evaluation-harness configurations, and text for diagnosis.
+
+write_tasks(Path("runs/demo/tasks"))     # then TaskManager(include_path="runs/demo/tasks")
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from stethoscope_demo.items import CONTROL_TASKS, MATH_SUBJECTS, SHOTS, TASKS, items, join_items, shots
+
+TEST_ITEMS = 250
+CALIBRATION_ITEMS = 150
+TARGET_DOCUMENTS = 210  # five problems each use every calibration item once
+MATH_GROUP = "stethoscope_math"
+CONTROL_GROUP = "stethoscope_control"
+ANSWER = r"The final answer is \$(.*?)\$"
+
+# The longest gold solution of a test item is 64 tokens up to its end and 58 up to the answer.
+MAX_NEW_TOKENS = 64
+
+
+def write_tasks(folder: Path, *, test_items: int = TEST_ITEMS) -> list[str]:
+    """Writes every task's items and configuration; returns the names of the tasks, mathematics first.
+
+    The configurations name their data by absolute paths, which `datasets` needs: write them again after moving.
+    """
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for task in TASKS:
+        data = {}
+        for split, found in (
+            ("test", items(task, "test", test_items)),
+            ("calibration", items(task, "calibration", CALIBRATION_ITEMS)),
+            ("shots", shots(task)),
+        ):
+            path = folder / f"{task}.{split}.jsonl"
+            rows = ({"problem": i.problem, "solution": i.solution, "answer": i.answer, "kind": i.kind} for i in found)
+            _write_lines(path, rows)
+            data[split] = str(path)
+        _write_yaml(folder / f"{task}.yaml", _configuration(task, data))
+    for group, tasks in ((MATH_GROUP, MATH_SUBJECTS), (CONTROL_GROUP, CONTROL_TASKS)):
+        mean = {"metric": "exact_match", "aggregation": "mean", "weight_by_size": False, "filter_list": "answer"}
+        members = [task_name(task) for task in tasks]
+        _write_yaml(folder / f"{group}.yaml", {"group": group, "task": members, "aggregate_metric_list": [mean]})
+    return [task_name(task) for task in TASKS]
+
+
+def task_name(task: str) -> str:
+    """What lm-evaluation-harness calls a task."""
+    return f"stethoscope_{task}"
+
+
+def _configuration(task: str, data: dict[str, str]) -> dict[str, Any]:
+    return {
+        "task": task_name(task),
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": data},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "fewshot_split": "shots",
+        "num_fewshot": SHOTS,
+        "fewshot_config": {"sampler": "first_n", "split": "shots", "doc_to_target": "{{solution}}"},
+        "doc_to_text": "Problem:\n{{problem}}\n\nSolution:",
+        "doc_to_target": "{{answer}}",
+        # The second stop saves a quarter of the tokens: the answer stands before it.
+        "generation_kwargs": {
+            "until": ["Problem:", " I hope"],
+            "do_sample": False,
+            "temperature": 0.0,
+            "max_gen_toks": MAX_NEW_TOKENS,
+        },
+        "filter_list": [
+            {
+                "name": "answer",
+                "filter": [{"function": "regex", "regex_pattern": ANSWER}, {"function": "take_first"}],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+
+
+def target_documents(count: int, *, problems: int = 5, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Calibration text: documents of several problems of one subject in the tested form, subjects in turn.
+
+    Each of a subject's calibration problems is used once before any is used again.
+    """
+    pools = {subject: cycle(items(subject, "calibration", CALIBRATION_ITEMS, seed=seed)) for subject in MATH_SUBJECTS}
+    for subject in islice(cycle(MATH_SUBJECTS), count):
+        yield {"text": join_items(list(islice(pools[subject], problems))), "subject": subject}
+
+
+def general_documents(split: Literal["calibration", "test"]) -> Iterator[dict[str, str]]:
+    """The packaged non-mathematical text: one half for diagnosis, the other for the loss it is judged by."""
+    with files("stethoscope_demo").joinpath("data/general.jsonl").open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if row["split"] == split:
+                yield {"text": row["text"], "source": row["source"]}
+
+
+def write_text_corpora(folder: Path) -> None:
+    """Writes `target.jsonl` and `control.jsonl` for the diagnosis, `general.jsonl` to judge the cost by."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_lines(folder / "target.jsonl", target_documents(TARGET_DOCUMENTS))
+    _write_lines(folder / "control.jsonl", general_documents("calibration"))
+    _write_lines(folder / "general.jsonl", general_documents("test"))
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_yaml(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
