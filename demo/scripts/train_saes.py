@@ -2,7 +2,7 @@
 
     python demo/scripts/train_saes.py --base DIR --data DIR --out demo/src/stethoscope_demo/saes
 
-`--data` holds the public files named in `CARD.md` beside the weights. The same arguments give the same text.
+`--data` holds the public files named in the README beside the weights. The same arguments give the same text.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from stethoscope.artifacts import sha256_bytes
+from stethoscope.artifacts import sha256_bytes, write_text
 from stethoscope.models import load_model, load_tokenizer
 from stethoscope.saes.training import TrainingSettings, train_saes
 from stethoscope_demo.base_model import ORIGIN
@@ -30,6 +30,57 @@ SHARES = {"wikitext": 0.22, "mmlu": 0.13, "gsm8k": 0.17, "items": 0.20, "code": 
 # Health is reported for these; together they weigh like the mixture.
 KINDS = {"general": ("wikitext", "mmlu"), "maths": ("gsm8k", "items"), "code": ("code",), "chat": ("chat",)}
 HELD_OUT_PERCENT = 4
+
+CARD = """\
+---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+tags: [sparse-autoencoder, sae-lens]
+---
+
+# Sparse autoencoders for SmolLM2-135M-Instruct
+
+One for the residual stream after each of the 30 layers, in SAELens' folder layout:
+
+```python
+from sae_lens import SAE
+
+sae = SAE.load_from_disk("layer_12")  # reads the output of model.layers.12
+```
+
+They are small on purpose, so that they can be shipped and run on a laptop: 1152 features on 576 values, matrices in
+bfloat16, biases and thresholds in float32, decoder rows of norm 1. They load in float32.
+
+## How they were made
+
+    python demo/scripts/train_saes.py --base BASE --data DATA --out OUT {arguments}
+
+- BatchTopK on SAELens' trainers, saved as JumpReLU; all layers on one forward of the base model in bfloat16.
+- Left out: special tokens, each document's first position, and attention sinks (a residual norm over 10 times the
+  median of the document, at any layer). With the first position left in, upper layers' SAEs are worse than the mean.
+- Decoder rows start as directions of real activations about their mean, encoder rows as 0.15 times those.
+- Adam, the learning rate warmed up over a twentieth of the steps and decayed to 0 over the last half.
+
+## Text
+
+| share | source | licence |
+|---:|---|---|
+| 22 % | WikiText-2, validation part, its spacing undone | CC BY-SA 3.0 |
+| 13 % | MMLU, test part | MIT |
+| 17 % | GSM8K, train part, and SVAMP, as `Problem: ... Solution: ...` | MIT |
+| 20 % | generated items of the seven subjects, training split only, in the same form | Apache-2.0 |
+| 8 % | MBPP and HumanEval | CC BY 4.0, MIT |
+| 20 % | GSM8K, SVAMP, MMLU, MBPP and Alpaca's seed tasks in the model's chat template | as above, Apache-2.0 |
+
+No text is in this folder. Which documents are held out follows from their hashes.
+
+## Health on held-out text
+
+Variance explained about the mean, by kind of text and for `all` of it, measured on the weights as stored. L0 is the
+number of features that fire on a token. Dead features fired on none of the held-out tokens, dense ones on over 10 %.
+
+{table}
+"""
 
 
 def main() -> None:
@@ -64,7 +115,7 @@ def main() -> None:
             file=sys.stderr,
         )
 
-    health = train_saes(
+    train_saes(
         model,
         tokenizer,
         documents,
@@ -83,15 +134,30 @@ def main() -> None:
         overwrite=options.overwrite,
         progress=progress,
     )
-    print(
-        "| layer | " + " | ".join(f"VE {kind}" for kind in next(iter(health.values()))) + " | L0 | dead % | dense % |"
-    )
-    print("|---|" + "---|" * (len(next(iter(health.values()))) + 3))
-    for layer, kinds in health.items():
-        explained = " | ".join(f"{found.variance_explained:.3f}" for found in kinds.values())
-        whole = kinds["all"]
-        print(f"| {layer} | {explained} | {whole.l0:.0f} | {100 * whole.dead:.1f} | {100 * whole.dense:.1f} |")
-    print(f"\n{(time.monotonic() - start) / 60:.1f} minutes in all")
+    minutes = (time.monotonic() - start) / 60
+    write_card(options.out)
+    print(health_table(options.out), f"{minutes:.0f} minutes in all", sep="\n\n")
+
+
+def write_card(out: Path) -> None:
+    """Describe a folder of trained SAEs in its README, from its ``health.json``."""
+    settings = json.loads((out / "health.json").read_text(encoding="utf-8"))["settings"]
+    given = ("tokens", "width", "k", "learning_rate", "batch", "seed")
+    arguments = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in given)
+    write_text(out / "README.md", CARD.format(table=health_table(out), arguments=arguments))
+
+
+def health_table(out: Path) -> str:
+    """The health of the SAEs in a folder, as a Markdown table."""
+    layers = json.loads((out / "health.json").read_text(encoding="utf-8"))["layers"]
+    kinds = list(next(iter(layers.values())))
+    lines = [f"| layer | {' | '.join(kinds)} | L0 | dead, % | dense, % |", "|---:" * (len(kinds) + 4) + "|"]
+    for layer, found in layers.items():
+        explained = " | ".join(f"{found[kind]['variance_explained']:.3f}" for kind in kinds)
+        whole = found["all"]
+        rest = f"{whole['l0']:.0f} | {100 * whole['dead']:.1f} | {100 * whole['dense']:.1f}"
+        lines.append(f"| {layer} | {explained} | {rest} |")
+    return "\n".join(lines)
 
 
 def mixture(

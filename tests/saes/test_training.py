@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stethoscope.errors import SAEError
+from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.sources import check_fit, load_sae, open_saes
-from stethoscope.saes.training import ActivationStream, TrainingSettings, _LeanBatchTopK, train_saes
+from stethoscope.saes.training import TrainingSettings, _LeanBatchTopK, train_saes
 
 Llama = Callable[..., LlamaForCausalLM]
 DOCUMENTS = [f"{n} cats and {n * n % 97} dogs met at house {n % 13} in the year {1900 + n}." for n in range(120)]

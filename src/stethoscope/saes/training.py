@@ -4,45 +4,33 @@
 """
 
 import json
-import logging
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata, TrainStepInput, TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import new_folder, write_json
-from stethoscope.corpus import TokenBatch, batches, tokenize
 from stethoscope.errors import SAEError
-from stethoscope.models import decoder, decoder_layers
+from stethoscope.models import decoder_layers
+from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
-
-log = logging.getLogger(__name__)
-
-# Positions louder than this many times the median of their document are attention sinks. The first position is one in
-# most models; left in, they take the whole loss.
-SINK_RATIO = 10.0
 
 # Encoder rows start as this multiple of the decoder's: many features that overlap fire on a token at first.
 INIT_GAIN = 0.15
-
-Activations = dict[str, Float[Tensor, "tokens d_in"]]
-Padded = dict[str, Float[Tensor, "rows tokens d_in"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +139,7 @@ def train_saes(
     stream = ActivationStream(model, tokenizer, layers, max_tokens=settings.max_tokens)
     rows = stream.tokenize(documents)
     with new_folder(out, overwrite=overwrite) as folder:
-        saes = _fit(stream, stream.shuffled(rows, settings), settings, progress)
+        saes = _fit(stream, rows, settings, progress)
         for layer in layers:
             _save(saes[stream.hook(layer)], folder / f"layer_{layer}")
         health = measure_saes(
@@ -168,13 +156,14 @@ def train_saes(
 
 
 def _fit(
-    stream: "ActivationStream",
-    activations: "Iterator[Activations]",
+    stream: ActivationStream,
+    rows: Sequence[Sequence[int]],
     settings: TrainingSettings,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Step every layer's SAELens trainer on the same tokens; the model runs ahead in a thread of its own."""
     steps = max(1, settings.tokens // settings.batch)
+    activations = stream.shuffled(rows, batch=settings.batch, buffer=settings.buffer, seed=settings.seed)
     # Deep enough for the model to run on while the SAEs work through what it filled the buffer with.
     source = PrefetchingIterator(activations, prefetch=max(2, settings.buffer // settings.batch))
     try:
@@ -223,7 +212,7 @@ def _scale(hidden: Float[Tensor, "tokens d_in"]) -> float:
 
 @torch.no_grad()
 def _new_sae(
-    stream: "ActivationStream", name: str, hidden: Float[Tensor, "tokens d_in"], settings: TrainingSettings
+    stream: ActivationStream, name: str, hidden: Float[Tensor, "tokens d_in"], settings: TrainingSettings
 ) -> _LeanBatchTopK:
     """An SAE whose features start as directions of real activations, which leaves few dead."""
     steps = max(1, settings.tokens // settings.batch)
@@ -273,7 +262,7 @@ def _save(trained: _LeanBatchTopK, folder: Path) -> None:
 
 
 def measure_saes(
-    saes: Mapping[int, SAE[Any]], stream: "ActivationStream", held_out: Mapping[str, Sequence[str]]
+    saes: Mapping[int, SAE[Any]], stream: ActivationStream, held_out: Mapping[str, Sequence[str]]
 ) -> dict[int, dict[str, SAEHealth]]:
     """Health by layer and kind of text, with the kind ``all`` for all of it."""
     sums: dict[int, dict[str, HealthSums]] = {layer: {} for layer in saes}
@@ -284,85 +273,3 @@ def measure_saes(
                 for name in (kind, "all"):
                     sums[layer][name] = sums[layer][name] + found if name in sums[layer] else found
     return {layer: {name: found.health() for name, found in kinds.items()} for layer, kinds in sums.items()}
-
-
-class ActivationStream:
-    """Every chosen layer's output on text, tokens aligned between layers, without special tokens and sinks."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        layers: Sequence[int],
-        *,
-        max_tokens: int = 384,
-        batch_tokens: int = 512,
-    ) -> None:
-        self.model, self.tokenizer, self.layers = model, tokenizer, list(layers)
-        self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
-        self.blocks = decoder_layers(model)
-        self._names = {id(module): name for name, module in model.named_modules()}
-
-    def hook(self, layer: int) -> str:
-        """The module whose output is read, as `named_modules` calls it."""
-        return self._names[id(self.blocks[layer])]
-
-    def tokenize(self, documents: Sequence[str]) -> list[list[int]]:
-        """Token ids per document, of those with enough tokens to have any left after the first."""
-        return [row for row in tokenize(documents, self.tokenizer, max_tokens=self.max_tokens) if len(row) > 1]
-
-    @torch.no_grad()
-    def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[Activations]:
-        """Each layer's output on some documents, a batch of documents at a time."""
-        for batch in batches(rows, self.tokenizer, batch_tokens=self.batch_tokens):
-            heard: Padded = {}
-            with ExitStack() as stack:
-                for layer in self.layers:
-                    stack.callback(self.blocks[layer].register_forward_hook(_keep(heard, self.hook(layer))).remove)
-                decoder(self.model)(
-                    # no attention mask: padding is on the right, where a causal model never looks
-                    input_ids=batch.input_ids.to(self.model.device),
-                    use_cache=False,
-                )
-            keep = _countable(heard, batch)
-            yield {name: hidden[keep] for name, hidden in heard.items()}
-
-    def shuffled(self, rows: Sequence[Sequence[int]], settings: TrainingSettings) -> Iterator[Activations]:
-        """Batches of single tokens from many documents, without end."""
-        order = random.Random(settings.seed)
-        shuffle = torch.Generator().manual_seed(settings.seed)
-        queue: list[Sequence[int]] = []
-        rest: list[Activations] = []
-        while True:
-            held = sum(len(next(iter(part.values()))) for part in rest)
-            fill: list[Sequence[int]] = []
-            while held + sum(map(len, fill)) < max(settings.buffer, settings.batch):
-                if not queue:
-                    queue = order.sample(list(rows), len(rows))
-                fill.append(queue.pop())
-            parts = [*rest, *self.outputs(fill)]
-            packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            mixed = torch.randperm(len(next(iter(packed.values()))), generator=shuffle).split(settings.batch)
-            for chosen in mixed:
-                batch = {name: values[chosen.to(values.device)] for name, values in packed.items()}
-                if len(chosen) == settings.batch:
-                    yield batch
-            rest = [batch] if len(mixed[-1]) < settings.batch else []
-
-
-def _keep(heard: Padded, name: str) -> Callable[[nn.Module, Any, Any], None]:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        heard[name] = output[0] if isinstance(output, tuple) else output
-
-    return hook
-
-
-def _countable(heard: Padded, batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
-    """Tokens worth training on: no padding, no special token, not a document's first, no sink in any layer."""
-    keep = batch.countable.clone()
-    keep[:, 0] = False
-    for hidden in heard.values():
-        norms = hidden.float().norm(dim=-1).cpu()
-        median = norms.masked_fill(~batch.attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
-        keep &= norms <= SINK_RATIO * median
-    return keep
