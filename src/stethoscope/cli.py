@@ -63,7 +63,7 @@ class ConsoleReporter:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            _err.print(f"  {text}", highlight=False, markup=False)
+            _err.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.callback()
@@ -118,7 +118,7 @@ def check(recipe: RecipePath) -> None:
     from stethoscope.recipe import Recipe
 
     found = preflight(Recipe.from_yaml(recipe))
-    _out.print(f"`{recipe}` can be run: {found.describe()}", highlight=False, markup=False)
+    _out.print(f"`{recipe}` can be run: {found.describe()}", highlight=False, markup=False, soft_wrap=True)
 
 
 def cache_folder() -> Path:
@@ -141,8 +141,8 @@ def _show(result: "RunResult", *, as_json: bool) -> None:
         table.add_row(*row)
     _out.print(table)
     for line in result.verdicts():
-        _out.print(line, highlight=False, markup=False)
-    _out.print(f"\nreport: {result.report}\nedited model: {result.edited}", highlight=False, markup=False)
+        _out.print(line, highlight=False, markup=False, soft_wrap=True)
+    _out.print(f"\nreport: {result.report}\nedited model: {result.edited}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     except StethoscopeError as error:
         if "--debug" in argv:
             raise
-        _err.print(f"error: {error}", highlight=False, markup=False)
+        _err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except typer.Exit as done:
         sys.exit(done.exit_code)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
 from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
-from stethoscope.corpus import documents_hash, read_documents
+from stethoscope.corpus import documents_hash, read_documents, tokenize
 from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
 from stethoscope.diagnosis.listen import Listening, listen
 from stethoscope.diagnosis.statistics import save_statistics
@@ -28,7 +28,8 @@ from stethoscope.editing.projection import FeatureProjection, energy_kept, featu
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison, compare
-from stethoscope.evaluation.control import DocumentLosses, document_losses
+from stethoscope.evaluation.control import document_losses
+from stethoscope.evaluation.outcomes import DocumentLosses
 from stethoscope.evaluation.run import evaluate, load_tasks
 from stethoscope.models import load_model, load_tokenizer
 from stethoscope.recipe import Recipe, Text
@@ -400,7 +401,7 @@ class _Run:
                 saved = GeneralLoss.load_if_current(folder, provenance)
                 if saved is None:
                     with arm():
-                        measured = document_losses(self.model, self.tokenizer, documents)
+                        measured = document_losses(self.model, tokenize(documents, self.tokenizer))
                     saved = GeneralLoss(provenance=provenance, **measured.to_dict())
                     saved.save(folder)
                 losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})

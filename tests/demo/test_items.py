@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytest.importorskip("reasoning_gym", reason="the generators' packages need a C compiler to install")
+
 from stethoscope_demo.items import (
     MATH_SUBJECTS,
     SHOTS,
@@ -26,6 +28,7 @@ from stethoscope_demo.items import (
 from stethoscope_demo.tasks import (
     ANSWER,
     general_documents,
+    generate_items,
     target_documents,
     task_name,
     write_tasks,
@@ -197,11 +200,16 @@ def test_text_for_diagnosis(tmp_path: Path) -> None:
     assert len(list(target_documents(8))) == 8
 
 
+def test_packaged_items_are_what_the_generators_make() -> None:
+    for path, text in generate_items():
+        assert path.read_text(encoding="utf-8") == text, path
+
+
 def test_the_harness_loads_the_tasks_and_scores_gold_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     tasks = pytest.importorskip("lm_eval.tasks")
-    names = write_tasks(tmp_path / "tasks", test_items=8)
+    names = write_tasks(tmp_path / "tasks")
     manager = tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     assert set(names) <= set(manager.all_tasks)
     assert {"stethoscope_math", "stethoscope_control"} <= set(manager.all_groups)

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import yaml
 
-from stethoscope_demo.items import CONTROL_TASKS, MATH_SUBJECTS, SHOTS, TASKS, items, join_items, shots
+from stethoscope_demo.items import CONTROL_TASKS, MATH_SUBJECTS, SHOTS, TASKS, items, shots
 
+DATA = Path(str(files("stethoscope_demo"))) / "data"
+PACKAGED = ("test", "calibration", "shots")
 TEST_ITEMS = 250
 CALIBRATION_ITEMS = 150
 TARGET_DOCUMENTS = 210  # five problems each use every calibration item once
@@ -25,30 +27,37 @@ ANSWER = r"The final answer is \$(.*?)\$"
 MAX_NEW_TOKENS = 64
 
 
-def write_tasks(folder: Path, *, test_items: int = TEST_ITEMS) -> list[str]:
-    """Writes every task's items and configuration; returns the names of the tasks, mathematics first.
+def packaged(task: str, split: str) -> Path:
+    """The file of a task's items that this package carries; `scripts/make_items.py` made it."""
+    return DATA / "items" / f"{task}.{split}.jsonl"
 
-    The configurations name their data by absolute paths, which `datasets` needs: write them again after moving.
+
+def write_tasks(folder: Path) -> list[str]:
+    """Writes every task's configuration; returns the names of the tasks, mathematics first.
+
+    The configurations name the packaged items by absolute paths, which `datasets` needs.
     """
-    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
-        data = {}
-        for split, found in (
-            ("test", items(task, "test", test_items)),
-            ("calibration", items(task, "calibration", CALIBRATION_ITEMS)),
-            ("shots", shots(task)),
-        ):
-            path = folder / f"{task}.{split}.jsonl"
-            rows = ({"problem": i.problem, "solution": i.solution, "answer": i.answer, "kind": i.kind} for i in found)
-            _write_lines(path, rows)
-            data[split] = str(path)
+        data = {split: str(packaged(task, split)) for split in PACKAGED}
         _write_yaml(folder / f"{task}.yaml", _configuration(task, data))
     for group, tasks in ((MATH_GROUP, MATH_SUBJECTS), (CONTROL_GROUP, CONTROL_TASKS)):
         mean = {"metric": "exact_match", "aggregation": "mean", "weight_by_size": False, "filter_list": "answer"}
         members = [task_name(task) for task in tasks]
         _write_yaml(folder / f"{group}.yaml", {"group": group, "task": members, "aggregate_metric_list": [mean]})
     return [task_name(task) for task in TASKS]
+
+
+def generate_items() -> Iterator[tuple[Path, str]]:
+    """Every packaged file of items and what the generators make of it; needs `reasoning-gym`."""
+    for task in TASKS:
+        for split, found in (
+            ("test", items(task, "test", TEST_ITEMS)),
+            ("calibration", items(task, "calibration", CALIBRATION_ITEMS)),
+            ("shots", shots(task)),
+        ):
+            rows = ({"problem": i.problem, "solution": i.solution, "answer": i.answer, "kind": i.kind} for i in found)
+            yield packaged(task, split), _lines(rows)
 
 
 def task_name(task: str) -> str:
@@ -86,22 +95,23 @@ def _configuration(task: str, data: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def target_documents(count: int, *, problems: int = 5, seed: int = 0) -> Iterator[dict[str, str]]:
+def target_documents(count: int, *, problems: int = 5) -> Iterator[dict[str, str]]:
     """Calibration text: documents of several problems of one subject in the tested form, subjects in turn.
 
     Each of a subject's calibration problems is used once before any is used again.
     """
-    pools = {subject: cycle(items(subject, "calibration", CALIBRATION_ITEMS, seed=seed)) for subject in MATH_SUBJECTS}
+    pools = {subject: cycle(_read(packaged(subject, "calibration"))) for subject in MATH_SUBJECTS}
     for subject in islice(cycle(MATH_SUBJECTS), count):
-        yield {"text": join_items(list(islice(pools[subject], problems))), "subject": subject}
+        rows = islice(pools[subject], problems)
+        text = "\n\n".join(f"Problem:\n{row['problem']}\n\nSolution: {row['solution']}" for row in rows)
+        yield {"text": text, "subject": subject}
 
 
 def general_documents(split: Literal["calibration", "test"]) -> Iterator[dict[str, str]]:
     """The packaged non-mathematical text: one half for diagnosis, the other for the loss it is judged by."""
-    with files("stethoscope_demo").joinpath("data/general.jsonl").open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            if row["split"] == split:
-                yield {"text": row["text"], "source": row["source"]}
+    for row in _read(DATA / "general.jsonl"):
+        if row["split"] == split:
+            yield {"text": row["text"], "source": row["source"]}
 
 
 def write_text_corpora(folder: Path) -> None:
@@ -112,9 +122,16 @@ def write_text_corpora(folder: Path) -> None:
     _write_lines(folder / "general.jsonl", general_documents("test"))
 
 
+def _read(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _lines(rows: Iterable[dict[str, str]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def _write_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(_lines(rows), encoding="utf-8")
 
 
 def _write_yaml(path: Path, content: dict[str, Any]) -> None:
