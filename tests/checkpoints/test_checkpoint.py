@@ -29,7 +29,9 @@ def single(llama: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
     return tmp_path / "single"
 
 
-def test_a_mapping_from_canonical_name_to_tensor(llama: Callable[..., PreTrainedModel], sharded: Path, single: Path) -> None:
+def test_a_mapping_from_canonical_name_to_tensor(
+    llama: Callable[..., PreTrainedModel], sharded: Path, single: Path
+) -> None:
     weights = llama(layers=2, hidden=16).state_dict()
     for folder in (sharded, single):
         checkpoint = open_checkpoint(folder)

@@ -36,7 +36,10 @@ def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
         assert data[slots[name].start : slots[name].end] == tensor.flatten().view(torch.uint8).numpy().tobytes()
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__"), st.lists(st.integers(0, 4), max_size=3), max_size=6))  # fmt: skip
+names = st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata__")
+
+
+@given(st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3), max_size=6))
 def test_what_we_build_safetensors_reads_and_so_do_we(shapes: dict[str, list[int]]) -> None:
     from safetensors import deserialize
 
@@ -121,7 +124,10 @@ claims = st.fixed_dictionaries(
 
 
 @settings(max_examples=300)
-@given(header=json_values | st.dictionaries(st.text(max_size=4), claims | json_values, max_size=4), extra=st.integers(0, 64))
+@given(
+    header=json_values | st.dictionaries(st.text(max_size=4), claims | json_values, max_size=4),
+    extra=st.integers(0, 64),
+)
 def test_any_header_is_refused_or_sound(header: Any, extra: int) -> None:
     text = json.dumps(header).encode()
     size = 8 + len(text) + extra

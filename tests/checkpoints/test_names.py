@@ -26,9 +26,9 @@ from stethoscope.checkpoints.names import parse_name
         ("model.final_layernorm.bias", "norm.bias", None, "norm"),
         ("language_model.lm_head.weight", "lm_head.weight", None, "head"),
         ("embed_out.weight", "lm_head.weight", None, "head"),
-        ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", "vision_tower.encoder.layers.0.mlp.fc1.weight", None, "vision"),
-        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", "vision_tower.encoder.layers.0.mlp.fc1.weight", None, "vision"),
-        ("multi_modal_projector.mm_soft_emb_norm.weight", "multi_modal_projector.mm_soft_emb_norm.weight", None, "vision"),
+        ("model.vision_tower.encoder.layers.0.fc1.bias", "vision_tower.encoder.layers.0.fc1.bias", None, "vision"),
+        ("vision_tower.vision_model.encoder.layers.0.fc1.bias", "vision_tower.encoder.layers.0.fc1.bias", None, "vision"),
+        ("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight", None, "vision"),
         # what only looks like a layer
         ("model.encoder.layers.0.fc1.weight", "model.encoder.layers.0.fc1.weight", None, "other"),
         ("my.model.layers.0.mlp.up_proj.weight", "my.model.layers.0.mlp.up_proj.weight", None, "other"),
@@ -43,8 +43,12 @@ def test_what_names_mean(stored: str, canonical: str, layer: int | None, kind: s
     assert (found.canonical, found.layer, found.kind) == (canonical, layer, kind)
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "language_model.model.", "model.language_model.", "base_model.model.model."])
-@given(layer=st.integers(0, 9999), tail=st.sampled_from(["self_attn.q_proj.weight", "mlp.down_proj.weight", "ln_1.bias"]))
+@pytest.mark.parametrize(
+    "prefix", ["", "model.", "language_model.model.", "model.language_model.", "base_model.model.model."]
+)
+@given(
+    layer=st.integers(0, 9999), tail=st.sampled_from(["self_attn.q_proj.weight", "mlp.down_proj.weight", "ln_1.bias"])
+)
 def test_the_prefix_does_not_matter_and_canonical_names_are_fixed_points(prefix: str, layer: int, tail: str) -> None:
     found = parse_name(f"{prefix}layers.{layer}.{tail}")
     assert found == parse_name(found.canonical)

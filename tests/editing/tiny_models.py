@@ -59,12 +59,16 @@ LAYOUTS: dict[str, Callable[[], PreTrainedModel]] = {
         transformers.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"})
     ),
     "mixtral": _small("Mixtral", num_local_experts=2),
-    "qwen2 moe": _small("Qwen2Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8),
+    "qwen2 moe": _small(
+        "Qwen2Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, shared_expert_intermediate_size=8
+    ),
     "qwen3 moe": _small("Qwen3Moe", num_experts=3, num_experts_per_tok=2, moe_intermediate_size=8, head_dim=8),
 }
 
 
-def make(build: Callable[[], PreTrainedModel], *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
+def make(
+    build: Callable[[], PreTrainedModel], *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
     """A model with random weights; norms and biases are random too, or an edit of them could not be seen."""
     torch.manual_seed(seed)
     model = build().eval().requires_grad_(False)

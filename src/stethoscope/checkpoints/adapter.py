@@ -197,12 +197,14 @@ class AdapterTaskVector(TaskVector):
     def _match(self) -> dict[str, Change]:
         """Adapter keys -> base tensors; raises with every key that fits none."""
         problems = self._check_config()
-        modules: dict[tuple[str, bool], dict[str, str]] = {}
+        modules: dict[str, dict[str, str]] = {}
+        embeddings: set[str] = set()
         changes: dict[str, Change] = {}
         for key in self.slots:
             module, part, embedding = _split_key(key)
             if part is not None:
-                modules.setdefault((module, embedding), {})[part] = key
+                modules.setdefault(module, {})[part] = key
+                embeddings |= {module} if embedding else set()
                 continue
             name = parse_name(module).canonical
             if name == "lm_head.weight" and name not in self.base.entries and self._head_is_embedding(key):
@@ -216,8 +218,8 @@ class AdapterTaskVector(TaskVector):
                 )
             else:
                 changes[name] = Change(module=module, parts={}, transposed=False, scaling=1.0, replaced_by=key)
-        for (module, embedding), parts in modules.items():
-            self._match_module(module, embedding, parts, changes, problems)
+        for module, parts in modules.items() if not self._check_config() else ():
+            self._match_module(module, module in embeddings, parts, changes, problems)
         if problems:
             raise CheckpointError(
                 f"the adapter `{self.source}` does not fit `{self.base.source}`",
@@ -266,16 +268,22 @@ class AdapterTaskVector(TaskVector):
         start = self.config.get("init_lora_weights")
         if isinstance(start, str) and start.startswith(MOVES_BASE):
             problems.append(f"its init_lora_weights `{start}` also changed the base")
-        for key in ("lora_alpha", "r"):
-            if not _is_number(self.config.get(key, 8)):
-                problems.append(f"its `{key}` is {self.config.get(key)!r}")
+        patterns = self.config.get("alpha_pattern") or {}
+        alphas = {"lora_alpha": self.config.get("lora_alpha", 8)} | (
+            patterns if isinstance(patterns, dict) else {"": patterns}
+        )
+        problems += [f"its alpha `{key}` is {value!r}" for key, value in alphas.items() if not _is_number(value)]
         return problems
 
     def _scaling(self, module: str, *, rank: int) -> float:
         alpha = self.config.get("lora_alpha", 8)
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             # PEFT's own rule: a pattern is matched at the end of the module's name
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            try:
+                fits = re.match(rf"(.*\.)?({pattern})$", module)
+            except re.error:
+                fits = None  # PEFT would have failed on it
+            if fits:
                 alpha = value
                 break
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)

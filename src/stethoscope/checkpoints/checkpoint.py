@@ -67,7 +67,9 @@ class Entry:
 
 
 class Checkpoint:
-    """A model's weights on disk, a mapping from canonical name to tensor. Opened with `open_checkpoint`; holds no file open.
+    """A model's weights on disk: a mapping from canonical name to tensor that holds no file open.
+
+    Opened with `open_checkpoint`.
 
     Attributes:
         path: the folder.

@@ -76,7 +76,7 @@ def _patched(
     if manifest["kind"] != "patch":
         raise CheckpointError(f"`{patch}` is an edit of kind `{manifest['kind']}`", hint="write it with kind `patch`")
     source = open_checkpoint(checkpoint)
-    refuse_overlap(out, source.path, patch)
+    refuse_overlap(out, source.path, patch, overwrite=overwrite)
     # the patch's file is read like a checkpoint's: same checks, same errors
     differences = _open_differences(patch)
     algorithm = manifest["hash"]
