@@ -72,7 +72,8 @@ bfloat16, biases and thresholds in float32, decoder rows of norm 1. They load in
 | 8 % | MBPP and HumanEval | CC BY 4.0, MIT |
 | 20 % | GSM8K, SVAMP, MMLU, MBPP and Alpaca's seed tasks in the model's chat template | as above, Apache-2.0 |
 
-No text is in this folder. Which documents are held out follows from their hashes.
+No text is in this folder. Which documents are held out follows from their hashes; a short generated problem may occur
+in documents of both parts.
 
 ## Health on held-out text
 
