@@ -1,0 +1,149 @@
+"""The report's sentences: what the comparison shows, said so that "no evidence of benefit" can be said."""
+
+from collections.abc import Sequence
+
+from stethoscope.report.results import Comparison, Contrast, Diagnosis, Difference, Edits, is_random
+
+# Fewer items than this per task leave intervals of about 14 points or more.
+SMALL_SAMPLE = 200
+MINUS = "\N{MINUS SIGN}"
+
+_ARMS = {
+    "base": "the base model, unchanged",
+    "tuned": "the whole fine-tune: every layer's weight change",
+    "selected": "the raw weight change in the selected layers only",
+    "random": "the same, in as many layers drawn at random",
+    "projected_energy_matched": "the projected edit, rescaled to the raw edit's norm",
+    "projected": "the weight change in the selected layers, projected onto their top features' directions",
+}
+
+
+def describe_arm(arm: str, edits: Edits | None) -> str:
+    """What an arm is, by its name, and which layers it changes; empty for one of the user's own without a plan."""
+    text = next((text for name, text in _ARMS.items() if arm.startswith(name)), "")
+    plan = edits.plans.get(arm) if edits else None
+    if plan is None or not plan.layers or plan.default:
+        return text
+    return f"{text}{': ' if text else ''}layers {', '.join(map(str, sorted(plan.layers)))}"
+
+
+def headline(comparison: Comparison) -> tuple[str, str]:
+    """The verdict on the selected layers against the baseline: its first clause, and what follows."""
+    contrast = comparison.contrast("selected") or (comparison.contrasts[0] if comparison.contrasts else None)
+    if contrast is None:
+        return "Nothing was compared.", ""
+    first, _, rest = contrast.verdict.partition("; ")
+    return first.rstrip(".") + ".", rest[:1].upper() + rest[1:]
+
+
+def findings(comparison: Comparison, edits: Edits | None) -> list[tuple[str, str]]:
+    """What else the arms show, as pairs of a heading and sentences."""
+    found = []
+    if rivals := _against_random(comparison):
+        found.append(("Against random layers", rivals))
+    for arm in comparison.arms:
+        contrast = comparison.contrast(arm)
+        if contrast and arm.startswith("tuned"):
+            found.append(("The whole fine-tune", contrast.verdict + _share_kept(comparison, contrast)))
+        elif contrast and arm.startswith("projected"):
+            found.append(("Projected" if arm == "projected" else f"`{arm}`", contrast.verdict + _energy_kept(edits)))
+    return found
+
+
+def _against_random(comparison: Comparison) -> str:
+    contrasts = [c for c in comparison.contrasts if c.b == "selected" and is_random(c.a)]
+    if not contrasts:
+        return ""
+    better = sum(c.pooled.difference > 0 and _significant(c, comparison.alpha) for c in contrasts)
+    worse = sum(c.pooled.difference < 0 and _significant(c, comparison.alpha) for c in contrasts)
+    total = len(contrasts)
+
+    def sets(count: int) -> str:
+        if total == 1:
+            return "the random layer set"
+        every = "both" if total == 2 else f"all {total}"
+        return f"{every} random layer sets" if count == total else f"{count} of {total} random layer sets"
+
+    if better:
+        says = f"The selected layers beat {sets(better)}"
+        if worse:
+            says += f" and do worse than {sets(worse)}"
+    elif worse:
+        says = f"The selected layers do worse than {sets(worse)}"
+    else:
+        says = "No evidence that the selected layers are better than random ones"
+    differences = "; ".join(f"{points(c.pooled)} over `{c.a}`" for c in contrasts)
+    return f"{says}, on all target items together: {differences}."
+
+
+def _share_kept(comparison: Comparison, tuned: Contrast) -> str:
+    """What share of the whole fine-tune's gain and cost the selected layers have, where both are clear of 0."""
+    selected = comparison.contrast("selected")
+    if selected is None or not (tuned.pooled.clear and tuned.pooled.difference > 0):
+        return ""
+    words = f" The selected layers alone give {selected.pooled.difference / tuned.pooled.difference:.0%} of its gain"
+    if tuned.loss and selected.loss and tuned.loss.clear and tuned.loss.difference > 0:
+        words += f" and {selected.loss.difference / tuned.loss.difference:.0%} of its control loss"
+    return words + "."
+
+
+def _energy_kept(edits: Edits | None) -> str:
+    """What the projection keeps, beside what as many random directions would."""
+    if edits is None or not edits.projected:
+        return ""
+    kept = [layer.energy_kept for layer in edits.projected]
+    chance = [layer.chance for layer in edits.projected]
+    words = f" It keeps {_range(kept)} of the selected layers' energy; as many random directions would keep"
+    return f"{words} {_range(chance)}."
+
+
+def _range(shares: Sequence[float]) -> str:
+    low, high = f"{100 * min(shares):.1f}", f"{100 * max(shares):.1f}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
+def _significant(contrast: Contrast, alpha: float) -> bool:
+    if contrast.pooled_mcnemar is not None:
+        return contrast.pooled_mcnemar.p_value < alpha
+    return contrast.pooled.clear
+
+
+def notices(diagnosis: Diagnosis, comparison: Comparison) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    found = []
+    sizes = [t.n for c in comparison.contrasts for t in c.tasks]
+    if sizes and min(sizes) < SMALL_SAMPLE:
+        items = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+        text = f"Small sample: {items} items per task."
+        if (least := _resolution(comparison)) is not None:
+            text += f" A true gain below about {100 * least:.0f} points in one task would usually be missed."
+        found.append(f"{text} Run more items before acting on this.")
+    flagged = [f"layer {layer.layer} ({layer.flag})" for layer in diagnosis.layers if layer.flag]
+    if flagged:
+        found.append(f"{len(flagged)} of {len(diagnosis.layers)} layers are not believed: {_some(flagged)}.")
+    return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in diagnosis.warnings)]
+
+
+def _resolution(comparison: Comparison) -> float | None:
+    """The median over target tasks of the smallest gain of the selected arm that would be seen."""
+    contrast = comparison.contrast("selected")
+    gains = sorted(t.smallest_detectable_gain or 1.0 for t in contrast.tasks if t.in_family) if contrast else []
+    return gains[len(gains) // 2] if gains else None
+
+
+def _some(items: Sequence[str], most: int = 6) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def points(difference: Difference) -> str:
+    """A difference of accuracies in points, with its interval where it has one."""
+    text = f"{signed(100 * difference.difference)} points"
+    if difference.low is None or difference.high is None:
+        return text
+    return f"{text} ({signed(100 * difference.low)} to {signed(100 * difference.high)})"
+
+
+def signed(value: float, digits: int = 1) -> str:
+    """A number with its sign, a true minus, and no sign for what rounds to 0."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", MINUS)

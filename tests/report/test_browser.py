@@ -1,0 +1,129 @@
+"""The page in a real browser: charts draw, a click shows a layer's features, nothing is fetched, nothing complains."""
+
+import shutil
+
+import pytest
+
+from stethoscope.report import render_report
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed: apt-get install chromium")
+QUIET = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=BROWSER, args=list(QUIET))
+        yield launched
+        launched.close()
+
+
+@pytest.fixture(scope="module")
+def report(results, tmp_path_factory):
+    return render_report(results.save(tmp_path_factory.mktemp("run")))
+
+
+class Visit:
+    """A page that was opened, with everything that it asked for or complained of."""
+
+    def __init__(self, browser, path, **context):
+        self.page = browser.new_context(**context).new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("html[data-drawn]", timeout=60_000)
+
+    def first_feature(self) -> str:
+        return self.page.inner_text("#features tbody tr th")
+
+    def close(self):
+        self.page.context.close()
+
+
+@pytest.fixture
+def visit(browser, report):
+    visits = []
+
+    def open_page(path=report, **context):
+        visits.append(Visit(browser, path, **context))
+        return visits[-1]
+
+    yield open_page
+    for visited in visits:
+        visited.close()
+
+
+def test_charts_draw_and_nothing_is_fetched(visit, report):
+    seen = visit(viewport={"width": 1280, "height": 900})
+    assert seen.page.locator("#profile svg .mark-symbol path").count() >= 30
+    assert seen.page.locator("#trade-off svg .mark-symbol path").count() == 6
+    assert "selected" in seen.page.inner_text("#trade-off svg")
+    assert seen.complaints == []
+    assert seen.requests == [report.as_uri()]
+
+
+def test_a_click_on_a_layer_shows_its_features(visit):
+    seen = visit(viewport={"width": 1280, "height": 900})
+    before = seen.first_feature()
+    seen.page.locator("#profile svg path[aria-label^='layer: 4;']").first.click()
+    assert seen.first_feature() == "400" != before
+    assert seen.page.input_value("#layer") == "4"
+    assert seen.complaints == []
+
+
+def test_the_keyboard_reaches_a_layer_and_all_its_features(visit):
+    seen = visit()
+    seen.page.focus("#layer")
+    before = int(seen.page.input_value("#layer"))
+    seen.page.keyboard.press("ArrowDown")
+    assert seen.first_feature() == f"{before + 1}00"
+    assert seen.page.locator("#features tbody tr:visible").count() == 10
+    for _ in range(3):
+        seen.page.keyboard.press("Tab")
+        if seen.page.evaluate("document.activeElement.id") == "more":
+            break
+    seen.page.keyboard.press("Enter")
+    assert seen.page.locator("#features tbody tr:visible").count() == 40
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_does_not_scroll_sideways(visit, scheme):
+    seen = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 390
+    for chart in ("#profile", "#trade-off"):
+        assert seen.page.locator(f"{chart} svg").bounding_box()["width"] <= 390
+    assert seen.complaints == []
+
+
+def test_charts_follow_the_width_of_the_window(visit):
+    seen = visit(viewport={"width": 1280, "height": 900})
+    seen.page.set_viewport_size({"width": 500, "height": 900})
+    seen.page.wait_for_function("document.querySelector('#profile svg').getBoundingClientRect().width <= 480")
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 500
+
+
+def test_dark_screens_get_dark_charts_and_paper_gets_light_ones(visit):
+    seen = visit(color_scheme="dark")
+    colour = "getComputedStyle(document.querySelector('#profile svg text')).fill"
+    dark = seen.page.evaluate(colour)
+    seen.page.emulate_media(media="print")
+    assert seen.page.evaluate(colour) != dark
+    assert seen.page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(255, 255, 255)"
+
+
+def test_planted_markup_does_not_run(visit, hostile, tmp_path):
+    seen = visit(render_report(hostile.save(tmp_path)))
+    assert seen.page.evaluate("window.planted") is None
+    assert seen.page.locator("img").count() == 0
+    assert seen.complaints == []

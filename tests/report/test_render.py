@@ -1,0 +1,229 @@
+"""The page as text: what it says, that it says it safely, and that equal artefacts give equal bytes."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from made_results import ARMS, SUBJECTS, make_comparison
+
+from stethoscope.artifacts import Provenance
+from stethoscope.errors import StethoscopeError
+from stethoscope.report import layer_profile, render_report, trade_off, words
+from stethoscope.report.profile import profile_rows
+from stethoscope.report.render import _ticks
+from stethoscope.report.results import Comparison, Diagnosis, Edits, Selection
+
+
+class Page(HTMLParser):
+    """Tags that were opened, script texts, and the text that a reader sees."""
+
+    VOID = frozenset({"meta", "img", "br", "wbr", "input", "link", "hr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if self._open and self._open[-1] == "script":
+            self.scripts[-1] += data
+        elif self._open and self._open[-1] != "style":
+            self.text += data
+
+    def data(self):
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture
+def page(run_folder) -> Page:
+    return Page(render_report(run_folder).read_text(encoding="utf-8"))
+
+
+def test_the_verdict_comes_first_and_everything_is_there(page, results):
+    text = " ".join(page.text.split())
+    headline = results.comparison.contrast("selected").verdict.split(";")[0].replace("`", "")
+    assert headline in text
+    for heading in ("Gain and cost", "What the gain costs", "Where the skill is heard", "How this was made"):
+        assert text.index(headline) < text.index(heading)
+    for name in (*ARMS, *SUBJECTS, "word_sorting", "stethoscope run", "abababab", "mass_shift"):
+        assert name in text
+    assert {"main", "h1", "table", "caption", "figure", "details", "label"} <= {tag for tag, _ in page.tags}
+
+
+def test_the_table_holds_accuracy_difference_and_interval(page, results):
+    task = next(t for t in results.comparison.contrast("selected").tasks if t.task == "algebra")
+    text = " ".join(page.text.split())
+    assert f"{100 * task.accuracy_b:.1f} {100 * task.difference.difference:+.1f}***" in text
+    assert f"{100 * task.difference.low:+.1f} to {100 * task.difference.high:+.1f}" in text
+
+
+def test_small_samples_are_announced(page, results):
+    assert "Small sample: 120 items per task" in page.text
+    large = words.notices(Diagnosis.of(results.diagnosis), Comparison.of(make_comparison(items=200)))
+    assert not any("Small sample" in notice for notice in large)
+
+
+def test_no_evidence_of_benefit_can_be_said():
+    same = dict.fromkeys(("base", "selected", "random_layers_1"), (0.0, 0.0))
+    comparison = Comparison.of(make_comparison(arms=same, items=60))
+    assert words.headline(comparison)[0].startswith("No evidence of benefit")
+    assert words.findings(comparison, None)[0][1].startswith("No evidence that the selected layers are better")
+
+
+def test_the_same_artefacts_give_the_same_bytes(run_folder):
+    first = render_report(run_folder).read_bytes()
+    assert render_report(run_folder).read_bytes() == first
+    code = "import sys, pathlib, stethoscope.report as r; r.render_report(pathlib.Path(sys.argv[1]))"
+    other = subprocess.run([sys.executable, "-c", code, str(run_folder)], check=True, capture_output=True)
+    assert other.stderr == b""
+    assert (run_folder / "report.html").read_bytes() == first
+    assert len(first) < 3_000_000
+
+
+def test_it_needs_no_model_library():
+    code = (
+        "import sys, stethoscope.report as r; r.render_report;"
+        "print([m for m in ('torch', 'transformers', 'scipy', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_nothing_is_fetched(page):
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object"), tag
+        assert not {"src", "href", "srcset", "action"} & set(attributes), (tag, attributes)
+    policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+
+
+def test_planted_markup_stays_text(tmp_path, hostile):
+    html = render_report(hostile.save(tmp_path)).read_text(encoding="utf-8")
+    page = Page(html)
+    assert [tag for tag, _ in page.tags].count("script") == 3
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert "</script><script>window.planted" in page.text
+    assert "planted" not in page.scripts[1] + page.scripts[2]
+    assert "planted" in page.scripts[0]
+    assert "<" not in page.scripts[0]
+
+
+def test_every_layer_has_its_features(page, results):
+    features = page.data()["features"]
+    assert set(features) == {str(d.layer) for d in results.diagnosis.layers}
+    assert features["17"][0][0] == "1700"
+    assert len(features["17"]) == 40
+
+
+def test_the_picked_layer_is_the_strongest_selected(page, results):
+    strongest = max(results.selection.layers, key=lambda n: results.diagnosis.layers[n].excess)
+    assert page.data()["picked"] == strongest
+
+
+def test_optional_results_may_be_missing(run_folder):
+    (run_folder / "recipe.yaml").unlink()
+    assert "<h1>" in render_report(run_folder).read_text(encoding="utf-8")
+
+
+def test_edits_say_which_layers_the_arms_change(run_folder, results):
+    edits = {
+        "schema_version": 1,
+        "provenance": Provenance().model_dump(),
+        "plans": {"base": None, "random_layers_1": {"layers": {"9": {"mlp": 1.0}, "2": {"mlp": 1.0}}, "default": 0.0}},
+        "energy": [{"layer": d.layer, "energy": 1.0, "share": 0.02} for d in results.diagnosis.layers],
+        "projected": [{"layer": 17, "features": 17, "energy_kept": 0.031, "chance": 0.0294}],
+    }
+    (run_folder / "edits.json").write_text(json.dumps(edits))
+    text = Page(render_report(run_folder).read_text(encoding="utf-8")).text
+    assert "layers 2, 9" in text
+    assert "It keeps 3.1 % of the selected layers' energy; as many random directions would keep 2.9 %" in text
+
+
+def test_the_manifest_is_shown(run_folder):
+    (run_folder / "edited").mkdir()
+    (run_folder / "edited" / "manifest.json").write_text('{"kind": "checkpoint", "tensors": {}}')
+    assert "checkpoint" in Page(render_report(run_folder).read_text(encoding="utf-8")).text
+
+
+@pytest.mark.parametrize("name", ["diagnosis.json", "selection.json", "comparison.json"])
+def test_missing_and_foreign_results_are_named(run_folder, name):
+    path = run_folder / name
+    path.write_text('{"schema": 99, "schema_version": 99}')
+    with pytest.raises(StethoscopeError, match=rf"{name}` has schema version `99`"):
+        render_report(run_folder)
+    path.write_text('{"schema": 1, "schema_version": 1}')
+    with pytest.raises(StethoscopeError, match="expected form"):
+        render_report(run_folder)
+    path.write_text("[")
+    with pytest.raises(StethoscopeError, match="not JSON"):
+        render_report(run_folder)
+    path.unlink()
+    with pytest.raises(StethoscopeError, match="missing"):
+        render_report(run_folder)
+    assert not (run_folder / "report.html").exists()
+
+
+def test_charts_take_saved_results_and_objects_alike(run_folder, results):
+    saved = layer_profile(Diagnosis.load(run_folder / "diagnosis.json"), Selection.load(run_folder / "selection.json"))
+    assert saved.to_dict() == layer_profile(results.diagnosis, results.selection).to_dict()
+    again = trade_off(Comparison.load(run_folder / "comparison.json"))
+    assert again.to_dict() == trade_off(results.comparison).to_dict()
+
+
+def test_charts_save_as_pictures(tmp_path, results):
+    layer_profile(results.diagnosis, results.selection).save(tmp_path / "profile.svg")
+    trade_off(results.comparison).save(tmp_path / "trade_off.png")
+    assert "excess over chance" in (tmp_path / "profile.svg").read_text()
+    assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_null_band_is_two_deviations_of_the_null(results):
+    rows = profile_rows(Diagnosis.of(results.diagnosis), Selection.of(results.selection))
+    assert rows[3]["null_high"] == pytest.approx(2 * 0.008)
+    assert [row["layer"] for row in rows if row["kind"] == "selected"] == list(results.selection.layers)
+    assert rows[-1]["kind"] == "not believed"
+
+
+def test_without_control_losses_the_gains_are_drawn():
+    chart = trade_off(make_comparison(loss=False, items=60)).to_dict()
+    assert "cost:Q" not in json.dumps(chart["layer"][0])
+    assert {row["arm"] for row in chart["datasets"]["arms"]} == set(ARMS) - {"base"}
+
+
+def test_many_random_sets_are_named_once():
+    arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), **{f"random_layers_{i}": (0.03, 0.03) for i in range(8)}}
+    rows = trade_off(make_comparison(arms=arms, items=40)).to_dict()["datasets"]["arms"]
+    assert [row["label"] for row in rows if row["arm"].startswith("random")].count("") == 7
+
+
+def test_edits_of_every_layer_are_not_listed():
+    edits = Edits.model_validate({"plans": {"tuned": {"layers": {}, "default": 1.0}}})
+    assert words.describe_arm("tuned", edits) == "the whole fine-tune: every layer's weight change"
+
+
+def test_backticks_become_code_only_in_pairs():
+    assert _ticks("`a<b` beats `c`") == "<code>a&lt;b</code> beats <code>c</code>"
+    assert _ticks("one ` tick") == "one ` tick"
+
+
+def test_numbers_have_a_true_minus_and_no_signed_zero():
+    assert [words.signed(v) for v in (1.26, -1.26, -0.01)] == ["+1.3", "\N{MINUS SIGN}1.3", "0.0"]
+    assert not re.search(r"-\d", words.signed(-3.0))
