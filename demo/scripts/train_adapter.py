@@ -185,6 +185,7 @@ def _save(model: torch.nn.Module, folder: Path) -> None:
     config = model.peft_config["default"]  # type: ignore[index,union-attr]
     config.base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # PEFT keeps a set: the file would differ between runs
     config.save_pretrained(folder)
 
 
