@@ -124,9 +124,11 @@ def test_an_output_that_cannot_be_written(
     with pytest.raises(CheckpointError, match="cannot be written to"):
         write_edit(base, change, PLAN, tmp_path / "out")
     monkeypatch.undo()
-    monkeypatch.setattr(
-        os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
-    )
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
     with pytest.raises(CheckpointError, match="Permission denied"):
         write_edit(base, change, PLAN, tmp_path / "out")
     monkeypatch.undo()

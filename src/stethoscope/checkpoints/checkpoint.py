@@ -143,8 +143,14 @@ class Checkpoint:
         entry = self.entry(name)
         return self.read_rows(name, 0, entry.rows).reshape(entry.shape)
 
-    def read_rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows columns"]:
-        """Rows ``start`` to ``stop`` of the tensor seen as a matrix of its last dimension; a scalar is 1 by 1."""
+    def read_rows(
+        self, name: str, start: int, stop: int, *, buffer: Tensor | None = None
+    ) -> Shaped[Tensor, "rows columns"]:
+        """Rows ``start`` to ``stop`` of the tensor seen as a matrix of its last dimension; a scalar is 1 by 1.
+
+        Args:
+            buffer: bytes (uint8) to read into and to return a view of; new memory by default.
+        """
         entry = self.entry(name)
         if entry.dtype not in TORCH_DTYPES:
             raise CheckpointError(
@@ -152,7 +158,8 @@ class Checkpoint:
                 hint="use an unquantised checkpoint of this model",
             )
         row = entry.nbytes // entry.rows if entry.rows else 0
-        data = torch.empty((stop - start) * row, dtype=torch.uint8)
+        size = (stop - start) * row
+        data = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
         self.read_into(entry, entry.start + start * row, data.numpy().data)
         return data.view(TORCH_DTYPES[entry.dtype]).view(stop - start, entry.columns)
 

@@ -25,7 +25,7 @@ from stethoscope.errors import CheckpointError
 
 Key = TypeVar("Key")
 Chunk = tuple[int, int, Tensor]  # first row, last row + 1, the rows as a matrix
-CHUNK_ELEMENTS = 1 << 20  # a few float32 copies of a chunk stay in the second-level cache
+CHUNK_ELEMENTS = 1 << 19  # two float32 copies of a chunk stay in a core's caches
 
 
 def row_chunks(entry: Entry) -> Iterator[tuple[int, int]]:
@@ -52,7 +52,10 @@ class TaskVector(ABC):
 
     @abstractmethod
     def delta_chunks(self, name: str) -> Iterator[Chunk]:
-        """The change in float32, chunk by chunk, each [rows, columns], on the grid of `row_chunks`."""
+        """The change in float32, chunk by chunk, each [rows, columns], on the grid of `row_chunks`.
+
+        A chunk may share its memory with the next: use it before asking for that.
+        """
 
     @abstractmethod
     def tuned_chunks(self, name: str) -> Iterator[Chunk]:
@@ -73,11 +76,15 @@ class TaskVector(ABC):
         # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
         result = (delta * coefficient).add_(base.float()).to(base.dtype)
         if not is_finite(result):
-            raise CheckpointError(
-                f"`{name}` leaves the range of `{self.base.entries[name].dtype}` at coefficient {coefficient}",
-                hint="choose a smaller coefficient",
-            )
+            raise self.out_of_range(name, coefficient)
         return result
+
+    def out_of_range(self, name: str, coefficient: float) -> CheckpointError:
+        """The error for a result that the base's dtype cannot hold."""
+        return CheckpointError(
+            f"`{name}` leaves the range of `{self.base.entries[name].dtype}` at coefficient {coefficient}",
+            hint="choose a smaller coefficient",
+        )
 
     def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
         """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""
@@ -160,16 +167,44 @@ class FullTaskVector(TaskVector):
         self.names = tuple(self.matches)
 
     def delta_chunks(self, name: str) -> Iterator[Chunk]:
-        entry, other = self._pair(name)
-        require_float(entry)
-        require_float(other)
-        for start, stop in row_chunks(entry):
-            base = self.base.read_rows(name, start, stop).float()
-            delta = self.store.read_rows(other.name, start, stop).float()
-            delta = delta - base  # not in place: `float` may hand back what it was given
+        for start, stop, base, delta in self._both(name):
             if not is_finite(delta):
                 raise not_finite(name, self.source if is_finite(base) else self.base.source)
             yield start, stop, delta
+
+    def edited_chunks(self, name: str, coefficient: float) -> Iterator[Chunk]:
+        if coefficient == 1:
+            yield from self.tuned_chunks(name)
+            return
+        entry = self._entry(name)
+        memory: Tensor | None = None
+        for start, stop, base, delta in self._both(name):
+            if memory is None:
+                memory = torch.empty(delta.numel(), dtype=TORCH_DTYPES[entry.dtype])
+            result = memory[: delta.numel()].view_as(delta).copy_(delta.mul_(coefficient).add_(base))
+            if not is_finite(result):
+                # the chunk's delta is gone: look at the inputs again to say whose fault it is
+                for checkpoint, key in ((self.base, name), (self.store, self.matches[name])):
+                    if not is_finite(checkpoint.read_rows(key, start, stop)):
+                        raise not_finite(name, checkpoint.source)
+                raise self.out_of_range(name, coefficient)
+            yield start, stop, result
+
+    def _both(self, name: str) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Base and change in float32, chunk by chunk, in memory that is used again."""
+        entry, other = self._pair(name)
+        require_float(entry)
+        require_float(other)
+        largest = max(((stop - start) * entry.columns for start, stop in row_chunks(entry)), default=0)
+        # memory from the kernel costs more than the arithmetic, so it is asked for once per tensor
+        raw = torch.empty(8 * largest, dtype=torch.uint8)
+        base_memory, delta_memory = torch.empty(largest), torch.empty(largest)
+        for start, stop in row_chunks(entry):
+            size = (stop - start) * entry.columns
+            shape = (stop - start, entry.columns)
+            base = base_memory[:size].view(shape).copy_(self.base.read_rows(name, start, stop, buffer=raw))
+            delta = delta_memory[:size].view(shape).copy_(self.store.read_rows(other.name, start, stop, buffer=raw))
+            yield start, stop, base, delta.sub_(base)
 
     def tuned_chunks(self, name: str) -> Iterator[Chunk]:
         entry, other = self._pair(name)

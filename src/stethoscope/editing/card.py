@@ -27,21 +27,18 @@ def mergekit_recipe(base: Checkpoint, task_vector: TaskVector, plan: EditPlan) -
         if len(inside) != 1:
             return None
         weights.append(inside.pop())
-    slices: list[dict[str, Any]] = []
-    for layer, weight in enumerate(weights):
-        if layer == 0 or weight != weights[layer - 1]:
-            # mergekit gives tensors outside the layers the weight of the nearest slice, so these are named apart
-            outer = [
-                {"filter": name, "value": 0.0} for name in ("embed", "wte", "wpe", "lm_head", "model.norm", "ln_f")
-            ]
-            value = [*outer, {"value": weight}] if weight and layer == 0 else weight
-            sources = [
-                {"model": base.source, "layer_range": [layer, layer + 1]},
-                {"model": task_vector.source, "layer_range": [layer, layer + 1], "parameters": {"weight": value}},
-            ]
-            slices.append({"sources": sources})
-        for source in slices[-1]["sources"]:
-            source["layer_range"][1] = layer + 1
+    # mergekit gives tensors outside the layers the weight of the first or last slice, so these are named apart
+    outer = ("embed", "wte", "wpe", "lm_head", "model.norm", "final_layernorm", "ln_f")
+    slices = []
+    start = 0
+    for stop in range(1, base.layers + 1):
+        if stop < base.layers and weights[stop] == weights[start]:
+            continue
+        weight = weights[start]
+        value = [*({"filter": name, "value": 0.0} for name in outer), {"value": weight}] if weight else weight
+        tuned = {"model": task_vector.source, "layer_range": [start, stop], "parameters": {"weight": value}}
+        slices.append({"sources": [{"model": base.source, "layer_range": [start, stop]}, tuned]})
+        start = stop
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": base.source,
