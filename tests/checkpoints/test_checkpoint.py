@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from stethoscope.checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from stethoscope.checkpoints.files import INDEX
 from stethoscope.errors import CheckpointError
 
 

@@ -27,7 +27,7 @@ from stethoscope.checkpoints.names import parse_name
         ("language_model.lm_head.weight", "lm_head.weight", None, "head"),
         ("embed_out.weight", "lm_head.weight", None, "head"),
         ("model.vision_tower.encoder.layers.0.fc1.bias", "vision_tower.encoder.layers.0.fc1.bias", None, "vision"),
-        ("vision_tower.vision_model.encoder.layers.0.fc1.bias", "vision_tower.encoder.layers.0.fc1.bias", None, "vision"),
+        ("vision_tower.vision_model.encoder.layers.0.fc.bias", "vision_tower.encoder.layers.0.fc.bias", None, "vision"),
         ("model.visual.merger.ln_q.weight", "visual.merger.ln_q.weight", None, "vision"),
         # what only looks like a layer
         ("model.encoder.layers.0.fc1.weight", "model.encoder.layers.0.fc1.weight", None, "other"),

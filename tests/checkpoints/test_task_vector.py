@@ -100,6 +100,13 @@ def test_every_misfit_at_once(pair: tuple[Path, Path]) -> None:
     assert {"norm", "extra", "[3, 3]"} <= {w for w in ("norm", "extra", "[3, 3]") if w in str(caught.value)}
 
 
+def test_heads_that_shapes_do_not_show(pair: tuple[Path, Path]) -> None:
+    config = (pair[1] / "config.json").read_text()
+    (pair[1] / "config.json").write_text(config.replace('"num_attention_heads": 4', '"num_attention_heads": 2'))
+    with pytest.raises(CheckpointError, match="num_attention_heads"):
+        change_of(pair)
+
+
 def test_an_untied_fine_tune_of_a_tied_base_is_refused(pair: tuple[Path, Path]) -> None:
     head = torch.ones(259, 16, dtype=torch.bfloat16)
     rewrite(pair[1], lambda w: w.update({"lm_head.weight": head}))

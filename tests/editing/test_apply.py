@@ -41,9 +41,14 @@ def test_untouched_tensors_keep_their_memory(model: PreTrainedModel, change: Tas
 
 def test_an_exception_and_a_write_inside_change_nothing(model: PreTrainedModel, change: TaskVector) -> None:
     before = state(model)
-    with pytest.raises(KeyboardInterrupt), applied(model, change, EditPlan.for_layers([0, 2], coefficient=-0.5)):
-        model.model.layers[0].mlp.up_proj.weight.zero_()
-        raise KeyboardInterrupt
+
+    def fail() -> None:
+        with applied(model, change, EditPlan.for_layers([0, 2], coefficient=-0.5)):
+            model.model.layers[0].mlp.up_proj.weight.zero_()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
     assert_restored(model, before)
 
 
@@ -80,8 +85,7 @@ def test_a_model_in_another_dtype(pair: tuple[Path, Path], change: TaskVector) -
 def test_a_model_that_does_not_fit(change: TaskVector) -> None:
     other = make(LAYOUTS["gpt2"])
     with pytest.raises(CheckpointError, match="does not fit the live model") as caught:
-        with applied(other, change, EditPlan.for_layers([1])):
-            pass
+        prepare(other, change, EditPlan.for_layers([1]))
     assert len(caught.value.problems) == 9
 
 

@@ -15,15 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stethoscope.checkpoints.checkpoint import (
-    TORCH_DTYPES,
-    Checkpoint,
-    Entry,
-    from_hub,
-    read_json_object,
-    refuse_pickle,
-)
+from stethoscope.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, Entry
+from stethoscope.checkpoints.files import read_json_object, refuse_pickle
 from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.hub import from_hub
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
 from stethoscope.checkpoints.task_vector import Chunk, TaskVector, is_finite, not_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError

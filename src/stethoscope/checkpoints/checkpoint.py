@@ -6,24 +6,23 @@
 Opening reads config.json, the index and the headers, and says everything that is wrong with them at once.
 """
 
-import json
 import os
-import re
-from collections.abc import Callable, Iterator, KeysView, Mapping
+from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from stethoscope.checkpoints.files import read_json_object, weight_files
 from stethoscope.checkpoints.header import Slot, read_header
+from stethoscope.checkpoints.hub import from_hub
 from stethoscope.checkpoints.names import Kind, parse_name
 from stethoscope.errors import CheckpointError
 
-INDEX = "model.safetensors.index.json"
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -221,19 +220,6 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, cache: Pat
     return checkpoint
 
 
-def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
-    """A JSON file that holds an object, or a CheckpointError that says why not."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"cannot read `{path}`: {error.strerror}", hint=hint) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"`{path}` is not valid JSON: {error}", hint=hint) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` is not a JSON object", hint=hint)
-    return value
-
-
 def config_value(config: Mapping[str, Any], *keys: str) -> Any:
     """The first of ``keys`` that a config has, looking in a multimodal config's text part first."""
     for table in (config.get("text_config"), config):
@@ -242,65 +228,6 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
                 if table.get(key) is not None:
                     return table[key]
     return None
-
-
-def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
-    """The weight files of a checkpoint folder, each with the names its index promises (None: no index).
-
-    Raises:
-        CheckpointError: no safetensors, or an index that is unsound.
-    """
-    if (folder / INDEX).exists():
-        return _read_index(folder)
-    if (folder / "model.safetensors").exists():
-        return {"model.safetensors": None}
-    names = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(names) == 1:
-        return {names[0]: None}
-    if names:
-        raise CheckpointError(
-            f"`{folder}` has {len(names)} safetensors files and no `{INDEX}`",
-            hint="fetch the index, or keep one file of the weights",
-        )
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-    if pickled:
-        refuse_pickle(folder, pickled[0])
-    raise CheckpointError(f"`{folder}` holds no safetensors file", hint="fetch the weights into this folder")
-
-
-def refuse_pickle(folder: Path, name: str) -> NoReturn:
-    """Raise: a pickle can run code when it is opened."""
-    raise CheckpointError(
-        f"`{folder / name}` is a pickle, which can run code when opened; it is not read",
-        hint="load the model with Transformers or PEFT and `save_pretrained` it: that writes safetensors",
-    )
-
-
-def _read_index(folder: Path) -> dict[str, frozenset[str] | None]:
-    index = read_json_object(folder / INDEX, hint="fetch the index again")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"`{folder / INDEX}` has no `weight_map`", hint="fetch the index again")
-    problems = []
-    promised: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        if isinstance(file, str):
-            promised.setdefault(file, set()).add(name)
-        else:
-            problems.append(f"`{name}` is in the file {str(file)[:60]!r}, which is not a name")
-    for file in promised:
-        # a name with a separator could lead out of the folder; no real index has one
-        if PurePosixPath(file).name != file or "\\" in file or "\0" in file or file in (".", ".."):
-            problems.append(f"the file name `{file}` leads out of the folder")
-        elif not file.endswith(".safetensors"):
-            problems.append(f"`{file}` is not a safetensors file")
-        elif not (folder / file).is_file():
-            problems.append(f"`{file}` is missing")
-    if problems:
-        raise CheckpointError(
-            f"`{folder / INDEX}` cannot be used", problems=sorted(problems), hint="fetch the whole checkpoint again"
-        )
-    return {file: frozenset(names) for file, names in sorted(promised.items())}
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
@@ -363,40 +290,3 @@ def _check_layers(checkpoint: Checkpoint) -> None:
         )
     # layers beyond the config's are extra heads for multi-token prediction, not part of the stack
     checkpoint.layers = count
-
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
-
-
-def from_hub(repository: str, revision: str | None, cache: Path | None) -> Path:
-    """The folder of a hub repository, from the cache or the network; config, tokenizer and safetensors only."""
-    if not HUB_ID.fullmatch(repository):
-        raise CheckpointError(f"there is no folder `{repository}`", hint="give a folder, or a hub id like `owner/name`")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    download: Callable[..., str] = snapshot_download
-    try:
-        return Path(download(repository, revision=revision, cache_dir=cache, allow_patterns=HUB_FILES))
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"`{repository}` is gated on the hub", hint="accept its licence there, then `hf auth login`"
-        ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        where = f" at revision `{revision}`" if revision else ""
-        raise CheckpointError(
-            f"there is no folder and no hub repository `{repository}`{where}",
-            hint="check the spelling; for a private repository, `hf auth login`",
-        ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"`{repository}` is neither a folder nor in the hub's cache, and the hub cannot be reached",
-            hint="fetch it once with a network (`hf download`), or give a local folder",
-        ) from error

@@ -19,7 +19,14 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from stethoscope.checkpoints.checkpoint import ARITHMETIC, TORCH_DTYPES, Checkpoint, Entry, open_checkpoint
+from stethoscope.checkpoints.checkpoint import (
+    ARITHMETIC,
+    TORCH_DTYPES,
+    Checkpoint,
+    Entry,
+    config_value,
+    open_checkpoint,
+)
 from stethoscope.checkpoints.names import Kind
 from stethoscope.errors import CheckpointError
 
@@ -253,7 +260,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
 
     A vision tower may be missing on either side, and so may constants and a tied head's copy.
     """
-    problems = []
+    problems = _config_problems(base, tuned)
     matches: dict[str, str] = {}
     for name, entry in base.entries.items():
         other = name if name in tuned.entries else None
@@ -280,6 +287,19 @@ def match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
             hint="base and tuned must be the same architecture with the same vocabulary",
         )
     return matches
+
+
+# Heads are cut out of matrices whose shapes do not show how: a difference here would pass every check of shapes.
+HEADS = (("num_attention_heads", "n_head"), ("num_key_value_heads", "num_kv_heads"), ("head_dim",))
+
+
+def _config_problems(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    problems = []
+    for keys in HEADS:
+        one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
+        if one is not None and two is not None and one != two:
+            problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
+    return problems
 
 
 def _same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:

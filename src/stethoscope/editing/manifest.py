@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_json, write_text
-from stethoscope.checkpoints.checkpoint import Checkpoint, read_json_object
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.hashing import ALGORITHM, fingerprint, new_digest
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.card import mergekit_recipe, model_card

@@ -21,7 +21,16 @@ from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.editing.manifest import copy_side_files, describe_patched, read_manifest, write_generated
 from stethoscope.editing.preview import refuse_overlap
-from stethoscope.editing.transfer import Output, Progress, disk_errors, in_parallel, rewrite, send, stored_pieces
+from stethoscope.editing.transfer import (
+    Output,
+    Progress,
+    disk_errors,
+    in_parallel,
+    rewrite,
+    send,
+    stored_pieces,
+    sync_folder,
+)
 from stethoscope.errors import CheckpointError
 
 PATCH = "patch.safetensors"
@@ -104,10 +113,14 @@ def _patched(
         return record | kept | {"hash": digest.hexdigest()}
 
     with disk_errors(out), new_folder(out, overwrite=overwrite) as folder:
-        tensors = rewrite(source, folder, fill, sync=sync, progress=progress)
+        tensors = rewrite(source, folder, fill, progress=progress)
         copy_side_files(source.path, folder, undo=direction == "undo")
         if direction == "apply":
             write_generated(describe_patched(manifest, tensors), source.config, folder)
+        if sync:
+            sync_folder(folder)
+    if sync:
+        sync_folder(out.parent)
     return out
 
 

@@ -62,13 +62,18 @@ class Output:
             while done < len(data):
                 done += os.pwrite(self.handle, data[done:], offset + done)
 
-    def close(self, *, sync: bool) -> None:
-        """Close the file, on the disk itself if ``sync``."""
+    def close(self) -> None:
+        os.close(self.handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until a folder and the files in it are on the disk itself."""
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
         try:
-            if sync:
-                os.fsync(self.handle)
+            os.fsync(handle)
         finally:
-            os.close(self.handle)
+            os.close(handle)
 
 
 @contextmanager
@@ -152,7 +157,6 @@ def rewrite(
     folder: Path,
     fill: Callable[[Entry, Output, bool], Result],
     *,
-    sync: bool,
     progress: Progress | None = None,
 ) -> dict[str, Result]:
     """Make weight files in ``folder`` with the layout of ``source``; return what ``fill`` says by stored name.
@@ -166,7 +170,7 @@ def rewrite(
         for file in source.files:
             path = source.path / file
             output = Output(folder / file, path.stat().st_size)
-            stack.callback(output.close, sync=sync)
+            stack.callback(output.close)
             inside = [entry for entry in source.entries.values() if entry.file == file]
             shared = output.clone(path)
             if not shared:

@@ -35,6 +35,7 @@ from stethoscope.editing.transfer import (
     rewrite,
     send,
     stored_pieces,
+    sync_folder,
     tensor_bytes,
 )
 from stethoscope.errors import CheckpointError
@@ -98,11 +99,15 @@ def write_edit(
     }  # fmt: skip
     chosen = coefficients(task_vector, plan)
     with disk_errors(out), new_folder(out, overwrite=overwrite) as folder:
-        written = writers[kind](base, task_vector, plan, chosen, folder, sync=sync, progress=progress)
+        written = writers[kind](base, task_vector, plan, chosen, folder, progress=progress)
         manifest = describe_edit(kind, base, task_vector, plan, chosen, written.tensors)
         if kind == "checkpoint":
             copy_side_files(base.path, folder)
         write_generated(manifest, base.config, folder)
+        if sync:
+            sync_folder(folder)
+    if sync:
+        sync_folder(out.parent)
     return Edit(
         path=out,
         kind=kind,
@@ -130,7 +135,6 @@ def _write_checkpoint(
     chosen: dict[str, float],
     folder: Path,
     *,
-    sync: bool,
     progress: Progress | None,
 ) -> _Written:
     lock = threading.Lock()
@@ -157,7 +161,7 @@ def _write_checkpoint(
             read += entry.nbytes * (2 if record["from"] == "computed" else 1)
         return record
 
-    tensors = rewrite(base, folder, fill, sync=sync, progress=progress)
+    tensors = rewrite(base, folder, fill, progress=progress)
     return _Written(tensors=tensors, bytes_written=written, bytes_read=read)
 
 
@@ -199,7 +203,6 @@ def _write_patch(
     chosen: dict[str, float],
     folder: Path,
     *,
-    sync: bool,
     progress: Progress | None,
 ) -> _Written:
     """Base XOR edited, tensor by tensor: it turns either into the other, and is as large as what it changes."""
@@ -216,7 +219,7 @@ def _write_patch(
             offset += entry.nbytes
         records = in_parallel(jobs, progress=progress)
     finally:
-        output.close(sync=sync)
+        output.close()
     tensors = {entry.stored: record for entry, record in zip(entries, records, strict=True)}
     return _Written(tensors=tensors, bytes_written=offset, bytes_read=2 * (offset - len(header)))
 
@@ -242,7 +245,6 @@ def _write_adapter(
     chosen: dict[str, float],
     folder: Path,
     *,
-    sync: bool,
     progress: Progress | None,
 ) -> _Written:
     """Tuned's adapter with the selected modules only; a coefficient is multiplied into B."""
@@ -273,7 +275,7 @@ def _write_adapter(
             }  # fmt: skip
             offset += slot.nbytes
     finally:
-        output.close(sync=sync)
+        output.close()
     write_json(folder / CONFIG, restricted_config(task_vector, chosen))
     return _Written(tensors=records, bytes_written=offset, bytes_read=offset - len(header))
 

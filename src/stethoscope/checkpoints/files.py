@@ -1,0 +1,81 @@
+"""Which files of a folder are its weights: an index is believed only as far as its own folder goes."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+from stethoscope.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
+    """A JSON file that holds an object, or a CheckpointError that says why not."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read `{path}`: {error.strerror}", hint=hint) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"`{path}` is not valid JSON: {error}", hint=hint) from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"`{path}` is not a JSON object", hint=hint)
+    return value
+
+
+def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
+    """The weight files of a checkpoint folder, each with the names its index promises (None: no index).
+
+    Raises:
+        CheckpointError: no safetensors, or an index that is unsound.
+    """
+    if (folder / INDEX).exists():
+        return _read_index(folder)
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors": None}
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(names) == 1:
+        return {names[0]: None}
+    if names:
+        raise CheckpointError(
+            f"`{folder}` has {len(names)} safetensors files and no `{INDEX}`",
+            hint="fetch the index, or keep one file of the weights",
+        )
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if pickled:
+        refuse_pickle(folder, pickled[0])
+    raise CheckpointError(f"`{folder}` holds no safetensors file", hint="fetch the weights into this folder")
+
+
+def refuse_pickle(folder: Path, name: str) -> NoReturn:
+    """Raise: a pickle can run code when it is opened."""
+    raise CheckpointError(
+        f"`{folder / name}` is a pickle, which can run code when opened; it is not read",
+        hint="load the model with Transformers or PEFT and `save_pretrained` it: that writes safetensors",
+    )
+
+
+def _read_index(folder: Path) -> dict[str, frozenset[str] | None]:
+    index = read_json_object(folder / INDEX, hint="fetch the index again")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"`{folder / INDEX}` has no `weight_map`", hint="fetch the index again")
+    problems = []
+    promised: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if isinstance(file, str):
+            promised.setdefault(file, set()).add(name)
+        else:
+            problems.append(f"`{name}` is in the file {str(file)[:60]!r}, which is not a name")
+    for file in promised:
+        # a name with a separator could lead out of the folder; no real index has one
+        if PurePosixPath(file).name != file or "\\" in file or "\0" in file or file in (".", ".."):
+            problems.append(f"the file name `{file}` leads out of the folder")
+        elif not file.endswith(".safetensors"):
+            problems.append(f"`{file}` is not a safetensors file")
+        elif not (folder / file).is_file():
+            problems.append(f"`{file}` is missing")
+    if problems:
+        raise CheckpointError(
+            f"`{folder / INDEX}` cannot be used", problems=sorted(problems), hint="fetch the whole checkpoint again"
+        )
+    return {file: frozenset(names) for file, names in sorted(promised.items())}
