@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,14 +67,18 @@ def test_a_limit_on_file_size(kind: OutputKind, base: Checkpoint, change: TaskVe
 def test_a_disk_that_fills_on_the_way(
     kind: OutputKind, call: int, base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, real = iter(range(1000)), os.pwrite
+    calls = iter(range(1000))
 
-    def pwrite(*args: Any) -> int:
-        if next(calls) >= call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*args)
+    def filling(real: Callable[..., int]) -> Callable[..., int]:
+        def write(*args: Any) -> int:
+            if next(calls) >= call:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args)
 
-    monkeypatch.setattr(os, "pwrite", pwrite)
+        return write
+
+    monkeypatch.setattr(os, "pwrite", filling(os.pwrite))
+    monkeypatch.setattr(os, "copy_file_range", filling(os.copy_file_range))
     with pytest.raises(CheckpointError, match="is full"):
         write_edit(base, change, PLAN, tmp_path / "out", kind=kind)
     assert_nothing_left(tmp_path)
@@ -97,6 +102,18 @@ def test_a_file_system_without_fallocate(
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
+    assert contents(write_edit(base, change, PLAN, tmp_path / "two").path) == expected
+
+
+def test_two_file_systems(
+    base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = contents(write_edit(base, change, PLAN, tmp_path / "one").path)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
     assert contents(write_edit(base, change, PLAN, tmp_path / "two").path) == expected
 
 
@@ -190,6 +207,27 @@ def test_an_input_that_shrinks_while_it_is_read(pair: tuple[Path, Path], tmp_pat
     (tmp_path / "outs").mkdir()
     with pytest.raises(CheckpointError, match="shorter while it was being read"):
         write_edit(base, change, EditPlan.for_layers([0, 1, 2]), tmp_path / "outs" / "out")
+    assert_nothing_left(tmp_path / "outs")
+
+
+def test_a_base_that_shrinks_while_it_is_copied(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stethoscope.editing.transfer import Output
+
+    shutil.copytree(pair[0], tmp_path / "base")
+    base = open_checkpoint(tmp_path / "base")
+    change = open_task_vector(base, pair[1])
+    allocate = Output.allocate
+
+    def cut(self: Output) -> None:
+        allocate(self)
+        os.truncate(tmp_path / "base" / base.files[0], 3000)
+
+    monkeypatch.setattr(Output, "allocate", cut)
+    (tmp_path / "outs").mkdir()
+    with pytest.raises(CheckpointError, match="shorter while it was being read"):
+        write_edit(base, change, EditPlan.for_layers([1]), tmp_path / "outs" / "out")
     assert_nothing_left(tmp_path / "outs")
 
 

@@ -24,6 +24,7 @@ from stethoscope.editing.preview import refuse_overlap
 from stethoscope.editing.transfer import (
     Output,
     Progress,
+    copy_tensor,
     disk_errors,
     in_parallel,
     rewrite,
@@ -103,7 +104,10 @@ def _patched(
         digest = new_digest(algorithm)
         record: dict[str, Any] = {"file": entry.file, "dtype": entry.dtype, "shape": list(entry.shape)}
         if entry.name not in records:
-            send(stored_pieces(source, entry), digest, None if shared else output, entry.start)
+            if shared:
+                send(stored_pieces(source, entry), digest, None, entry.start)
+            else:
+                copy_tensor(source, entry, digest, output)
             return record | {"from": "base", "hash": digest.hexdigest()}
         pieces = stored_pieces(differences, differences.entries[entry.name])
         send(exclusive_or(source, entry, pieces), digest, output, entry.start)

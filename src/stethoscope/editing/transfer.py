@@ -1,7 +1,8 @@
 """Bytes from one file to another, hashed on the way, by as many threads as the disk can feed.
 
-Copy and hash share one read: a piece is read into a buffer that stays in the cache, hashed and written from there.
-Where the file system shares blocks between files (Btrfs, XFS), nothing is written at all: see `clone`.
+Where the file system shares blocks between files (Btrfs, XFS), nothing is written at all: see `Output.clone`. Else the
+kernel copies a piece, which is then hashed as it lies in the new file while it is still in the processor's cache;
+across file systems a piece is read, hashed and written.
 """
 
 import errno
@@ -18,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, read_exactly
 from stethoscope.checkpoints.hashing import PIECE, Digest
 from stethoscope.errors import CheckpointError
 
@@ -61,6 +62,21 @@ class Output:
             done = 0
             while done < len(data):
                 done += os.pwrite(self.handle, data[done:], offset + done)
+
+    def copy(self, source: int, offset: int, size: int) -> bool:
+        """Have the kernel copy bytes from the same place of an open file; False if it cannot between these two."""
+        with self._turn:
+            while size:
+                try:
+                    count = os.copy_file_range(source, self.handle, size, offset, offset)
+                except OSError as error:
+                    if error.errno in (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+                        return False
+                    raise
+                if count == 0:
+                    raise OSError(None, "an input became shorter while it was being read")
+                offset, size = offset + count, size - count
+        return True
 
     def close(self) -> None:
         os.close(self.handle)
@@ -110,6 +126,22 @@ def send(pieces: Iterable[memoryview], digest: Digest, output: Output | None, of
         if output is not None:
             output.write(offset, piece)
         offset += len(piece)
+
+
+def copy_tensor(checkpoint: Checkpoint, entry: Entry, digest: Digest, output: Output) -> None:
+    """Copy a tensor to the same place of a file with the same layout, and hash it."""
+    buffer = memoryview(bytearray(min(PIECE, entry.nbytes)))
+    source = os.open(checkpoint.path / entry.file, os.O_RDONLY)
+    try:
+        for offset in range(entry.start, entry.end, PIECE):
+            piece = buffer[: min(PIECE, entry.end - offset)]
+            copied = output.copy(source, offset, len(piece))
+            read_exactly(output.handle if copied else source, piece, offset)
+            digest.update(piece)
+            if not copied:
+                output.write(offset, piece)
+    finally:
+        os.close(source)
 
 
 def in_parallel(

@@ -30,6 +30,7 @@ from stethoscope.editing.preview import preview
 from stethoscope.editing.transfer import (
     Output,
     Progress,
+    copy_tensor,
     disk_errors,
     in_parallel,
     rewrite,
@@ -154,7 +155,10 @@ def _write_checkpoint(
                 if raw := task_vector.raw(entry.name):
                     record["tuned_hash"] = hash_tensor(*raw)
         else:
-            send(stored_pieces(base, entry), digest, None if shared else output, entry.start)
+            if shared:
+                send(stored_pieces(base, entry), digest, None, entry.start)
+            else:
+                copy_tensor(base, entry, digest, output)
             record |= {"from": "base", "hash": digest.hexdigest()}
         with lock:
             written += 0 if shared and record["from"] == "base" else entry.nbytes
