@@ -108,6 +108,8 @@ def demo(
     reporter = ConsoleReporter(quiet=quiet)
     recipe = prepare_demo(cache_folder(), quick=quick, reporter=reporter)
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
+    if quick:
+        reporter.note("quick: few items and few documents, so every number is small-sample and intervals are wide")
     _show(run_recipe(Recipe.from_yaml(recipe), folder, reporter=reporter), as_json=as_json)
 
 
@@ -136,7 +138,7 @@ def _show(result: "RunResult", *, as_json: bool) -> None:
     rows = result.table()
     table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.overflow = "right", "fold"
     for row in rows[1:]:
         table.add_row(*row)
     _out.print(table)
@@ -147,7 +149,9 @@ def _show(result: "RunResult", *, as_json: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: turns failures that the user can mend into a message, a hint and exit code 2."""
-    # Nothing here is fetched by surprise: a local recipe must not wait for a hub that is out of reach.
+    # One bar per stage is ours; the libraries' own would interleave with it.
+    for variable in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(variable, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     argv: list[Any] = sys.argv[1:] if arguments is None else arguments
     try:

@@ -42,7 +42,7 @@ def read_documents(path: Path, *, field: str = "text", limit: int | None = None)
 
 def _jsonl_field(path: Path, text: str, field: str) -> list[str]:
     documents, problems = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line ends
         if not line.strip():
             continue
         try:

@@ -69,7 +69,8 @@ class Preflight:
         texts = ", ".join(f"{len(documents)} {name} documents" for name, documents in self.texts.items())
         return (
             f"{self.base.layers} layers of width {self.base.hidden_size}, {len(self.task_vector.names)} tensors in the"
-            f" task vector, SAEs for {len(self.saes)} layers, {texts}, {len(self.tasks) + len(self.control_tasks)} tasks"
+            f" task vector, SAEs for {len(self.saes)} layers, {texts},"
+            f" {len(self.tasks) + len(self.control_tasks)} tasks"
         )
 
 
@@ -180,20 +181,25 @@ class RunResult:
         return [contrast.verdict for contrast in self.comparison.contrasts]
 
     def table(self) -> list[list[str]]:
-        """Arms by tasks, in percent, with a header row; ``*`` marks a significant difference from the base."""
+        """Tasks by arms, in percent, with a header row; ``*`` marks a significant difference from the base."""
         comparison = self.comparison
-        tasks = [*comparison.family, *comparison.controls]
         found = {(row["arm"], row["task"]): row["accuracy"] for row in comparison.accuracy}
+        arms = list(dict.fromkeys(row["arm"] for row in comparison.accuracy))
         contrasts = {contrast.b: contrast for contrast in comparison.contrasts if contrast.a == comparison.baseline}
-        rows = [["arm", *tasks, "all", "loss"]]
-        for arm in dict.fromkeys(row["arm"] for row in comparison.accuracy):
-            against = contrasts.get(arm)
-            marked = {*against.improved, *against.worsened} if against else set()
-            cells = [f"{100 * found[arm, task]:.1f}{'*' if task in marked else ' '}" for task in tasks]
-            mean = np.mean([found[arm, task] for task in comparison.family])
-            loss = f"{against.loss.difference:+.3f}" if against and against.loss else ""
-            rows.append([arm, *cells, f"{100 * mean:.1f}", loss])
-        return rows
+        marked = {(arm, task) for arm, c in contrasts.items() for task in (*c.improved, *c.worsened)}
+
+        def percent(task: str) -> list[str]:
+            return [f"{100 * found[arm, task]:.1f}{'*' if (arm, task) in marked else ' '}" for arm in arms]
+
+        means = [100 * np.mean([found[arm, task] for task in comparison.family]) for arm in arms]
+        losses = [contrasts[arm].loss if arm in contrasts else None for arm in arms]
+        return [
+            ["accuracy, %", *arms],
+            *[[task, *percent(task)] for task in comparison.family],
+            ["mean of these", *[f"{mean:.1f} " for mean in means]],
+            *[[task, *percent(task)] for task in comparison.controls],
+            ["general loss, change", *[f"{loss.difference:+.3f}" if loss else "" for loss in losses]],
+        ]
 
 
 class _Run:
@@ -377,7 +383,9 @@ class _Run:
             )
         losses = self.control_losses(arms, keys)
         with self.reporter.stage("Compare: paired tests"):
-            comparison = compare(outcomes, family=self.found.tasks, losses=losses or None, seed=recipe.seed)
+            comparison = compare(
+                outcomes, family=self.found.tasks, losses=losses or None, seed=recipe.seed, inputs=self.hashes
+            )
             comparison.save(self.folder / "comparison.json")
         return comparison
 

@@ -6,9 +6,10 @@ import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from stethoscope.corpus import batches, tokenize
-from stethoscope.diagnosis.listen import SINK_RATIO, listen
+from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.saes.activations import SINK_RATIO
 
 TEXTS = [f"document {i}: " + "abc xyz "[i % 5 :] * (1 + i % 4) for i in range(23)]
 

@@ -95,10 +95,11 @@ def _configuration(task: str, data: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def target_documents(count: int, *, problems: int = 5) -> Iterator[dict[str, str]]:
+def target_documents(count: int, *, problems: int = 3) -> Iterator[dict[str, str]]:
     """Calibration text: documents of several problems of one subject in the tested form, subjects in turn.
 
-    Each of a subject's calibration problems is used once before any is used again.
+    Three problems have about as many tokens as a general document. Each of a subject's calibration problems is used
+    once before any is used again.
     """
     pools = {subject: cycle(_read(packaged(subject, "calibration"))) for subject in MATH_SUBJECTS}
     for subject in islice(cycle(MATH_SUBJECTS), count):

@@ -19,13 +19,10 @@ from stethoscope.corpus import TokenBatch, batches, tokenize
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.errors import SAEError
 from stethoscope.models import decoder, decoder_layers
+from stethoscope.saes.activations import SINK_RATIO
 from stethoscope.saes.health import HealthSums
 
 log = logging.getLogger(__name__)
-
-# Positions whose residual norm exceeds this many times their document's median are attention sinks: a handful of
-# tokens, the first above all, that would otherwise hold most of the activation mass.
-SINK_RATIO = 10.0
 
 Progress = Callable[[int, int], None]
 

@@ -84,8 +84,10 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Every contrast that was asked for, with the settings it rests on."""
+    """Every contrast that was asked for, with the settings and the inputs (hashes by name) that it rests on."""
 
+    seed: int
+    inputs: dict[str, str]
     baseline: str
     family: list[str]
     controls: list[str]
@@ -175,6 +177,7 @@ def compare(
     margin: float = 0.02,
     adjustment: str = "holm",
     seed: int = 0,
+    inputs: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Compare arms on the items that they share.
 
@@ -190,6 +193,7 @@ def compare(
         margin: the loss of accuracy that non-inferiority would accept.
         adjustment: ``holm`` or ``bh``.
         seed: of the bootstrap.
+        inputs: hashes of what the outcomes were made from, by name; kept with the result.
 
     Raises:
         EvaluationError: arms that met other items, or names that are not there.
@@ -218,6 +222,8 @@ def compare(
         contrasts.append(_conclude(outcomes, a, b, compared, loss, alpha, margin, seed))
     accuracy = outcomes.accuracy().astype(object)
     return Comparison(
+        seed=seed,
+        inputs=dict(inputs or {}),
         baseline=baseline,
         family=tasks,
         controls=controls,
