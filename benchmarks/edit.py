@@ -100,23 +100,36 @@ def run(command: Sequence[str], cwd: Path) -> dict[str, float]:
     """Run a command; wall and processor seconds, peak resident MB, GB read and written through system calls."""
     before = io_counters()
     start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{errors.decode()[-3000:]}")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, cwd=cwd, stdout=errors, stderr=errors, env=environment())
+        peak = 0.0
+        while True:
+            # rusage's peak would count this process's own memory at the fork
+            peak = max(peak, peak_memory(process.pid))
+            finished, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if finished:
+                break
+            time.sleep(0.01)
+        wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)} failed:\n{errors.read().decode()[-3000:]}")
     after = io_counters()
     return {
         "wall_s": wall,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_rss_mb": usage.ru_maxrss / 1024,
+        "peak_rss_mb": peak,
         "read_gb": (after["rchar"] - before["rchar"]) / 1e9,
         "written_gb": (after["wchar"] - before["wchar"]) / 1e9,
         "disk_read_gb": (after["read_bytes"] - before["read_bytes"]) / 1e9,
     }
+
+
+def peak_memory(process: int) -> float:
+    """The most memory a process has had resident so far, in MB; libraries and mapped files count."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def io_counters() -> dict[str, int]:

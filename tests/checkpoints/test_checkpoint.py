@@ -167,8 +167,27 @@ def test_a_hub_id_is_found_in_the_cache(single: Path, tmp_path: Path) -> None:
     hub_cache(tmp_path / "cache", single, "someone/tiny", commit)
     for revision in (None, "main", commit):
         checkpoint = open_checkpoint("someone/tiny", revision=revision, cache=tmp_path / "cache")
-        assert checkpoint.source == "someone/tiny"
+        assert (checkpoint.source, checkpoint.revision) == ("someone/tiny", commit)
         assert torch.equal(checkpoint["norm.weight"], open_checkpoint(single)["norm.weight"])
+
+
+def test_headers_of_a_hub_id_without_its_weights(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import parse_local_safetensors_file_metadata as parse
+
+    about = parse(single / "model.safetensors")
+    (single / "model.safetensors").rename(tmp_path / "weights")
+    hub_cache(tmp_path / "cache", single, "someone/tiny", "b" * 40)
+
+    class Found:
+        files_metadata = {"model.safetensors": about}  # noqa: RUF012
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: Found)
+    checkpoint = open_checkpoint("someone/tiny", cache=tmp_path / "cache", headers_only=True)
+    assert (checkpoint.layers, len(checkpoint)) == (2, 20)
+    assert checkpoint.entries["norm.weight"].shape == (16,)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        checkpoint.read("norm.weight")
 
 
 @pytest.mark.parametrize("name", ["someone/absent", "absent", "no/such/folder", "./nowhere", "a b"])

@@ -73,8 +73,10 @@ def find_adapter(tuned: str | Path, *, revision: str | None, cache: Path | None)
     """The folder of an adapter, or None if ``tuned`` is something else."""
     folder = Path(tuned)
     if not folder.exists():
-        folder = from_hub(str(tuned), revision, cache)
-    return folder if (folder / CONFIG).is_file() and not (folder / "config.json").is_file() else None
+        folder = from_hub(str(tuned), revision, cache, weights=False)
+    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    return folder if Path(tuned).exists() else from_hub(str(tuned), revision, cache)
 
 
 class AdapterTaskVector(TaskVector):
@@ -85,10 +87,10 @@ class AdapterTaskVector(TaskVector):
         changes: canonical name -> Change.
     """
 
-    def __init__(self, base: Checkpoint, path: Path) -> None:
+    def __init__(self, base: Checkpoint, path: Path, *, source: str | None = None) -> None:
         self.base = base
         self.path = path
-        self.source = path.resolve().name
+        self.source = source or path.resolve().name
         self.config = read_json_object(path / CONFIG, hint="a PEFT adapter has one")
         if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
             refuse_pickle(path, "adapter_model.bin")
@@ -103,7 +105,7 @@ class AdapterTaskVector(TaskVector):
                 for key, slot in self.slots.items()
             },
             source=self.source,
-            revision=None,
+            revision=path.name if source else None,  # a snapshot's folder is its commit
         )  # fmt: skip
         self.changes = self._match()
         self.names = tuple(name for name in base.entries if name in self.changes)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stethoscope.checkpoints.files import read_json_object, weight_files
 from stethoscope.checkpoints.header import Slot, read_header
-from stethoscope.checkpoints.hub import from_hub
+from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.names import Kind, parse_name
 from stethoscope.errors import CheckpointError
 
@@ -192,22 +192,27 @@ def read_exactly(handle: int, view: memoryview, offset: int) -> None:
         done += count
 
 
-def open_checkpoint(path: str | Path, *, revision: str | None = None, cache: Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, revision: str | None = None, cache: Path | None = None, headers_only: bool = False
+) -> Checkpoint:
     """Open a local folder or a hub id; reads headers only.
 
     Args:
         path: a folder with config.json and safetensors, or `owner/name` on the hub.
         revision: a branch, tag or commit of the hub repository.
         cache: the hub's cache folder; the library's own by default.
+        headers_only: do not download weights that are not in the cache; such a checkpoint can be looked at, not read.
 
     Raises:
         CheckpointError: with everything that is wrong with the checkpoint.
     """
     folder = Path(path)
     source = folder.resolve().name
-    if not folder.exists():
+    remote = not folder.exists()
+    if remote:
         source = str(path)
-        folder = from_hub(str(path), revision, cache)
+        folder = from_hub(source, revision, cache, weights=not headers_only)
+        revision = folder.name  # the commit
     if not folder.is_dir():
         raise CheckpointError(f"`{path}` is not a folder", hint="give the folder that holds config.json")
     if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
@@ -215,7 +220,11 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, cache: Pat
             f"`{path}` is a PEFT adapter, not a checkpoint", hint="adapters can be `tuned`, not `base`"
         )
     config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
-    checkpoint = Checkpoint(folder, config, _entries(folder), source=source, revision=revision)
+    if remote and headers_only and not any(folder.glob("*.safetensors")):
+        entries = _entries(source, headers_from_hub(source, revision), [])
+    else:
+        entries = _entries(str(folder), *_read_headers(folder))
+    checkpoint = Checkpoint(folder, config, entries, source=source, revision=revision)
     _check_layers(checkpoint)
     return checkpoint
 
@@ -230,23 +239,28 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
     return None
 
 
-def _entries(folder: Path) -> dict[str, Entry]:
-    entries: dict[str, Entry] = {}
+def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Slot]], list[str]]:
+    """The tensors of each weight file, and what is wrong with the files or differs from the index."""
+    headers: dict[str, dict[str, Slot]] = {}
     problems: list[str] = []
     for file, promised in weight_files(folder).items():
         try:
-            slots = read_header(folder / file)
+            slots = headers[file] = read_header(folder / file)
         except CheckpointError as error:
             problems += [f"`{file}`: {problem}" for problem in error.problems or (error.message,)]
             continue
         if promised is not None:
-            problems += [
-                f"`{file}` lacks `{name}`, which the index says it has" for name in sorted(promised - set(slots))
-            ]
+            lacking, unlisted = sorted(promised - set(slots)), sorted(set(slots) - promised)
+            problems += [f"`{file}` lacks `{name}`, which the index says it has" for name in lacking]
             # Transformers reads a whole shard whatever the index says, so an unlisted tensor is a second truth
-            problems += [
-                f"`{file}` has `{name}`, which the index does not list there" for name in sorted(set(slots) - promised)
-            ]
+            problems += [f"`{file}` has `{name}`, which the index does not list there" for name in unlisted]
+    return headers, problems
+
+
+def _entries(source: str, headers: Mapping[str, Mapping[str, Slot]], problems: list[str]) -> dict[str, Entry]:
+    """All files' tensors by canonical name; raises ``problems`` and those of names."""
+    entries: dict[str, Entry] = {}
+    for file, slots in headers.items():
         for stored, slot in slots.items():
             entry = make_entry(stored, slot, file)
             other = entries.get(entry.name)
@@ -258,7 +272,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
                 problems.append(f"`{other.stored}` and `{stored}` are the same tensor, `{entry.name}`")
     if problems:
         raise CheckpointError(
-            f"the checkpoint `{folder}` is damaged", problems=problems, hint="fetch the files named here again"
+            f"the checkpoint `{source}` is damaged", problems=problems, hint="fetch the files named here again"
         )
     return entries
 

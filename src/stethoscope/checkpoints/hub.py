@@ -1,31 +1,74 @@
-"""A hub repository as a local folder, from the hub library's cache or over the network."""
+"""A hub repository as a local folder, or its headers alone, from the hub library's cache or over the network."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from stethoscope.checkpoints.header import Slot
 from stethoscope.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
+SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
 
 
-def from_hub(repository: str, revision: str | None, cache: Path | None) -> Path:
-    """The folder of a hub repository, from the cache or the network; config, tokenizer and safetensors only."""
+def from_hub(repository: str, revision: str | None, cache: Path | None, *, weights: bool = True) -> Path:
+    """The folder of a hub repository, from the cache or the network.
+
+    Args:
+        weights: fetch the safetensors too, not only config and tokenizer.
+    """
     if not HUB_ID.fullmatch(repository):
         raise CheckpointError(f"there is no folder `{repository}`", hint="give a folder, or a hub id like `owner/name`")
     from huggingface_hub import snapshot_download
+
+    download: Callable[..., str] = snapshot_download
+    wanted = [*SIDE_FILES, "*.safetensors"] if weights else SIDE_FILES
+    with _hub_errors(repository, revision):
+        # other formats lie in folders of their own
+        return Path(
+            download(repository, revision=revision, cache_dir=cache, allow_patterns=wanted, ignore_patterns=["*/*"])
+        )
+
+
+def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[str, Slot]]:
+    """The tensors of each safetensors file of a repository, without fetching the files.
+
+    The places of the tensors are counted from the first tensor's byte: these are for looking, not for reading.
+    """
+    from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+
+    try:
+        with _hub_errors(repository, revision):
+            found = get_safetensors_metadata(repository, revision=revision)
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(
+            f"`{repository}` has no sound safetensors files", hint="it may hold pickles: convert it first"
+        ) from error
+    return {
+        file: {
+            name: Slot(dtype=info.dtype, shape=tuple(info.shape), start=info.data_offsets[0], end=info.data_offsets[1])
+            for name, info in about.tensors.items()
+        }
+        for file, about in found.files_metadata.items()
+    }
+
+
+@contextmanager
+def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+    """Say what the hub library's errors mean."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
         LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
-    download: Callable[..., str] = snapshot_download
     try:
-        return Path(download(repository, revision=revision, cache_dir=cache, allow_patterns=HUB_FILES))
+        yield
     except GatedRepoError as error:
         raise CheckpointError(
             f"`{repository}` is gated on the hub", hint="accept its licence there, then `hf auth login`"
@@ -36,7 +79,7 @@ def from_hub(repository: str, revision: str | None, cache: Path | None) -> Path:
             f"there is no folder and no hub repository `{repository}`{where}",
             hint="check the spelling; for a private repository, `hf auth login`",
         ) from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"`{repository}` is neither a folder nor in the hub's cache, and the hub cannot be reached",
             hint="fetch it once with a network (`hf download`), or give a local folder",

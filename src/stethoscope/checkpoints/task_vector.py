@@ -240,9 +240,17 @@ class FullTaskVector(TaskVector):
 
 
 def open_task_vector(
-    base: Checkpoint, tuned: str | Path, *, revision: str | None = None, cache: Path | None = None
+    base: Checkpoint,
+    tuned: str | Path,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    headers_only: bool = False,
 ) -> TaskVector:
     """The change from ``base`` to a full checkpoint or a PEFT adapter (folder or hub id); reads headers only.
+
+    Args:
+        headers_only: as for `open_checkpoint`; an adapter is small and is fetched all the same.
 
     Raises:
         CheckpointError: with every tensor that is missing, extra or of another shape.
@@ -251,8 +259,8 @@ def open_task_vector(
 
     folder = find_adapter(tuned, revision=revision, cache=cache)
     if folder is not None:
-        return AdapterTaskVector(base, folder)
-    return FullTaskVector(base, open_checkpoint(tuned, revision=revision, cache=cache))
+        return AdapterTaskVector(base, folder, source=str(tuned) if not Path(tuned).exists() else None)
+    return FullTaskVector(base, open_checkpoint(tuned, revision=revision, cache=cache, headers_only=headers_only))
 
 
 def match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:

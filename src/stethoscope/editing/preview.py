@@ -93,14 +93,14 @@ def check_edit(
     opened: Checkpoint | None = None
     change: TaskVector | None = None
     try:
-        opened = open_checkpoint(base)
+        opened = open_checkpoint(base, headers_only=True)
     except CheckpointError as error:
         problems += _lines(error)
     try:
         if opened is not None:
-            change = open_task_vector(opened, tuned)
+            change = open_task_vector(opened, tuned, headers_only=True)
         elif not (Path(tuned) / "adapter_config.json").is_file():
-            open_checkpoint(tuned)
+            open_checkpoint(tuned, headers_only=True)
     except CheckpointError as error:
         problems += _lines(error)
     if opened is None or change is None:
