@@ -35,23 +35,34 @@ def test_sums_equal_a_plain_loop_over_layer_outputs(llama, tokenizer):
     outputs: dict[int, torch.Tensor] = {}
     for layer in (0, 2):
         model.model.layers[layer].register_forward_hook(lambda _m, _i, out, at=layer: outputs.__setitem__(at, out))
-    rows = tokenize(TEXTS, tokenizer, max_tokens=40)
-    for layer in (0, 2):
-        statistics = heard.statistics.layers[layer]
-        assert statistics.sums.shape == (6, 64)
-        for block in range(6):
-            expected = np.zeros(64)
-            tokens = 0
-            for row in rows[4 * block : 4 * block + 4]:
-                with torch.no_grad():
-                    model(torch.tensor([row]))
-                hidden = outputs[layer][0]
-                norms = hidden.norm(dim=-1)
-                counted = hidden[norms <= SINK_RATIO * norms.median()]
-                expected += torch.cat([counted.relu(), (-counted).relu()], dim=1).sum(0).numpy()
-                tokens += len(counted)
-            assert statistics.tokens[block] == tokens
-            np.testing.assert_allclose(statistics.sums[block], expected, rtol=1e-4, atol=1e-4)
+    statistics = heard.statistics.layers
+    for block, start in enumerate(range(0, len(TEXTS), 4)):
+        expected = {layer: np.zeros(64) for layer in (0, 2)}
+        tokens = 0
+        for row in tokenize(TEXTS, tokenizer, max_tokens=40)[start : start + 4]:
+            with torch.no_grad():
+                model(torch.tensor([row]))
+            norms = torch.stack([outputs[layer][0].norm(dim=-1) for layer in (0, 2)])
+            counted = (norms <= SINK_RATIO * norms.median(dim=1, keepdim=True).values).all(0)
+            for layer in (0, 2):
+                hidden = outputs[layer][0][counted]
+                expected[layer] += torch.cat([hidden.relu(), (-hidden).relu()], dim=1).sum(0).numpy()
+            tokens += int(counted.sum())
+        for layer in (0, 2):
+            assert statistics[layer].sums.shape == (6, 64)
+            assert statistics[layer].tokens[block] == tokens
+            np.testing.assert_allclose(statistics[layer].sums[block], expected[layer], rtol=1e-4, atol=1e-4)
+
+
+def test_a_sink_in_one_layer_is_left_out_of_all(llama, tokenizer):
+    model = llama(layers=3)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer("#")["input_ids"][0]] *= 1000  # loud, until the blocks drown it
+        model.model.layers[1].mlp.down_proj.weight *= 1e6
+    texts = ["#abcdefghijklmnopqrstuvwxyz" + text for text in TEXTS]
+    heard = listen(model, tokenizer, {layer: exact_sae(32) for layer in range(3)}, texts)
+    sinks = {layer: int(found.sinks.sum()) for layer, found in heard.statistics.layers.items()}
+    assert sinks == dict.fromkeys(range(3), len(texts))
 
 
 def test_blocks_do_not_depend_on_what_else_is_listened_to(llama, tokenizer):

@@ -73,13 +73,15 @@ def listen(
     for start in range(0, len(rows), block_size):
         block = {layer: _BlockSums(saes[layer].cfg.d_sae) for layer in layers}
         for batch in batches(rows[start : start + block_size], tokenizer):
-            for layer, hidden in _layer_outputs(model, layers, batch):
-                counted = hidden[batch.countable.to(hidden.device)]
-                loud = _sinks(hidden, batch)[batch.countable]
-                heard = counted[~loud.to(hidden.device)].float()
+            outputs = _layer_outputs(model, layers, batch)
+            # A sink's norm drops again in the last layers while it stays unlike any other token: once, always.
+            loud = torch.stack([_sinks(hidden, batch) for hidden in outputs.values()]).any(0)
+            counted = batch.countable & ~loud
+            for layer, hidden in outputs.items():
+                heard = hidden[counted.to(hidden.device)].float()
                 sae = saes[layer]
                 activations = sae.encode(heard)
-                block[layer].add(activations, sinks=int(loud.sum()))
+                block[layer].add(activations, sinks=int((loud & batch.countable).sum()))
                 if layer not in health or health[layer].tokens < health_tokens:
                     sums = HealthSums.of(heard, activations, sae.decode(activations))
                     health[layer] = health[layer] + sums if layer in health else sums
@@ -129,23 +131,23 @@ def _sinks(hidden: Float[Tensor, "rows tokens d_in"], batch: TokenBatch) -> Bool
 
 def _layer_outputs(
     model: PreTrainedModel, layers: Sequence[int], batch: TokenBatch
-) -> Iterator[tuple[int, Float[Tensor, "rows tokens d_in"]]]:
+) -> dict[int, Float[Tensor, "rows tokens d_in"]]:
     """Each layer's output on a batch, in order of depth."""
-    heard: list[tuple[int, Tensor]] = []
+    heard: dict[int, Tensor] = {}
     with _hooked(decoder_layers(model), layers, heard), suppress(_EnoughHeard):
         decoder(model)(
             input_ids=batch.input_ids.to(model.device),
             attention_mask=batch.attention_mask.to(model.device, torch.int64),
             use_cache=False,
         )
-    yield from heard
+    return heard
 
 
 @contextmanager
-def _hooked(blocks: nn.ModuleList, layers: Sequence[int], heard: list[tuple[int, Tensor]]) -> Iterator[None]:
+def _hooked(blocks: nn.ModuleList, layers: Sequence[int], heard: dict[int, Tensor]) -> Iterator[None]:
     def hook_of(layer: int) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            heard.append((layer, output[0] if isinstance(output, tuple) else output))
+            heard[layer] = output[0] if isinstance(output, tuple) else output
             if layer == layers[-1]:
                 raise _EnoughHeard
 
