@@ -176,8 +176,11 @@ def exclusive_or(
 ) -> Iterator[memoryview]:
     """A tensor's stored bytes XOR others, piece by piece; ``before`` hashes the first, ``after`` the second."""
     offset = entry.start
+    memory = np.empty(0, dtype=np.uint8)
     for piece in pieces:
-        stored = np.empty(len(piece), dtype=np.uint8)
+        if memory.size < len(piece):
+            memory = np.empty(len(piece), dtype=np.uint8)
+        stored = memory[: len(piece)]
         checkpoint.read_into(entry, offset, stored.data)
         if before is not None:
             before.update(stored.data)
