@@ -1,4 +1,4 @@
-"""Arm against arm, task by task and over all tasks: `compare(outcomes)` gives what the data show, in numbers and words."""
+"""Arm against arm, by task and over all tasks: `compare(outcomes)` says what the data show, in numbers and words."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -66,8 +66,8 @@ class TaskContrast:
 class Contrast:
     """Arm ``b`` against arm ``a`` on every task, pooled over the family, and on control text.
 
-    ``pooled`` weighs items equally and resamples within tasks; ``improved``, ``worsened`` and ``not_degraded`` name tasks;
-    ``loss`` is the change of control loss in nats per token, positive where b is worse.
+    ``pooled`` weighs items equally and resamples within tasks; ``improved``, ``worsened`` and ``not_degraded`` name
+    tasks; ``loss`` is the change of control loss in nats per token, positive where b is worse.
     """
 
     a: str
@@ -230,7 +230,9 @@ def compare(
         alpha=alpha,
         margin=margin,
         adjustment=adjustment,
-        accuracy=accuracy.where(accuracy.notna(), None).to_dict("records"),
+        accuracy=[
+            {str(k): v for k, v in row.items()} for row in accuracy.where(accuracy.notna(), None).to_dict("records")
+        ],
         contrasts=contrasts,
     )
 
@@ -294,9 +296,7 @@ def _results(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
     return rows[metric].to_numpy(dtype=np.float64)
 
 
-def _flips(
-    rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y: NDArray[np.float64]
-) -> Flips | None:
+def _flips(rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y: NDArray[np.float64]) -> Flips | None:
     if rows_a["extracted"].isna().any() or rows_b["extracted"].isna().any():
         return None
 
@@ -332,9 +332,7 @@ def _conclude(
     seed: int,
 ) -> Contrast:
     family = [t for t in tasks if t.in_family]
-    x, y = (
-        np.concatenate([_results(outcomes.rows(arm, t.task), t.metric) for t in family]) for arm in (a, b)
-    )
+    x, y = (np.concatenate([_results(outcomes.rows(arm, t.task), t.metric) for t in family]) for arm in (a, b))
     strata = np.repeat(np.arange(len(family)), [t.n for t in family])
     pooled = paired_difference(x, y, confidence=1 - alpha, strata=strata, rng=np.random.default_rng(seed))
     counted = [t.mcnemar for t in family if t.mcnemar]
@@ -342,7 +340,7 @@ def _conclude(
         mcnemar_exact(sum(m.b for m in counted), sum(m.c for m in counted)) if len(counted) == len(family) else None
     )
     significant = [t for t in tasks if t.p_adjusted is not None and t.p_adjusted < alpha]
-    contrast = {
+    contrast: dict[str, Any] = {
         "a": a,
         "b": b,
         "tasks": tasks,
@@ -393,7 +391,9 @@ def _verdict(
     if len(not_degraded) == len(tasks):
         words += f"; a loss of {100 * margin:g} points or more is ruled out in every task"
     else:
-        words += f"; a loss of {100 * margin:g} points or more is ruled out in {len(not_degraded)} of {len(tasks)} tasks"
+        words += (
+            f"; a loss of {100 * margin:g} points or more is ruled out in {len(not_degraded)} of {len(tasks)} tasks"
+        )
     if loss is not None:
         words += f"; control loss {loss.difference:+.3f} nats per token"
         if loss.low is not None and loss.high is not None:

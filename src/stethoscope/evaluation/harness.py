@@ -19,10 +19,17 @@ from stethoscope.evaluation.decoding import agrees, can_share, common_prefix, de
 logger = logging.getLogger(__name__)
 
 # Generation settings that plain greedy decoding does not read; with any other one the harness' own path is taken.
-_HARMLESS = frozenset(
-    "bos_token_id eos_token_id pad_token_id transformers_version do_sample temperature top_k top_p min_p max_length "
-    "max_new_tokens use_cache cache_implementation _from_model_config".split()
-)
+_HARMLESS = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
+    *(
+        "max_length",
+        "max_new_tokens",
+        "use_cache",
+        "cache_implementation",
+        "transformers_version",
+        "_from_model_config",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             context, settings = request.args
             groups.setdefault(canonical_json(settings), {})[_key(context, settings)] = (context, settings)
         if any(settings.get("do_sample") for group in groups.values() for _, settings in group.values()):
-            return super().generate_until(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+            return super().generate_until(requests, disable_tqdm=True)
         self._generations = self._read_journal()
         for group in groups.values():
             self._generate_group(group)
@@ -141,12 +148,13 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     def _shares(self, prompts: list[list[int]], limit: int) -> bool:
         config = self.model.generation_config
-        changed = set(config.to_diff_dict()) - _HARMLESS
+        changed = {name for name, value in config.to_diff_dict().items() if value} - _HARMLESS
         longest = max(map(len, prompts)) + limit
         if not self.shares or changed or not can_share(self.model, longest):
             return False
         if self._checked is None:
-            self._checked = agrees(self.model, prompts)
+            longest_prompt = max(prompts, key=len)
+            self._checked = len(longest_prompt) > 3 and agrees(self.model, longest_prompt[-64:])
             if not self._checked:
                 logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
         return self._checked
@@ -161,7 +169,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                 write_text(self.journal, "".join(lines[:-1]))
                 break
             entry = json.loads(line)
-            found[entry.pop("key")] = Generation(**entry)
+            key = entry.pop("key")
+            found[key] = Generation(**entry)
         return found
 
     def _write_journal(self, made: dict[str, Generation]) -> None:

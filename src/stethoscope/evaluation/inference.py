@@ -122,9 +122,7 @@ def unpaired_z(k_a: int, n_a: int, k_b: int, n_b: int) -> UnpairedZ:
     else:
         statistic = (b - a) / variance**0.5
         p_value = float(2 * stats.norm.sf(abs(statistic)))
-    return UnpairedZ(
-        share_a=a, share_b=b, difference=b - a, statistic=statistic, p_value=p_value, reason=reason
-    )
+    return UnpairedZ(share_a=a, share_b=b, difference=b - a, statistic=statistic, p_value=p_value, reason=reason)
 
 
 def mcnemar_exact(b: int, c: int) -> McNemar:
@@ -288,9 +286,7 @@ def non_inferiority(
     )
 
 
-def smallest_detectable_gain(
-    n: int, discordance: float, power: float = 0.8, alpha: float = 0.05
-) -> DetectableGain:
+def smallest_detectable_gain(n: int, discordance: float, power: float = 0.8, alpha: float = 0.05) -> DetectableGain:
     """Smallest true gain that a two-sided McNemar test of ``n`` items finds with the given power.
 
     Solves n d^2 = (z_alpha/2 sqrt(p) + z_power sqrt(p - d^2))^2 for d, p the share of items on which the arms differ
@@ -346,13 +342,13 @@ def _sum_by_cluster(
 ) -> tuple[Floats, Floats, NDArray[np.int64]]:
     """Per cluster: the sum of differences, the number of items, and the stratum's number."""
     n = len(difference)
-    group = np.zeros(n, np.int64) if strata is None else np.unique(strata, return_inverse=True)[1]
+    group = np.zeros(n, np.int64) if strata is None else np.unique(strata, return_inverse=True)[1].astype(np.int64)
     if clusters is None:
         return difference, np.ones(n), group
     _, unit = np.unique(np.stack([group, np.unique(clusters, return_inverse=True)[1]]), axis=1, return_inverse=True)
     unit = unit.reshape(-1)
     first = np.unique(unit, return_index=True)[1]
-    return np.bincount(unit, weights=difference), np.bincount(unit).astype(np.float64), group[first]
+    return np.bincount(unit, weights=difference).astype(np.float64), np.bincount(unit).astype(np.float64), group[first]
 
 
 def _clustered_error(sums: Floats, sizes: Floats, groups: NDArray[np.int64]) -> float | None:
@@ -384,9 +380,7 @@ def _ratio_bootstrap(
     top, bottom = np.zeros(resamples), np.zeros(resamples)
     for group in np.unique(groups):
         # Equal units are interchangeable: draw how often each distinct one comes, not which.
-        units, counts = np.unique(
-            np.stack([sums, sizes], axis=1)[groups == group], axis=0, return_counts=True
-        )
+        units, counts = np.unique(np.stack([sums, sizes], axis=1)[groups == group], axis=0, return_counts=True)
         count = int(counts.sum())
         step = max(1, 4_000_000 // len(units))
         for start in range(0, resamples, step):

@@ -47,9 +47,7 @@ class Outcomes:
         doubled = self.frame[self.frame.duplicated(["arm", "task", "item"])]
         if len(doubled):
             first = doubled.iloc[0]
-            raise EvaluationError(
-                f"arm `{first.arm}` has item `{first['item']}` of task `{first.task}` twice"
-            )
+            raise EvaluationError(f"arm `{first.arm}` has item `{first['item']}` of task `{first.task}` twice")
 
     @property
     def arms(self) -> list[str]:
@@ -64,7 +62,7 @@ class Outcomes:
     @property
     def metrics(self) -> list[str]:
         """Names of the metric columns."""
-        return [name for name in self.frame if name not in (*KEYS, *DETAILS)]
+        return [str(name) for name in self.frame if name not in (*KEYS, *DETAILS)]
 
     def metric_of(self, task: str) -> str:
         """The metric that decides a task: exact_match, math_verify or acc if it has one, else its first."""
@@ -108,7 +106,9 @@ class Outcomes:
                     problems.append(f"task `{task}`: only one of `{first}` and `{arm}` has {_items(only)}")
                 for part, what in enumerate(("content", "prompt")):
                     if changed := sorted(i for i in a.keys() & b.keys() if a[i][part] != b[i][part]):
-                        problems.append(f"task `{task}`: `{first}` and `{arm}` have another {what} at {_items(changed)}")
+                        problems.append(
+                            f"task `{task}`: `{first}` and `{arm}` have another {what} at {_items(changed)}"
+                        )
         if problems:
             raise EvaluationError(
                 "the arms were not given the same items",

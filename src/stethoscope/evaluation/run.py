@@ -1,7 +1,7 @@
 """Run lm-evaluation-harness tasks on several states of one live model: `evaluate(model, tokenizer, arms, tasks, ...)`.
 
-Tasks are built once and every arm gets the same prompts. Each finished arm and task is stored at once; an interrupted run
-goes on where it stopped, inside a task too.
+Tasks are built once and every arm gets the same prompts. Each finished arm and task is stored at once; an interrupted
+run goes on where it stopped, inside a task too.
 """
 
 import difflib
@@ -21,7 +21,6 @@ import torch
 from lm_eval import evaluator
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import canonical_json, sha256_bytes
@@ -238,7 +237,7 @@ def _quiet_harness() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level, bar = logger.level, lm_eval.api.task.tqdm
     logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = functools.partial(tqdm, disable=True)
+    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:

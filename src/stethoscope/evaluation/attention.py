@@ -1,0 +1,180 @@
+"""Attention over what a batch of prompts shares, once for all, and over what each has of its own.
+
+The shared part is one product for the whole batch instead of one per item, as in Hydragen (arXiv 2402.05099). Each item
+keeps only its own keys and values, in buffers that are dense, since products of strided slices are many times slower.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+_NAME = "stethoscope_shared_prefix"
+_STEP = 32  # columns by which buffers grow
+
+States = tuple[Float[Tensor, "kv prefix head"], Float[Tensor, "kv prefix head_v"]]
+
+
+class OwnLayer(CacheLayerMixin):
+    """One layer's keys and values of what items do not share, [kv, rows, capacity, head], and the prefix's."""
+
+    is_sliding = False
+
+    def __init__(self, prefix: States | None) -> None:
+        super().__init__()
+        self.prefix = prefix
+        self.length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, kv, new, _ = key_states.shape
+        # Zeros, not rubbish: unused columns have no weight, and 0 times NaN is NaN.
+        self.keys = key_states.new_zeros(kv, rows, new + _STEP, key_states.shape[-1])
+        self.values = value_states.new_zeros(kv, rows, new + _STEP, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        end = self.length + key_states.shape[-2]
+        if end > self.keys.shape[2]:
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, _STEP))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, _STEP))
+        self.keys[:, :, self.length : end] = key_states.transpose(0, 1)
+        self.values[:, :, self.length : end] = value_states.transpose(0, 1)
+        self.length = end
+        return self.keys.transpose(0, 1), self.values.transpose(0, 1)
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Drop all other rows of the batch."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+_CACHE: ContextVar[Cache] = ContextVar("cache of the batch being decoded")
+
+
+@contextmanager
+def shared_attention(model: PreTrainedModel, prefix: Sequence[States], layers: int) -> Iterator[Cache]:
+    """Let the model attend to the prefix and to a new, empty cache of each item's own tokens, which is yielded.
+
+    Within, the model is called with that cache and with an additive mask [rows, 1, queries, own keys].
+    """
+    cache = Cache(layers=[OwnLayer(prefix[i] if prefix else None) for i in range(layers)])
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    token = _CACHE.set(cache)
+    try:
+        model.set_attn_implementation(_NAME)
+        yield cache
+    finally:
+        _CACHE.reset(token)
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Float[Tensor, "rows heads queries head"],
+    key: Float[Tensor, "rows kv capacity head"],
+    value: Float[Tensor, "rows kv capacity head_v"],
+    attention_mask: Float[Tensor, "rows 1 queries keys"],
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "rows queries heads head_v"], None]:
+    rows, heads, queries, size = query.shape
+    kv = key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
+    layer = _CACHE.get().layers[cast(int, module.layer_idx)]
+    assert isinstance(layer, OwnLayer)
+    # Heads that read the same keys become further queries of one head.
+    packed = query.reshape(rows, kv, heads // kv * queries, size).transpose(0, 1).contiguous()
+    mask = attention_mask[:, 0].repeat(1, heads // kv, 1)  # [rows, queries of all, keys]
+    out = _decode(packed * scale, layer, mask) if queries == 1 else _prefill(packed, layer, mask, scale)
+    # [kv, rows, queries of all, head_v] -> [rows, queries, heads, head_v]
+    out = out.transpose(0, 1).reshape(rows, heads, queries, -1).transpose(1, 2).contiguous()
+    return out, None
+
+
+def _decode(
+    query: Float[Tensor, "kv rows queries head"], layer: OwnLayer, mask: Float[Tensor, "rows queries keys"]
+) -> Float[Tensor, "kv rows queries head_v"]:
+    """One softmax over the scores of the prefix's keys and of the item's own."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    kv, rows, queries, _ = query.shape
+    keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1)  # [kv x rows, capacity, head]
+    unused = keys.shape[1] - mask.shape[-1]
+    mask = torch.nn.functional.pad(mask, (0, unused), value=float("-inf"))
+    own = torch.bmm(query.flatten(0, 1), keys.transpose(1, 2)).view(kv, rows, queries, -1) + mask
+    if layer.prefix is None:
+        return torch.bmm(own.softmax(-1).flatten(0, 1), values).view(kv, rows, queries, -1)
+    prefix_keys, prefix_values = layer.prefix
+    size = prefix_keys.shape[1]
+    shared = torch.bmm(query.flatten(1, 2), prefix_keys.transpose(1, 2))  # [kv, rows x queries, prefix]
+    weight = torch.cat([shared.view(kv, rows, queries, size), own], -1).softmax(-1)
+    out = torch.bmm(weight.flatten(1, 2)[..., :size], prefix_values).view(kv, rows, queries, -1)
+    return out + torch.bmm(weight.flatten(0, 1)[..., size:], values).view(kv, rows, queries, -1)
+
+
+def _prefill(
+    query: Float[Tensor, "kv rows queries head"],
+    layer: OwnLayer,
+    mask: Float[Tensor, "rows queries keys"],
+    scale: float,
+) -> Float[Tensor, "kv rows queries head_v"]:
+    """Both parts on their own, merged by the log-sum-exp of their scores."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    kv, rows, queries, _ = query.shape
+    keys, values = (t[:, :, : layer.length].transpose(0, 1) for t in (layer.keys, layer.values))
+    by_row = query.transpose(0, 1)  # [rows, kv, queries, head]
+    if layer.prefix is None:
+        out = torch.nn.functional.scaled_dot_product_attention(by_row, keys, values, mask[:, None], scale=scale)
+        return out.transpose(0, 1)
+    out, own = _with_total(by_row, keys, values, mask[:, None], scale)
+    # the prefix sees all rows' queries as queries of one row
+    prefix_keys, prefix_values = (t[None] for t in layer.prefix)
+    shared_out, shared = _with_total(query.flatten(1, 2)[None], prefix_keys, prefix_values, None, scale)
+    weight = (own.transpose(0, 1) - shared.view(kv, rows, queries)).sigmoid()[..., None]
+    merged = torch.lerp(shared_out.view(kv, rows, queries, -1).float(), out.transpose(0, 1).float(), weight)
+    return merged.to(query.dtype)
+
+
+def _with_total(
+    query: Float[Tensor, "rows kv queries head"],
+    key: Float[Tensor, "rows kv keys head"],
+    value: Float[Tensor, "rows kv keys head_v"],
+    mask: Float[Tensor, "rows 1 queries keys"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "rows kv queries head_v"], Float[Tensor, "rows kv queries"]]:
+    """Attention and the log-sum-exp of its scores in float32."""
+    if query.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, total = flash(query, key, value, attn_mask=mask, scale=scale)
+        return out, total
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores = scores + mask.float()
+    total = scores.logsumexp(-1)
+    return (scores - total[..., None]).exp().to(value.dtype) @ value, total
+
+
+AttentionInterface.register(_NAME, _attention)

@@ -1,0 +1,190 @@
+"""Every test statistic against an independent implementation, a published value or brute force."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, stats
+from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
+
+from stethoscope.errors import EvaluationError
+from stethoscope.evaluation.inference import (
+    _score,
+    adjust,
+    mcnemar_exact,
+    non_inferiority,
+    paired_difference,
+    ratio_difference,
+    smallest_detectable_gain,
+    unpaired_z,
+)
+
+
+def pair(both, only_a, only_b, neither):
+    a = np.repeat([1, 1, 0, 0], [both, only_a, only_b, neither])
+    b = np.repeat([1, 0, 1, 0], [both, only_a, only_b, neither])
+    return a, b
+
+
+def test_unpaired_z_is_the_papers():
+    result = unpaired_z(160, 540, 213, 540)
+    assert round(result.statistic, 2) == 3.41
+    assert round(result.p_value, 4) == 0.0007
+    a, b = np.repeat([1, 0], [160, 380]), np.repeat([1, 0], [213, 327])
+    assert result.statistic == pytest.approx((b.mean() - a.mean()) / np.hypot(stats.sem(a), stats.sem(b)))
+
+
+@pytest.mark.parametrize(
+    ("counts", "why"), [((0, 9, 0, 9), "same result"), ((9, 9, 0, 9), "same"), ((1, 1, 0, 5), "single")]
+)
+def test_unpaired_z_without_variance_is_undefined(counts, why):
+    result = unpaired_z(*counts)
+    assert result.statistic is None
+    assert result.p_value is None
+    assert why in result.reason
+    assert result.to_dict()["statistic"] is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_is_statsmodels(b, c):
+    result = mcnemar_exact(b, c)
+    if b + c == 0:
+        assert (result.p_value, result.reason is not None) == (1.0, True)
+    else:
+        assert result.p_value == pytest.approx(statsmodels_mcnemar([[0, b], [c, 0]], exact=True).pvalue)
+
+
+def test_score_statistic_maximises_the_likelihood_under_the_constraint():
+    for worse, better, n, d in [(3, 9, 40, 0.1), (0, 0, 25, -0.02), (5, 0, 12, -0.3), (10, 30, 540, -0.02)]:
+
+        def deviance(share, worse=worse, better=better, n=n, d=d):
+            p = np.array([share, share + d, 1 - 2 * share - d])
+            counts = np.array([worse, better, n - worse - better])
+            if (p < 0).any() or ((p == 0) & (counts > 0)).any():
+                return np.inf
+            return -float((counts[counts > 0] * np.log(p[counts > 0])).sum())
+
+        low, high = max(0.0, -d), (1 - d) / 2
+        share = optimize.minimize_scalar(deviance, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+        variance = n * (2 * share + d * (1 - d))
+        assert _score(worse, better, n, d) == pytest.approx((better - worse - n * d) / variance**0.5, rel=1e-3)
+
+
+def test_score_interval_at_zero_difference_is_mcnemar():
+    a, b = pair(100, 20, 38, 200)
+    assert _score(20, 38, 358, 0.0) == pytest.approx(18 / 58**0.5)
+    low = paired_difference(a, b, method="score").low
+    assert _score(20, 38, 358, low) == pytest.approx(stats.norm.isf(0.025))
+
+
+def test_bootstrap_agrees_with_scipy_and_with_the_normal_interval():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=200), rng.normal(0.1, 1, size=200)
+    ours = paired_difference(a, b, resamples=20_000)
+    theirs = stats.bootstrap((b - a,), np.mean, method="percentile", n_resamples=5000, rng=rng).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert ours.standard_error == pytest.approx(stats.sem(b - a))
+    assert ours == paired_difference(a, b, resamples=20_000)
+
+
+def test_clustered_error_by_hand_and_against_copies():
+    a, b = pair(30, 10, 25, 35)
+    single = paired_difference(a, b)
+    doubled = paired_difference(np.tile(a, 2), np.tile(b, 2), clusters=np.tile(np.arange(100), 2))
+    assert doubled.clusters == 100
+    assert doubled.standard_error == pytest.approx(single.standard_error)  # copies add nothing
+    assert (doubled.low, doubled.high) == pytest.approx((single.low, single.high), abs=0.01)
+
+
+def test_strata_are_resampled_apart():
+    a = np.zeros(200)
+    b = np.repeat([1.0, 0.0], 100)  # all of the spread lies between the strata
+    b[[0, 100]] = [0.0, 1.0]
+    apart = paired_difference(a, b, strata=np.repeat([0, 1], 100))
+    together = paired_difference(a, b)
+    assert apart.high - apart.low < 0.3 * (together.high - together.low)
+
+
+def test_ratio_difference_weighs_units():
+    result = ratio_difference([2.0, 9.0], [3.0, 9.0], [1, 3])
+    assert result.difference == pytest.approx(0.25)
+    assert (result.low, result.high) == pytest.approx((0.0, 1.0))
+
+
+def test_detectable_gain_is_the_published_one_and_has_its_power():
+    for n, points in [(540, 5.4), (1187, 3.6), (5000, 1.8)]:
+        assert round(100 * smallest_detectable_gain(n, 0.2).gain, 1) == points
+    gain = smallest_detectable_gain(540, 0.2).gain
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(540, [(0.2 - gain) / 2, (0.2 + gain) / 2, 0.8], size=2000).tolist()
+    found = np.mean([mcnemar_exact(b, c).p_value < 0.05 for b, c, _ in draws])
+    assert found == pytest.approx(0.8, abs=0.05)
+    assert smallest_detectable_gain(20, 0.05).gain is None
+    assert "too few" in smallest_detectable_gain(20, 0.05).reason
+    assert smallest_detectable_gain(20, 0.0).gain is None
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_adjustments_by_definition(p):
+    order = np.argsort(p)
+    m = len(p)
+    holm = np.maximum.accumulate([min(1, (m - i) * p[k]) for i, k in enumerate(order)])
+    bh = np.minimum.accumulate([min(1, m / (i + 1) * p[order[i]]) for i in reversed(range(m))])[::-1]
+    assert np.array(adjust(p))[order] == pytest.approx(holm)
+    assert np.array(adjust(p, "bh"))[order] == pytest.approx(bh)
+
+
+def test_what_was_not_tested_does_not_count():
+    assert adjust([0.02, None, 0.03]) == [0.04, None, 0.04]
+    assert adjust([None]) == [None]
+    with pytest.raises(EvaluationError, match="bonferoni"):
+        adjust([0.1], "bonferoni")
+
+
+def test_non_inferiority_is_a_claim_of_its_own():
+    same = non_inferiority(*pair(270, 0, 0, 270), 0.02)
+    assert same.shown
+    assert 0 < same.smallest_margin < 0.02
+    noisy = non_inferiority(*pair(200, 54, 54, 232), 0.02)
+    assert (noisy.difference, noisy.shown) == (0.0, False)  # no difference seen, none ruled out
+    assert non_inferiority(*pair(200, 54, 54, 232), noisy.smallest_margin + 1e-6).shown
+    assert noisy.p_value > 0.025
+    with pytest.raises(EvaluationError, match="margin"):
+        non_inferiority([1], [1], 0.0)
+
+
+@pytest.mark.parametrize(("a", "b"), [([1], [0]), ([1] * 9, [1] * 9), ([0] * 9, [0] * 9), ([1] * 9, [0] * 9)])
+def test_degenerate_items_have_defined_answers(a, b):
+    boot, score = paired_difference(a, b), paired_difference(a, b, method="score")
+    assert (boot.low, boot.high) == (None, None)
+    assert boot.reason
+    assert -1 <= score.low <= score.difference <= score.high <= 1
+    assert score.high > score.low
+
+
+def test_unpairable_results_are_refused():
+    for a, b in [([1, 0], [1]), ([], []), ([np.nan], [1.0])]:
+        with pytest.raises(EvaluationError):
+            paired_difference(a, b)
+    with pytest.raises(EvaluationError, match="score interval"):
+        paired_difference([0.5], [1], method="score")
+
+
+def test_levels_hold_in_simulation():
+    """Coverage of the score interval and false positives of the exact test, without and with a true gain."""
+    rng = np.random.default_rng(0)
+    for n, discordance, gain in itertools.product((50, 540), (0.05, 0.2, 0.45), (0.0, 0.04)):
+        shares = [(discordance - gain) / 2, (discordance + gain) / 2, 1 - discordance]
+        draws = rng.multinomial(n, shares, size=400).tolist()
+        z = [_score(worse, better, n, gain) for worse, better, _ in draws]
+        assert np.mean(np.abs(z) < stats.norm.isf(0.025)) > 0.91  # the interval covers where the score is small
+        if gain == 0:
+            assert np.mean([mcnemar_exact(b, c).p_value < 0.05 for b, c, _ in draws]) < 0.075
+    # non-inferiority is claimed wrongly no more often than its level at the margin itself
+    draws = rng.multinomial(540, [0.11, 0.09, 0.8], size=300).tolist()
+    wrongly = [non_inferiority(*pair(0, w, b, rest), 0.02).shown for w, b, rest in draws]
+    assert np.mean(wrongly) < 0.06
