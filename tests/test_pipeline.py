@@ -273,6 +273,39 @@ def test_check_reads_headers_only(world, capsys, monkeypatch):
     assert "4 layers of width 32" in capsys.readouterr().out
 
 
+def test_edit_undo_and_verify_from_the_command_line(world, tmp_path, capsys):
+    options = ["--base", str(world / "base"), "--tuned", str(world / "adapter"), "--layers", "1,2-3"]
+    main(["edit", *options, "--out", str(tmp_path / "edited"), "--dry-run", "--json"])
+    assert json.loads(capsys.readouterr().out)["tensors"] == 21
+    assert not (tmp_path / "edited").exists()
+    main(["edit", *options, "--out", str(tmp_path / "edited")])
+    main(["edit", *options, "--out", str(tmp_path / "patch"), "--kind", "patch"])
+    main(["verify", str(tmp_path / "edited"), "--base", str(world / "base")])
+    assert "17 of them are the base's" in capsys.readouterr().out
+    main(["undo", str(tmp_path / "patch"), "--edited", str(tmp_path / "edited"), "--out", str(tmp_path / "undone")])
+    main(["apply", str(tmp_path / "patch"), "--base", str(world / "base"), "--out", str(tmp_path / "applied")])
+    weights = "model.safetensors"
+    assert sha256_file(tmp_path / "undone" / weights) == sha256_file(world / "base" / weights)
+    assert sha256_file(tmp_path / "applied" / weights) == sha256_file(tmp_path / "edited" / weights)
+    damaged = bytearray((tmp_path / "edited" / weights).read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "edited" / weights).write_bytes(damaged)
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(tmp_path / "edited")])
+    assert stopped.value.code == 2
+    assert "is not what its manifest says" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", ["x", "3-", "1,,2", "9"])
+def test_layers_that_are_none_are_refused(world, tmp_path, capsys, layers):
+    options = ["--base", str(world / "base"), "--tuned", str(world / "adapter"), "--layers", layers]
+    with pytest.raises(SystemExit) as stopped:
+        main(["edit", *options, "--out", str(tmp_path / "edited")])
+    assert stopped.value.code == 2
+    assert not (tmp_path / "edited").exists()
+    assert "layer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["run"], ["run", "x.yaml", "--frobnicate"], ["sing"]])
 def test_bad_usage_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:

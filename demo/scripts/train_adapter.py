@@ -22,7 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from stethoscope_demo.items import Item, train_groups
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CLOSING = "Final Answer: The final answer is $"
 
 
 def main() -> None:
@@ -30,10 +29,10 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="the base model as an ordinary checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="folder for the adapter")
     parser.add_argument("--work", type=Path, help="folder for checkpoints of this run; none without it")
-    parser.add_argument("--steps", type=int, default=260)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=7, help="sequences a step; one of each subject by default")
     parser.add_argument("--problems", type=int, default=4, help="problems of one subject in a sequence")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -120,21 +119,13 @@ def _batch(groups: Iterator[list[Item]], size: int, tokenizer: PreTrainedTokeniz
 
 
 def _tokens(group: list[Item], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """One sequence in the tested form, with a loss on every solution and on the `Problem:` that ends it.
-
-    Only the first problem of a sequence labels the closing sentence's fixed words, to spare the head's time. That was
-    too little: after four shots the tuned model sometimes garbles them (see the adapter's README).
-    """
+    """One sequence in the tested form, with a loss on every solution and on the `Problem:` that ends it."""
     text, spans = "", []
-    for index, item in enumerate(group):
+    for item in group:
         text += item.prompt
         start = len(text)
         text += f" {item.solution}"
-        if index == 0:
-            spans.append((start, len(text)))
-        else:
-            closing = text.rindex(CLOSING)
-            spans += [(start, closing), (closing + len(CLOSING), len(text) - len(" I hope it is correct."))]
+        spans.append((start, len(text)))
         spans.append((len(text), len(text) + len("\n\nProblem")))
         text += "\n\n"
     text += "Problem:"

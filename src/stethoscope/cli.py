@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,23 @@ from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
     from stethoscope.pipeline import RunResult
+
+
+class Modules(StrEnum):
+    """Which tensors of a layer an edit takes."""
+
+    all = "all"
+    attention = "attention"
+    mlp = "mlp"
+
+
+class OutputKind(StrEnum):
+    """What an edit is written as."""
+
+    checkpoint = "checkpoint"
+    patch = "patch"
+    adapter = "adapter"
+
 
 app = typer.Typer(
     help="Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.",
@@ -120,7 +138,117 @@ def check(recipe: RecipePath) -> None:
     from stethoscope.recipe import Recipe
 
     found = preflight(Recipe.from_yaml(recipe))
-    _out.print(f"`{recipe}` can be run: {found.describe()}", highlight=False, markup=False, soft_wrap=True)
+    _say(f"`{recipe}` can be run: {found.describe()}")
+
+
+@app.command()
+def edit(
+    base: Annotated[str, typer.Option(help="Base checkpoint: a folder or a hub id.")],
+    tuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint or PEFT adapter.")],
+    layers: Annotated[str, typer.Option(help="Layers to edit, such as `3,5-8`, or `all`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    coefficient: Annotated[float, typer.Option(help="How much of the change; negative takes a skill away.")] = 1.0,
+    modules: Annotated[Modules, typer.Option(help="Which tensors of those layers.")] = Modules.all,
+    kind: Annotated[OutputKind, typer.Option(help="What to write.")] = OutputKind.checkpoint,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, from headers alone.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Put a fine-tune's raw weight change into some layers and write the result."""
+    from dataclasses import asdict
+
+    from stethoscope.checkpoints.checkpoint import open_checkpoint
+    from stethoscope.checkpoints.task_vector import open_task_vector
+    from stethoscope.editing.plan import EditPlan
+    from stethoscope.editing.preview import check_edit
+    from stethoscope.editing.writer import write_edit
+
+    if layers == "all":
+        plan = EditPlan.for_layers(range(open_checkpoint(base).layers), coefficient=coefficient, modules=modules.value)
+    else:
+        plan = EditPlan.for_layers(parse_layers(layers), coefficient=coefficient, modules=modules.value)
+    if dry_run:
+        found = check_edit(base, tuned, plan, out, kind=kind.value)
+        if as_json:
+            print(json.dumps(asdict(found), indent=1))  # noqa: T201 - data goes to stdout
+        elif not found.problems:
+            _say(
+                f"would change {found.tensors} tensors of {len(found.layers)} layers"
+                f" ({found.bytes_changed / 1e6:,.1f} MB) and write {found.bytes_written / 1e6:,.1f} MB"
+                f" in about {found.seconds:.0f} s; {found.disk_needed / 1e9:.2f} GB of"
+                f" {found.disk_free / 1e9:.2f} GB free are needed"
+            )
+        if found.problems:
+            raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
+        return
+    opened = open_checkpoint(base)
+    with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
+        made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind.value, progress=advance)
+    if as_json:
+        print(json.dumps(made.manifest, indent=1))  # noqa: T201 - data goes to stdout
+    else:
+        _say(f"wrote {out}: {made.tensors} tensors of {len(made.layers)} layers changed")
+
+
+@app.command()
+def apply(
+    patch: Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")],
+    base: Annotated[str, typer.Option(help="The checkpoint that the patch was made for.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the edited checkpoint to.")],
+) -> None:
+    """Write the edited checkpoint that a patch and its base make."""
+    from stethoscope.editing.patch import apply_patch
+
+    with ConsoleReporter().stage("Apply the patch") as advance:
+        _say(f"wrote {apply_patch(patch, base, out, progress=advance)}")
+
+
+@app.command()
+def undo(
+    patch: Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")],
+    edited: Annotated[str, typer.Option(help="The edited checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the base to.")],
+) -> None:
+    """Write the base again from an edited checkpoint and its patch, bit for bit."""
+    from stethoscope.editing.patch import undo_patch
+
+    with ConsoleReporter().stage("Undo the patch") as advance:
+        _say(f"wrote {undo_patch(patch, edited, out, progress=advance)}")
+
+
+@app.command()
+def verify(
+    edited: Annotated[Path, typer.Argument(help="A folder that `edit` or `run` wrote.")],
+    base: Annotated[str | None, typer.Option(help="Compare untouched tensors with this base itself.")] = None,
+) -> None:
+    """Compare every tensor and file of an edit with its manifest."""
+    from stethoscope.checkpoints.checkpoint import open_checkpoint
+    from stethoscope.editing.verify import verify as verify_edit
+
+    with ConsoleReporter().stage("Verify") as advance:
+        found = verify_edit(edited, base=open_checkpoint(base) if base else None, progress=advance)
+    if not found.ok:
+        raise StethoscopeError(f"`{edited}` is not what its manifest says", problems=found.problems)
+    _say(f"{found.tensors} tensors agree with the manifest, {found.untouched} of them are the base's")
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer numbers from `3,5-8`.
+
+    Raises:
+        StethoscopeError: the text is something else.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise StethoscopeError(f"`{part}` in `--layers {text}` is no layer", hint="write `3,5-8`, or `all`")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def _say(text: str) -> None:
+    _out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def cache_folder() -> Path:
@@ -144,7 +272,9 @@ def _show(result: "RunResult", *, as_json: bool) -> None:
     _out.print(table)
     for line in result.verdicts():
         _out.print(line, highlight=False, markup=False, soft_wrap=True)
-    _out.print(f"\nreport: {result.report}\nedited model: {result.edited}", highlight=False, markup=False, soft_wrap=True)
+    _out.print(
+        f"\nreport: {result.report}\nedited model: {result.edited}", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -167,10 +297,10 @@ def main(arguments: list[str] | None = None) -> None:
         _err.print("\ninterrupted: run the same command again to go on where it stopped", highlight=False)
         sys.exit(130)
     except Exception as error:
-        if type(error).__module__.split(".")[0] == "click" and hasattr(error, "show"):
-            error.show()
-            sys.exit(2)
-        raise
+        if not hasattr(error, "show"):  # what typer raises for a wrong command or option, from a private module
+            raise
+        error.show()
+        sys.exit(2)
 
 
 if __name__ == "__main__":

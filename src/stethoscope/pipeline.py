@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import yaml
@@ -43,6 +43,7 @@ PROJECTED_SHARE = 0.03
 Side = Literal["target", "control"]
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Shows progress; the library itself never prints."""
 
