@@ -411,7 +411,7 @@ class _Run:
                 if saved is None:
                     with arm():
                         measured = document_losses(self.model, tokenize(documents, self.tokenizer))
-                    saved = GeneralLoss(provenance=provenance, **measured.to_dict())
+                    saved = GeneralLoss.model_validate({"provenance": provenance, **measured.to_dict()})
                     saved.save(folder)
                 losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})
                 advance(number + 1, len(arms))
