@@ -245,7 +245,11 @@ def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     wall = {name: statistics.median(run["wall_s"] for run in several) for name, several in runs.items()}
 
     def ratio(one: str, other: str) -> float | None:
-        return round(wall[one] / wall[other], 4) if other in wall else None
+        return round(wall[one] / wall[other], 4) if {one, other} <= set(wall) else None
+
+    def work(one: str, other: str) -> float | None:
+        cpu = {name: statistics.median(run["cpu_s"] for run in several) for name, several in runs.items()}
+        return round(cpu[one] / cpu[other], 4) if {one, other} <= set(cpu) else None
 
     ours = [
         run["peak_rss_mb"]
@@ -259,6 +263,12 @@ def summary(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         "patch_wall_vs_mergekit": ratio("raw5_patch", "mergekit_raw5"),
         "all34_wall_vs_mergekit": ratio("all34", "mergekit_all34"),
         "raw5_sync_wall_vs_cp_sync": ratio("raw5_sync", "cp_sync"),
+        "raw5_sync_wall_vs_mergekit": ratio("raw5_sync", "mergekit_raw5"),
+        # processor time, start of the interpreter included: what a busy machine cannot distort as it does wall time
+        "raw5_cpu_vs_mergekit": work("raw5", "mergekit_raw5"),
+        "raw5_cpu_vs_cp": work("raw5", "cp"),
+        "patch_cpu_vs_mergekit": work("raw5_patch", "mergekit_raw5"),
+        "all34_cpu_vs_mergekit": work("all34", "mergekit_all34"),
         "peak_rss_mb": round(max(ours), 1),
         "runs": {name: [{k: round(v, 3) for k, v in run.items()} for run in several] for name, several in runs.items()},
     }

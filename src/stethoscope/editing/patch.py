@@ -30,7 +30,7 @@ from stethoscope.editing.transfer import (
     rewrite,
     send,
     stored_pieces,
-    sync_folder,
+    sync_to_disk,
 )
 from stethoscope.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def apply_patch(
     out: Path,
     *,
     overwrite: bool = False,
-    sync: bool = False,
+    sync: bool = True,
     progress: Progress | None = None,
 ) -> Path:
     """Write the edited checkpoint that a patch and its base make.
@@ -61,7 +61,7 @@ def undo_patch(
     out: Path,
     *,
     overwrite: bool = False,
-    sync: bool = False,
+    sync: bool = True,
     progress: Progress | None = None,
 ) -> Path:
     """Write the base again from an edited checkpoint and the patch that made it (or the same edit as a patch).
@@ -122,9 +122,10 @@ def _patched(
         if direction == "apply":
             write_generated(describe_patched(manifest, tensors), source.config, folder)
         if sync:
-            sync_folder(folder)
+            for path in (*folder.iterdir(), folder):
+                sync_to_disk(path)
     if sync:
-        sync_folder(out.parent)
+        sync_to_disk(out.parent)
     return out
 
 

@@ -82,14 +82,13 @@ class Output:
         os.close(self.handle)
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until a folder and the files in it are on the disk itself."""
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

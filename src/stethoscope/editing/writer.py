@@ -36,7 +36,7 @@ from stethoscope.editing.transfer import (
     rewrite,
     send,
     stored_pieces,
-    sync_folder,
+    sync_to_disk,
     tensor_bytes,
 )
 from stethoscope.errors import CheckpointError
@@ -75,7 +75,7 @@ def write_edit(
     *,
     kind: OutputKind = "checkpoint",
     overwrite: bool = False,
-    sync: bool = False,
+    sync: bool = True,
     progress: Progress | None = None,
 ) -> Edit:
     """Write an edit, whole or not at all.
@@ -84,8 +84,8 @@ def write_edit(
         kind: "checkpoint" is a model that Transformers loads; "patch" holds the selected tensors only and turns the
             base into the edit and back; "adapter" is tuned's adapter restricted to the plan, for PEFT and vLLM.
         overwrite: replace ``out`` if it exists.
-        sync: wait until everything is on the disk itself. Without it an edit survives the death of the process
-            but, as after `cp`, not a power failure seconds later; `verify` tells.
+        sync: wait until everything is on the disk itself before ``out`` appears. Without it an edit survives the
+            death of the process but, as after `cp`, not a power failure seconds later.
         progress: called with bytes done and bytes in all.
 
     Raises:
@@ -106,9 +106,10 @@ def write_edit(
             copy_side_files(base.path, folder)
         write_generated(manifest, base.config, folder)
         if sync:
-            sync_folder(folder)
+            for path in (*folder.iterdir(), folder):
+                sync_to_disk(path)
     if sync:
-        sync_folder(out.parent)
+        sync_to_disk(out.parent)
     return Edit(
         path=out,
         kind=kind,
