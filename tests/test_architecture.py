@@ -56,3 +56,11 @@ def test_the_command_line_starts_without_torch():
     code = "import sys, stethoscope.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    assert sorted(stethoscope._HOME) == sorted(stethoscope.__all__)
+    for name in stethoscope.__all__:
+        assert getattr(stethoscope, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute `hear`"):
+        _ = stethoscope.hear

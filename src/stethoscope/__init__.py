@@ -1,1 +1,57 @@
-"""Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost."""
+"""Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.
+
+The public names below are imported when first used, so that the command line starts without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stethoscope.checkpoints.checkpoint import open_checkpoint
+    from stethoscope.checkpoints.task_vector import open_task_vector
+    from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
+    from stethoscope.diagnosis.listen import listen
+    from stethoscope.editing.apply import applied
+    from stethoscope.editing.plan import EditPlan
+    from stethoscope.editing.writer import write_edit
+    from stethoscope.errors import StethoscopeError
+    from stethoscope.evaluation.comparison import Comparison, compare
+    from stethoscope.evaluation.outcomes import Outcomes
+    from stethoscope.evaluation.run import evaluate
+    from stethoscope.pipeline import run_recipe
+    from stethoscope.recipe import Recipe
+    from stethoscope.report import render_report
+    from stethoscope.saes.sources import load_sae, open_saes
+    from stethoscope.selection.policies import Selection, select
+
+_MODULES = {
+    "checkpoints.checkpoint": ["open_checkpoint"],
+    "checkpoints.task_vector": ["open_task_vector"],
+    "diagnosis.diagnose": ["Diagnosis", "diagnose"],
+    "diagnosis.listen": ["listen"],
+    "editing.apply": ["applied"],
+    "editing.plan": ["EditPlan"],
+    "editing.writer": ["write_edit"],
+    "errors": ["StethoscopeError"],
+    "evaluation.comparison": ["Comparison", "compare"],
+    "evaluation.outcomes": ["Outcomes"],
+    "evaluation.run": ["evaluate"],
+    "pipeline": ["run_recipe"],
+    "recipe": ["Recipe"],
+    "report": ["render_report"],
+    "saes.sources": ["load_sae", "open_saes"],
+    "selection.policies": ["Selection", "select"],
+}
+_HOME = {name: f"stethoscope.{module}" for module, names in _MODULES.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - in the order in which a run uses them
+    "Recipe", "run_recipe", "open_checkpoint", "open_task_vector", "open_saes", "load_sae", "listen", "diagnose",
+    "Diagnosis", "select", "Selection", "EditPlan", "applied", "write_edit", "evaluate", "Outcomes", "compare",
+    "Comparison", "render_report", "StethoscopeError",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module `stethoscope` has no attribute `{name}`")
+    return getattr(import_module(_HOME[name]), name)
