@@ -121,6 +121,7 @@ def build(family: str) -> PreTrainedModel:
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=8,
+            query_pre_attn_scalar=1,
             max_position_embeddings=512,
             sliding_window=32 if "short" in family else 256,
             layer_types=["sliding_attention", "sliding_attention", "full_attention"],
