@@ -189,3 +189,12 @@ def test_levels_hold_in_simulation():
     draws = rng.multinomial(540, [0.11, 0.09, 0.8], size=300).tolist()
     wrongly = [non_inferiority(*pair(0, w, b, rest), 0.02).shown for w, b, rest in draws]
     assert np.mean(wrongly) < 0.06
+
+
+@pytest.mark.parametrize(("method", "theirs"), [("holm", "holm"), ("bh", "fdr_bh")])
+def test_adjustments_are_statsmodels(method, theirs):
+    from statsmodels.stats.multitest import multipletests
+
+    p = np.random.default_rng(0).random(30) ** 3
+    p[4] = p[17]
+    np.testing.assert_allclose(adjust(list(map(float, p)), method), multipletests(p, method=theirs)[1])

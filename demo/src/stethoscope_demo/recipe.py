@@ -15,8 +15,8 @@ from stethoscope_demo.tasks import write_tasks, write_text_corpora
 ADAPTER = Path(str(files("stethoscope_demo"))) / "adapter"
 SAES = Path(str(files("stethoscope_demo"))) / "saes"
 
-ITEMS = 200
-QUICK_ITEMS = 24
+ITEMS = 80
+QUICK_ITEMS = 12
 
 
 class Reporter(Protocol):
@@ -47,7 +47,7 @@ _YAML_HEAD = "# The embedded demo; `stethoscope run` on a copy of this file is a
 
 def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
     """The recipe as data; paths are relative to the folder that `prepare_demo` fills."""
-    documents = 96 if quick else 208
+    documents = 48 if quick else 182
     return {
         "base": str(base),
         "tuned": str(ADAPTER),
@@ -59,14 +59,14 @@ def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
         "select": {"policy": "top_k", "k": 5},
         "edit": {"coefficient": 1.0},
         "arms": ["base", "tuned", "selected", "random_layers", "projected"],
-        "random_sets": 2,
+        "random_sets": 1 if quick else 2,
         "evaluate": {
             "tasks": ["stethoscope_math"],
             "control_tasks": ["stethoscope_control"],
             "include_path": "tasks",
             "limit": QUICK_ITEMS if quick else ITEMS,
             "batch_size": 100,
-            "control": {"dataset": "general.jsonl", "documents": 40 if quick else 200},
+            "control": {"dataset": "general.jsonl", "documents": 16 if quick else 120},
         },
         "seed": 0,
     }

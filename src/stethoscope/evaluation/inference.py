@@ -1,4 +1,4 @@
-"""Paired and unpaired tests on item results; numpy, scipy and statsmodels only, no model needed.
+"""Paired and unpaired tests on item results; numpy and scipy only, no model needed.
 
 Everywhere ``a`` is the arm compared against and ``b`` the arm under test: a positive difference means that
 ``b`` is better. Undefined values are ``None`` with a ``reason``, never 0.
@@ -9,19 +9,17 @@ Everywhere ``a`` is the arm compared against and ``b`` the arm under test: a pos
 0.019
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
-from statsmodels.stats.multitest import multipletests
 
 from stethoscope.errors import EvaluationError
 
 Floats = NDArray[np.float64]
-_METHODS = {"holm": "holm", "bh": "fdr_bh"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,9 +321,21 @@ def adjust(p_values: Sequence[float | None], method: str = "holm") -> list[float
     """
     if method not in _METHODS:
         raise EvaluationError(f"unknown correction `{method}`", hint=f"one of {', '.join(_METHODS)}")
-    tested = [p for p in p_values if p is not None]
-    corrected = iter(multipletests(tested, method=_METHODS[method])[1] if tested else ())
+    tested = np.array([p for p in p_values if p is not None])
+    corrected = iter(_METHODS[method](tested) if len(tested) else ())
     return [None if p is None else float(next(corrected)) for p in p_values]
+
+
+def _holm(p: Floats) -> Floats:
+    # statsmodels has it too, with a full garbage collection at each call: a second beside a loaded model
+    order = np.argsort(p)
+    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(steps, 1.0)
+    return adjusted
+
+
+_METHODS: dict[str, Callable[[Floats], Floats]] = {"holm": _holm, "bh": stats.false_discovery_control}
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
