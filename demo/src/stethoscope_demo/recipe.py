@@ -15,7 +15,7 @@ from stethoscope_demo.tasks import write_tasks, write_text_corpora
 ADAPTER = Path(str(files("stethoscope_demo"))) / "adapter"
 SAES = Path(str(files("stethoscope_demo"))) / "saes"
 
-ITEMS = 80
+ITEMS = 60
 QUICK_ITEMS = 12
 
 
