@@ -23,7 +23,7 @@ MATH_GROUP = "stethoscope_math"
 CONTROL_GROUP = "stethoscope_control"
 ANSWER = r"The final answer is \$(.*?)\$"
 
-# The longest gold solution, in SmolLM2's tokens up to the stop, has 60. One limit for all tasks: a tighter one for those
+# The longest gold solution has 60 of SmolLM2's tokens up to the stop. One limit for all tasks: a tighter one for those
 # with short answers would count every arm that shows its working as wrong.
 MAX_NEW_TOKENS = 64
 
