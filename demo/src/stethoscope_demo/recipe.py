@@ -66,7 +66,7 @@ def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
             "include_path": "tasks",
             "limit": QUICK_ITEMS if quick else ITEMS,
             "batch_size": 100,
-            "control": {"dataset": "general.jsonl", "documents": 16 if quick else 120},
+            "control": {"dataset": "general.jsonl", "documents": 16 if quick else 60},
         },
         "seed": 0,
     }
