@@ -156,4 +156,7 @@ def make_comparison(
         arm: DocumentLosses(sums=tokens * (documents + harm + rng.normal(0, 0.02, 64) * (harm > 0)), tokens=tokens)
         for arm, (_, harm) in arms.items()
     }
-    return compare(Outcomes(frame=pd.DataFrame(rows)), family=list(subjects), losses=losses if loss else None)
+    pairs = [("base", arm) for arm in arms if arm != "base"]
+    pairs += [(arm, "selected") for arm in arms if arm.startswith("random")]
+    outcomes = Outcomes(frame=pd.DataFrame(rows))
+    return compare(outcomes, family=list(subjects), pairs=pairs, losses=losses if loss else None)

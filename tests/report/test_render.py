@@ -16,6 +16,8 @@ from stethoscope.report.profile import profile_rows
 from stethoscope.report.render import _ticks
 from stethoscope.report.results import Comparison, Diagnosis, Edits, Selection
 
+ONE = {"algebra": 0.3}
+
 
 class Page(HTMLParser):
     """Tags that were opened, script texts, and the text that a reader sees."""
@@ -59,7 +61,7 @@ def page(run_folder) -> Page:
 
 def test_the_verdict_comes_first_and_everything_is_there(page, results):
     text = " ".join(page.text.split())
-    headline = results.comparison.contrast("selected").verdict.split(";")[0].replace("`", "")
+    headline = results.comparison.contrast("selected").verdict.split(";")[0].replace("`", "").replace("(-", "(\u2212")
     assert headline in text
     for heading in ("Gain and cost", "What the gain costs", "Where the skill is heard", "How this was made"):
         assert text.index(headline) < text.index(heading)
@@ -77,15 +79,28 @@ def test_the_table_holds_accuracy_difference_and_interval(page, results):
 
 def test_small_samples_are_announced(page, results):
     assert "Small sample: 120 items per task" in page.text
-    large = words.notices(Diagnosis.of(results.diagnosis), Comparison.of(make_comparison(items=200)))
+    many = Comparison.of(make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)}, subjects=ONE, items=200))
+    large = words.notices(Diagnosis.of(results.diagnosis), many)
     assert not any("Small sample" in notice for notice in large)
 
 
 def test_no_evidence_of_benefit_can_be_said():
     same = dict.fromkeys(("base", "selected", "random_layers_1"), (0.0, 0.0))
-    comparison = Comparison.of(make_comparison(arms=same, items=60))
+    comparison = Comparison.of(make_comparison(arms=same, subjects=ONE, items=60))
     assert words.headline(comparison)[0].startswith("No evidence of benefit")
     assert words.findings(comparison, None)[0][1].startswith("No evidence that the selected layers are better")
+
+
+def test_shares_of_the_fine_tune_are_given_only_where_both_are_clear(results):
+    seen = Comparison.of(results.comparison)
+    said = dict(words.findings(seen, None))["The whole fine-tune"]
+    assert "The selected layers alone give 62% of its gain and 22% of its control loss." in said
+    unclear = [
+        c.model_copy(update={"pooled": c.pooled.model_copy(update={"low": -0.1})}) if c.b == "selected" else c
+        for c in seen.contrasts
+    ]
+    said = dict(words.findings(seen.model_copy(update={"contrasts": tuple(unclear)}), None))["The whole fine-tune"]
+    assert "alone give" not in said
 
 
 def test_the_same_artefacts_give_the_same_bytes(run_folder):
@@ -203,15 +218,28 @@ def test_the_null_band_is_two_deviations_of_the_null(results):
 
 
 def test_without_control_losses_the_gains_are_drawn():
-    chart = trade_off(make_comparison(loss=False, items=60)).to_dict()
-    assert "cost:Q" not in json.dumps(chart["layer"][0])
-    assert {row["arm"] for row in chart["datasets"]["arms"]} == set(ARMS) - {"base"}
+    arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), "mine": (0.05, 0.0)}
+    chart = trade_off(make_comparison(arms=arms, subjects=ONE, items=40, loss=False)).to_dict()
+    assert [row["arm"] for row in chart["datasets"]["arms"]] == ["selected", "mine"]
+    assert "cost" not in json.dumps(chart["layer"])
 
 
 def test_many_random_sets_are_named_once():
-    arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), **{f"random_layers_{i}": (0.03, 0.03) for i in range(8)}}
-    rows = trade_off(make_comparison(arms=arms, items=40)).to_dict()["datasets"]["arms"]
-    assert [row["label"] for row in rows if row["arm"].startswith("random")].count("") == 7
+    arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), **{f"random_layers_{i}": (0.03, 0.03) for i in range(5)}}
+    rows = trade_off(make_comparison(arms=arms, subjects=ONE, items=40)).to_dict()["datasets"]["arms"]
+    assert [row["label"] for row in rows if row["arm"].startswith("random")].count("") == 4
+
+
+def test_a_far_fine_tune_does_not_hide_the_edits(page, results):
+    assert set(page.data()["charts"]) == {"profile", "trade-off", "near"}
+    near = trade_off(results.comparison, without=["tuned"]).to_dict()["datasets"]["arms"]
+    assert [row["arm"] for row in near] == ["base", "selected", "random_layers_1", "random_layers_2", "projected"]
+
+
+def test_task_names_lose_what_they_share():
+    assert words.short_names(["minerva_math_algebra", "minerva_math_geometry"])["minerva_math_algebra"] == "algebra"
+    assert words.short_names(["algebra"]) == {"algebra": "algebra"}
+    assert words.short_names(["word_sorting", "spell_backward"])["word_sorting"] == "word_sorting"
 
 
 def test_edits_of_every_layer_are_not_listed():

@@ -35,11 +35,11 @@ def layer_profile(diagnosis: Any, selection: Any, *, width: int = 640) -> alt.VC
         "shape": alt.Shape("kind:N", scale=alt.Scale(domain=list(KINDS), range=list(KINDS.values()))),
     }
     # The stroke closes the seams between neighbours.
-    band = column.mark_rect(color=COLOURS["null"], stroke=COLOURS["null"], strokeWidth=1).encode(
+    band = column.mark_rect(color=COLOURS["null"], stroke=COLOURS["null"], strokeWidth=1, aria=False).encode(
         y=_y("null_low:Q", "+.2~f"), y2="null_high:Q"
     )
     interval = base.mark_rule(strokeWidth=1.5).encode(y=_y("low:Q", "+.2~f"), y2="high:Q", color=kind["color"])
-    point = base.mark_point(filled=True, size=70, opacity=1).encode(y=_y("excess:Q", "+.2~f"), **kind)
+    point = base.mark_point(filled=True, size=55, opacity=1).encode(y=_y("excess:Q", "+.2~f"), **kind)
     score = alt.layer(band, _rule(0.0), interval, point, _hits(column)).properties(
         height=220, title=title(f"{seen.score}: excess over chance")
     )

@@ -20,7 +20,7 @@ from stethoscope.report import tables, words
 from stethoscope.report.look import COLOURS, FONT
 from stethoscope.report.profile import layer_profile
 from stethoscope.report.results import Comparison, Diagnosis, Edits, Selection, read_json
-from stethoscope.report.trade import trade_off
+from stethoscope.report.trade import is_crowded, trade_off
 
 # What replaces each colour of the charts on a dark screen; the page's own colours stand in the style sheet.
 _DARK = {
@@ -73,7 +73,9 @@ def _page(
 ) -> str:
     strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
     scripts = [_vega(), _resource("report.js")]
-    charts = {"profile": layer_profile(diagnosis, selection), "trade-off": trade_off(comparison)}
+    charts: dict[str, Any] = {"profile": layer_profile(diagnosis, selection), "trade-off": trade_off(comparison)}
+    if is_crowded(comparison):
+        charts["near"] = trade_off(comparison, without=["tuned"])
     data = {
         "charts": {name: _transparent(chart.to_dict()) for name, chart in charts.items()},
         "features": {layer.layer: [tables.feature_row(f) for f in layer.features] for layer in diagnosis.layers},
@@ -86,7 +88,7 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ticks": _ticks, "breakable": _breakable}
+    environment.filters |= {"ticks": _ticks, "breakable": _breakable, "model": _model}
     return environment.get_template("report.html.jinja").render(
         diagnosis=diagnosis,
         selection=selection,
@@ -170,9 +172,15 @@ def _breakable(name: str) -> Markup:
     return Markup("<wbr>").join(escape(piece) for piece in pieces)
 
 
+def _model(name: object) -> str:
+    """A model's name: a hub id as it stands, of a path its last part."""
+    text = str(name)
+    return Path(text).name if Path(text).is_absolute() else text
+
+
 def _ticks(text: str) -> Markup:
-    """Escaped text in which `backticks` become code."""
-    parts = [escape(part) for part in text.split("`")]
+    """Escaped text in which `backticks` become code and numbers have a true minus."""
+    parts = [escape(re.sub(r"(?<=[ (])-(?=\d)", words.MINUS, part)) for part in text.split("`")]
     if len(parts) % 2 == 0:
         return escape(text)
     return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))

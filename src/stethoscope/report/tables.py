@@ -3,7 +3,7 @@
 from typing import Any
 
 from stethoscope.report.results import Comparison, Diagnosis, Difference, Edits, Feature, McNemar, Selection
-from stethoscope.report.words import MINUS, signed
+from stethoscope.report.words import MINUS, short_names, signed
 
 NONE = "\N{EN DASH}"
 Row = dict[str, str]
@@ -13,6 +13,7 @@ def results(comparison: Comparison) -> list[dict[str, Any]]:
     """Groups of rows: target tasks with their pool, controls; a cell per arm with value, difference and mark."""
     accuracy = {(row.task, row.arm): row for row in comparison.accuracy}
     contrasts = {arm: comparison.contrast(arm) for arm in comparison.arms}
+    names = short_names([*comparison.family, *comparison.controls])
 
     def of_task(task: str) -> dict[str, Any]:
         sizes = {row.n for (name, _), row in accuracy.items() if name == task}
@@ -28,7 +29,7 @@ def results(comparison: Comparison) -> list[dict[str, Any]]:
                     comparison.alpha,
                 )
             )
-        return {"name": task, "n": "/".join(map(str, sorted(sizes))), "cells": cells, "total": False}
+        return {"name": names[task], "n": "/".join(map(str, sorted(sizes))), "cells": cells, "kind": ""}
 
     def pooled() -> dict[str, Any]:
         cells, total = [], 0
@@ -40,7 +41,7 @@ def results(comparison: Comparison) -> list[dict[str, Any]]:
             p = contrast.pooled_mcnemar.p_value if contrast and contrast.pooled_mcnemar else None
             difference = contrast.pooled if contrast else None
             cells.append(_cell(NONE if mean is None else percent(mean), difference, p, comparison.alpha))
-        return {"name": "all target items", "n": str(total), "cells": cells, "total": True}
+        return {"name": "all target items", "n": str(total), "cells": cells, "kind": "total"}
 
     groups = [{"title": "Target: accuracy, %", "rows": [*map(of_task, comparison.family), pooled()]}]
     if comparison.controls:
@@ -49,7 +50,7 @@ def results(comparison: Comparison) -> list[dict[str, Any]]:
     if any(losses.values()):
         documents = {str(loss.n) for loss in losses.values() if loss}
         cells = [_loss(arm == comparison.baseline, loss) for arm, loss in losses.items()]
-        row = {"name": "loss on control text", "n": "/".join(sorted(documents)), "cells": cells, "total": False}
+        row = {"name": "loss on control text", "n": "/".join(sorted(documents)), "cells": cells, "kind": "loss"}
         groups.append({"title": "Control: change of loss, nats per token", "rows": [row]})
     return groups
 

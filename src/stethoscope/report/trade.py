@@ -18,21 +18,32 @@ _GAIN = "mean gain on the target tasks over the baseline, in points"
 _COST = "control loss, change in nats per token (right is worse)"
 
 _FEW_RANDOM = 4  # more random sets than this are named as a group
-_WIDTHS = (330, 640, 950)  # pixels at which labels should not cover each other
+_CORNER = 0.3  # share of the picture's width that is too narrow to tell several arms apart
+_WIDTHS = (295, 640, 950)  # pixels at which labels should not cover each other
 
 
-def trade_off(comparison: Any, *, width: int = 640) -> alt.LayerChart:
+def trade_off(comparison: Any, *, without: Sequence[str] = (), width: int = 640) -> alt.LayerChart:
     """Mean target gain of each arm over the baseline against what it costs on control text, with intervals.
 
     Without control losses the gains alone are drawn.
 
     Args:
         comparison: a `Comparison`, or what was saved of one.
+        without: arms to leave out: ``tuned`` is often so far from the edits that they cannot be told apart.
         width: of the plotting area in pixels.
     """
     seen = Comparison.of(comparison)
-    found = [c for arm in seen.arms if (c := seen.contrast(arm)) is not None]
+    found = [c for arm in seen.arms if arm not in without and (c := seen.contrast(arm)) is not None]
     return _plane(seen.baseline, found, width) if any(c.loss for c in found) else _gains(found, width)
+
+
+def is_crowded(comparison: Comparison) -> bool:
+    """Whether the edits lie in a corner of the picture because the whole fine-tune is far away."""
+    contrasts = [c for arm in comparison.arms if (c := comparison.contrast(arm)) is not None]
+    rows = [row for row in trade_off_rows(contrasts) if row["cost"] is not None]
+    edits = [row for row in rows if row["arm"] != "tuned"]
+    reach = [max((abs(row["cost"]) for row in some), default=0.0) for some in (edits, rows)]
+    return len(edits) > 1 and reach[0] < _CORNER * reach[1]
 
 
 def trade_off_rows(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
@@ -80,16 +91,11 @@ def _plane(baseline: str, contrasts: Sequence[Contrast], width: int, height: int
     points = base.mark_point(filled=True, size=90, opacity=1).encode(
         **at, shape=alt.Shape("shape:N", scale=None), tooltip=_arm_tooltip()
     )
-    labels = [
-        base.transform_filter(f"datum.align === '{align}' && datum.dy === {dy}")
-        .mark_text(align=align, dx=dx, dy=dy, baseline="middle", fontSize=12)
-        .encode(**at, text="label:N")
-        for align, dx in (("left", 6), ("right", -6))
-        for dy in sorted({row["dy"] for row in rows if row["align"] == align})
-    ]
+    beside = {name: alt.expr(f"datum.{name}") for name in ("align", "dx", "dy")}
+    labels = base.mark_text(**beside, baseline="middle", fontSize=12).encode(**at, text="label:N")
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=COLOURS["muted"], strokeDash=[2, 3])
     axes = [zero.encode(x=x("zero:Q")), zero.encode(y=y("zero:Q"))]
-    chart = alt.layer(*axes, *whiskers, points, *labels)
+    chart = alt.layer(*axes, *whiskers, points, labels)
     return configured(chart.properties(width=width, height=height, title=title(_GAIN), datasets={"arms": rows}))
 
 
@@ -144,11 +150,11 @@ def _place_labels(
     def clutter(place: tuple[int, str, _Box]) -> float:
         dy, _, box = place
         met = sum(box.covers(other, width) for other in taken for width in _WIDTHS)
-        return met + 3 * sum(box.leaves(width, height) for width in _WIDTHS) + abs(dy) / 20
+        return met + 3 * sum(box.leaves(width, height) for width in _WIDTHS) + abs(dy) / 30
 
     named = False
     for row, x, y in zip(rows, shares, heights, strict=True):
-        row.update(label=row["arm"], align="left", dy=0)
+        row.update(label=row["arm"], align="left", dx=0, dy=0)
         if crowded and is_random(row["arm"]):
             row["label"] = "" if named else "random layer sets"
             named = True
@@ -156,11 +162,12 @@ def _place_labels(
         sides = {"left": (0.0, length), "right": (-length, 0.0)}
         places = [
             (dy, side, _Box(x, *sides[side], y + dy - 7, y + dy + 7))
-            for dy in (-9, 9, -22, 22, -35, 35)
+            for dy in (-9, 9, -24, 24, -39, 39, -54, 54, -69, 69)
             for side in (("left", "right") if x < 0.5 else ("right", "left"))
         ]
         if row["label"]:
             row["dy"], row["align"], box = min(places, key=clutter)
+            row["dx"] = 6 if row["align"] == "left" else -6
             taken.append(box)
 
 

@@ -12,7 +12,7 @@ _ARMS = {
     "base": "the base model, unchanged",
     "tuned": "the whole fine-tune: every layer's weight change",
     "selected": "the raw weight change in the selected layers only",
-    "random": "the same, in as many layers drawn at random",
+    "random": "the raw weight change in as many layers, drawn at random",
     "projected_energy_matched": "the projected edit, rescaled to the raw edit's norm",
     "projected": "the weight change in the selected layers, projected onto their top features' directions",
 }
@@ -25,6 +25,15 @@ def describe_arm(arm: str, edits: Edits | None) -> str:
     if plan is None or not plan.layers or plan.default:
         return text
     return f"{text}{': ' if text else ''}layers {', '.join(map(str, sorted(plan.layers)))}"
+
+
+def short_names(tasks: Sequence[str]) -> dict[str, str]:
+    """Tasks' names without the words that they all begin with."""
+    parts = [task.split("_") for task in tasks]
+    shared = 0
+    while len(tasks) > 1 and len({tuple(p[: shared + 1]) for p in parts}) == 1 and shared + 1 < min(map(len, parts)):
+        shared += 1
+    return {task: "_".join(p[shared:]) for task, p in zip(tasks, parts, strict=True)}
 
 
 def headline(comparison: Comparison) -> tuple[str, str]:
@@ -77,12 +86,12 @@ def _against_random(comparison: Comparison) -> str:
 
 
 def _share_kept(comparison: Comparison, tuned: Contrast) -> str:
-    """What share of the whole fine-tune's gain and cost the selected layers have, where both are clear of 0."""
+    """What share of the whole fine-tune's gain and cost the selected layers have, where both are clearly above 0."""
     selected = comparison.contrast("selected")
-    if selected is None or not (tuned.pooled.clear and tuned.pooled.difference > 0):
+    if selected is None or not all(c.pooled.clear and c.pooled.difference > 0 for c in (selected, tuned)):
         return ""
     words = f" The selected layers alone give {selected.pooled.difference / tuned.pooled.difference:.0%} of its gain"
-    if tuned.loss and selected.loss and tuned.loss.clear and tuned.loss.difference > 0:
+    if tuned.loss and selected.loss and all(x.clear and x.difference > 0 for x in (selected.loss, tuned.loss)):
         words += f" and {selected.loss.difference / tuned.loss.difference:.0%} of its control loss"
     return words + "."
 
@@ -116,7 +125,8 @@ def notices(diagnosis: Diagnosis, comparison: Comparison) -> list[str]:
         items = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
         text = f"Small sample: {items} items per task."
         if (least := _resolution(comparison)) is not None:
-            text += f" A true gain below about {100 * least:.0f} points in one task would usually be missed."
+            seen = f"below about {100 * least:.0f} points " if least < 1 else ""
+            text += f" A true gain {seen}in one task would usually be missed."
         found.append(f"{text} Run more items before acting on this.")
     flagged = [f"layer {layer.layer} ({layer.flag})" for layer in diagnosis.layers if layer.flag]
     if flagged:
