@@ -71,7 +71,8 @@ class ScoreUncertainty:
 
     @property
     def _spread(self) -> Float64[ndarray, " layers"]:
-        return np.maximum(self.null.std(0, ddof=1), np.finfo(np.float64).tiny)
+        # a null without spread would make z infinite, which no result on disk may hold
+        return np.maximum(self.null.std(0, ddof=1), 1e-12)
 
 
 def assess(

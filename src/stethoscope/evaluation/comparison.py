@@ -381,7 +381,8 @@ def _verdict(
         words = f"Mixed: `{b}` against `{a}` gains {gain} over {len(family)} tasks, but is significantly worse"
         words += f" on {', '.join(worsened)}"
     elif better or (overall and pooled.difference > 0):
-        words = f"`{b}` beats `{a}` by {gain} over {len(family)} tasks, significantly in {len(better)} of them"
+        words = f"`{b}` beats `{a}` by {gain} over {len(family)} tasks, "
+        words += f"significantly in {len(better)} of them" if better else "though significantly in no single one"
     elif worsened or (overall and pooled.difference < 0):
         words = f"`{b}` is worse than `{a}`: {gain} over {len(family)} tasks"
         if worsened:
