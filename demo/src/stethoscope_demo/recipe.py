@@ -16,7 +16,7 @@ ADAPTER = Path(str(files("stethoscope_demo"))) / "adapter"
 SAES = Path(str(files("stethoscope_demo"))) / "saes"
 
 ITEMS = 60
-QUICK_ITEMS = 12
+QUICK_ITEMS = 8
 
 
 class Reporter(Protocol):
@@ -47,7 +47,7 @@ _YAML_HEAD = "# The embedded demo; `stethoscope run` on a copy of this file is a
 
 def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
     """The recipe as data; paths are relative to the folder that `prepare_demo` fills."""
-    documents = 48 if quick else 182
+    documents = 40 if quick else 182
     return {
         "base": str(base),
         "tuned": str(ADAPTER),
@@ -66,7 +66,7 @@ def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
             "include_path": "tasks",
             "limit": QUICK_ITEMS if quick else ITEMS,
             "batch_size": 100,
-            "control": {"dataset": "general.jsonl", "documents": 16 if quick else 60},
+            "control": {"dataset": "general.jsonl", "documents": 8 if quick else 60},
         },
         "seed": 0,
     }
