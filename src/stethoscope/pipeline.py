@@ -211,8 +211,8 @@ class _Run:
         with reporter.stage("Check the recipe"):
             self.found = preflight(recipe)
             self.hashes = {
-                "base": sha256_files([*identity_files(self.found.base.path)]),
-                "tuned": sha256_files(identity_files(Path(recipe.tuned))),
+                "base": sha256_files(identity_files(self.found.base.path)),
+                "tuned": sha256_files(identity_files(self.found.task_vector.store.path)),
                 "saes": sha256_bytes(
                     canonical_json({str(n): sae.sha256 for n, sae in self.found.saes.items()}).encode()
                 ),
