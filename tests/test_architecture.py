@@ -20,6 +20,7 @@ ORDER = [
     {"diagnosis"},
     {"editing"},
     {"saes"},
+    {"sites"},
     {"checkpoints", "corpus", "models", "recipe"},
     {"artifacts"},
     {"errors"},

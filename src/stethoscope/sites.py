@@ -1,0 +1,110 @@
+"""Where in a decoder block an SAE reads, and reading there: one forward feeds every layer.
+
+    points = {12: hook_point(model, 12, "mlp_out")}
+    hear(model, points, input_ids)[12]              # [rows, tokens, d_in]
+
+A tap is a module of the block and one of its ends: `output`, `mlp.output`, `self_attn.o_proj.input`.
+"""
+
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from stethoscope.errors import SAEError
+from stethoscope.models import decoder, decoder_layers
+
+Key = TypeVar("Key", bound=Hashable)
+
+# The first tap that a block has is the site's. A block that normalises what attention and MLP return before adding it
+# to the residual stream (Gemma 2 and 3) is read after that norm, where TransformerLens reads it too.
+TAPS: dict[str, tuple[str, ...]] = {
+    "resid_pre": ("input",),
+    "resid_post": ("output",),
+    "mlp_in": ("mlp.input", "feed_forward.input"),
+    "mlp_out": ("post_feedforward_layernorm.output", "mlp.output", "block_sparse_moe.output", "feed_forward.output"),
+    "attn_z": ("self_attn.o_proj.input", "self_attn.dense.input", "attn.c_proj.input", "attention.dense.input"),
+    "attn_out": ("self_attn.output", "attn.output", "attention.output"),
+}
+SITES = tuple(TAPS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HookPoint:
+    """One end of one module of a model."""
+
+    module: nn.Module
+    reads_input: bool
+
+
+def hook_point(model: nn.Module, layer: int, site: str, tap: str | None = None) -> HookPoint:
+    """Where a site lies in a model's block.
+
+    Args:
+        site: a key of ``TAPS``.
+        tap: the exact place, for SAEs whose makers read the site elsewhere than most.
+
+    Raises:
+        SAEError: the block has no such module.
+    """
+    block = decoder_layers(model)[layer]
+    modules = dict(block.named_modules())
+    if tap is None and site == "attn_out" and "pre_feedforward_layernorm" in modules:
+        tap = "post_attention_layernorm.output"
+    for candidate in (tap,) if tap else TAPS[site]:
+        name, _, end = candidate.rpartition(".")
+        if name in modules and end in ("input", "output"):
+            return HookPoint(module=modules[name], reads_input=end == "input")
+    raise SAEError(
+        f"layer {layer} of {type(model).__name__} has no `{tap or site}`",
+        hint=f"its block's parts are {', '.join(name for name, _ in block.named_children())}",
+    )
+
+
+def hear(
+    model: nn.Module, points: Mapping[Key, HookPoint], input_ids: Int[Tensor, "rows tokens"]
+) -> dict[Key, Float[Tensor, "rows tokens d_in"]]:
+    """What passes every point on some tokens; the forward ends at the last point, before the head.
+
+    No attention mask is given: padding belongs on the right, where a causal model never looks.
+    """
+    heard: dict[Key, Tensor] = {}
+
+    def keep(key: Key, value: Any) -> None:
+        heard[key] = value[0] if isinstance(value, tuple) else value
+        if len(heard) == len(points):
+            raise _EnoughHeard
+
+    with ExitStack() as stack:
+        for key, point in points.items():
+            stack.callback(_hooked(point, partial(keep, key)).remove)
+        with suppress(_EnoughHeard):
+            decoder(model)(input_ids=input_ids.to(_device(model)), use_cache=False)
+    return heard
+
+
+class _EnoughHeard(Exception):  # noqa: N818 - control flow: ends a forward at the last point
+    pass
+
+
+def _hooked(point: HookPoint, keep: Callable[[Any], None]) -> Any:
+    if point.reads_input:
+
+        def before(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            keep(args[0] if args else options["hidden_states"])
+
+        return point.module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        keep(output)
+
+    return point.module.register_forward_hook(after)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
