@@ -44,6 +44,6 @@ def test_a_tap_says_exactly_where():
 
 def test_a_missing_module_is_named_with_what_there_is():
     model = make(LAYOUTS["llama tied"])
-    with pytest.raises(SAEError, match="no `mixer.output`") as error:
+    with pytest.raises(SAEError, match=r"no `mixer\.output`") as error:
         hook_point(model, 0, "mlp_out", "mixer.output")
     assert "self_attn, mlp" in error.value.hint
