@@ -6,8 +6,8 @@
 A tap is a module of the block and one of its ends: `output`, `mlp.output`, `self_attn.o_proj.input`.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -73,19 +73,25 @@ def hear(
 
     No attention mask is given: padding belongs on the right, where a causal model never looks.
     """
+    with hearing(points, last=True) as heard, suppress(_EnoughHeard):
+        decoder(model)(input_ids=input_ids.to(_device(model)), use_cache=False)
+    return heard
+
+
+@contextmanager
+def hearing(points: Mapping[Key, HookPoint], *, last: bool = False) -> Iterator[dict[Key, Tensor]]:
+    """What passes every point in a forward that the block runs itself; ``last`` ends it there."""
     heard: dict[Key, Tensor] = {}
 
     def keep(key: Key, value: Any) -> None:
         heard[key] = value[0] if isinstance(value, tuple) else value
-        if len(heard) == len(points):
+        if last and len(heard) == len(points):
             raise _EnoughHeard
 
     with ExitStack() as stack:
         for key, point in points.items():
             stack.callback(_hooked(point, partial(keep, key)).remove)
-        with suppress(_EnoughHeard):
-            decoder(model)(input_ids=input_ids.to(_device(model)), use_cache=False)
-    return heard
+        yield heard
 
 
 class _EnoughHeard(Exception):  # noqa: N818 - control flow: ends a forward at the last point

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from stethoscope import losses
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import control
 
@@ -18,7 +19,7 @@ def by_hand(model, document):
 def test_losses_are_each_documents_own(any_model, cap, monkeypatch):
     if cap and hasattr(any_model.config, "final_logit_softcapping"):
         any_model.config.final_logit_softcapping = cap
-    monkeypatch.setattr(control, "_CHUNK", 259 * 7)
+    monkeypatch.setattr(losses, "CHUNK", 259 * 7)
     rng = np.random.default_rng(0)
     documents = [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 90, 2, 33)]
     found = control.document_losses(any_model, documents, batch_tokens=128)

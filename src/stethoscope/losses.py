@@ -1,0 +1,87 @@
+"""What text costs a model, document by document; the logits of a whole batch never exist.
+
+output = run(model, batch.input_ids)                       # everything but the head
+token_losses(model, output, batch.input_ids)               # [rows, predicted], nats
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+CHUNK = 2**25  # logits held at once: 128 MiB in float32
+
+
+def run(model: PreTrainedModel, ids: Int[Tensor, "rows tokens"]) -> Any:
+    """The model's output before its head, with ``last_hidden_state``; padding belongs on the right."""
+    # Under a causal mask no real token sees padding on its right, so no mask is needed.
+    return model.base_model(input_ids=ids.to(model.device), use_cache=False)
+
+
+def token_losses(
+    model: PreTrainedModel, output: Any, ids: Int[Tensor, "rows tokens"]
+) -> Float[Tensor, "rows predicted"]:
+    """Next-token loss in nats of every token but the first of each row, from what `run` returned."""
+    hidden, targets = output.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].to(model.device).flatten()
+    step = _step(model)
+    parts = [_losses(model, output, h, t) for h, t in zip(hidden.split(step), targets.split(step), strict=True)]
+    return torch.cat(parts).view(len(ids), -1)
+
+
+def loss_gradient(
+    model: PreTrainedModel, output: Any, ids: Int[Tensor, "rows tokens"], counted: Bool[Tensor, "rows predicted"]
+) -> tuple[Float[Tensor, "rows predicted"], Float[Tensor, "rows tokens hidden"]]:
+    """Losses as `token_losses` has them, and the gradient of the sum of those counted at ``last_hidden_state``.
+
+    The head is differentiated chunk by chunk, so its logits are never kept either.
+    """
+    hidden = output.last_hidden_state.detach()
+    flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].to(model.device).flatten()
+    weights = counted.to(model.device).flatten()
+    losses, slopes = [], []
+    step = _step(model)
+    for h, t, w in zip(flat.split(step), targets.split(step), weights.split(step), strict=True):
+        with torch.enable_grad():
+            h.requires_grad_(True)
+            loss = _losses(model, output, h, t)
+            (slope,) = torch.autograd.grad(loss.where(w, 0.0).sum(), h)
+        losses.append(loss.detach())
+        slopes.append(slope)
+    gradient = torch.zeros_like(hidden)
+    gradient[:, :-1] = torch.cat(slopes).view(len(ids), -1, hidden.shape[-1])
+    return torch.cat(losses).view(len(ids), -1), gradient
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """One module's forward replaced by another for the length of a block."""
+    own = vars(module)
+    before = own.get("forward")  # an instance may have one of its own: offloading puts it there
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before
+
+
+def _losses(
+    model: PreTrainedModel, output: Any, hidden: Float[Tensor, "some hidden"], targets: Int[Tensor, " some"]
+) -> Float[Tensor, " some"]:
+    # The model's own forward makes logits of a hidden state: a head may come with a soft cap or a scale.
+    chunk = copy.copy(output)
+    chunk.last_hidden_state = hidden[None]
+    with replaced_forward(model.base_model, lambda *_args, **_options: chunk):
+        logits = model(input_ids=targets[None], use_cache=False).logits[0]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _step(model: PreTrainedModel) -> int:
+    return max(1, CHUNK // int(model.config.get_text_config().vocab_size))
