@@ -24,7 +24,7 @@ ORDER = [
     {"sites", "losses"},
     {"checkpoints", "corpus", "models", "recipe"},
     {"artifacts"},
-    {"errors"},
+    {"errors", "lazy"},
 ]
 
 
@@ -58,6 +58,12 @@ def test_the_command_line_starts_without_torch():
     code = "import sys, stethoscope.cli; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_copying_raw_layers_needs_no_torch():
+    code = "import sys, stethoscope.editing.writer, stethoscope.editing.patch; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_every_public_name_is_there():

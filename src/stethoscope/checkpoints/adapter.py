@@ -4,6 +4,8 @@ The change is scaling * B A, formed a chunk of rows at a time. The product is ta
 float32, so that it does not depend on the BLAS or the number of threads.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Iterator
@@ -11,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
-from stethoscope.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, torch_dtype
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.hub import from_hub
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
 from stethoscope.checkpoints.task_vector import Chunk, TaskVector, is_finite, not_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError
+from stethoscope.lazy import torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,11 +52,11 @@ class LoraFactors:
         magnitude: DoRA's, (out,) or None; with it the change is not low-rank.
     """
 
-    A: Float[Tensor, "rank d_in"]
-    B: Float[Tensor, "d_out rank"]
+    A: Float[torch.Tensor, "rank d_in"]
+    B: Float[torch.Tensor, "d_out rank"]
     scaling: float
     transposed: bool
-    magnitude: Float[Tensor, " d_out"] | None
+    magnitude: Float[torch.Tensor, " d_out"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +135,7 @@ class AdapterTaskVector(TaskVector):
         for start, stop, delta in self._raw_delta_chunks(entry):
             if not is_finite(delta):
                 raise not_finite(name, self.source)
-            yield start, stop, delta
+            yield Chunk(start, stop, delta)
 
     def _raw_delta_chunks(self, entry: Entry) -> Iterator[Chunk]:
         change = self.changes[entry.name]
@@ -142,10 +143,10 @@ class AdapterTaskVector(TaskVector):
         if change.replaced_by:
             for start, stop in row_chunks(entry):
                 base = self.base.read_rows(entry.name, start, stop).float()
-                yield start, stop, self.store.read_rows(change.replaced_by, start, stop).float() - base
+                yield Chunk(start, stop, self.store.read_rows(change.replaced_by, start, stop).float() - base)
         elif factors is None:  # the bias of a LoRA layer
             bias = self.store.read(change.parts["bias"]).double().mul(change.scaling).float().reshape(1, -1)
-            yield 0, 1, bias
+            yield Chunk(0, 1, bias)
         else:
             product = _Product(factors)
             scale = self._dora_scale(entry, factors, product)
@@ -155,20 +156,20 @@ class AdapterTaskVector(TaskVector):
                     base = self.base.read_rows(entry.name, start, stop).float()
                     by = scale[None, :] if factors.transposed else scale[start:stop, None]
                     delta = (by * (base.double() + delta)).float() - base
-                yield start, stop, delta
+                yield Chunk(start, stop, delta)
 
     def tuned_chunks(self, name: str) -> Iterator[Chunk]:
         entry = self._entry(name)
         replaced_by = self.changes[name].replaced_by
         if replaced_by:
             for start, stop in row_chunks(entry):
-                rows = self.store.read_rows(replaced_by, start, stop).to(TORCH_DTYPES[entry.dtype])
+                rows = self.store.read_rows(replaced_by, start, stop).to(torch_dtype(entry.dtype))
                 if not is_finite(rows):
                     raise not_finite(name, self.source)
-                yield start, stop, rows
+                yield Chunk(start, stop, rows)
         else:
             for start, stop, delta in self.delta_chunks(name):
-                yield start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, 1.0)
+                yield Chunk(start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, 1.0))
 
     def energy(self, name: str) -> float:
         """|scaling B A|^2 = scaling^2 <B'B, AA'>, without forming the product."""
@@ -178,7 +179,7 @@ class AdapterTaskVector(TaskVector):
         A, B = factors.A.double(), factors.B.double()
         return factors.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())
 
-    def _dora_scale(self, entry: Entry, factors: LoraFactors, product: "_Product") -> Tensor | None:
+    def _dora_scale(self, entry: Entry, factors: LoraFactors, product: _Product) -> torch.Tensor | None:
         """DoRA's magnitude over the norm of base + change, float64, one per output; None for plain LoRA."""
         if factors.magnitude is None:
             return None
@@ -311,7 +312,7 @@ class _Product:
         self.left, self.right = (A.T, B.T) if factors.transposed else (B, A)
         self.scaling = factors.scaling
 
-    def rows(self, start: int, stop: int) -> Float[Tensor, "rows columns"]:
+    def rows(self, start: int, stop: int) -> Float[torch.Tensor, "rows columns"]:
         return (self.left[start:stop] @ self.right).mul_(self.scaling).float()
 
 

@@ -6,6 +6,8 @@
 Opening reads config.json, the index and the headers, and says everything that is wrong with them at once.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass
@@ -13,24 +15,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Shaped
-from torch import Tensor
 
 from stethoscope.checkpoints.files import read_json_object, weight_files
 from stethoscope.checkpoints.header import Slot, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.names import Kind, parse_name
 from stethoscope.errors import CheckpointError
+from stethoscope.lazy import torch
 
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16",
+    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "U16": "uint16", "U32": "uint32", "U64": "uint64",
+    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
 }  # fmt: skip
 # What a task vector can be computed in. 8-bit floats come with scales in other tensors, so they are not among them.
 ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
+
+
+def torch_dtype(stored: str) -> torch.dtype:
+    """PyTorch's dtype for a stored one that has a tensor form."""
+    found: torch.dtype = getattr(torch, TORCH_NAMES[stored])
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +98,7 @@ class Checkpoint:
         self.layers = 1 + max((e.layer for e in entries.values() if e.layer is not None), default=-1)
         self.hidden_size = int(config_value(config, "hidden_size", "n_embd", "d_model") or 0)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -137,21 +143,21 @@ class Checkpoint:
                 f"`{self.source}` has no tensor `{name}`", hint=f"did you mean `{near[0]}`?" if near else None
             ) from None
 
-    def read(self, name: str) -> Shaped[Tensor, "..."]:
+    def read(self, name: str) -> Shaped[torch.Tensor, "..."]:
         """The tensor in its stored dtype and shape, in memory of its own."""
         entry = self.entry(name)
         return self.read_rows(name, 0, entry.rows).reshape(entry.shape)
 
     def read_rows(
-        self, name: str, start: int, stop: int, *, buffer: Tensor | None = None
-    ) -> Shaped[Tensor, "rows columns"]:
+        self, name: str, start: int, stop: int, *, buffer: torch.Tensor | None = None
+    ) -> Shaped[torch.Tensor, "rows columns"]:
         """Rows ``start`` to ``stop`` of the tensor seen as a matrix of its last dimension; a scalar is 1 by 1.
 
         Args:
             buffer: bytes (uint8) to read into and to return a view of; new memory by default.
         """
         entry = self.entry(name)
-        if entry.dtype not in TORCH_DTYPES:
+        if entry.dtype not in TORCH_NAMES:
             raise CheckpointError(
                 f"`{entry.stored}` has the packed dtype `{entry.dtype}`, which has no tensor form",
                 hint="use an unquantised checkpoint of this model",
@@ -160,7 +166,7 @@ class Checkpoint:
         size = (stop - start) * row
         data = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
         self.read_into(entry, entry.start + start * row, data.numpy().data)
-        return data.view(TORCH_DTYPES[entry.dtype]).view(stop - start, entry.columns)
+        return data.view(torch_dtype(entry.dtype)).view(stop - start, entry.columns)
 
     def read_bytes(self, name: str) -> bytes:
         """The tensor's bytes as stored."""

@@ -8,30 +8,31 @@ Everything is computed on a fixed grid of row chunks, so that a tensor read whol
 have the same bytes, and no step needs more memory than it returns.
 """
 
+from __future__ import annotations
+
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-import torch
+import numpy as np
 from jaxtyping import Float, Shaped
-from torch import Tensor
 
 from stethoscope.checkpoints.checkpoint import (
     ARITHMETIC,
-    TORCH_DTYPES,
     Checkpoint,
     Entry,
     config_value,
     open_checkpoint,
+    torch_dtype,
 )
 from stethoscope.checkpoints.names import Kind
 from stethoscope.errors import CheckpointError
+from stethoscope.lazy import torch
 
 Key = TypeVar("Key")
-Chunk = tuple[int, int, Tensor]  # first row, last row + 1, the rows as a matrix
 CHUNK_ELEMENTS = 1 << 19  # two float32 copies of a chunk stay in a core's caches
 
 
@@ -40,6 +41,14 @@ def row_chunks(entry: Entry) -> Iterator[tuple[int, int]]:
     step = max(1, CHUNK_ELEMENTS // max(1, entry.columns))
     for start in range(0, entry.rows, step):
         yield start, min(start + step, entry.rows)
+
+
+class Chunk(NamedTuple):
+    """Rows ``start`` to ``stop`` of a tensor seen as a matrix of its last dimension."""
+
+    start: int
+    stop: int
+    rows: torch.Tensor
 
 
 class TaskVector(ABC):
@@ -74,11 +83,11 @@ class TaskVector(ABC):
             yield from self.tuned_chunks(name)
             return
         for start, stop, delta in self.delta_chunks(name):
-            yield start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, coefficient)
+            yield Chunk(start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, coefficient))
 
     def add(
-        self, name: str, base: Shaped[Tensor, "..."], delta: Float[Tensor, "..."], coefficient: float
-    ) -> Shaped[Tensor, "..."]:
+        self, name: str, base: Shaped[torch.Tensor, "..."], delta: Float[torch.Tensor, "..."], coefficient: float
+    ) -> Shaped[torch.Tensor, "..."]:
         """base + coefficient * delta, rounded once to the base's dtype."""
         # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
         result = (delta * coefficient).add_(base.float()).to(base.dtype)
@@ -97,7 +106,7 @@ class TaskVector(ABC):
         """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""
         return None
 
-    def delta(self, name: str) -> Float[Tensor, "..."]:
+    def delta(self, name: str) -> Float[torch.Tensor, "..."]:
         """tuned - base in float32.
 
         Raises:
@@ -105,13 +114,13 @@ class TaskVector(ABC):
         """
         return self._assemble(name, self.delta_chunks(name), torch.float32)
 
-    def tuned(self, name: str) -> Shaped[Tensor, "..."]:
+    def tuned(self, name: str) -> Shaped[torch.Tensor, "..."]:
         """The tuned tensor in the base's dtype: its very bytes where the dtypes agree, else cast once."""
         return self.edited(name, 1.0)
 
-    def edited(self, name: str, coefficient: float) -> Shaped[Tensor, "..."]:
+    def edited(self, name: str, coefficient: float) -> Shaped[torch.Tensor, "..."]:
         """base + coefficient * change in the base's dtype; at 1 exactly `tuned`."""
-        dtype = TORCH_DTYPES[self._entry(name).dtype]
+        dtype = torch_dtype(self._entry(name).dtype)
         return self._assemble(name, self.edited_chunks(name, coefficient), dtype)
 
     def energy(self, name: str) -> float:
@@ -141,7 +150,7 @@ class TaskVector(ABC):
     def _counts(self, entry: Entry) -> bool:
         return entry.dtype in ARITHMETIC and entry.kind != "vision"
 
-    def _assemble(self, name: str, chunks: Iterator[Chunk], dtype: torch.dtype) -> Tensor:
+    def _assemble(self, name: str, chunks: Iterator[Chunk], dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
         out = torch.empty(entry.rows, entry.columns, dtype=dtype)
         for start, stop, rows in chunks:
@@ -177,17 +186,17 @@ class FullTaskVector(TaskVector):
         for start, stop, base, delta in self._both(name):
             if not is_finite(delta):
                 raise not_finite(name, self.source if is_finite(base) else self.base.source)
-            yield start, stop, delta
+            yield Chunk(start, stop, delta)
 
     def edited_chunks(self, name: str, coefficient: float) -> Iterator[Chunk]:
         if coefficient == 1:
             yield from self.tuned_chunks(name)
             return
         entry = self._entry(name)
-        memory: Tensor | None = None
+        memory: torch.Tensor | None = None
         for start, stop, base, delta in self._both(name):
             if memory is None:
-                memory = torch.empty(delta.numel(), dtype=TORCH_DTYPES[entry.dtype])
+                memory = torch.empty(delta.numel(), dtype=torch_dtype(entry.dtype))
             result = memory[: delta.numel()].view_as(delta).copy_(delta.mul_(coefficient).add_(base))
             if not is_finite(result):
                 # the chunk's delta is gone: look at the inputs again to say whose fault it is
@@ -195,9 +204,9 @@ class FullTaskVector(TaskVector):
                     if not is_finite(checkpoint.read_rows(key, start, stop)):
                         raise not_finite(name, checkpoint.source)
                 raise self.out_of_range(name, coefficient)
-            yield start, stop, result
+            yield Chunk(start, stop, result)
 
-    def _both(self, name: str) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    def _both(self, name: str) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
         """Base and change in float32, chunk by chunk, in memory that is used again."""
         entry, other = self._pair(name)
         require_float(entry)
@@ -215,7 +224,7 @@ class FullTaskVector(TaskVector):
 
     def tuned_chunks(self, name: str) -> Iterator[Chunk]:
         entry, other = self._pair(name)
-        wanted = TORCH_DTYPES[entry.dtype]
+        wanted = torch_dtype(entry.dtype)
         if entry.dtype != other.dtype:
             require_float(entry)
             require_float(other)
@@ -229,7 +238,7 @@ class FullTaskVector(TaskVector):
                     f"`{name}` of `{self.source}` has values that `{entry.dtype}` cannot hold",
                     hint="convert the base to a wider dtype first",
                 )
-            yield start, stop, cast
+            yield Chunk(start, stop, cast)
 
     def _pair(self, name: str) -> tuple[Entry, Entry]:
         return self._entry(name), self.store.entries[self.matches[name]]
@@ -324,9 +333,24 @@ def _same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
     )
 
 
-def is_finite(values: Tensor) -> bool:
+def is_finite(values: torch.Tensor) -> bool:
     """Whether all values are finite; a sum is fast and can only be wrong in the safe direction."""
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+
+
+# Dtype -> an integer of its size, and the bits that are all set in NaN and infinity alone.
+EXPONENTS = {
+    "F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80 << 16), "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80), "F8_E5M2": (np.uint8, 0x7C), "F8_E4M3": (np.uint8, 0x7F),
+}  # fmt: skip
+
+
+def bytes_finite(piece: memoryview, dtype: str) -> bool:
+    """Whether a piece of a tensor of this stored dtype holds neither NaN nor infinity; True for what is no float."""
+    if dtype not in EXPONENTS or not piece:
+        return True
+    kind, mask = EXPONENTS[dtype]
+    return bool((np.frombuffer(piece, dtype=kind) & kind(mask)).max() < mask)
 
 
 def not_finite(name: str, source: str) -> CheckpointError:

@@ -8,21 +8,22 @@ A tensor is exchanged by pointing its parameter at another tensor: the original 
 `prepare` reads the new tensors once for plans that are entered many times.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from jaxtyping import Shaped
-from torch import Tensor, nn
 
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.errors import CheckpointError
+from stethoscope.lazy import torch
 
 
 @contextmanager
-def applied(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Iterator[nn.Module]:
+def applied(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> Iterator[torch.nn.Module]:
     """The model edited for the length of a block.
 
     Inside, the weights are those that `write_edit` would write, cast to the model's own dtype.
@@ -37,15 +38,17 @@ def applied(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Iterat
 class Swap:
     """New tensors for some of a model's parameters, ready to be put in and taken out; see `prepare`."""
 
-    def __init__(self, model: nn.Module, tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]
+    ) -> None:
         self.model = model
         self.tensors = tensors
         self._targets = targets
 
     @contextmanager
-    def entered(self) -> Iterator[nn.Module]:
+    def entered(self) -> Iterator[torch.nn.Module]:
         """The model with the new tensors in place, for the length of a block."""
-        originals: list[tuple[Tensor, Tensor]] = []
+        originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
             for name, target in self._targets.items():
                 originals.append((target, target.data))
@@ -56,12 +59,12 @@ class Swap:
                 target.data = original
 
 
-def prepare(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
+def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
     """Read and compute the edited tensors of a plan, on the model's devices and in its dtypes."""
     live = live_tensors(model)
     chosen = coefficients(task_vector, plan)
     fused = _fused(live, task_vector)
-    targets: dict[str, Tensor] = {}
+    targets: dict[str, torch.Tensor] = {}
     problems = []
     for name in chosen:
         shape = task_vector.base.entries[name].shape
@@ -87,7 +90,7 @@ def prepare(model: nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
     return Swap(model, tensors, targets)
 
 
-def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A model's parameters and buffers by canonical name; tied ones appear under each of their names."""
     live = {parse_name(name).canonical: tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
     return live | {
@@ -99,7 +102,7 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-def _fused(live: dict[str, Tensor], task_vector: TaskVector) -> dict[str, str]:
+def _fused(live: dict[str, torch.Tensor], task_vector: TaskVector) -> dict[str, str]:
     """Canonical name of an expert's tensor -> the live tensor that holds all experts', where the model stacks them."""
     places = {}
     for name in task_vector.names:
@@ -111,7 +114,7 @@ def _fused(live: dict[str, Tensor], task_vector: TaskVector) -> dict[str, str]:
     return places
 
 
-def _stack_experts(task_vector: TaskVector, plan: EditPlan, place: str, target: Tensor) -> Tensor:
+def _stack_experts(task_vector: TaskVector, plan: EditPlan, place: str, target: torch.Tensor) -> torch.Tensor:
     prefix, _, stacked = place.rpartition(".")
     experts = [
         torch.cat([edited_tensor(task_vector, plan, f"{prefix}.{n}.{module}.weight") for module in STACKED[stacked]])
@@ -126,7 +129,7 @@ def _stack_experts(task_vector: TaskVector, plan: EditPlan, place: str, target: 
     return new
 
 
-def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[Tensor, "..."]:
+def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[torch.Tensor, "..."]:
     """What a tensor is under a plan, in the base's dtype: what the writer writes.
 
     At coefficient 1 without a transform it is tuned's tensor; else base + coefficient * change in float32, cast once.

@@ -5,17 +5,19 @@ EditPlan.for_layers({3: 0.5, 4: -1.0}, modules="mlp")  # MLPs only, layer 4 reve
 EditPlan.everything()                                  # the tuned model itself
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor
 
 from stethoscope.checkpoints.names import KINDS, Kind, TensorName, parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
+from stethoscope.lazy import torch
 
 Modules = Literal["all", "attention", "mlp"]
 SCHEMA = "stethoscope.plan/1"
@@ -25,7 +27,7 @@ SCHEMA = "stethoscope.plan/1"
 class Transform(Protocol):
     """What happens to a tensor's change before it is scaled and added, such as a projection."""
 
-    def apply(self, name: str, delta: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def apply(self, name: str, delta: Float[torch.Tensor, "..."]) -> Float[torch.Tensor, "..."]:
         """The new change of a tensor, float32 and of the same shape; ``delta`` itself says "as it is"."""
         ...
 
@@ -78,7 +80,7 @@ class EditPlan:
         head: bool = False,
         final_norm: bool = False,
         transform: Transform | None = None,
-    ) -> "EditPlan":
+    ) -> EditPlan:
         """A plan for whole layers, or their attention or MLP only.
 
         Args:
@@ -99,11 +101,11 @@ class EditPlan:
         )
 
     @classmethod
-    def everything(cls, *, coefficient: float = 1.0, transform: Transform | None = None) -> "EditPlan":
+    def everything(cls, *, coefficient: float = 1.0, transform: Transform | None = None) -> EditPlan:
         """Every tensor, embeddings, head and whatever else there is: at 1 the tuned model itself."""
         return cls(default=coefficient, transform=transform)
 
-    def with_transform(self, transform: Transform | None) -> "EditPlan":
+    def with_transform(self, transform: Transform | None) -> EditPlan:
         """The same coefficients with another transform."""
         return replace(self, transform=transform)
 
@@ -136,7 +138,7 @@ class EditPlan:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], *, transform: Transform | None = None) -> "EditPlan":
+    def from_json(cls, data: Mapping[str, Any], *, transform: Transform | None = None) -> EditPlan:
         """The plan that `to_json` described. A plan with a transform needs it given, and its description must match.
 
         Raises:

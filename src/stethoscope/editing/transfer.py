@@ -5,6 +5,8 @@ kernel copies a piece, which is then hashed as it lies in the new file while it 
 across file systems a piece is read, hashed and written.
 """
 
+from __future__ import annotations
+
 import errno
 import fcntl
 import os
@@ -16,12 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, read_exactly
 from stethoscope.checkpoints.hashing import PIECE, Digest
 from stethoscope.errors import CheckpointError
+from stethoscope.lazy import torch
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -113,7 +113,7 @@ def stored_pieces(checkpoint: Checkpoint, entry: Entry) -> Iterator[memoryview]:
         yield piece
 
 
-def tensor_bytes(tensor: Tensor) -> memoryview:
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, without a copy where it is contiguous."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
@@ -144,11 +144,18 @@ def copy_tensor(checkpoint: Checkpoint, entry: Entry, digest: Digest, output: Ou
 
 
 def in_parallel(
-    jobs: Sequence[tuple[int, Callable[[], Result]]], *, progress: Progress | None = None, workers: int | None = None
+    jobs: Sequence[tuple[int, Callable[[], Result]]],
+    *,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    arithmetic: bool = False,
 ) -> list[Result]:
     """Run jobs (size in bytes, function) on a few threads; the first failure stops the rest and is raised.
 
     The functions spend their time in reads, hashes and tensor arithmetic, which all let other threads run.
+
+    Args:
+        arithmetic: each worker is one thread of PyTorch's: two levels of threads would fight over the same cores.
     """
     total = sum(size for size, _ in jobs)
     stopped = threading.Event()
@@ -164,9 +171,10 @@ def in_parallel(
             finished += size
         return result
 
-    # each worker is one thread of arithmetic: two levels of threads would fight over the same cores
     pool = ThreadPoolExecutor(
-        workers or min(4, os.cpu_count() or 1), "stethoscope-edit", lambda: torch.set_num_threads(1)
+        workers or min(4, os.cpu_count() or 1),
+        "stethoscope-edit",
+        initializer=(lambda: torch.set_num_threads(1)) if arithmetic else None,
     )
     try:
         futures = [pool.submit(run, size, job) for size, job in jobs]
@@ -189,14 +197,14 @@ def rewrite(
     fill: Callable[[Entry, Output, bool], Result],
     *,
     progress: Progress | None = None,
+    arithmetic: bool = False,
 ) -> dict[str, Result]:
     """Make weight files in ``folder`` with the layout of ``source``; return what ``fill`` says by stored name.
 
     ``fill(entry, output, shared)`` writes one tensor in its place, or leaves it where ``shared`` says that the
     source's bytes are there already.
     """
-    jobs: list[tuple[int, Callable[[], Result]]] = []
-    stored: list[str] = []
+    jobs: list[tuple[float, int, str, Callable[[], Result]]] = []
     with ExitStack() as stack:
         for file in source.files:
             path = source.path / file
@@ -208,6 +216,11 @@ def rewrite(
                 output.allocate()
                 with path.open("rb") as header:
                     output.write(0, memoryview(header.read(min(entry.start for entry in inside))))
-            jobs += [(entry.nbytes, partial(fill, entry, output, shared)) for entry in inside]
-            stored += [entry.stored for entry in inside]
-        return dict(zip(stored, in_parallel(jobs, progress=progress), strict=True))
+            jobs += [
+                (entry.start / output.size, entry.nbytes, entry.stored, partial(fill, entry, output, shared))
+                for entry in inside
+            ]
+        # the kernel lets one thread write to a file at a time: go through all files at once
+        jobs.sort(key=lambda job: job[0])
+        done = in_parallel([(size, job) for _, size, _, job in jobs], progress=progress, arithmetic=arithmetic)
+        return {stored: result for (_, _, stored, _), result in zip(jobs, done, strict=True)}

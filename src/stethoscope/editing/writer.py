@@ -7,6 +7,8 @@ leaves alone are the base's bytes, tensors at coefficient 1 are tuned's, and onl
 appears complete or not at all, and two runs give the same bytes.
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,14 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from stethoscope.artifacts import new_folder, write_json
 from stethoscope.checkpoints.adapter import CONFIG, WEIGHTS, AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import TORCH_DTYPES, Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
 from stethoscope.checkpoints.hashing import hash_tensor, new_digest
 from stethoscope.checkpoints.header import DTYPE_BITS, build_header
-from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite
+from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, not_finite
 from stethoscope.editing.apply import edited_tensor
 from stethoscope.editing.manifest import copy_side_files, describe_edit, write_generated
 from stethoscope.editing.patch import PATCH, exclusive_or
@@ -166,8 +166,13 @@ def _write_checkpoint(
             read += entry.nbytes * (2 if record["from"] == "computed" else 1)
         return record
 
-    tensors = rewrite(base, folder, fill, progress=progress)
+    tensors = rewrite(base, folder, fill, progress=progress, arithmetic=_computes(task_vector, plan, chosen))
     return _Written(tensors=tensors, bytes_written=written, bytes_read=read)
+
+
+def _computes(task_vector: TaskVector, plan: EditPlan, chosen: Mapping[str, float]) -> bool:
+    """Whether any tensor needs arithmetic; else PyTorch is not even imported."""
+    return plan.transform is not None or any(c != 1 or task_vector.raw(name) is None for name, c in chosen.items())
 
 
 def _new_pieces(
@@ -194,9 +199,8 @@ def _transformed(task_vector: TaskVector, plan: EditPlan, name: str) -> Iterator
 
 def _checked(pieces: Iterator[memoryview], entry: Entry, source: str) -> Iterator[memoryview]:
     """The same pieces, after a look at each for NaN and infinity."""
-    dtype = TORCH_DTYPES.get(entry.dtype)
     for piece in pieces:
-        if dtype is not None and dtype.is_floating_point and not is_finite(torch.frombuffer(piece, dtype=dtype)):
+        if not bytes_finite(piece, entry.dtype):
             raise not_finite(entry.name, source)
         yield piece
 
@@ -222,7 +226,7 @@ def _write_patch(
         for entry in entries:
             jobs.append((entry.nbytes, partial(_difference, entry, task_vector, plan, chosen, output, offset)))
             offset += entry.nbytes
-        records = in_parallel(jobs, progress=progress)
+        records = in_parallel(jobs, progress=progress, arithmetic=_computes(task_vector, plan, chosen))
     finally:
         output.close()
     tensors = {entry.stored: record for entry, record in zip(entries, records, strict=True)}
