@@ -1,23 +1,19 @@
 """Arm against arm, by task and over all tasks: `compare(outcomes)` says what the data show, in numbers and words."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
-from stethoscope.artifacts import write_json
 from stethoscope.errors import EvaluationError
+from stethoscope.evaluation.contrast import Comparison, Contrast, Flips, NoiseFloor, TaskContrast
 from stethoscope.evaluation.inference import (
     McNemar,
     NonInferiority,
     PairedDifference,
-    UnpairedZ,
     adjust,
     mcnemar_exact,
     non_inferiority,
@@ -26,144 +22,11 @@ from stethoscope.evaluation.inference import (
     smallest_detectable_gain,
     unpaired_z,
 )
-from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
+from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses, Outcomes, PerDocument
 
-SCHEMA = 1
+__all__ = ["Comparison", "Contrast", "TaskContrast", "aa_floor", "compare"]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Flips:
-    """Items that changed between right and wrong, by what was wrong: paired counts.
-
-    ``format``: no answer could be extracted; ``truncation``: none, and the token limit cut the response off;
-    ``correctness``: an answer was given and was wrong.
-    """
-
-    gained: dict[str, int]
-    lost: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TaskContrast:
-    """One arm against another on one task; ``p_adjusted`` is McNemar's p-value corrected over the family."""
-
-    task: str
-    metric: str
-    in_family: bool
-    n: int
-    accuracy_a: float
-    accuracy_b: float
-    unpaired: UnpairedZ | None
-    mcnemar: McNemar | None
-    p_adjusted: float | None
-    difference: PairedDifference
-    non_inferiority: NonInferiority
-    smallest_detectable_gain: float | None
-    flips: Flips | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contrast:
-    """Arm ``b`` against arm ``a`` on every task, pooled over the family, and on control text.
-
-    ``pooled`` weighs items equally and resamples within tasks; ``improved``, ``worsened`` and ``not_degraded`` name
-    tasks; ``loss`` is the change of control loss in nats per token, positive where b is worse.
-    """
-
-    a: str
-    b: str
-    tasks: list[TaskContrast]
-    pooled: PairedDifference
-    pooled_mcnemar: McNemar | None
-    improved: list[str]
-    worsened: list[str]
-    not_degraded: list[str]
-    loss: PairedDifference | None
-    verdict: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Every contrast that was asked for, with the settings and the inputs (hashes by name) that it rests on."""
-
-    seed: int
-    inputs: dict[str, str]
-    baseline: str
-    family: list[str]
-    controls: list[str]
-    alpha: float
-    margin: float
-    adjustment: str
-    accuracy: list[dict[str, Any]]
-    contrasts: list[Contrast]
-
-    def contrast(self, b: str, a: str | None = None) -> Contrast:
-        """Arm ``b`` against arm ``a`` (the baseline if not given)."""
-        for found in self.contrasts:
-            if (found.a, found.b) == (a or self.baseline, b):
-                return found
-        raise EvaluationError(f"`{b}` was not compared with `{a or self.baseline}`")
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row per contrast and task, and one with task ``pooled`` per contrast."""
-        rows = []
-        for contrast in self.contrasts:
-            for t in contrast.tasks:
-                rows.append(
-                    {
-                        "a": contrast.a,
-                        "b": contrast.b,
-                        "task": t.task,
-                        "in_family": t.in_family,
-                        "n": t.n,
-                        "accuracy_a": t.accuracy_a,
-                        "accuracy_b": t.accuracy_b,
-                        **_interval(t.difference),
-                        "z": t.unpaired.statistic if t.unpaired else None,
-                        "p_unpaired": t.unpaired.p_value if t.unpaired else None,
-                        "only_a": t.mcnemar.b if t.mcnemar else None,
-                        "only_b": t.mcnemar.c if t.mcnemar else None,
-                        "p_mcnemar": t.mcnemar.p_value if t.mcnemar else None,
-                        "p_adjusted": t.p_adjusted,
-                        "non_inferior": t.non_inferiority.shown,
-                        "smallest_margin": t.non_inferiority.smallest_margin,
-                        "smallest_detectable_gain": t.smallest_detectable_gain,
-                    }
-                )
-            rows.append(
-                {
-                    "a": contrast.a,
-                    "b": contrast.b,
-                    "task": "pooled",
-                    "in_family": True,
-                    "n": contrast.pooled.n,
-                    **_interval(contrast.pooled),
-                    "p_mcnemar": contrast.pooled_mcnemar.p_value if contrast.pooled_mcnemar else None,
-                }
-            )
-        return pd.DataFrame(rows)
-
-    def save(self, path: Path) -> None:
-        """Write ``comparison.json``, whole or not at all."""
-        write_json(path, {"schema": SCHEMA, "stethoscope": version("sae-stethoscope"), **asdict(self)})
-
-    @classmethod
-    def load(cls, path: Path) -> "Comparison":
-        """Read what `save` wrote.
-
-        Raises:
-            EvaluationError: the file is missing, is something else, or has another schema.
-        """
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            known = value.pop("schema") == SCHEMA
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise EvaluationError(f"`{path}` does not hold a comparison: {error}") from error
-        if not known:
-            raise EvaluationError(f"`{path}` was written by another version of stethoscope", hint="compare again")
-        value.pop("stethoscope")
-        contrasts = [_contrast(entry) for entry in value.pop("contrasts")]
-        return cls(**value, contrasts=contrasts)
+AGAIN = "_again"  # an arm named so is its namesake evaluated a second time
 
 
 def compare(
@@ -173,8 +36,11 @@ def compare(
     family: Sequence[str] | None = None,
     pairs: Sequence[tuple[str, str]] | None = None,
     losses: Mapping[str, DocumentLosses] | None = None,
+    divergences: Mapping[str, DocumentDivergences] | None = None,
+    metric: str | None = None,
     alpha: float = 0.05,
     margin: float = 0.02,
+    margins: Mapping[str, float] | None = None,
     adjustment: str = "holm",
     seed: int = 0,
     inputs: Mapping[str, str] | None = None,
@@ -182,15 +48,19 @@ def compare(
     """Compare arms on the items that they share.
 
     Args:
-        outcomes: results of all arms on the same items; one metric per task decides (`Outcomes.metric_of`).
+        outcomes: results of all arms on the same items. An arm named like another with ``_again`` behind it is that
+            arm evaluated twice: it is compared with nothing, and gives the noise floor (`aa_floor`).
         baseline: the arm that every other is compared with.
         family: tasks whose p-values are corrected together; the others are controls, corrected among themselves. All if
             not given.
         pairs: arms to compare, as (a, b) with b under test. If not given: every arm against the baseline, every edit
             against ``tuned``, and ``selected`` against every other edit.
         losses: control loss per document of each arm, on the same documents.
+        divergences: divergence from the base per document of each arm, on the same documents; the base's is zero.
+        metric: the metric that decides; each task's own (`Outcomes.metric_of`) if not given.
         alpha: level of every test; intervals have confidence 1 - alpha.
         margin: the loss of accuracy that non-inferiority would accept.
+        margins: another margin for some tasks, by name.
         adjustment: ``holm`` or ``bh``.
         seed: of the bootstrap.
         inputs: hashes of what the outcomes were made from, by name; kept with the result.
@@ -200,27 +70,50 @@ def compare(
     """
     outcomes.check_comparable()
     tasks = list(family) if family is not None else outcomes.tasks
-    pairs = list(pairs) if pairs is not None else _default_pairs(outcomes.arms, baseline)
+    twice = {arm: arm.removesuffix(AGAIN) for arm in outcomes.arms if arm.removesuffix(AGAIN) != arm}
+    twice = {again: arm for again, arm in twice.items() if arm in outcomes.arms}
+    if pairs is None:
+        pairs = _default_pairs([arm for arm in outcomes.arms if arm not in twice], baseline)
     unknown = [name for pair in pairs for name in pair if name not in outcomes.arms]
-    unknown += [name for name in tasks if name not in outcomes.tasks]
+    unknown += [name for name in (*tasks, *(margins or {})) if name not in outcomes.tasks]
+    if metric is not None and metric not in outcomes.metrics:
+        unknown.append(metric)
     if baseline not in outcomes.arms:
         unknown.insert(0, baseline)
     if unknown or not tasks:
         raise EvaluationError(
             "these outcomes do not hold what is to be compared",
             problems=[f"`{name}`" for name in dict.fromkeys(unknown)] or ["no task"],
-            hint=f"arms: {', '.join(outcomes.arms)}; tasks: {', '.join(outcomes.tasks)}",
+            hint=f"arms: {', '.join(outcomes.arms)}; tasks: {', '.join(outcomes.tasks)};"
+            f" metrics: {', '.join(outcomes.metrics)}",
         )
     controls = [name for name in outcomes.tasks if name not in tasks]
     contrasts = []
     for a, b in pairs:
-        compared = [
-            *_compare_tasks(outcomes, a, b, tasks, True, alpha, margin, adjustment, seed),
-            *_compare_tasks(outcomes, a, b, controls, False, alpha, margin, adjustment, seed),
-        ]
-        loss = _compare_loss(losses[a], losses[b], alpha, seed) if losses and a in losses and b in losses else None
-        contrasts.append(_conclude(outcomes, a, b, compared, loss, alpha, margin, seed))
-    accuracy = outcomes.accuracy().astype(object)
+        compared = []
+        for names, in_family in ((tasks, True), (controls, False)):
+            found = [
+                _compare_task(
+                    outcomes,
+                    a,
+                    b,
+                    task,
+                    metric or outcomes.metric_of(task),
+                    alpha=alpha,
+                    margin=(margins or {}).get(task, margin),
+                    seed=seed,
+                )
+                for task in names
+            ]
+            adjusted = adjust([f["mcnemar"].p_value if f["mcnemar"] else None for f in found], adjustment)
+            for entry, p in zip(found, adjusted, strict=True):
+                verdict = _task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
+                compared.append(TaskContrast(**entry, in_family=in_family, p_adjusted=p, verdict=verdict))
+        cost = {
+            "loss": _compare_documents(losses, a, b, alpha, seed),
+            "divergence": _compare_documents(divergences, a, b, alpha, seed),
+        }
+        contrasts.append(_conclude(outcomes, a, b, compared, cost, alpha, margin, seed))
     return Comparison(
         seed=seed,
         inputs=dict(inputs or {}),
@@ -230,11 +123,59 @@ def compare(
         alpha=alpha,
         margin=margin,
         adjustment=adjustment,
-        accuracy=[
-            {str(k): v for k, v in row.items()} for row in accuracy.where(accuracy.notna(), None).to_dict("records")
-        ],
+        accuracy=_accuracy(outcomes, metric),
         contrasts=contrasts,
+        noise=[floor for again, arm in twice.items() for floor in aa_floor(outcomes, arm, again, metric=metric)],
     )
+
+
+def aa_floor(outcomes: Outcomes, arm: str, again: str, *, metric: str | None = None) -> list[NoiseFloor]:
+    """How many items change their result when nothing changed but the run: the same arm evaluated twice.
+
+    Greedy decoding is deterministic for a fixed composition of batches, so both runs of one command agree to the item.
+    Another batch size, device or version rounds in another order and may flip items whose two best tokens nearly tie:
+    a difference between arms is to be seen beside that.
+
+    Args:
+        outcomes: holds both runs as arms, on the same items.
+        arm, again: their names.
+        metric: each task's own (`Outcomes.metric_of`) if not given.
+
+    Returns:
+        a floor for each task that both runs have.
+    """
+    floors = []
+    for task in outcomes.tasks:
+        one, two = outcomes.rows(arm, task), outcomes.rows(again, task)
+        name = metric or outcomes.metric_of(task)
+        changed, n = int((_results(one, name) != _results(two, name)).sum()), len(one)
+        interval = stats.binomtest(changed, n).proportion_ci(0.95, method="exact")
+        kept = bool(one["response"].notna().all() and two["response"].notna().all())
+        floors.append(
+            NoiseFloor(
+                task=task,
+                arm=arm,
+                again=again,
+                n=n,
+                changed=changed,
+                share=changed / n,
+                low=float(interval.low),
+                high=float(interval.high),
+                responses=int((one["response"] != two["response"]).sum()) if kept else None,
+            )
+        )
+    return floors
+
+
+def _accuracy(outcomes: Outcomes, metric: str | None) -> list[dict[str, Any]]:
+    table = outcomes.accuracy(metric).astype(object)
+    table = table.where(table.notna(), None)
+    means = outcomes.frame.groupby(["task", "arm"])[outcomes.metrics].mean()
+    rows = []
+    for row in table.to_dict("records"):
+        known = means.loc[(row["task"], row["arm"])].dropna()
+        rows.append({**{str(k): v for k, v in row.items()}, "metrics": {str(k): float(v) for k, v in known.items()}})
+    return rows
 
 
 def _default_pairs(arms: Sequence[str], baseline: str) -> list[tuple[str, str]]:
@@ -247,49 +188,51 @@ def _default_pairs(arms: Sequence[str], baseline: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _compare_tasks(
-    outcomes: Outcomes,
-    a: str,
-    b: str,
-    tasks: Sequence[str],
-    in_family: bool,
-    alpha: float,
-    margin: float,
-    adjustment: str,
-    seed: int,
-) -> list[TaskContrast]:
-    found: list[dict[str, Any]] = []
-    for task in tasks:
-        metric = outcomes.metric_of(task)
-        rows_a, rows_b = outcomes.rows(a, task), outcomes.rows(b, task)
-        x, y = _results(rows_a, metric), _results(rows_b, metric)
-        binary = bool(np.isin(np.concatenate([x, y]), (0, 1)).all())
-        rng = np.random.default_rng(seed)
-        mcnemar = mcnemar_exact(int((x > y).sum()), int((y > x).sum())) if binary else None
-        n = len(x)
-        discordance = float((x != y).mean())
-        found.append(
-            {
-                "task": task,
-                "metric": metric,
-                "in_family": in_family,
-                "n": n,
-                "accuracy_a": float(x.mean()),
-                "accuracy_b": float(y.mean()),
-                "unpaired": unpaired_z(int(x.sum()), n, int(y.sum()), n) if binary else None,
-                "mcnemar": mcnemar,
-                "difference": paired_difference(
-                    x, y, confidence=1 - alpha, method="score" if binary else "bootstrap", rng=rng
-                ),
-                "non_inferiority": non_inferiority(x, y, margin, confidence=1 - alpha, rng=rng),
-                "smallest_detectable_gain": smallest_detectable_gain(n, discordance, alpha=alpha).gain
-                if binary
-                else None,
-                "flips": _flips(rows_a, rows_b, x, y) if binary else None,
-            }
+def _compare_task(
+    outcomes: Outcomes, a: str, b: str, task: str, metric: str, *, alpha: float, margin: float, seed: int
+) -> dict[str, Any]:
+    rows_a, rows_b = outcomes.rows(a, task), outcomes.rows(b, task)
+    x, y = _results(rows_a, metric), _results(rows_b, metric)
+    if unscored := [arm for arm, values in ((a, x), (b, y)) if np.isnan(values).any()]:
+        raise EvaluationError(
+            f"task `{task}` has items without `{metric}`",
+            problems=[f"arm `{arm}`" for arm in unscored],
+            hint=f"choose a metric that scores every item; there are: {', '.join(outcomes.metrics)}",
         )
-    adjusted = adjust([f["mcnemar"].p_value if f["mcnemar"] else None for f in found], adjustment)
-    return [TaskContrast(**f, p_adjusted=p) for f, p in zip(found, adjusted, strict=True)]
+    n = len(x)
+    rng = np.random.default_rng(seed)
+    found: dict[str, Any] = {
+        "task": task,
+        "metric": metric,
+        "n": n,
+        "accuracy_a": float(x.mean()),
+        "accuracy_b": float(y.mean()),
+    }
+    confidence = 1 - alpha
+    if not np.isin(np.concatenate([x, y]), (0, 1)).all():
+        why = f"`{metric}` is not 0 or 1 for every item"
+        undefined = ("unpaired", "mcnemar", "p_adjusted", "smallest_detectable_gain", "flips")
+        return found | {
+            "unpaired": None,
+            "mcnemar": None,
+            "difference": paired_difference(x, y, confidence=confidence, rng=rng),
+            "non_inferiority": non_inferiority(x, y, margin, confidence=confidence, rng=rng),
+            "smallest_detectable_gain": None,
+            "flips": None,
+            "reasons": dict.fromkeys(undefined, why),
+        }
+    detectable = smallest_detectable_gain(n, float((x != y).mean()), alpha=alpha)
+    flips = _flips(rows_a, rows_b, x, y)
+    reasons = {"smallest_detectable_gain": detectable.reason, "flips": None if flips else "no extraction is recorded"}
+    return found | {
+        "unpaired": unpaired_z(int(x.sum()), n, int(y.sum()), n),
+        "mcnemar": mcnemar_exact(int((x > y).sum()), int((y > x).sum())),
+        "difference": paired_difference(x, y, confidence=confidence, method="score"),
+        "non_inferiority": non_inferiority(x, y, margin, confidence=confidence, rng=rng),
+        "smallest_detectable_gain": detectable.gain,
+        "flips": flips,
+        "reasons": {name: reason for name, reason in reasons.items() if reason},
+    }
 
 
 def _results(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
@@ -299,25 +242,34 @@ def _results(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
 def _flips(rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y: NDArray[np.float64]) -> Flips | None:
     if rows_a["extracted"].isna().any() or rows_b["extracted"].isna().any():
         return None
+    unknown = bool(rows_a["truncated"].isna().any() or rows_b["truncated"].isna().any())
 
     def count(failed: pd.DataFrame) -> dict[str, int]:
         extracted = failed["extracted"].astype(bool)
         cut = failed["truncated"].fillna(False).astype(bool) & ~extracted
+        if unknown:
+            return {"format": int((~extracted).sum()), "correctness": int(extracted.sum())}
         return {
             "format": int((~extracted & ~cut).sum()),
             "truncation": int(cut.sum()),
             "correctness": int(extracted.sum()),
         }
 
-    return Flips(gained=count(rows_a[y > x]), lost=count(rows_b[x > y]))
+    reason = "whether responses were cut off is not recorded, so `format` counts those too" if unknown else None
+    return Flips(gained=count(rows_a[y > x]), lost=count(rows_b[x > y]), reason=reason)
 
 
-def _compare_loss(a: DocumentLosses, b: DocumentLosses, alpha: float, seed: int) -> PairedDifference:
-    if not np.array_equal(a.tokens, b.tokens):
-        raise EvaluationError("the control losses of two arms are not of the same documents", hint="measure them again")
-    used = a.tokens > 0
+def _compare_documents(
+    measured: Mapping[str, PerDocument] | None, a: str, b: str, alpha: float, seed: int
+) -> PairedDifference | None:
+    if not measured or a not in measured or b not in measured:
+        return None
+    one, two = measured[a], measured[b]
+    if not np.array_equal(one.tokens, two.tokens):
+        raise EvaluationError("the control texts of two arms are not the same documents", hint="measure them again")
+    used = one.tokens > 0
     return ratio_difference(
-        a.sums[used], b.sums[used], a.tokens[used], confidence=1 - alpha, rng=np.random.default_rng(seed)
+        one.sums[used], two.sums[used], one.tokens[used], confidence=1 - alpha, rng=np.random.default_rng(seed)
     )
 
 
@@ -326,7 +278,7 @@ def _conclude(
     a: str,
     b: str,
     tasks: list[TaskContrast],
-    loss: PairedDifference | None,
+    cost: dict[str, PairedDifference | None],
     alpha: float,
     margin: float,
     seed: int,
@@ -349,7 +301,7 @@ def _conclude(
         "improved": [t.task for t in significant if t.difference.difference > 0],
         "worsened": [t.task for t in significant if t.difference.difference < 0],
         "not_degraded": [t.task for t in tasks if t.non_inferiority.shown],
-        "loss": loss,
+        **cost,
     }
     return Contrast(**contrast, verdict=_verdict(**contrast, margin=margin, alpha=alpha))
 
@@ -365,6 +317,7 @@ def _verdict(
     worsened: list[str],
     not_degraded: list[str],
     loss: PairedDifference | None,
+    divergence: PairedDifference | None,
     margin: float,
     alpha: float,
 ) -> str:
@@ -389,37 +342,32 @@ def _verdict(
             words += f", significantly on {', '.join(worsened)}"
     else:
         words = f"No evidence of benefit: `{b}` against `{a}` gives {gain} over {len(family)} tasks"
-    if len(not_degraded) == len(tasks):
-        words += f"; a loss of {100 * margin:g} points or more is ruled out in every task"
-    else:
-        words += (
-            f"; a loss of {100 * margin:g} points or more is ruled out in {len(not_degraded)} of {len(tasks)} tasks"
-        )
-    if loss is not None:
-        words += f"; control loss {loss.difference:+.3f} nats per token"
-        if loss.low is not None and loss.high is not None:
-            words += f" ({loss.low:+.3f} to {loss.high:+.3f})"
+    everywhere = {t.non_inferiority.margin for t in tasks} <= {margin}
+    bound = f"a loss of {100 * margin:g} points" if everywhere else "a loss of its margin"
+    where = "every task" if len(not_degraded) == len(tasks) else f"{len(not_degraded)} of {len(tasks)} tasks"
+    words += f"; {bound} or more is ruled out in {where}"
+    for change, what in ((loss, "control loss"), (divergence, "divergence from the base")):
+        if change is not None:
+            words += f"; {what} {change.difference:+.3f} nats per token"
+            if change.low is not None and change.high is not None:
+                words += f" ({change.low:+.3f} to {change.high:+.3f})"
     return words + "."
 
 
-def _interval(difference: PairedDifference) -> dict[str, float | None]:
-    return {"difference": difference.difference, "low": difference.low, "high": difference.high}
-
-
-def _contrast(value: dict[str, Any]) -> Contrast:
-    kinds: dict[str, Any] = {
-        "unpaired": UnpairedZ,
-        "mcnemar": McNemar,
-        "difference": PairedDifference,
-        "non_inferiority": NonInferiority,
-        "flips": Flips,
-        "pooled": PairedDifference,
-        "pooled_mcnemar": McNemar,
-        "loss": PairedDifference,
-    }
-
-    def build(entry: dict[str, Any]) -> dict[str, Any]:
-        return {k: kinds[k](**v) if k in kinds and v is not None else v for k, v in entry.items()}
-
-    tasks = [TaskContrast(**build(entry)) for entry in value.pop("tasks")]
-    return Contrast(**build(value), tasks=tasks)
+def _task_verdict(
+    difference: PairedDifference, bound: NonInferiority, p_adjusted: float | None, a: str, b: str, alpha: float
+) -> str:
+    if p_adjusted is not None:
+        differs, p = p_adjusted < alpha, f", adjusted p = {p_adjusted:.2g}"
+    else:
+        low, high = difference.low, difference.high
+        differs, p = low is not None and high is not None and not low <= 0 <= high, ""
+    gain = f"{100 * difference.difference:+.1f} points{p}"
+    if not differs:
+        words = f"no evidence that `{b}` and `{a}` differ ({gain})"
+    else:
+        words = f"`{b}` is {'better' if difference.difference > 0 else 'worse'} than `{a}` ({gain})"
+    margin = f"a loss of {100 * bound.margin:g} points or more is"
+    if bound.shown is None:
+        return f"{words}; whether {margin} ruled out is not defined: {bound.reason}."
+    return f"{words}; {margin}{'' if bound.shown else ' not'} ruled out."

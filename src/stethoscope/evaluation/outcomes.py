@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from stethoscope.errors import EvaluationError
+from stethoscope.evaluation.inference import PairedDifference, ratio_difference
 
 SCHEMA = 1
 KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
@@ -181,12 +182,16 @@ class Outcomes:
         return cls(frame=table.to_pandas(), provenance=note)
 
 
+# typing.Self would say this better, but beartype cannot check it in a class that is not decorated as a whole.
+Measured = TypeVar("Measured", bound="PerDocument")
+
+
 @dataclass(frozen=True, kw_only=True)
-class DocumentLosses:
-    """Next-token loss on the same documents, kept per document so that arms can be paired.
+class PerDocument:
+    """A quantity summed over each document's predicted tokens, so that arms can be paired by document.
 
     Attributes:
-        sums: total loss of each document in nats, shape [documents].
+        sums: total of each document in nats, shape [documents].
         tokens: predicted tokens of each document, shape [documents]; 0 for a document too short to predict.
     """
 
@@ -195,7 +200,7 @@ class DocumentLosses:
 
     @property
     def mean(self) -> float | None:
-        """Loss per token in nats; ``None`` without tokens."""
+        """Nats per token; ``None`` without tokens."""
         total = int(self.tokens.sum())
         return float(self.sums.sum() / total) if total else None
 
@@ -204,11 +209,28 @@ class DocumentLosses:
         return {"sums": self.sums.tolist(), "tokens": self.tokens.tolist()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Sequence[float]]) -> "DocumentLosses":
+    def from_dict(cls: type[Measured], values: Mapping[str, Sequence[float]]) -> Measured:
         """The inverse of `to_dict`."""
         return cls(
             sums=np.asarray(values["sums"], dtype=np.float64), tokens=np.asarray(values["tokens"], dtype=np.int64)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentLosses(PerDocument):
+    """Next-token loss of one arm on the same documents as every other arm's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentDivergences(PerDocument):
+    """Kullback-Leibler divergence of one arm's next-token distributions from the base's, KL(base || arm)."""
+
+    def interval(self, *, confidence: float = 0.95, seed: int = 0) -> PairedDifference:
+        """Divergence per token with a bootstrap interval over documents; the base's own is zero, and is paired."""
+        used = self.tokens > 0
+        zero = np.zeros(int(used.sum()))
+        rng = np.random.default_rng(seed)
+        return ratio_difference(zero, self.sums[used], self.tokens[used], confidence=confidence, rng=rng)
 
 
 def _items(numbers: Sequence[int]) -> str:

@@ -1,0 +1,245 @@
+"""What a comparison found: arm against arm by task, pooled, and what it cost; as frames, and as `comparison.json`."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stethoscope.artifacts import write_json
+from stethoscope.errors import EvaluationError
+from stethoscope.evaluation.inference import McNemar, NonInferiority, PairedDifference, UnpairedZ
+
+SCHEMA = 1
+CAUSES = ("format", "truncation", "correctness")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flips:
+    """Items that changed between right and wrong, by what was wrong with the failed response: paired counts.
+
+    ``format``: no answer could be extracted; ``truncation``: none, and the token limit cut the response off;
+    ``correctness``: an answer was given and was wrong. A count that is not known is left out, for the ``reason`` given.
+    """
+
+    gained: dict[str, int]
+    lost: dict[str, int]
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskContrast:
+    """One arm against another on one task; ``p_adjusted`` is McNemar's p-value corrected over the family.
+
+    ``reasons`` says of each value that is ``None`` why it is not defined, by field.
+    """
+
+    task: str
+    metric: str
+    in_family: bool
+    n: int
+    accuracy_a: float
+    accuracy_b: float
+    unpaired: UnpairedZ | None
+    mcnemar: McNemar | None
+    p_adjusted: float | None
+    difference: PairedDifference
+    non_inferiority: NonInferiority
+    smallest_detectable_gain: float | None
+    flips: Flips | None
+    verdict: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contrast:
+    """Arm ``b`` against arm ``a`` on every task, pooled over the family, and on control text.
+
+    ``pooled`` weighs items equally and resamples within tasks; ``improved``, ``worsened`` and ``not_degraded`` name
+    tasks. On control text, in nats per token, positive where b is worse: ``loss`` is the change of loss,
+    ``divergence`` how much further from the base b is than a (Kullback-Leibler; from zero where a is the base).
+    """
+
+    a: str
+    b: str
+    tasks: list[TaskContrast]
+    pooled: PairedDifference
+    pooled_mcnemar: McNemar | None
+    improved: list[str]
+    worsened: list[str]
+    not_degraded: list[str]
+    loss: PairedDifference | None
+    verdict: str
+    divergence: PairedDifference | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseFloor:
+    """One arm evaluated twice: items whose result changed though nothing else did.
+
+    Attributes:
+        n: items that both runs answered.
+        changed: items whose result differs between the runs.
+        share: changed / n, with an exact (Clopper-Pearson) interval from ``low`` to ``high``.
+        responses: items whose response differs, right or wrong; ``None`` where responses were not kept.
+    """
+
+    task: str
+    arm: str
+    again: str
+    n: int
+    changed: int
+    share: float
+    low: float
+    high: float
+    responses: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Every contrast that was asked for, with the settings and the inputs (hashes by name) that it rests on.
+
+    ``accuracy`` has a row per task and arm; its ``metrics`` are the means of all the task's metrics, not only of the
+    one that decides. ``noise`` is empty unless an arm was evaluated twice.
+    """
+
+    seed: int
+    inputs: dict[str, str]
+    baseline: str
+    family: list[str]
+    controls: list[str]
+    alpha: float
+    margin: float
+    adjustment: str
+    accuracy: list[dict[str, Any]]
+    contrasts: list[Contrast]
+    noise: list[NoiseFloor] = field(default_factory=list)
+
+    def contrast(self, b: str, a: str | None = None) -> Contrast:
+        """Arm ``b`` against arm ``a`` (the baseline if not given)."""
+        for found in self.contrasts:
+            if (found.a, found.b) == (a or self.baseline, b):
+                return found
+        raise EvaluationError(f"`{b}` was not compared with `{a or self.baseline}`")
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per contrast and task, and one with task ``pooled`` per contrast."""
+        rows = []
+        for contrast in self.contrasts:
+            for t in contrast.tasks:
+                rows.append(
+                    {
+                        "a": contrast.a,
+                        "b": contrast.b,
+                        "task": t.task,
+                        "in_family": t.in_family,
+                        "n": t.n,
+                        "accuracy_a": t.accuracy_a,
+                        "accuracy_b": t.accuracy_b,
+                        **_interval(t.difference),
+                        "z": t.unpaired.statistic if t.unpaired else None,
+                        "p_unpaired": t.unpaired.p_value if t.unpaired else None,
+                        "only_a": t.mcnemar.b if t.mcnemar else None,
+                        "only_b": t.mcnemar.c if t.mcnemar else None,
+                        "p_mcnemar": t.mcnemar.p_value if t.mcnemar else None,
+                        "p_adjusted": t.p_adjusted,
+                        "non_inferior": t.non_inferiority.shown,
+                        "smallest_margin": t.non_inferiority.smallest_margin,
+                        "smallest_detectable_gain": t.smallest_detectable_gain,
+                    }
+                )
+            rows.append(
+                {
+                    "a": contrast.a,
+                    "b": contrast.b,
+                    "task": "pooled",
+                    "in_family": True,
+                    "n": contrast.pooled.n,
+                    **_interval(contrast.pooled),
+                    "p_mcnemar": contrast.pooled_mcnemar.p_value if contrast.pooled_mcnemar else None,
+                }
+            )
+        return pd.DataFrame(rows)
+
+    def gains(self) -> pd.DataFrame:
+        """Where each difference comes from: a row per contrast, task and cause of failure (see `Flips`).
+
+        Returns:
+            columns a, b, task, cause, gained (items that only b got right, by what was wrong with a's response), lost
+            (items that only a got right, by what was wrong with b's), net, and points (net as share of the items, in
+            percent). A task's rows sum to its whole difference. What is not known is missing.
+        """
+        rows: list[dict[str, Any]] = []
+        for contrast in self.contrasts:
+            for t in contrast.tasks:
+                for cause in CAUSES if t.flips else ():
+                    gained, lost = (side.get(cause) for side in (t.flips.gained, t.flips.lost))  # type: ignore[union-attr]
+                    net = None if gained is None or lost is None else gained - lost
+                    rows.append(
+                        {
+                            "a": contrast.a,
+                            "b": contrast.b,
+                            "task": t.task,
+                            "cause": cause,
+                            "gained": gained,
+                            "lost": lost,
+                            "net": net,
+                            "points": None if net is None else 100 * net / t.n,
+                        }
+                    )
+        columns = ["a", "b", "task", "cause", "gained", "lost", "net", "points"]
+        counts = {"gained": "Int64", "lost": "Int64", "net": "Int64", "points": "Float64"}
+        return pd.DataFrame(rows, columns=columns).astype(counts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, as in ``comparison.json``."""
+        return {"schema": SCHEMA, "stethoscope": version("sae-stethoscope"), **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write ``comparison.json``, whole or not at all."""
+        write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path) -> "Comparison":
+        """Read what `save` wrote.
+
+        Raises:
+            EvaluationError: the file is missing, is something else, or has another schema.
+        """
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+            known = value.pop("schema") == SCHEMA
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise EvaluationError(f"`{path}` does not hold a comparison: {error}") from error
+        if not known:
+            raise EvaluationError(f"`{path}` was written by another version of stethoscope", hint="compare again")
+        value.pop("stethoscope")
+        contrasts = [_contrast(entry) for entry in value.pop("contrasts")]
+        noise = [NoiseFloor(**entry) for entry in value.pop("noise", [])]
+        return cls(**value, contrasts=contrasts, noise=noise)
+
+
+def _interval(difference: PairedDifference) -> dict[str, float | None]:
+    return {"difference": difference.difference, "low": difference.low, "high": difference.high}
+
+
+def _contrast(value: dict[str, Any]) -> Contrast:
+    kinds: dict[str, Any] = {
+        "unpaired": UnpairedZ,
+        "mcnemar": McNemar,
+        "difference": PairedDifference,
+        "non_inferiority": NonInferiority,
+        "flips": Flips,
+        "pooled": PairedDifference,
+        "pooled_mcnemar": McNemar,
+        "loss": PairedDifference,
+        "divergence": PairedDifference,
+    }
+
+    def build(entry: dict[str, Any]) -> dict[str, Any]:
+        return {k: kinds[k](**v) if k in kinds and v is not None else v for k, v in entry.items()}
+
+    tasks = [TaskContrast(**build(entry)) for entry in value.pop("tasks")]
+    return Contrast(**build(value), tasks=tasks)
