@@ -228,7 +228,7 @@ def test_everything_wrong_is_said_before_any_work(world, tmp_path, llama):
         control={"dataset": str(world / "control.jsonl"), "field": "body"},
     )
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(path))
+        preflight(Recipe.from_yaml(path), tmp_path / "run")
     shown = str(error.value)
     assert "nowhere.jsonl" in shown
     assert "no text in field `body`" in shown
@@ -240,7 +240,7 @@ def test_an_adapter_for_another_model_is_refused(world, tmp_path, llama):
     other = get_peft_model(llama(layers=6, hidden=64), LoraConfig(r=2, target_modules=["q_proj"]))
     other.save_pretrained(tmp_path / "adapter")
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(changed(world, tmp_path, tuned=str(tmp_path / "adapter"))))
+        preflight(Recipe.from_yaml(changed(world, tmp_path, tuned=str(tmp_path / "adapter"))), tmp_path / "run")
     assert "q_proj" in str(error.value)
 
 
@@ -248,7 +248,7 @@ def test_unknown_task_and_too_many_layers_are_named(world, tmp_path):
     evaluate = {"tasks": ["tiny_summ"], "include_path": str(world / "tasks")}
     path = changed(world, tmp_path, evaluate=evaluate, select={"k": 9})
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(path))
+        preflight(Recipe.from_yaml(path), tmp_path / "run")
     assert "tiny_summ" in str(error.value)
     assert "select.k is `9`" in str(error.value)
 
@@ -267,10 +267,20 @@ def test_command_line_prints_json_and_a_short_error(world, finished, tmp_path, c
     assert "Traceback" not in shown.err
 
 
-def test_check_reads_headers_only(world, capsys, monkeypatch):
+@pytest.mark.parametrize("command", [["check"], ["run", "--dry-run"]])
+def test_check_reads_headers_only_and_says_what_the_edit_will_take(world, tmp_path, capsys, monkeypatch, command):
     monkeypatch.setattr("stethoscope.pipeline.load_model", None)
-    main(["check", str(world / "recipe.yaml")])
-    assert "4 layers of width 32" in capsys.readouterr().out
+    main([*command, str(world / "recipe.yaml"), "--out", str(tmp_path / "run")])
+    shown = capsys.readouterr().out
+    assert "4 layers of width 32" in shown
+    assert "the edited checkpoint changes 14 tensors" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_names_an_output_that_cannot_be_written(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="is a file"):
+        preflight(Recipe.from_yaml(world / "recipe.yaml"), tmp_path / "file" / "run")
 
 
 def test_edit_undo_and_verify_from_the_command_line(world, tmp_path, capsys):

@@ -95,6 +95,7 @@ def _options(
 def run(
     recipe: RecipePath,
     out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `check`.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -103,6 +104,9 @@ def run(
     from stethoscope.recipe import Recipe
 
     folder = out or Path("runs") / recipe.stem
+    if dry_run:
+        check(recipe, out=folder)
+        return
     _show(run_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet)), as_json=as_json)
 
 
@@ -132,12 +136,15 @@ def demo(
 
 
 @app.command()
-def check(recipe: RecipePath) -> None:
-    """Say everything that is wrong with a recipe, in seconds, from configs and headers alone."""
+def check(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,
+) -> None:
+    """Say everything that is wrong with a recipe, or what it will take; from configs and headers alone."""
     from stethoscope.pipeline import preflight
     from stethoscope.recipe import Recipe
 
-    found = preflight(Recipe.from_yaml(recipe))
+    found = preflight(Recipe.from_yaml(recipe), out or Path("runs") / recipe.stem, headers_only=True)
     _say(f"`{recipe}` can be run: {found.describe()}")
 
 

@@ -3,6 +3,7 @@
 A stage whose inputs did not change is not run again; what it wrote is read instead.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from stethoscope.diagnosis.listen import Listening, listen
 from stethoscope.diagnosis.statistics import save_statistics
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.projection import FeatureProjection, energy_kept, feature_basis
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError, StethoscopeError
@@ -64,6 +66,7 @@ class Preflight:
     texts: dict[str, list[str]]
     tasks: list[str]
     control_tasks: list[str]
+    edit: Preview
 
     def describe(self) -> str:
         """One line for a person."""
@@ -71,12 +74,19 @@ class Preflight:
         return (
             f"{self.base.layers} layers of width {self.base.hidden_size}, {len(self.task_vector.names)} tensors in the"
             f" task vector, SAEs for {len(self.saes)} layers, {texts},"
-            f" {len(self.tasks) + len(self.control_tasks)} tasks"
+            f" {len(self.tasks) + len(self.control_tasks)} tasks; the edited checkpoint changes"
+            f" {self.edit.tensors} tensors ({self.edit.bytes_changed / 1e6:,.1f} MB), writes"
+            f" {self.edit.bytes_written / 1e9:,.2f} GB in about {self.edit.seconds:.0f} s and needs"
+            f" {self.edit.disk_needed / 1e9:,.2f} GB of {self.edit.disk_free / 1e9:,.2f} GB free"
         )
 
 
-def preflight(recipe: Recipe) -> Preflight:
+def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Preflight:
     """Open everything a recipe refers to, without reading a weight.
+
+    Args:
+        folder: where the run will lie.
+        headers_only: fetch no weights of hub models either; good for a look, not for a run.
 
     Raises:
         RecipeError: everything that is missing or does not fit, at once.
@@ -93,8 +103,10 @@ def preflight(recipe: Recipe) -> Preflight:
     def documents(text: Text) -> list[str]:
         return read_documents(text.dataset, field=text.field, limit=text.documents)
 
-    base: Checkpoint | None = attempt(open_checkpoint, recipe.base)
-    task_vector: TaskVector | None = attempt(open_task_vector, base, recipe.tuned) if base else None
+    base: Checkpoint | None = attempt(open_checkpoint, recipe.base, headers_only=headers_only)
+    task_vector: TaskVector | None = (
+        attempt(open_task_vector, base, recipe.tuned, headers_only=headers_only) if base else None
+    )
     saes = attempt(open_saes, recipe.saes, sae_id=recipe.sae_id)
     if base and saes:
         attempt(check_fit, saes, hidden_size=base.hidden_size, num_layers=base.layers)
@@ -111,11 +123,33 @@ def preflight(recipe: Recipe) -> Preflight:
         if recipe.evaluate.control_tasks
         else {}
     )
+    edit = Preview()
+    if base and task_vector:
+        edit = _expected_edit(recipe, base, task_vector, folder)
+        problems += edit.problems
     if problems or base is None or task_vector is None:
         raise RecipeError("the recipe cannot be run", problems=problems)
     return Preflight(
-        base=base, task_vector=task_vector, saes=saes, texts=read, tasks=list(tasks), control_tasks=list(controls)
+        base=base,
+        task_vector=task_vector,
+        saes=saes,
+        texts=read,
+        tasks=list(tasks),
+        control_tasks=list(controls),
+        edit=edit,
     )
+
+
+def _expected_edit(recipe: Recipe, base: Checkpoint, task_vector: TaskVector, folder: Path) -> Preview:
+    """What writing the edit will take, whichever layers are chosen: those that hold most bytes."""
+    size: Counter[int] = Counter()
+    for name in task_vector.names:
+        entry = base.entries[name]
+        if entry.layer is not None:
+            size[entry.layer] += entry.nbytes
+    layers = [layer for layer, _ in size.most_common(recipe.select.k)]
+    plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
+    return preview(base, task_vector, plan, folder / "edited", overwrite=True)
 
 
 class _Frozen(BaseModel):
@@ -209,7 +243,7 @@ class _Run:
         self.folder = folder
         self.reporter = reporter
         with reporter.stage("Check the recipe"):
-            self.found = preflight(recipe)
+            self.found = preflight(recipe, folder)
             self.hashes = {
                 "base": sha256_files(identity_files(self.found.base.path)),
                 "tuned": sha256_files(identity_files(self.found.task_vector.store.path)),
