@@ -28,7 +28,7 @@ def token_losses(
 ) -> Float[Tensor, "rows predicted"]:
     """Next-token loss in nats of every token but the first of each row, from what `run` returned."""
     hidden, targets = output.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].to(model.device).flatten()
-    step = _step(model)
+    step = chunk_size(model)
     parts = [_losses(model, output, h, t) for h, t in zip(hidden.split(step), targets.split(step), strict=True)]
     return torch.cat(parts).view(len(ids), -1)
 
@@ -44,7 +44,7 @@ def loss_gradient(
     flat, targets = hidden[:, :-1].flatten(0, 1), ids[:, 1:].to(model.device).flatten()
     weights = counted.to(model.device).flatten()
     losses, slopes = [], []
-    step = _step(model)
+    step = chunk_size(model)
     for h, t, w in zip(flat.split(step), targets.split(step), weights.split(step), strict=True):
         with torch.enable_grad():
             h.requires_grad_(True)
@@ -72,16 +72,25 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             own["forward"] = before
 
 
-def _losses(
-    model: PreTrainedModel, output: Any, hidden: Float[Tensor, "some hidden"], targets: Int[Tensor, " some"]
-) -> Float[Tensor, " some"]:
+def head_logits(
+    model: PreTrainedModel, output: Any, hidden: Float[Tensor, "some hidden"]
+) -> Float[Tensor, "some vocabulary"]:
+    """Logits of some of the last hidden states of what `run` returned, in the model's present state and dtype."""
     # The model's own forward makes logits of a hidden state: a head may come with a soft cap or a scale.
     chunk = copy.copy(output)
     chunk.last_hidden_state = hidden[None]
+    ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
     with replaced_forward(model.base_model, lambda *_args, **_options: chunk):
-        logits = model(input_ids=targets[None], use_cache=False).logits[0]
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
+    return logits
 
 
-def _step(model: PreTrainedModel) -> int:
+def _losses(
+    model: PreTrainedModel, output: Any, hidden: Float[Tensor, "some hidden"], targets: Int[Tensor, " some"]
+) -> Float[Tensor, " some"]:
+    return nn.functional.cross_entropy(head_logits(model, output, hidden).float(), targets, reduction="none")
+
+
+def chunk_size(model: PreTrainedModel) -> int:
+    """How many tokens' logits are held at once."""
     return max(1, CHUNK // int(model.config.get_text_config().vocab_size))

@@ -1,4 +1,6 @@
-"""Control loss per document equals a document-by-document computation, for heads with and without a soft cap."""
+"""Control loss and divergence per document equal a document-by-document one, for heads with and without a soft cap."""
+
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -6,7 +8,8 @@ import torch
 
 from stethoscope import losses
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import control
+from stethoscope.evaluation import DocumentDivergences, control
+from stethoscope.evaluation.inference import ratio_difference
 
 
 def by_hand(model, document):
@@ -32,3 +35,62 @@ def test_losses_are_each_documents_own(any_model, cap, monkeypatch):
 def test_no_text_is_refused(stirred_llama):
     with pytest.raises(EvaluationError, match="two tokens"):
         control.document_losses(stirred_llama, [[1], []])
+    with pytest.raises(EvaluationError, match="two tokens"):
+        control.document_divergences(stirred_llama, {"same": nullcontext}, [[1], []])
+
+
+def turned(model, scale):
+    """The head and one block scaled: hidden states and the head itself differ between the states."""
+
+    @contextmanager
+    def enter():
+        weights = [model.get_output_embeddings().weight, next(p for p in model.base_model.parameters() if p.ndim > 1)]
+        before = [w.data for w in weights]
+        try:
+            for weight in weights:
+                weight.data = weight.data * scale
+            yield
+        finally:
+            for weight, own in zip(weights, before, strict=True):
+                weight.data = own
+
+    return enter
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_divergences_are_the_definition(any_model, cap, monkeypatch):
+    if cap and hasattr(any_model.config, "final_logit_softcapping"):
+        any_model.config.final_logit_softcapping = cap
+    monkeypatch.setattr(losses, "CHUNK", 259 * 7)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 21, 2)]
+    arms = {"same": nullcontext, "warm": turned(any_model, 0.7), "hot": turned(any_model, 0.2)}
+    found = control.document_divergences(any_model, arms, documents, batch_tokens=64)
+
+    def logits(document):
+        return any_model(input_ids=torch.tensor([document])).logits[0, :-1].double().log_softmax(-1)
+
+    for name, enter in arms.items():
+        expected = []
+        for document in documents:
+            p = logits(document)
+            with enter():
+                q = logits(document)
+            expected.append(float((p.exp() * (p - q)).sum()) if len(document) > 1 else 0.0)
+        assert found[name].sums == pytest.approx(expected, rel=1e-3, abs=1e-5)
+        assert found[name].tokens.tolist() == [39, 0, 6, 20, 1]
+    assert not found["same"].sums.any()  # the base against itself, to the bit
+    assert 0 < found["warm"].mean < found["hot"].mean
+
+
+def test_divergence_has_an_interval_over_documents():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, size=40)
+    kept = DocumentDivergences(sums=tokens * rng.gamma(2.0, 0.01, size=40), tokens=tokens)
+    interval = kept.interval()
+    assert interval.difference == pytest.approx(kept.mean)
+    assert 0 < interval.low < kept.mean < interval.high
+    assert interval == ratio_difference(np.zeros(40), kept.sums, tokens, rng=np.random.default_rng(0))
+    assert (DocumentDivergences.from_dict(kept.to_dict()).sums == kept.sums).all()
+    alone = DocumentDivergences(sums=np.array([0.5]), tokens=np.array([5])).interval()
+    assert (alone.low, alone.reason) == (None, "one unit cannot be resampled")
