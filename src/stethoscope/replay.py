@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -47,6 +47,11 @@ class Recording:
                     hook = partial(keep, start - 1)
                     stack.callback(self._blocks[start - 1].register_forward_hook(hook).remove)
             self.output = run(model, ids)
+
+    def after(self, layer: int) -> Float[Tensor, "rows tokens hidden"]:
+        """The residual stream as a block left it."""
+        output = self._outputs[layer]
+        return output[0] if isinstance(output, tuple) else output
 
     def replay(self, start: int) -> Any:
         """The output before the head, with blocks from ``start`` on run as they are now."""

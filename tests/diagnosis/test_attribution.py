@@ -1,0 +1,146 @@
+"""Features and the unexplained part are the exact first-order effect; planted layers come first; planted features too."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
+from selection.planted import Planted, plant
+
+from stethoscope.diagnosis.attribution import attribute, feature_worths, own_changes, worths
+from stethoscope.editing.layers import LayerEdits
+from stethoscope.errors import SAEError
+from stethoscope.selection.rivals import local_effect
+from stethoscope.sites import hook_point
+
+D = 32
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def edits(planted: Planted) -> LayerEdits:
+    return LayerEdits(planted.model, planted.task_vector)
+
+
+def exact_sae() -> SAE:
+    """W_enc = [I, -I], W_dec its inverse: the positive and negative part of every coordinate."""
+    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=2 * D, apply_b_dec_to_input=False))
+    identity = torch.eye(D)
+    sae.W_enc.data = torch.cat([identity, -identity], dim=1)
+    sae.W_dec.data = torch.cat([identity, -identity], dim=0)
+    return sae.requires_grad_(False)
+
+
+def random_sae(architecture: str, *, seed: int, apply_b_dec: bool, normalize: str = "none") -> SAE:
+    torch.manual_seed(seed)
+    options = {"d_in": D, "d_sae": 48, "apply_b_dec_to_input": apply_b_dec, "normalize_activations": normalize}
+    sae = (
+        StandardSAE(StandardSAEConfig(**options))
+        if architecture == "standard"
+        else JumpReLUSAE(JumpReLUSAEConfig(**options))
+    )
+    for parameter in sae.parameters():
+        parameter.data = 0.3 * torch.randn_like(parameter)
+    if architecture == "jumprelu":
+        sae.threshold.data.abs_()
+    return sae.requires_grad_(False)
+
+
+def total(layer):
+    return layer.explained + layer.unexplained
+
+
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out"])
+def test_features_and_the_rest_are_the_exact_first_order_effect(planted, edits, site):
+    saes = {n: random_sae("standard", seed=n, apply_b_dec=True) for n in range(6)}
+    found = attribute(planted.model, edits, saes, planted.texts["target"], site=site, block_size=5)
+    exact = local_effect(planted.model, edits, planted.texts, site=site)
+    for n in range(6):
+        np.testing.assert_allclose(total(found.layers[n]), exact.sums["target"][:, n], rtol=1e-6, atol=1e-6)
+        assert found.layers[n].worth.shape == (5, 48)
+        assert found.layers[n].worth.sum() == pytest.approx(found.layers[n].explained.sum())
+    np.testing.assert_array_equal(found.tokens, exact.tokens["target"])
+    assert found.block_tokens.tolist() == [found.tokens[i : i + 5].sum() for i in range(0, 24, 5)]
+    np.testing.assert_allclose(found.losses, exact.losses["target"])
+
+
+@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize("apply_b_dec", [True, False])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
+@torch.no_grad()
+def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, architecture, apply_b_dec, normalize):
+    sae = random_sae(architecture, seed=3, apply_b_dec=apply_b_dec, normalize=normalize)
+    point = {4: hook_point(planted.model, 4, "resid_post")}
+    found = attribute(planted.model, edits, {4: sae}, planted.texts["target"]).layers[4]
+    worth = np.zeros(48)
+    for batch in planted.texts["target"]:
+        heard = own_changes(planted.model, edits, point, batch)
+        change = heard.changes[4]
+        for row, document in enumerate(batch.documents):
+            at = (batch.countable & ~heard.sinks)[row]
+            base, tuned, slope = change.base[row, at], change.tuned[row, at], change.gradient[row, at]
+            after = sae.encode(tuned)
+            before = sae.encode(base)
+            decoded_before = sae.decode(before)
+            sae.encode(base)  # decoding forgets the scale
+            decoded = sae.decode(after) - decoded_before
+            rest = -(slope * (tuned - base - decoded)).sum()
+            expected = float(rest) + found.masked[document]
+            assert found.unexplained[document] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+            if normalize == "none":
+                worth += (-(slope @ sae.W_dec.T) * (after - before)).sum(0).numpy()
+    if normalize == "none":
+        np.testing.assert_allclose(found.worth.sum(0), worth, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("seed", range(3))
+def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
+    layers = ((0, 3), (2, 5), (1, 2))[seed]
+    made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=seed + 50)
+    edits = LayerEdits(made.model, made.task_vector)
+    saes = {n: exact_sae() for n in range(6)}
+    target, control = (attribute(made.model, edits, saes, made.texts[name]) for name in ("target", "control"))
+    scores = {n: worth.score for n, worth in worths(target, control).items()}
+    assert set(sorted(scores, key=scores.__getitem__)[-2:]) == set(layers)
+    for layer in target.layers.values():  # an SAE that decodes everything leaves nothing but masked tokens
+        np.testing.assert_allclose(layer.unexplained, layer.masked, atol=1e-3)
+
+
+def test_a_layers_worth_is_target_less_control_and_so_is_a_features(planted, edits):
+    found = attribute(planted.model, edits, {4: exact_sae()}, planted.texts["target"])
+    control = attribute(planted.model, edits, {4: exact_sae()}, planted.texts["control"])
+    worth = worths(found, control)[4]
+    features = feature_worths(found, control, 4, count=2 * D)
+    assert worth.score == pytest.approx(sum(f.worth for f in features if f.worth > 0))
+    assert worth.explained == pytest.approx(sum(f.worth for f in features))
+    assert [abs(f.worth) for f in features] == sorted((abs(f.worth) for f in features), reverse=True)
+    first = features[0]
+    assert first.target_worth == pytest.approx(found.layers[4].worth[:, first.feature].sum() / found.tokens.sum())
+    assert first.control_written == pytest.approx(
+        control.layers[4].written[:, first.feature].sum() / control.tokens.sum()
+    )
+    alone = worths(found, found)[4]
+    assert (alone.score, alone.explained, alone.unexplained) == (0, 0, 0)
+
+
+def test_masked_tokens_count_as_unexplained(planted, edits):
+    text = [replace(b, countable=torch.zeros_like(b.countable)) for b in planted.texts["target"]]
+    found = attribute(planted.model, edits, {4: exact_sae()}, text).layers[4]
+    assert not found.worth.any()
+    np.testing.assert_allclose(found.unexplained, found.masked)
+    exact = local_effect(planted.model, edits, planted.texts).sums["target"][:, 4]
+    np.testing.assert_allclose(found.masked, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_values_that_are_not_finite_are_refused(planted, edits):
+    broken = exact_sae()
+    broken.W_dec.data[0, 0] = torch.nan
+    with pytest.raises(SAEError, match="not finite") as caught:
+        attribute(planted.model, edits, {1: broken, 2: exact_sae()}, planted.texts["target"])
+    assert caught.value.problems == ("layer 1",)

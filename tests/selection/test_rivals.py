@@ -1,0 +1,135 @@
+"""Rivals find the layers that the skill was planted in, and first-order effects are the slopes of true ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from editing.tiny_models import LAYOUTS, save_pair
+from planted import Planted, plant
+
+from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.corpus import batches
+from stethoscope.editing.layers import LayerEdits
+from stethoscope.models import load_model
+from stethoscope.selection import rivals
+from stethoscope.selection.rivals import forwards, gradient, injection, local_effect, measure, standard_error
+
+SMALL = 1e-2
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"), tokenizer)
+
+
+def slope(model, edits, texts, change, corpus="target"):
+    """The true effect per unit of coefficient, by a central difference."""
+    scaled = [{layer: s * SMALL * c for layer, c in change.items()} for s in (1, -1)]
+    up, down = measure(model, edits, texts, scaled).mean(corpus)
+    return (up - down) / (2 * SMALL)
+
+
+@pytest.mark.parametrize(("family", "seed"), [("llama", n) for n in range(8)] + [("gemma3", n) for n in range(4)])
+def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
+    rng = np.random.default_rng(seed)
+    layers = tuple(sorted(rng.choice(6, size=2, replace=False).tolist()))
+    made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=seed)
+    edits = LayerEdits(made.model, made.task_vector)
+    for found in (
+        injection(made.model, edits, made.texts),
+        gradient(made.model, made.task_vector, made.texts).gains,
+        local_effect(made.model, edits, made.texts),
+    ):
+        assert tuple(sorted(np.argsort(-found.score())[:2].tolist())) == layers
+
+
+@torch.no_grad()
+def test_injection_is_the_loss_of_the_edited_model_per_document(planted):
+    edits = LayerEdits(planted.model, planted.task_vector)
+    found = injection(planted.model, edits, planted.texts, coefficient=0.5, layers=[4])
+    for corpus, text in planted.texts.items():
+        for batch in text:
+            for row, document in enumerate(batch.documents):
+                ids = batch.input_ids[row][batch.attention_mask[row]][None]
+                before = planted.model(ids, labels=ids).loss * (ids.shape[1] - 1)
+                with edits.entered({4: 0.5}):
+                    after = planted.model(ids, labels=ids).loss * (ids.shape[1] - 1)
+                assert found.tokens[corpus][document] == ids.shape[1] - 1
+                assert found.losses[corpus][document] == pytest.approx(float(before), rel=1e-5)
+                assert found.sums[corpus][document, 0] == pytest.approx(float(before - after), rel=1e-3, abs=1e-4)
+
+
+def test_sets_are_measured_as_sets_and_nothing_costs_nothing(planted):
+    edits = LayerEdits(planted.model, planted.task_vector)
+    changes = [{}, {1: 1.0, 4: 1.0}, {4: 0.0, 1: 1.0}, {1: 1.0}, dict.fromkeys(range(6), 1.0)]
+    found = measure(planted.model, edits, planted.texts, changes)
+    gain = found.mean("target")
+    assert gain[0] == 0
+    assert gain[2] == gain[3]
+    assert gain[1] > gain[3]
+    assert found.changes[1] == {1: 1.0, 4: 1.0}
+    assert forwards(changes, 6) == pytest.approx(1 + 0 + 5 / 6 + 5 / 6 + 5 / 6 + 1)
+
+
+def test_gradient_effects_are_the_slopes_of_the_truth(planted):
+    edits = LayerEdits(planted.model, planted.task_vector)
+    found = gradient(planted.model, planted.task_vector, planted.texts)
+    for corpus in planted.texts:
+        mean = found.gains.mean(corpus)
+        for layer in range(6):
+            assert mean[layer] == pytest.approx(
+                slope(planted.model, edits, planted.texts, {layer: 1.0}, corpus), rel=0.02, abs=2e-4
+            )
+        everything = dict.fromkeys(range(6), 1.0)
+        together = slope(planted.model, edits, planted.texts, everything, corpus)
+        assert mean.sum() == pytest.approx(together, rel=0.02, abs=5e-4)
+        own = sum(worth for name, worth in found.tensors[corpus].items() if name.startswith("layers.4."))
+        assert own == pytest.approx(mean[4])
+
+
+@pytest.mark.parametrize("layout", ["gemma2", "gpt2", "mixtral"])
+def test_gradient_of_other_classes(layout, tmp_path: Path, tokenizer):
+    base, tuned = save_pair(LAYOUTS[layout], tmp_path, dtype=torch.float32)
+    model, change = load_model(base, dtype=torch.float32), open_task_vector(open_checkpoint(base), tuned)
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(3, 48, size=12).tolist() for _ in range(4)]
+    texts = {"target": list(batches(rows, tokenizer))}
+    found = gradient(model, change, texts).gains.mean("target")
+    edits = LayerEdits(model, change)
+    for layer in range(3):
+        assert found[layer] == pytest.approx(slope(model, edits, texts, {layer: 1.0}), rel=0.03, abs=1e-4)
+
+
+def test_gradients_are_freed_at_once_and_a_task_vector_that_does_not_fit_is_read_again(planted, monkeypatch):
+    roomy = gradient(planted.model, planted.task_vector, planted.texts)
+    alive, dot = [], rivals._dot
+
+    def counting(*args):
+        alive.append(sum(p.grad is not None for p in planted.model.parameters()))
+        return dot(*args)
+
+    monkeypatch.setattr(rivals, "_dot", counting)
+    tight = gradient(planted.model, planted.task_vector, planted.texts, memory=0)
+    assert len(alive) == 9 * 6 * sum(map(len, planted.texts.values()))
+    assert max(alive) == 0
+    assert tight.tensors == roomy.tensors
+    assert not any(p.requires_grad or p.grad is not None for p in planted.model.parameters())
+
+
+def test_local_effects_of_small_edits_are_gradient_effects(planted):
+    edits = LayerEdits(planted.model, planted.task_vector)
+    small = local_effect(planted.model, edits, planted.texts, coefficient=1e-3).mean("target") / 1e-3
+    exact = gradient(planted.model, planted.task_vector, planted.texts).gains.mean("target")
+    np.testing.assert_allclose(small, exact, rtol=0.01, atol=2e-3)
+
+
+def test_the_error_of_a_mean_is_that_of_a_ratio():
+    rng = np.random.default_rng(0)
+    sums = rng.normal(size=(50, 3))
+    alike = np.full(50, 4, dtype=np.int64)
+    np.testing.assert_allclose(standard_error(sums, alike), sums.std(0, ddof=1) / np.sqrt(50) / 4)
+    lengths = rng.integers(5, 50, size=50)
+    assert standard_error(0.3 * lengths[:, None].astype(float), lengths) == pytest.approx(0, abs=1e-12)
+    assert np.isnan(standard_error(sums[:1], alike[:1])).all()
