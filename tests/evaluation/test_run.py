@@ -102,11 +102,11 @@ def test_unknown_and_empty_tasks_are_named(make_task, monkeypatch):
     make_task("hollow", items=0)
     with pytest.raises(EvaluationError, match="could not be built"):
         load_tasks(["hollow"], folder)
-    import stethoscope.evaluation.run as run
+    import stethoscope.evaluation.tasks as tasks
 
-    manager = run.TaskManager
+    manager = tasks.TaskManager
     monkeypatch.setattr(
-        run, "TaskManager", lambda include_path, **_: manager(include_path=include_path, include_defaults=False)
+        tasks, "TaskManager", lambda include_path, **_: manager(include_path=include_path, include_defaults=False)
     )
     with pytest.raises(EvaluationError, match=r"`sum` .*sums") as caught:
         load_tasks(["sums", "sum", "zzz"], folder)

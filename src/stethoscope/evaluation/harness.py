@@ -19,7 +19,7 @@ from stethoscope.evaluation.decoding import agrees, can_share, common_prefix, de
 logger = logging.getLogger(__name__)
 
 # Generation settings that plain greedy decoding does not read; with any other one the harness' own path is taken.
-_HARMLESS = {
+HARMLESS = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
     *(
         "max_length",
@@ -148,7 +148,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     def _shares(self, prompts: list[list[int]], limit: int) -> bool:
         config = self.model.generation_config
-        changed = {name for name, value in config.to_diff_dict().items() if value} - _HARMLESS
+        changed = {name for name, value in config.to_diff_dict().items() if value} - HARMLESS
         longest = max(map(len, prompts)) + limit
         if not self.shares or changed or not can_share(self.model, longest):
             return False

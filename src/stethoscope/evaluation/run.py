@@ -1,37 +1,42 @@
-"""Run lm-evaluation-harness tasks on several states of one live model: `evaluate(model, tokenizer, arms, tasks, ...)`.
+"""Run lm-evaluation-harness tasks on several arms: `evaluate(model, tokenizer, arms, tasks, ...)` on states of one live
+model, `evaluate_checkpoints(checkpoints, tasks, ...)` on checkpoints.
 
 Tasks are built once and every arm gets the same prompts. Each finished arm and task is stored at once; an interrupted
 run goes on where it stopped, inside a task too.
 """
 
-import difflib
 import functools
-import json
-import logging
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import lm_eval.api.task
 import pandas as pd
 import torch
 from lm_eval import evaluator
+from lm_eval.api.model import LM
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, sha256_bytes
+from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_files
+from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.harness import SharedPrefixLM
+from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.outcomes import Outcomes
+from stethoscope.evaluation.samples import Sample, to_rows
+from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
+from stethoscope.models import load_model, load_tokenizer, preferred_dtype
+
+__all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 
 Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 Progress = Callable[[int, int, str], None]
-
-_NO_ANSWER = frozenset(("", "[invalid]", "[invalidanswer]"))
+# An arm, entered: what identifies its weights, and how to get the model that answers (loaded when first asked).
+_Entered = tuple[str, Callable[[], LM]]
 
 
 def evaluate(
@@ -42,13 +47,14 @@ def evaluate(
     *,
     out: Path,
     include_path: Path | None = None,
+    data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
     keys: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Outcomes:
-    """Evaluate every arm on every task, item by item.
+    """Evaluate every state of a live model on every task, item by item; no model is loaded.
 
     Args:
         model: in the base state, on its device, in the type to evaluate in.
@@ -56,6 +62,7 @@ def evaluate(
         tasks: names of harness tasks or groups, or paths of YAML files.
         out: folder for ``outcomes.parquet`` and, under ``parts/``, what is finished so far.
         include_path: folder of further task YAMLs; if it holds all tasks, the harness' own are not read (10 s).
+        data: local files of ``minerva_math``'s items (see `minerva.local_tasks`).
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
         seed: of few-shot sampling.
@@ -68,103 +75,93 @@ def evaluate(
     Raises:
         EvaluationError: no arm; tasks that are unknown, cannot be built, or have no items.
     """
-    if not arms:
-        raise EvaluationError("there is no arm to evaluate", hint="`{'base': contextlib.nullcontext}` is the least")
-    if limit is not None and limit < 1:
-        raise EvaluationError(f"the limit of `{limit}` items leaves nothing to evaluate")
-    with _quiet_harness():
-        built = load_tasks(tasks, include_path, seed=seed)
+
+    @contextmanager
+    def entered(arm: str) -> Iterator[_Entered]:
+        with arms[arm]():
+            yield (keys or {}).get(arm) or weights_hash(model), lambda: lm
+
+    _check(arms, limit)
+    with quiet_harness():
+        built = load_tasks(tasks, include_path, data=data, seed=seed)
         lm = SharedPrefixLM(model, tokenizer, batch_size=batch_size)
         settings = {
-            "limit": limit,
-            "seed": seed,
             "batch_size": batch_size,
             "dtype": str(model.dtype),
             "model": weights_hash(model),
-            "tokenizer": sha256_bytes(canonical_json(tokenizer.get_vocab()).encode()),
-            "lm_eval": version("lm_eval"),
-            "transformers": version("transformers"),
-            "torch": torch.__version__,
+            "tokenizer": _tokenizer_hash(tokenizer, built),
         }
-        prompts = {name: _prompts_hash(task, limit, seed) for name, task in built.items()}
-        sizes = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in built.items()}
-        done, total = 0, len(arms) * sum(sizes.values())
-        parts: list[pd.DataFrame] = []
-        for arm, enter in arms.items():
-            with enter():
-                state = (keys or {}).get(arm) or weights_hash(model)
-                for name, task in built.items():
-                    key = sha256_bytes(canonical_json([settings, prompts[name], arm, state]).encode())
-                    stored = out / "parts" / f"{_safe(arm)}.{_safe(name)}.{key[:16]}.parquet"
-                    if stored.exists():
-                        parts.append(Outcomes.load(stored).frame)
-                    else:
-                        said = f"{arm}: {name}"
-                        start = done
-
-                        def advance(items: int, start: int = start, name: str = name, said: str = said) -> None:
-                            nonlocal done
-                            done = min(done + items, start + sizes[name])
-                            if progress:
-                                progress(done, total, said)
-
-                        lm.on_items = advance
-                        lm.journal = stored.with_suffix(".jsonl")
-                        part = _run_cell(lm, arm, name, task, limit, seed)
-                        Outcomes(frame=part, provenance={"key": key}).save(stored)
-                        lm.journal.unlink(missing_ok=True)
-                        parts.append(part)
-                        done = start
-                    done += sizes[name]
-                    if progress:
-                        progress(done, total, f"{arm}: {name}")
-    frame = pd.concat(parts, ignore_index=True)
-    provenance = {**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
-    outcomes = Outcomes(frame=frame, provenance=provenance)
-    outcomes.check_comparable()
-    outcomes.save(out / "outcomes.parquet")
-    return outcomes
+        states = {arm: functools.partial(entered, arm) for arm in arms}
+        return _run(states, built, settings, out=out, limit=limit, seed=seed, progress=progress)
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None = None, *, seed: int = 0) -> dict[str, Task]:
-    """Build harness tasks by name, group or YAML path, groups taken apart into their tasks.
+def evaluate_checkpoints(
+    checkpoints: Mapping[str, str | Path],
+    tasks: Sequence[str],
+    *,
+    out: Path,
+    backend: Literal["hf", "vllm"] = "hf",
+    include_path: Path | None = None,
+    data: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Outcomes:
+    """Evaluate checkpoints on disk on every task, item by item; one is loaded at a time, and only if it has work left.
+
+    Args:
+        checkpoints: an arm's name to its folder or hub id.
+        backend: ``hf`` decodes as `evaluate` does; ``vllm`` is the harness' own class, which does not tell how many
+            tokens a response has or whether it was cut off.
+        dtype: of the weights; the hardware's preferred one if not given.
+
+    Others and the return value: as for `evaluate`.
 
     Raises:
-        EvaluationError: unknown names (all of them, with near matches), tasks that cannot be built or are empty.
+        EvaluationError: as `evaluate`; vLLM is not installed; tokenizers or decoding settings differ between arms.
+        CheckpointError: a checkpoint cannot be opened.
     """
-    if not names:
-        raise EvaluationError("there is no task to evaluate")
-    if include_path is not None and not include_path.is_dir():
-        raise EvaluationError(f"the folder of tasks `{include_path}` does not exist")
-    local = [] if include_path is None else [include_path]
-    manager = TaskManager(include_path=local, include_defaults=False)
+    _check(checkpoints, limit)
+    if backend == "vllm" and find_spec("vllm") is None:
+        raise EvaluationError("vLLM is not installed", hint=f"pip install 'lm_eval[vllm]=={version('lm_eval')}'")
+    folders = {arm: open_checkpoint(path).path for arm, path in checkpoints.items()}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = dtype or preferred_dtype(device)
 
-    def unknown() -> list[str]:
-        return [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
+    @contextmanager
+    def entered(folder: Path) -> Iterator[_Entered]:
+        @functools.cache
+        def load() -> LM:
+            if backend == "vllm":
+                from lm_eval.models.vllm_causallms import VLLM
 
-    if unknown():
-        manager = TaskManager(include_path=local)
-    if missing := unknown():
-        near = {name: difflib.get_close_matches(name, manager.all_tasks, n=3) for name in missing}
-        raise EvaluationError(
-            "these tasks are not known",
-            problems=[f"`{n}`" + (f" (like {', '.join(m)}?)" if m else "") for n, m in near.items()],
-            hint="a task is a name or group of lm-evaluation-harness, or a YAML file",
-        )
-    try:
-        tasks: dict[str, Task] = manager.load(list(names))["tasks"]
-        sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
-    except Exception as error:  # whatever a task's own code and data raise
-        raise EvaluationError(
-            f"the tasks could not be built: {error}", hint="try `lm_eval validate --tasks ...` on each"
-        ) from error
-    if empty := [name for name, size in sizes.items() if not size]:
-        raise EvaluationError("these tasks have no items", problems=[f"`{name}`" for name in empty])
-    for task in tasks.values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seed)
-    return tasks
+                return VLLM(pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), seed=seed)
+            model: Any = load_model(folder, dtype=dtype)
+            return SharedPrefixLM(model.to(device), load_tokenizer(folder), batch_size=batch_size)
+
+        identity = [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
+        try:
+            yield sha256_files(identity), load
+        finally:
+            load.cache_clear()
+            gc.collect()  # a model holds cycles, and the next one needs its memory
+
+    with quiet_harness():
+        built = load_tasks(tasks, include_path, data=data, seed=seed)
+        tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), built) for arm, folder in folders.items()}
+        _check_alike("tokenizers", tokenizers, "the prompts would not be the same tokens: evaluate them apart")
+        decoding = {arm: _decoding(folder) for arm, folder in folders.items()}
+        _check_alike("decoding settings", decoding, "make `generation_config.json` the same in all of them")
+        settings = {
+            "batch_size": batch_size if backend == "hf" else "auto",
+            "dtype": str(dtype),
+            "backend": backend,
+            "tokenizer": next(iter(tokenizers.values())),
+        }
+        states = {arm: functools.partial(entered, folder) for arm, folder in folders.items()}
+        return _run(states, built, settings, out=out, limit=limit, seed=seed, progress=progress)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -176,73 +173,107 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _run_cell(lm: SharedPrefixLM, arm: str, name: str, task: Task, limit: int | None, seed: int) -> pd.DataFrame:
+def _run(
+    states: Mapping[str, Callable[[], AbstractContextManager[_Entered]]],
+    tasks: Mapping[str, Task],
+    settings: dict[str, Any],
+    *,
+    out: Path,
+    limit: int | None,
+    seed: int,
+    progress: Progress | None,
+) -> Outcomes:
+    """Every arm on every task; what is stored already is read instead."""
+    versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
+    settings = {**settings, **versions, "limit": limit, "seed": seed}
+    prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
+    sizes = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in tasks.items()}
+    done, total = 0, len(states) * sum(sizes.values())
+    parts: list[pd.DataFrame] = []
+    for arm, entered in states.items():
+        with entered() as (state, load):
+            for name, task in tasks.items():
+                key = sha256_bytes(canonical_json([settings, prompts[name], arm, state]).encode())
+                stored = out / "parts" / f"{_safe(arm)}.{_safe(name)}.{key[:16]}.parquet"
+                if stored.exists():
+                    parts.append(Outcomes.load(stored).frame)
+                else:
+                    lm, start, said = load(), done, f"{arm}: {name}"
+
+                    def advance(items: int, start: int = start, name: str = name, said: str = said) -> None:
+                        nonlocal done
+                        done = min(done + items, start + sizes[name])
+                        if progress:
+                            progress(done, total, said)
+
+                    if isinstance(lm, SharedPrefixLM):
+                        lm.on_items = advance
+                        lm.journal = stored.with_suffix(".jsonl")
+                    part = _run_cell(lm, arm, name, task, limit, seed)
+                    Outcomes(frame=part, provenance={"key": key}).save(stored)
+                    stored.with_suffix(".jsonl").unlink(missing_ok=True)
+                    parts.append(part)
+                    done = start
+                    del lm
+                done += sizes[name]
+                if progress:
+                    progress(done, total, f"{arm}: {name}")
+    provenance = {**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
+    outcomes = Outcomes(frame=pd.concat(parts, ignore_index=True), provenance=provenance)
+    outcomes.check_comparable()
+    outcomes.save(out / "outcomes.parquet")
+    return outcomes
+
+
+def _run_cell(lm: LM, arm: str, name: str, task: Task, limit: int | None, seed: int) -> pd.DataFrame:
     """One arm on one task, run by the harness, as rows of outcomes."""
     task.set_fewshot_seed(seed=seed)  # or the second arm would draw other shots than the first
     result = evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, log_samples=True)
-    rows: dict[int, dict[str, Any]] = {}
     settings = {i.doc_id: i.args[1] for i in task.instances if i.request_type == "generate_until"}
-    for sample in result["samples"][name]:
-        item = sample["doc_id"]
-        first = item not in rows
-        if first:
-            rows[item] = _describe(lm, task, sample, settings.get(item))
-        for metric in sample["metrics"]:
-            # as the harness names results: the first filter's metric plainly, the others' with the filter's name
-            rows[item][metric if first else f"{metric},{sample['filter']}"] = _number(sample[metric])
-    frame = pd.DataFrame(list(rows.values()))
-    frame.insert(0, "arm", arm)
-    frame.insert(1, "task", name)
-    return frame.astype({"extracted": "boolean", "truncated": "boolean", "generated_tokens": "Int64"})
 
+    def details(sample: Sample) -> dict[str, Any]:
+        asked = settings.get(sample["doc_id"])
+        if asked is None or not isinstance(lm, SharedPrefixLM):
+            return {"generated": asked is not None}
+        found = lm.generation(sample["arguments"][0][0], asked)
+        return {
+            "generated": True,
+            "truncated": found.truncated if found else None,
+            "generated_tokens": found.tokens if found else None,
+        }
 
-def _describe(
-    lm: SharedPrefixLM, task: Task, sample: dict[str, Any], settings: dict[str, Any] | None
-) -> dict[str, Any]:
-    generated = lm.generation(sample["arguments"][0][0], settings) if settings is not None else None
-    raw = sample["resps"][0][0] if settings is not None else sample["resps"]
     # Minerva's and its kin's tasks extract inside their scoring function, out of the filters' sight.
     scorer = getattr(task.config.process_results, "__globals__", {})
-    extract = scorer.get("get_unnormalized_answer") if settings is not None else None
-    answer = extract(raw) if extract else sample["filtered_resps"][0]
-    answer = answer if isinstance(answer, str) else json.dumps(answer, default=str)
-    return {
-        "item": sample["doc_id"],
-        "item_hash": sample["doc_hash"],
-        "prompt_hash": sample["prompt_hash"],
-        "extracted": answer.strip() not in _NO_ANSWER if settings is not None else None,
-        "truncated": generated.truncated if generated else None,
-        "generated_tokens": generated.tokens if generated else None,
-        "response": raw if isinstance(raw, str) else json.dumps(raw, default=str),
-        "answer": answer,
-        "target": str(sample["target"]),
-    }
+    return to_rows(arm, name, result["samples"][name], details, extract=scorer.get("get_unnormalized_answer"))
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+def _check(arms: Mapping[str, Any], limit: int | None) -> None:
+    if not arms:
+        raise EvaluationError("there is no arm to evaluate", hint="`{'base': contextlib.nullcontext}` is the least")
+    if limit is not None and limit < 1:
+        raise EvaluationError(f"the limit of `{limit}` items leaves nothing to evaluate")
 
 
-def _prompts_hash(task: Task, limit: int | None, seed: int) -> str:
-    """Identifies a task by its settings and by every prompt and target as they will be asked."""
-    task.set_fewshot_seed(seed=seed)
-    task.build_all_requests(limit=limit)
-    asked = [[i.args, i.doc] for i in task.instances]
-    return sha256_bytes(json.dumps([task.dump_config(), asked], sort_keys=True, default=str).encode())
+def _check_alike(what: str, found: Mapping[str, str], hint: str) -> None:
+    first, *others = found.items()
+    if different := [f"`{arm}`" for arm, value in others if value != first[1]]:
+        raise EvaluationError(
+            f"these arms have other {what} than `{first[0]}`, so they cannot be compared", problems=different, hint=hint
+        )
 
 
-@contextmanager
-def _quiet_harness() -> Iterator[None]:
-    """Keep the harness from logging below errors and from drawing bars of its own."""
-    logger = logging.getLogger("lm_eval")
-    level, bar = logger.level, lm_eval.api.task.tqdm
-    logger.setLevel(logging.ERROR)
-    lm_eval.api.task.tqdm = functools.partial(bar, disable=True)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task]) -> str:
+    """Identifies a tokenizer by its vocabulary and by what it makes of each task's first item."""
+    first = [str(task.doc_to_text(task.eval_docs[0])) for task in tasks.values()]
+    return sha256_bytes(canonical_json([tokenizer.get_vocab(), tokenizer(first)["input_ids"]]).encode())
+
+
+def _decoding(folder: Path) -> str:
+    """The generation settings of a checkpoint that change what greedy decoding writes, end tokens aside."""
+    if not (folder / "generation_config.json").exists():
+        return "{}"
+    changed = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    return canonical_json({name: value for name, value in changed.items() if value and name not in HARMLESS})
 
 
 def _safe(name: str) -> str:
