@@ -1,4 +1,4 @@
-"""Features and the unexplained part are the exact first-order effect; planted layers come first; planted features too."""
+"""Features and the unexplained part are the exact first-order effect, and planted layers come first."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Small real models whose new skill sits in known layers: trained there on the target, noise of equal norm elsewhere."""
+"""Small real models whose new skill sits in known layers: trained there on the target, equal noise elsewhere."""
 
 import random
 from collections.abc import Sequence
