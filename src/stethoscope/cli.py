@@ -22,6 +22,7 @@ from rich.table import Table
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
+    from stethoscope.evaluation.contrast import Comparison
     from stethoscope.pipeline import RunResult
 
 
@@ -237,6 +238,150 @@ def verify(
     if not found.ok:
         raise StethoscopeError(f"`{edited}` is not what its manifest says", problems=found.problems)
     _say(f"{found.tensors} tensors agree with the manifest, {found.untouched} of them are the base's")
+
+
+class Backend(StrEnum):
+    """What generates the responses."""
+
+    hf = "hf"
+    vllm = "vllm"
+
+
+class Correction(StrEnum):
+    """How p-values are corrected for their number."""
+
+    holm = "holm"
+    bh = "bh"
+
+
+@app.command()
+def evaluate(
+    model: Annotated[list[str], typer.Option(metavar="PATH[=NAME]", help="A checkpoint; repeat for more arms.")],
+    tasks: Annotated[str, typer.Option(help="Harness tasks, groups or YAML files, with commas between.")],
+    out: Annotated[Path, typer.Option(help="Folder for outcomes and comparison; run again, it goes on there.")],
+    data: Annotated[Path | None, typer.Option(help="Local JSONL in the MATH schema for `minerva_math`.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further task YAMLs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many items of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 32,
+    backend: Annotated[Backend, typer.Option(help="What generates.")] = Backend.hf,
+    seed: Annotated[int, typer.Option(help="Of few-shot sampling and of the bootstrap.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Run harness tasks on checkpoints, item by item, and compare the others with the first."""
+    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.run import evaluate_checkpoints
+
+    arms = {name or Path(path).name: path for path, name in map(_labelled, model)}
+    if len(arms) < len(model):
+        raise StethoscopeError("two models have the same name", hint="name them: `--model PATH=NAME`")
+    with ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
+        outcomes = evaluate_checkpoints(
+            arms,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            out=out,
+            backend=backend.value,
+            include_path=include_path,
+            data=data,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            progress=lambda done, total, _: advance(done, total),
+        )
+    found = compare_arms(outcomes, baseline=outcomes.arms[0], seed=seed)
+    found.save(out / "comparison.json")
+    _show_comparison(found, as_json=as_json, everything=len(arms) == 2)
+
+
+@app.command()
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A[=ARM]", help="Compared with: a log folder, a log, or a run.")],
+    b: Annotated[str, typer.Argument(metavar="B[=ARM]", help="Under test; ARM names a log or chooses a run's arm.")],
+    metric: Annotated[str | None, typer.Option(help="The metric that decides; each task's own if not given.")] = None,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SHARE|TASK=SHARE", help="Loss that would be accepted; 0.02 if absent."),
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Tasks corrected together; the others are controls.")] = None,
+    correction: Annotated[Correction, typer.Option(help="For the number of tests.")] = Correction.holm,
+    shared_only: Annotated[bool, typer.Option("--shared-only", help="Leave out items that one arm lacks.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the comparison to this file.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compare two arms item by item, from `lm_eval --log_samples` folders or from runs; no model is needed."""
+    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.samples import join, read_results
+
+    (path_a, arm_a), (path_b, arm_b) = _labelled(a), _labelled(b)
+    first, second = read_results(Path(path_a), arm=arm_a), read_results(Path(path_b), arm=arm_b)
+    if first.arms == second.arms:
+        first, second = first.renamed(f"{first.arms[0]} (a)"), second.renamed(f"{second.arms[0]} (b)")
+    joined, left_out = join(first, second, shared_only=shared_only)
+    margins = dict(map(_margin, margin or ()))
+    common = margins.pop("", 0.02)
+    found = compare_arms(
+        joined,
+        baseline=first.arms[0],
+        pairs=[(first.arms[0], second.arms[0])],
+        family=family.split(",") if family else None,
+        metric=metric,
+        margin=common,
+        margins=margins,
+        adjustment=correction.value,
+        seed=seed,
+    )
+    if out:
+        found.save(out)
+    for line in left_out:
+        _err.print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
+    _show_comparison(found, as_json=as_json, everything=True)
+
+
+def _labelled(text: str) -> tuple[str, str | None]:
+    """A path and the name behind its last `=`, if there is one; a path that exists may hold `=` itself."""
+    path, found, name = text.rpartition("=")
+    return (path, name) if found and path and name and not Path(text).exists() else (text, None)
+
+
+def _margin(text: str) -> tuple[str, float]:
+    task, _, share = text.rpartition("=")
+    try:
+        return task, float(share)
+    except ValueError as error:
+        raise StethoscopeError(f"the margin `{text}` is no number", hint="`--margin 0.02`, or `TASK=0.05`") from error
+
+
+def _show_comparison(found: "Comparison", *, as_json: bool, everything: bool) -> None:
+    from stethoscope.evaluation.tables import accuracy_rows, contrast_rows, gain_rows, notes
+
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))  # noqa: T201 - data goes to stdout
+        return
+    _print_rows(accuracy_rows(found), left=2)
+    for contrast in found.contrasts:
+        if everything:
+            _print_rows(contrast_rows(contrast), left=2)
+            if len(gains := gain_rows(found, contrast)) > 1:
+                _print_rows(gains, left=2)
+            for line in notes(found, contrast):
+                _say(f"note: {line}")
+            for task in contrast.tasks:
+                _say(f"{task.task}: {task.verdict}")
+        _say(f"Verdict: {contrast.verdict}")
+
+
+def _print_rows(rows: list[list[str]], *, left: int) -> None:
+    """A table with its first columns to the left and numbers to the right, as wide as it is, and an empty line."""
+    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[left:]:
+        column.justify = "right"
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows[1:]:
+        table.add_row(*row)
+    _out.print(table)
+    _out.print()
 
 
 def parse_layers(text: str) -> list[int]:

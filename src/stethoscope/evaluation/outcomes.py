@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +64,10 @@ class Outcomes:
     def metrics(self) -> list[str]:
         """Names of the metric columns."""
         return [str(name) for name in self.frame if name not in (*KEYS, *DETAILS)]
+
+    def renamed(self, arm: str) -> "Outcomes":
+        """The same outcomes with their only arm under another name."""
+        return replace(self, frame=self.frame.assign(arm=arm))
 
     def metric_of(self, task: str) -> str:
         """The metric that decides a task: exact_match, math_verify or acc if it has one, else its first."""

@@ -1,0 +1,116 @@
+"""Outcomes and comparisons as rows of text, the first one the header, for a terminal."""
+
+from typing import Any
+
+from stethoscope.evaluation.contrast import Comparison, Contrast, TaskContrast
+from stethoscope.evaluation.inference import PairedDifference
+
+_NONE = "-"  # not defined, or not known
+
+Rows = list[list[str]]
+
+
+def accuracy_rows(comparison: Comparison) -> Rows:
+    """A row per task and arm: every metric, and what tells format and length from correctness, in percent."""
+    metrics = list(dict.fromkeys(name for row in comparison.accuracy for name in row["metrics"]))
+    shares = ("extracted", "truncated", "accuracy_extracted")
+    header = ["%", "arm", "items", *metrics, "extracted", "cut off", "right of extracted", "tokens"]
+    body = [
+        [
+            str(row["task"]),
+            str(row["arm"]),
+            str(row["n"]),
+            *[_percent(row["metrics"].get(name)) for name in metrics],
+            *[_percent(row[name]) for name in shares],
+            _NONE if row["generated_tokens"] is None else f"{row['generated_tokens']:.0f}",
+        ]
+        for row in comparison.accuracy
+    ]
+    return [header, *body]
+
+
+def contrast_rows(contrast: Contrast) -> Rows:
+    """A row per task and one for all of the family: the change in points, and what the tests say of it."""
+    header = [
+        f"{contrast.a} to {contrast.b}", "metric", "items", "from %", "to %", "change", "95 %", "only a : b right",
+        "p exact", "p adjusted", "z", "p of z", "loss ruled out", "least gain seen",
+    ]  # fmt: skip
+    level = f"{100 * contrast.pooled.confidence:g} %"
+    header[header.index("95 %")] = level
+    pooled, test = contrast.pooled, contrast.pooled_mcnemar
+    last = [
+        "all of the family", "", str(pooled.n), "", "", _points(pooled.difference), _range(pooled),
+        f"{test.b} : {test.c}" if test else _NONE, _p(test.p_value if test else None), "", "", "", "", "",
+    ]  # fmt: skip
+    return [header, *[_task_row(task) for task in contrast.tasks], *([last] if len(contrast.tasks) > 1 else [])]
+
+
+def _task_row(t: TaskContrast) -> list[str]:
+    bound = t.non_inferiority
+    return [
+        t.task,
+        t.metric,
+        str(t.n),
+        _percent(t.accuracy_a),
+        _percent(t.accuracy_b),
+        _points(t.difference.difference),
+        _range(t.difference),
+        f"{t.mcnemar.b} : {t.mcnemar.c}" if t.mcnemar else _NONE,
+        _p(t.mcnemar.p_value if t.mcnemar else None),
+        _p(t.p_adjusted),
+        _NONE if t.unpaired is None or t.unpaired.statistic is None else f"{t.unpaired.statistic:+.2f}",
+        _p(t.unpaired.p_value if t.unpaired else None),
+        _NONE if bound.smallest_margin is None else f"{100 * bound.smallest_margin:.1f}{'' if bound.shown else ' !'}",
+        _NONE if t.smallest_detectable_gain is None else f"{100 * t.smallest_detectable_gain:.1f}",
+    ]
+
+
+def gain_rows(comparison: Comparison, contrast: Contrast) -> Rows:
+    """A row per task and cause: items that changed sides, by what was wrong with the failed answer."""
+    frame = comparison.gains()
+    chosen = frame[(frame["a"] == contrast.a) & (frame["b"] == contrast.b)]
+    words = {"format": "no answer found", "truncation": "cut off by the limit", "correctness": "wrong answer"}
+    header = ["task", "what was wrong", f"{contrast.b} mended", f"{contrast.b} broke", "net items", "points"]
+    body = []
+    for row in chosen.to_dict("records"):
+        known = row["net"] is not None and row["net"] == row["net"]
+        counts = [str(row["gained"]), str(row["lost"]), f"{row['net']:+d}", f"{row['points']:+.1f}"]
+        body.append([str(row["task"]), words[str(row["cause"])], *(counts if known else [_NONE] * 4)])
+    return [header, *body]
+
+
+def notes(comparison: Comparison, contrast: Contrast) -> list[str]:
+    """Why what is missing in the tables is missing, once for each reason, and the noise floor where it is known."""
+    found: dict[str, list[str]] = {}
+    for t in contrast.tasks:
+        reasons: dict[str, Any] = dict(t.reasons)
+        for name, result in (("z", t.unpaired), ("interval", t.difference), ("flips", t.flips)):
+            if result is not None and result.reason:
+                reasons[name] = result.reason
+        for name, reason in reasons.items():
+            found.setdefault(f"{name.replace('_', ' ')}: {reason}", []).append(t.task)
+    lines = [f"{', '.join(tasks)}: {reason}" for reason, tasks in found.items()]
+    for floor in comparison.noise:
+        lines.append(
+            f"{floor.task}: {floor.changed} of {floor.n} items of `{floor.arm}` changed their result when it was"
+            f" evaluated again ({100 * floor.share:.1f} %, {100 * floor.low:.1f} to {100 * floor.high:.1f} %)"
+        )
+    return lines
+
+
+def _percent(value: Any) -> str:
+    return _NONE if value is None else f"{100 * value:.1f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _range(difference: PairedDifference) -> str:
+    if difference.low is None or difference.high is None:
+        return _NONE
+    return f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
+
+
+def _p(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.2g}" if value >= 1e-4 else f"{value:.0e}"
