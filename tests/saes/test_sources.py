@@ -2,15 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from editing.tiny_models import LAYOUTS, make
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import save_file
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.sources import check_fit, load_sae, open_saes, site_of
+from stethoscope.saes.folder import SITES, site_of
+from stethoscope.saes.sources import check_fit, load_sae, open_saes
+from stethoscope.sites import TAPS, hear, hook_point
 
 
 def write_sae(folder: Path, hook_name: str, *, d_in: int = 8, width: int = 16) -> Path:
@@ -38,23 +44,37 @@ def edit_config(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("hook_name", "expected"),
     [
-        ("blocks.12.hook_resid_post", (12, "resid_post")),
-        ("blocks.3.hook_mlp_out", (3, "mlp_out")),
-        ("blocks.0.hook_attn_out", (0, "attn_out")),
-        ("model.layers.12", (12, "resid_post")),
-        ("model.layers.12.output", (12, "resid_post")),
-        ("model.language_model.layers.7.mlp", (7, "mlp_out")),
-        ("model.layers.4.self_attn", (4, "attn_out")),
-        ("transformer.h.5", (5, "resid_post")),
+        ("blocks.12.hook_resid_post", (12, "resid_post", None)),
+        ("blocks.1.hook_resid_pre", (1, "resid_pre", None)),
+        ("blocks.3.hook_mlp_out", (3, "mlp_out", None)),
+        ("blocks.0.hook_attn_out", (0, "attn_out", None)),
+        ("blocks.7.attn.hook_z", (7, "attn_z", None)),
+        ("model.layers.12", (12, "resid_post", "output")),
+        ("model.layers.12.output", (12, "resid_post", "output")),
+        ("model.language_model.layers.7.mlp", (7, "mlp_out", "mlp.output")),
+        ("model.layers.4.self_attn", (4, "attn_out", "self_attn.output")),
+        ("transformer.h.5", (5, "resid_post", "output")),
     ],
 )
-def test_hook_names_of_both_styles_are_understood(hook_name: str, expected: tuple[int, str]) -> None:
+def test_hook_names_of_both_styles_are_understood(hook_name: str, expected: tuple[int, str, str | None]) -> None:
     assert site_of(hook_name) == expected
 
 
+def test_every_place_that_can_be_heard_can_be_named() -> None:
+    assert set(SITES) == set(TAPS)
+    for site, taps in TAPS.items():
+        for tap in taps:
+            assert site_of(f"model.layers.2.{tap}") == (2, site, tap)
+
+
 @pytest.mark.parametrize(
-    "hook_name", ["blocks.1.hook_resid_pre", "blocks.1.attn.hook_z", "lm_head", "layers.x", "h.1.foo"]
-)
+    "hook_name",
+    # the last one ends attention in Gemma and begins the MLP in Llama
+    [
+        "blocks.1.hook_resid_mid", "blocks.1.ln2.hook_normalized", "lm_head", "layers.x", "h.1.foo",
+        "model.layers.1.post_attention_layernorm",
+    ],
+)  # fmt: skip
 def test_an_unknown_site_is_refused_by_name(hook_name: str) -> None:
     with pytest.raises(SAEError) as caught:
         site_of(hook_name)
@@ -93,11 +113,11 @@ def test_loading_gives_what_sae_lens_gives(saes: Path) -> None:
 
 def test_every_problem_of_reading_is_said_at_once(saes: Path) -> None:
     write_sae(saes / "a_twin", "model.layers.10")
-    edit_config(write_sae(saes / "b_transcoder", "model.layers.1"), architecture="transcoder")
+    edit_config(write_sae(saes / "b_temporal", "model.layers.1"), architecture="temporal")
     edit_config(write_sae(saes / "c_lying", "model.layers.3"), d_sae=99)
     (write_sae(saes / "d_hollow", "model.layers.4") / "sae_weights.safetensors").unlink()
     (write_sae(saes / "e_torn", "model.layers.5") / "cfg.json").write_text("{")
-    write_sae(saes / "f_elsewhere", "blocks.6.hook_resid_pre")
+    write_sae(saes / "f_elsewhere", "blocks.6.hook_resid_mid")
     weights = write_sae(saes / "g_cut", "model.layers.7") / "sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     edit_config(write_sae(saes / "h_typo", "model.layers.8"), d_in="eight")
@@ -105,12 +125,12 @@ def test_every_problem_of_reading_is_said_at_once(saes: Path) -> None:
         open_saes(saes)
     text = str(caught.value)
     for said in (
-        "layer 10: both",
-        "`transcoder` is not supported",
+        "layer 10: one SAE is wanted, there are",
+        "`temporal` is not supported",
         "`W_enc` should have shape (8, 99), the file has (8, 16)",
         "d_hollow",
         "`cfg.json` cannot be read",
-        "`blocks.6.hook_resid_pre`",
+        "`blocks.6.hook_resid_mid`",
         "g_cut",
         "`d_in` is `eight`",
         "hint: ",
@@ -147,8 +167,10 @@ def test_a_pattern_that_cannot_work_is_refused(saes: Path, sae_id: str) -> None:
 def test_nothing_found_says_what_is_there(saes: Path, tmp_path: Path) -> None:
     with pytest.raises(SAEError, match="layer_10"):
         open_saes(saes, sae_id="resid_{layer}")
+    assert open_saes(tmp_path).keys() == {0, 2, 10}
+    (tmp_path / "empty").mkdir()
     with pytest.raises(SAEError, match="no SAEs in"):
-        open_saes(saes / "layer_0" / "..", sae_id=None) if (saes / "cfg.json").exists() else open_saes(tmp_path)
+        open_saes(tmp_path / "empty")
     with pytest.raises(SAEError, match="there is no folder"):
         open_saes(tmp_path / "absent")
 
@@ -156,3 +178,115 @@ def test_nothing_found_says_what_is_there(saes: Path, tmp_path: Path) -> None:
 def test_another_model_name_is_logged_not_refused(saes: Path, caplog: pytest.LogCaptureFixture) -> None:
     check_fit(open_saes(saes), hidden_size=8, num_layers=11, model_name="/models/Other")
     assert "tiny/llama" in caplog.text
+
+
+def test_the_sites_width_is_what_must_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Attention's heads side by side are not as wide as the residual stream in Gemma 3."""
+    model = make(LAYOUTS["gemma3 text"], dtype=torch.float32)
+    heads = model.config.num_attention_heads * model.config.head_dim
+    hidden = model.config.hidden_size
+    write_sae(tmp_path / "z" / "layer_0", "model.layers.0.self_attn.o_proj.input", d_in=heads)
+    saes = open_saes(tmp_path / "z")
+    check_fit(saes, hidden_size=hidden, num_layers=3, sites=SITES, attn_width=heads)
+    check_fit(saes, hidden_size=hidden, num_layers=3, sites=SITES)
+    with pytest.raises(SAEError, match=f"reads {heads} values, the model's width of all heads is 99"):
+        check_fit(saes, hidden_size=hidden, num_layers=3, sites=SITES, attn_width=99)
+    write_sae(tmp_path / "m", "model.layers.0.mlp", d_in=hidden + 1)
+    with pytest.raises(SAEError, match="the model's hidden size is"):
+        check_fit(open_saes(tmp_path / "m"), hidden_size=hidden, num_layers=3, sites=SITES, attn_width=heads)
+    sae = saes[0]
+    heard = hear(model, {0: hook_point(model, sae.layer, sae.site, sae.tap)}, torch.tensor([[5, 9, 12]]))[0]
+    assert load_sae(sae).encode(heard).shape == (1, 3, sae.width)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """The hub library's cache, as a download leaves it; the folder of a repository's newest snapshot in it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    def repository(name: str) -> Path:
+        root = tmp_path / "cache" / f"models--{name.replace('/', '--')}"
+        (root / "refs").mkdir(parents=True)
+        (root / "refs" / "main").write_text("0" * 40)
+        (root / "snapshots" / ("0" * 40)).mkdir(parents=True)
+        return root / "snapshots" / ("0" * 40)
+
+    return repository
+
+
+def write_gemma_scope_2(folder: Path, *, d_in: int = 6, width: int = 10) -> None:
+    folder.mkdir(parents=True)
+    shapes = {"w_enc": (d_in, width), "w_dec": (width, d_in), "b_enc": (width,), "b_dec": (d_in,)}
+    save_file(
+        {name: torch.randn(shape) for name, shape in {**shapes, "threshold": (width,)}.items()},
+        folder / "params.safetensors",
+    )
+
+
+def test_a_release_is_found_by_name_and_taken_from_the_cache(hub: Callable[[str], Path]) -> None:
+    repository = hub("google/gemma-scope-2-4b-it")
+    for layer in range(34):
+        for size in ("small", "big"):
+            write_gemma_scope_2(repository / f"attn_out_all/layer_{layer}_width_16k_l0_{size}")
+    saes = open_saes("gemma-scope-2-4b-it-att-all", "layer_{layer}_width_16k_l0_small")
+    assert list(saes) == list(range(34))
+    assert {sae.path.name for sae in saes.values()} == {f"layer_{layer}_width_16k_l0_small" for layer in range(34)}
+    assert (saes[9].site, saes[9].tap, saes[9].layout) == ("attn_z", "self_attn.o_proj.input", "gemma_scope_2")
+    assert saes[9].model_name == "google/gemma-3-4b-it"
+    # the same by the repository's name
+    assert open_saes("google/gemma-scope-2-4b-it", "attn_out_all/layer_{layer}_width_16k_l0_small") == saes
+    with pytest.raises(SAEError) as caught:
+        open_saes("google/gemma-scope-2-4b-it", "attn_out_all/layer_{layer}_width_16k_l0_*")
+    assert len(caught.value.problems) == 34
+    both = [f"layer_3_width_16k_l0_{size}" for size in ("big", "small")]
+    assert all(name in caught.value.problems[3] for name in ["layer 3: one SAE is wanted", *both])
+
+
+def test_a_release_corrects_what_a_configuration_says(hub: Callable[[str], Path]) -> None:
+    repository = hub("JoshEngels/Mistral-7B-Residual-Stream-SAEs")
+    for layer in (8, 16, 24):
+        write_sae(repository / f"mistral_7b_layer_{layer}", f"blocks.{layer}.hook_resid_pre")
+    saes = open_saes("mistral-7b-res-wg")
+    assert saes[8].overrides == {"normalize_activations": "constant_norm_rescale"}
+    assert saes[8].sha256 != open_saes(saes[8].path)[8].sha256
+    x = torch.randn(5, 8)
+    ours, theirs = load_sae(saes[8]), SAE.load_from_disk(saes[8].path)
+    rescaled = x * 8**0.5 / x.norm(dim=-1, keepdim=True)
+    assert torch.allclose(ours.encode(x), theirs.encode(rescaled), atol=1e-6)
+    assert torch.allclose(
+        ours.decode(ours.encode(x)),
+        theirs.decode(theirs.encode(rescaled)) * x.norm(dim=-1, keepdim=True) / 8**0.5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "sae_id", "said"),
+    [
+        ("gemma-scope-2-4b-it-res-al", None, "did you mean `gemma-scope-2-4b-it-res-all`"),
+        ("gemma-scope-2-4b-it-res-all", None, "choose with `sae_id`: `layer_{layer}_width_16k_l0_big`"),
+        (
+            "gemma-scope-2-4b-it-res-all",
+            "layer_{layer}_width_16k_smal",
+            "there are: `layer_{layer}_width_16k_l0_small`",
+        ),
+        ("gemma-scope-2-4b-it-res-all", "layer_12_width_16k_l0_small", "no pattern"),
+        ("qwen-scope-3-8b-base-w64k-l50", None, "stored as `qwen_scope`, which is not supported"),
+        ("someone/saes", None, "which SAEs of the hub repository `someone/saes`"),
+        ("someone/saes", "layer_{layer}", "nor in the hub's cache, and the hub cannot be reached"),
+        ("gpt2-small-mlp-out-v5-32k", None, "nor in the hub's cache"),
+        ("not/a/place", None, "there is no folder `not/a/place`"),
+    ],
+)
+def test_a_name_that_leads_nowhere_says_what_does(
+    source: str, sae_id: str | None, said: str, hub: Callable[[str], Path]
+) -> None:
+    with pytest.raises(SAEError) as caught:
+        open_saes(source, sae_id)
+    assert said in str(caught.value)
+
+
+def test_a_folder_of_several_layouts_is_read_by_what_it_holds(tmp_path: Path) -> None:
+    write_sae(tmp_path / "layer_0", "model.layers.0")
+    write_gemma_scope_2(tmp_path / "gemma" / "resid_post_all" / "layer_5_width_16k_l0_big")
+    assert {layer: sae.layout for layer, sae in open_saes(tmp_path).items()} == {0: "sae_lens", 5: "gemma_scope_2"}

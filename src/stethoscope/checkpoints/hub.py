@@ -24,7 +24,7 @@ def from_hub(repository: str, revision: str | None, cache: Path | None, *, weigh
 
     download: Callable[..., str] = snapshot_download
     wanted = [*SIDE_FILES, "*.safetensors"] if weights else SIDE_FILES
-    with _hub_errors(repository, revision):
+    with hub_errors(repository, revision):
         # other formats lie in folders of their own
         return Path(
             download(repository, revision=revision, cache_dir=cache, allow_patterns=wanted, ignore_patterns=["*/*"])
@@ -40,7 +40,7 @@ def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[st
     from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
     try:
-        with _hub_errors(repository, revision):
+        with hub_errors(repository, revision):
             found = get_safetensors_metadata(repository, revision=revision)
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise CheckpointError(
@@ -56,7 +56,7 @@ def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[st
 
 
 @contextmanager
-def _hub_errors(repository: str, revision: str | None) -> Iterator[None]:
+def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Say what the hub library's errors mean."""
     from huggingface_hub.errors import (
         GatedRepoError,

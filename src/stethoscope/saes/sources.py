@@ -1,112 +1,98 @@
-"""Which SAEs there are and whether they fit the model, from configurations and headers alone: instant, without torch.
+"""Where SAEs come from and whether they fit the model, from configurations and headers alone: instant, without torch.
 
-saes = open_saes("saes/")                       # {layer: SAEFolder}
-check_fit(saes, hidden_size=576, num_layers=30)
-sae = load_sae(saes[12])                        # a sae_lens SAE
+saes = open_saes("saes/")                                                   # {layer: SAEFolder}
+saes = open_saes("gemma-scope-2-4b-it-res-all", "layer_{layer}_width_16k_l0_small")
+check_fit(saes, hidden_size=2560, num_layers=34)
+sae = load_sae(saes[12])                                                    # a sae_lens SAE
 """
 
-import json
+import importlib.util
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_file
-from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.errors import CheckpointError, SAEError
+from stethoscope.saes.folder import SITES, SAEFolder
+from stethoscope.saes.layouts import LAYOUTS, layout_of, read_folder
 
 if TYPE_CHECKING:
     import torch
     from sae_lens import SAE
 
+__all__ = ["SITES", "SAEFolder", "check_fit", "load_sae", "open_saes"]
+
 log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-ARCHITECTURES = ("standard", "gated", "jumprelu", "topk")
-SITES = ("resid_post", "mlp_out", "attn_out")
-
-_TRANSFORMER_LENS = re.compile(r"blocks\.(\d+)\.hook_(\w+)")
-_TRANSFORMERS = re.compile(r"(?:[\w.]+\.)?(?:layers|h)\.(\d+)(?:\.(\w+))?(?:\.output)?")
-_SITE_OF_MODULE = {
-    None: "resid_post",
-    "output": "resid_post",
-    "mlp": "mlp_out",
-    "post_feedforward_layernorm": "mlp_out",
-    "self_attn": "attn_out",
-    "attn": "attn_out",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAEFolder:
-    """One SAE on disk in SAELens 6's layout, unread.
-
-    Attributes:
-        path: the folder of ``cfg.json`` and ``sae_weights.safetensors``.
-        layer: the decoder block it reads, from 0.
-        site: where in the block: ``resid_post``, ``mlp_out`` or ``attn_out``.
-        width: number of features.
-        d_in: values per token that it reads.
-        architecture: SAELens' name for it.
-        hook_name: the site as the SAE's own configuration names it.
-        model_name: the model it was trained on, where it says.
-    """
-
-    path: Path
-    layer: int
-    site: str
-    width: int
-    d_in: int
-    architecture: str
-    hook_name: str
-    model_name: str | None
-
-    @cached_property
-    def sha256(self) -> str:
-        """One hash of the configuration and the weights; reads the whole file."""
-        parts = [sha256_file(self.path / CONFIG), sha256_file(self.path / WEIGHTS)]
-        return sha256_bytes(canonical_json(parts).encode())
+# What SAELens' directory of releases calls the layouts that are read here; None is its own.
+_RELEASE_LAYOUTS = (None, "sae_lens", "gemma_3", "gemma_2", "llama_scope", "dictionary_learning_1", "sparsify")
+# The layer in the id of a release's SAE.
+_LAYER_IN_ID = re.compile(r"(?<=layer_)\d+|(?<=layers\.)\d+|(?<=blocks\.)\d+|(?<=layer)\d+|(?<=^l)\d+")
+_DEPTH = 4  # folders below a folder of SAEs: Gemma Scope 1 has three
 
 
 def open_saes(source: str | Path | Mapping[int, str | Path], sae_id: str | None = None) -> dict[int, SAEFolder]:
     """Find SAEs and read their configurations and headers.
 
     Args:
-        source: a folder that is an SAE or holds folders of SAEs; or the SAE's folder for each layer.
-        sae_id: picks among a folder's SAEs: their path below it, with ``{layer}`` for the number.
+        source: a folder that is an SAE or holds folders of SAEs; the SAE's folder for each layer; the name of a
+            SAELens release; or a hub repository, ``owner/name``. Releases and repositories are taken from the hub
+            library's cache, or fetched.
+        sae_id: picks among several: their path below the folder or repository, or their id in the release, with
+            ``{layer}`` for the number and ``*`` for anything within one name.
 
     Returns:
         The SAEs by layer, in order of depth.
 
     Raises:
-        SAEError: nothing found, or anything unreadable, malformed, of an architecture or site that is not supported,
-            or two SAEs for one layer; all of it at once.
+        SAEError: nothing found, or anything unreadable, malformed, of a layout, architecture or site that is not
+            supported, or two SAEs for one layer; all of it at once.
     """
-    folders = list(_mapped(source) if isinstance(source, Mapping) else _found(Path(source), sae_id))
-    saes: dict[int, SAEFolder] = {}
+    overrides: dict[Path, dict[str, Any]] = {}
+    if isinstance(source, Mapping):
+        found: list[tuple[int | None, Path]] = [(int(layer), Path(path)) for layer, path in source.items()]
+        if not found:
+            raise SAEError("no SAEs were given")
+    elif Path(source).is_dir():
+        found = _in_folder(Path(source), sae_id)
+    elif "/" not in str(source) and str(source) in _releases():
+        overrides = _fetch_release(str(source), sae_id)
+        found = [(None, path) for path in overrides]
+    else:
+        found = _in_folder(_fetch_repository(str(source), sae_id), sae_id)
+    return _read_all(found, overrides)
+
+
+def _read_all(
+    found: Iterable[tuple[int | None, Path]], overrides: Mapping[Path, Mapping[str, Any]]
+) -> dict[int, SAEFolder]:
+    saes: dict[int, list[SAEFolder]] = {}
     problems: list[str] = []
-    for wanted, folder in folders:
+    for wanted, folder in found:
         try:
-            sae = _read(folder)
+            sae = read_folder(folder, overrides.get(folder))
         except SAEError as error:
             problems += [f"{problem}, from `{folder}`" for problem in error.problems]
             continue
         if wanted is not None and wanted != sae.layer:
             problems.append(f"layer {wanted}: the SAE reads layer {sae.layer} (`{sae.hook_name}`), from `{folder}`")
-        elif sae.layer in saes:
-            problems.append(f"layer {sae.layer}: both `{saes[sae.layer].path}` and `{folder}`")
-        else:
-            saes[sae.layer] = sae
+        saes.setdefault(sae.layer, []).append(sae)
+    for layer, several in sorted(saes.items()):
+        if len(several) > 1:
+            more = f" and {len(several) - 3} more" if len(several) > 3 else ""
+            names = ", ".join(f"`{sae.path}`" for sae in several[:3])
+            problems.append(f"layer {layer}: one SAE is wanted, there are {names}{more}")
     if problems:
         raise SAEError(
             "some SAEs cannot be used",
             problems=problems,
-            hint="one folder per layer in SAELens' layout is expected; `sae_id` picks among several",
+            hint=f"`sae_id` picks among several; the layouts {', '.join(LAYOUTS)} are understood",
         )
-    return dict(sorted(saes.items()))
+    return {layer: several[0] for layer, several in sorted(saes.items())}
 
 
 def check_fit(
@@ -116,6 +102,7 @@ def check_fit(
     num_layers: int,
     model_name: str | None = None,
     sites: Collection[str] = ("resid_post",),
+    attn_width: int | None = None,
 ) -> None:
     """Refuse SAEs that cannot have been made for the model.
 
@@ -123,21 +110,24 @@ def check_fit(
 
     Args:
         saes: what `open_saes` found.
-        hidden_size: values per token in the model's residual stream.
+        hidden_size: values per token in the model's residual stream, and in what attention and MLP add to it.
         num_layers: the model's decoder blocks.
         model_name: a hub id or folder.
         sites: those that can be listened to.
+        attn_width: values per token of the site ``attn_z``, heads times their width: the columns of ``o_proj``. Not
+            checked if None.
 
     Raises:
         SAEError: any has another width, layer or site; all of them at once.
     """
     problems = []
     for sae in saes.values():
-        where = f"from `{sae.path / CONFIG}`"
-        if sae.d_in != hidden_size:
-            problems.append(
-                f"layer {sae.layer}: the SAE reads {sae.d_in} values, the model's hidden size is {hidden_size}, {where}"
-            )
+        where = f"from `{sae.path}`"
+        width, what = hidden_size, "the model's hidden size"
+        if sae.site == "attn_z":
+            width, what = attn_width or sae.d_in, "the model's width of all heads"
+        if sae.d_in != width:
+            problems.append(f"layer {sae.layer}: the SAE reads {sae.d_in} values, {what} is {width}, {where}")
         if not 0 <= sae.layer < num_layers:
             problems.append(
                 f"layer {sae.layer}: the model has {num_layers} layers, 0 to {num_layers - 1}"
@@ -145,92 +135,68 @@ def check_fit(
             )
         if sae.site not in sites:
             problems.append(f"layer {sae.layer}: the site `{sae.site}` is not one of {', '.join(sites)}, {where}")
+    names = sorted({sae.model_name for sae in saes.values() if sae.model_name})
     if problems:
-        made_for = sorted({sae.model_name for sae in saes.values() if sae.model_name})
-        hint = (
-            f"these SAEs were made for {', '.join(f'`{name}`' for name in made_for)}"
-            if made_for
-            else ("these SAEs look made for another model")
+        made_for = (
+            f"were made for {', '.join(f'`{name}`' for name in names)}" if names else "look made for another model"
         )
-        raise SAEError("the SAEs do not fit the base model", problems=problems, hint=f"{hint}; choose others in `saes`")
-    if model_name is not None:
-        for name in sorted({sae.model_name for sae in saes.values() if sae.model_name}):
-            if Path(name).name.lower() != Path(model_name).name.lower():
-                log.warning("the SAEs were made for `%s`, the base model is `%s`", name, model_name)
+        raise SAEError(
+            "the SAEs do not fit the base model",
+            problems=problems,
+            hint=f"these SAEs {made_for}; choose others in `saes`",
+        )
+    for name in names if model_name is not None else ():
+        if Path(name).name.lower() != Path(str(model_name)).name.lower():
+            log.warning("the SAEs were made for `%s`, the base model is `%s`", name, model_name)
 
 
 def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]":
-    """Load one SAE with SAELens, for inference.
+    """Load one SAE as SAELens' own class, for inference on the CPU.
+
+    It takes what ``sites.hear`` hears at the folder's site and tap: ``[..., d_in]``, heads side by side. A transcoder's
+    ``decode`` gives the output of its module (a linear skip left out), not its input.
 
     Args:
         folder: from `open_saes`.
         dtype: of the weights; float32 if None, whatever they are stored in.
 
     Raises:
-        SAEError: SAELens cannot load it.
+        SAEError: it cannot be loaded.
     """
     import torch
     from sae_lens import SAE
 
-    name = str(dtype or torch.float32).removeprefix("torch.")
+    from stethoscope.saes.formats import CONVERTERS
+
+    settings = {"dtype": str(dtype or torch.float32).removeprefix("torch."), "device": "cpu"}
     try:
-        sae: SAE[Any] = SAE.load_from_disk(folder.path, dtype=name)
+        config, state = CONVERTERS[folder.layout](folder)
+        sae: SAE[Any] = SAE.load_from_disk(
+            folder.path, converter=lambda *_args, **_options: ({**config, **settings}, state)
+        )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         raise SAEError(f"the SAE `{folder.path}` cannot be loaded: {error}") from error
     return sae.requires_grad_(False).eval()
 
 
-def site_of(hook_name: str) -> tuple[int, str]:
-    """Layer and site of a hook name, in TransformerLens' style or as a module of a Transformers model.
-
-    >>> site_of("blocks.12.hook_resid_post"), site_of("model.layers.12"), site_of("model.layers.3.mlp")
-    ((12, 'resid_post'), (12, 'resid_post'), (3, 'mlp_out'))
-
-    Raises:
-        SAEError: it names no site that is known.
-    """
-    if match := _TRANSFORMER_LENS.fullmatch(hook_name):
-        layer, site = int(match[1]), match[2]
-    elif match := _TRANSFORMERS.fullmatch(hook_name):
-        layer, site = int(match[1]), _SITE_OF_MODULE.get(match[2], "unknown")
-    else:
-        layer, site = -1, "unknown"
-    if site not in SITES:
-        raise SAEError(
-            "unknown site", problems=[f"the hook `{hook_name}` is none of {', '.join(SITES)} as far as is known"]
-        )
-    return layer, site
-
-
-def _mapped(source: Mapping[int, str | Path]) -> Iterator[tuple[int | None, Path]]:
-    if not source:
-        raise SAEError("no SAEs were given")
-    for layer, path in source.items():
-        yield int(layer), Path(path)
-
-
-def _found(folder: Path, sae_id: str | None) -> list[tuple[int | None, Path]]:
-    if not folder.is_dir():
-        raise SAEError(f"there is no folder `{folder}` of SAEs", hint="give the path of a local folder as `saes`")
+def _in_folder(folder: Path, sae_id: str | None) -> list[tuple[int | None, Path]]:
     if sae_id is None:
-        found: list[tuple[int | None, Path]] = [(None, config.parent) for config in sorted(folder.glob(f"*/{CONFIG}"))]
-        if (folder / CONFIG).is_file():
-            found.append((None, folder))
+        if layout_of(folder):
+            return [(None, folder)]
+        markers = {layout.marker for layout in LAYOUTS.values()}
+        below = (path for depth in range(1, _DEPTH + 1) for path in folder.glob("*/" * depth + "*"))
+        found: list[tuple[int | None, Path]] = [
+            (None, path) for path in sorted({path.parent for path in below if path.name in markers})
+        ]
         if not found:
-            raise SAEError(f"no SAEs in `{folder}`", hint=f"a folder with `{CONFIG}` for each layer is expected")
+            files = ", ".join(f"`{name}`" for name in sorted(markers))
+            raise SAEError(f"no SAEs in `{folder}`", hint=f"a folder for each layer is expected, with one of {files}")
         return found
-    if "{layer}" not in sae_id or ".." in Path(sae_id).parts or Path(sae_id).is_absolute():
-        raise SAEError(
-            f"`{sae_id}` is no pattern of SAEs", hint="write a path below the folder, such as `layer_{layer}`"
-        )
-    pattern = re.compile(
-        re.escape(sae_id).replace(re.escape("{layer}"), r"(\d+)", 1).replace(re.escape("{layer}"), r"\1")
-    )
-    names = sorted(
-        (p.relative_to(folder).as_posix(), p) for p in folder.glob(sae_id.replace("{layer}", "*")) if p.is_dir()
-    )
+    matches = _pattern(sae_id)
+    glob = sae_id.replace("{layer}", "*")
+    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob(glob)) if path.is_dir()}
     matched: list[tuple[int | None, Path]] = [
-        (int(match[1]), path) for name, path in names if (match := pattern.fullmatch(name))
+        (int(match[1]), path) for name, path in names.items() if (match := matches.fullmatch(name))
     ]
     if not matched:
         have = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
@@ -238,55 +204,86 @@ def _found(folder: Path, sae_id: str | None) -> list[tuple[int | None, Path]]:
     return matched
 
 
-def _read(folder: Path) -> SAEFolder:
-    """One SAE's configuration and header; every problem with it in one error."""
+def _pattern(sae_id: str) -> re.Pattern[str]:
+    """A pattern of SAE ids or paths as a regular expression whose first group is the layer."""
+    if "{layer}" not in sae_id or ".." in Path(sae_id).parts or Path(sae_id).is_absolute():
+        raise SAEError(
+            f"`{sae_id}` is no pattern of SAEs",
+            hint="write what the SAEs are called, with `{layer}` for the number, such as `layer_{layer}`",
+        )
+    first, *rest = (re.escape(part).replace(r"\*", "[^/]*") for part in sae_id.split("{layer}"))
+    return re.compile(rf"{first}(\d+)" + r"\1".join(rest))
+
+
+@cache
+def _releases() -> dict[str, dict[str, Any]]:
+    """SAELens' directory of releases, from its own file; importing SAELens would bring torch."""
+    import yaml
+
+    spec = importlib.util.find_spec("sae_lens")
+    assert spec is not None
+    assert spec.origin is not None
+    text = (Path(spec.origin).parent / "pretrained_saes.yaml").read_text(encoding="utf-8")
+    directory: dict[str, dict[str, Any]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return directory
+
+
+def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
+    """The folders of the chosen SAEs of a release, with what its directory corrects in each."""
+    release = _releases()[name]
+    if (layout := release.get("conversion_func")) not in _RELEASE_LAYOUTS:
+        raise SAEError(
+            f"the SAEs of the release `{name}` are stored as `{layout}`, which is not supported",
+            hint=f"these are: {', '.join(filter(None, _RELEASE_LAYOUTS))}",
+        )
+    ids = {str(sae["id"]): sae for sae in release["saes"]}
+    patterns = list(dict.fromkeys(_LAYER_IN_ID.sub("{layer}", known, count=1) for known in ids))
+    if sae_id is None and len(patterns) > 1:
+        raise SAEError(
+            f"the release `{name}` has several SAEs for a layer",
+            hint=f"choose with `sae_id`: {_some(patterns)}",
+        )
+    matches = _pattern(sae_id or patterns[0])
+    chosen = [sae for known, sae in ids.items() if matches.fullmatch(known)]
+    if not chosen:
+        close = get_close_matches(sae_id or "", patterns, n=3, cutoff=0.3) or patterns
+        raise SAEError(f"no SAE of the release `{name}` is called `{sae_id}`", hint=f"there are: {_some(close)}")
+    paths = [str(sae["path"]) for sae in chosen]
+    root = _snapshot(release["repo_id"], [f"{path}/*" for path in paths])
+    return {
+        root / path: {
+            **(release.get("config_overrides") or {}),
+            **({"norm_scaling_factor": sae["norm_scaling_factor"]} if "norm_scaling_factor" in sae else {}),
+        }
+        for path, sae in zip(paths, chosen, strict=True)
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _fetch_repository(name: str, sae_id: str | None) -> Path:
+    if not HUB_ID.fullmatch(name) or "/" not in name:
+        close = [] if "/" in name else get_close_matches(name, _releases(), n=3)
+        hint = f"did you mean {' or '.join(f'`{known}`' for known in close)}?" if close else None
+        what = "folder of SAEs and no SAELens release" if HUB_ID.fullmatch(name) else "folder"
+        raise SAEError(f"there is no {what} `{name}`", hint=hint or "give a folder, a SAELens release or a hub id")
+    if sae_id is None:
+        raise SAEError(
+            f"which SAEs of the hub repository `{name}` is not said",
+            hint="give their path in it as `sae_id`, such as `layer_{layer}`; a repository may hold terabytes of them",
+        )
+    _pattern(sae_id)
+    return _snapshot(name, [sae_id.replace("{layer}", "*") + "/*"])
+
+
+def _snapshot(repository: str, wanted: list[str]) -> Path:
+    """A folder with some files of a hub repository, from the cache or the network."""
+    from huggingface_hub import snapshot_download
+
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
-        raise _unusable([f"`{CONFIG}` {reason}"]) from error
-    problems: list[str] = []
-    metadata = config.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    hook_name = metadata.get("hook_name") or config.get("hook_name") or ""
-    sizes = {name: config.get(name) for name in ("d_in", "d_sae")}
-    problems += [
-        f"`{name}` is `{value}`, not a positive whole number"
-        for name, value in sizes.items()
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1
-    ]
-    architecture = config.get("architecture", "standard")
-    if architecture not in ARCHITECTURES:
-        problems.append(f"the architecture `{architecture}` is not supported; these are: {', '.join(ARCHITECTURES)}")
-    layer, site = -1, ""
-    try:
-        layer, site = site_of(str(hook_name))
-    except SAEError as error:
-        problems += error.problems if hook_name else ["it names no hook, so its layer is unknown"]
-    try:
-        shapes = {name: slot.shape for name, slot in read_header(folder / WEIGHTS).items()}
+        with hub_errors(repository, None):
+            return Path(str(snapshot_download(repository, allow_patterns=wanted)))
     except CheckpointError as error:
-        problems += error.problems or [f"`{WEIGHTS}`: {error.message}"]
-    else:
-        for name, shape in {"W_enc": ("d_in", "d_sae"), "W_dec": ("d_sae", "d_in"), "b_dec": ("d_in",)}.items():
-            wanted = tuple(sizes[size] for size in shape)
-            if shapes.get(name) != wanted:
-                problems.append(f"`{name}` should have shape {wanted}, the file has {shapes.get(name, 'none')}")
-    if problems:
-        raise _unusable(problems)
-    return SAEFolder(
-        path=folder,
-        layer=layer,
-        site=site,
-        width=int(config["d_sae"]),
-        d_in=int(config["d_in"]),
-        architecture=architecture,
-        hook_name=hook_name,
-        model_name=metadata.get("model_name") or config.get("model_name") or None,
-    )
-
-
-def _unusable(problems: list[str]) -> SAEError:
-    return SAEError("the SAE cannot be used", problems=problems)
+        raise SAEError(error.message, hint=error.hint) from error

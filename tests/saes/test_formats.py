@@ -1,0 +1,627 @@
+"""Every layout as published, on random weights: encode and decode must equal a plain formula, and SAELens' own reading
+where that is right."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sae_lens
+import torch
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+from sae_lens.loading import pretrained_sae_loaders as loaders
+from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stethoscope.errors import SAEError
+from stethoscope.saes.folder import SAEFolder
+from stethoscope.saes.layouts import read_folder
+from stethoscope.saes.sources import load_sae
+
+D, W, K = 12, 40, 5
+Reading = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A folder as published; what its SAE is; the formulas; and SAELens' loader, where it reads the layout rightly."""
+
+    path: Path
+    place: tuple[int, str, str | None]
+    architecture: str
+    encode: Reading
+    decode: Reading
+    loader: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]] | None = None
+
+
+def random(*shape: int, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(shape)
+
+
+def weights() -> dict[str, Tensor]:
+    """Random weights in SAELens' names, decoder rows of any norm."""
+    return {
+        "W_enc": random(D, W, scale=0.4),
+        "W_dec": random(W, D),
+        "b_enc": random(W, scale=0.3),
+        "b_dec": random(D),
+        "threshold": random(W, scale=0.5).abs(),
+    }
+
+
+def relu(z: Tensor) -> Tensor:
+    return z.clamp(min=0)
+
+
+def top(z: Tensor, k: int = K) -> Tensor:
+    return torch.zeros_like(z).scatter(-1, z.topk(k).indices, relu(z.topk(k).values))
+
+
+def write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None, name: str = "cfg.json") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt":
+        torch.save(tensors, path)
+    elif path.suffix == ".npz":
+        np.savez(path, **{key: value.numpy() for key, value in tensors.items()})
+    else:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+    if config is not None:
+        (path.parent / name).write_text(json.dumps(config))
+    return path.parent
+
+
+def sae_lens_case(root: Path, config: dict[str, Any], tensors: dict[str, Tensor], **formula: Any) -> Case:
+    """SAELens' own layout; its reading on disk is the oracle unless the case names another or none."""
+    place = formula.pop("place", (3, "resid_post", None))
+    path = write(root / "layer_3" / "sae_weights.safetensors", tensors, {"d_in": D, "d_sae": W, **config})
+    oracle = {"loader": lambda: loaders.sae_lens_disk_loader(path, cfg_overrides={"dtype": "float32"})}
+    return Case(path=path, place=place, **{**oracle, **formula})
+
+
+def six(hook: str = "blocks.3.hook_resid_post", **config: Any) -> dict[str, Any]:
+    about = {"sae_lens_version": sae_lens.__version__, "hook_name": hook, "model_name": "tiny"}
+    return {"dtype": "float32", "device": "cpu", "normalize_activations": "none", "metadata": about, **config}
+
+
+def flat(hook: str = "blocks.3.hook_resid_post", **config: Any) -> dict[str, Any]:
+    """A configuration of versions 3 to 5, with entries that are ignored today."""
+    return {
+        "model_name": "tiny", "hook_name": hook, "hook_layer": 3, "hook_head_index": None, "dtype": "torch.float32",
+        "device": "cuda", "context_size": 128, "prepend_bos": True, "dataset_trust_remote_code": True,
+        "activation_fn_str": "relu", "finetuning_scaling_factor": False, "normalize_activations": "none", **config,
+    }  # fmt: skip
+
+
+def standard(root: Path) -> Case:
+    w = weights()
+    del w["threshold"]
+    return sae_lens_case(
+        root, six(architecture="standard", apply_b_dec_to_input=True), w, architecture="standard",
+        encode=lambda x: relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+    )  # fmt: skip
+
+
+def jumprelu(root: Path) -> Case:
+    w = weights()
+
+    def encode(x: Tensor) -> Tensor:
+        z = x @ w["W_enc"] + w["b_enc"]
+        return relu(z) * (z > w["threshold"])
+
+    config = six(hook="model.layers.3", architecture="jumprelu", apply_b_dec_to_input=False)
+    return sae_lens_case(
+        root, config, w, architecture="jumprelu", place=(3, "resid_post", "output"), encode=encode,
+        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+    )  # fmt: skip
+
+
+def gated(root: Path) -> Case:
+    w = weights()
+    w = {"W_enc": w["W_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    w |= {"b_gate": random(W), "b_mag": random(W), "r_mag": random(W, scale=0.2)}
+
+    def encode(x: Tensor) -> Tensor:
+        z = (x - w["b_dec"]) @ w["W_enc"]
+        return relu(z * w["r_mag"].exp() + w["b_mag"]) * (z + w["b_gate"] > 0)
+
+    config = six(architecture="gated", apply_b_dec_to_input=True)
+    return sae_lens_case(
+        root, config, w, architecture="gated", encode=encode, decode=lambda f: f @ w["W_dec"] + w["b_dec"]
+    )
+
+
+def topk_layer_norm(root: Path) -> Case:
+    """A layer norm around the SAE: decoding undoes it with the statistics of the input."""
+    w = weights()
+    del w["threshold"]
+    seen: list[Tensor] = []
+
+    def encode(x: Tensor) -> Tensor:
+        seen.append(x)
+        centred = x - x.mean(-1, keepdim=True)
+        return top((centred / (centred.std(-1, keepdim=True) + 1e-5) - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+
+    def decode(f: Tensor) -> Tensor:
+        x = seen[-1]
+        return (f @ w["W_dec"] + w["b_dec"]) * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
+
+    config = six(architecture="topk", apply_b_dec_to_input=True, k=K) | {"normalize_activations": "layer_norm"}
+    return sae_lens_case(root, config, w, architecture="topk", encode=encode, decode=decode)
+
+
+def topk_rescaled(root: Path) -> Case:
+    w = weights()
+    del w["threshold"]
+    norms = w["W_dec"].norm(dim=1)
+    config = six(architecture="topk", apply_b_dec_to_input=True, k=K, rescale_acts_by_decoder_norm=True)
+    return sae_lens_case(
+        root, config, w, architecture="topk",
+        encode=lambda x: top(((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms),
+        decode=lambda f: f / norms @ w["W_dec"] + w["b_dec"],
+    )  # fmt: skip
+
+
+def batchtopk_in_training(root: Path) -> Case:
+    """A checkpoint that SAELens' trainer wrote; SAELens' own way to inference is the oracle."""
+    sae = BatchTopKTrainingSAE(
+        BatchTopKTrainingSAEConfig(
+            d_in=D, d_sae=W, k=K, rescale_acts_by_decoder_norm=True,
+            metadata=SAEMetadata(hook_name="model.layers.3.mlp", model_name="tiny"),
+        )
+    )  # fmt: skip
+    w = weights()
+    with torch.no_grad():
+        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+            getattr(sae, name).copy_(w[name])
+        sae.topk_threshold.fill_(1.5)
+    sae.save_model(root / "saved")
+    sae.save_inference_model(root / "inference")
+    norms = w["W_dec"].norm(dim=1)
+
+    def encode(x: Tensor) -> Tensor:
+        z = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms
+        return relu(z) * (z > 1.5)
+
+    return Case(
+        path=root / "saved", place=(3, "mlp_out", "mlp.output"), architecture="batchtopk", encode=encode,
+        decode=lambda f: f / norms @ w["W_dec"] + w["b_dec"],
+        loader=lambda: loaders.sae_lens_disk_loader(root / "inference"),
+    )  # fmt: skip
+
+
+def jumprelu_transcoder(root: Path) -> Case:
+    w = weights()
+
+    def encode(x: Tensor) -> Tensor:
+        z = x @ w["W_enc"] + w["b_enc"]
+        return relu(z) * (z > w["threshold"])
+
+    config = six(architecture="jumprelu_transcoder", apply_b_dec_to_input=False, d_out=D, hook="blocks.3.mlp.hook_in")
+    return sae_lens_case(
+        root, config, w, architecture="jumprelu_transcoder", place=(3, "mlp_in", None), encode=encode,
+        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+    )  # fmt: skip
+
+
+def flat_jumprelu(root: Path) -> Case:
+    w = weights()
+
+    def encode(x: Tensor) -> Tensor:
+        z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        return relu(z) * (z > w["threshold"])
+
+    config = flat(architecture="jumprelu", model_from_pretrained_kwargs={"center_writing_weights": False})
+    return sae_lens_case(
+        root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="jumprelu", encode=encode,
+        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+    )  # fmt: skip
+
+
+def flat_scaled(root: Path) -> Case:
+    """Fine-tuned factors multiply features before they are decoded; SAELens 6 refuses the file."""
+    w = weights()
+    del w["threshold"]
+    factor = 1 + random(W).abs()
+    config = flat(hook_point="unused") | {"apply_b_dec_to_input": False, "finetuning_scaling_factor": True}
+    return sae_lens_case(
+        root, config, {**w, "scaling_factor": factor}, architecture="standard",
+        encode=lambda x: relu(x @ w["W_enc"] + w["b_enc"]), decode=lambda f: (f * factor) @ w["W_dec"] + w["b_dec"],
+        loader=None,
+    )  # fmt: skip
+
+
+def flat_topk_of_heads(root: Path) -> Case:
+    """TopK as an activation function, on all heads side by side; SAELens would reshape [tokens, heads, width]."""
+    w = weights()
+    del w["threshold"]
+    config = flat(activation_fn_kwargs={"k": K}) | {"activation_fn_str": "topk"}
+    config["hook_point"] = "blocks.3.attn.hook_z"
+    del config["hook_name"]
+    return sae_lens_case(
+        root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="topk", place=(3, "attn_z", None),
+        encode=lambda x: top((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        loader=None,
+    )  # fmt: skip
+
+
+def sparsify(root: Path, folder: str = "layers.5.mlp", **config: Any) -> Case:
+    """SAELens transposes the decoder and takes every module for the residual stream, so it is no oracle."""
+    w = weights()
+    stored = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
+    defaults = {
+        "activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": W, "k": K,
+        "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D,
+    }  # fmt: skip
+    path = write(root / folder / "sae.safetensors", stored, {**defaults, **config})
+    (root / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-160m"}))
+    transcode = bool(config.get("transcode"))
+    bias = torch.zeros(D) if transcode else w["b_dec"]
+    places = {
+        ("layers.5.mlp", False): (5, "mlp_out", "mlp.output"),
+        ("layers.5.mlp", True): (5, "mlp_in", "mlp.input"),
+        ("layers.5", False): (5, "resid_post", "output"),
+    }
+    return Case(
+        path=path, place=places[folder, transcode], architecture="topk_transcoder" if transcode else "topk",
+        encode=lambda x: top(relu((x - bias) @ w["W_enc"] + w["b_enc"])),
+        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+    )  # fmt: skip
+
+
+def gemma_scope_2(root: Path, kind: str = "resid_post_all", *, config: bool = True, skip: bool = False) -> Case:
+    w = weights()
+    stored = {name.replace("W_", "w_"): value for name, value in w.items()}
+    if skip:
+        stored["affine_skip_connection"] = random(D, D)
+    taps = {
+        "resid_post": ("resid_post", "output"),
+        "attn_out": ("attn_z", "self_attn.o_proj.input"),
+        "mlp_out": ("mlp_out", "post_feedforward_layernorm.output"),
+        "transcoder": ("mlp_in", "pre_feedforward_layernorm.output"),
+    }
+    site, tap = taps[kind.removesuffix("_all")]
+    repo, folder = "google/gemma-scope-2-4b-it", f"{kind}/layer_9_width_16k_l0_small"
+    about = {"architecture": "jump_relu", "model_name": "gemma-v3-4b-it", "hf_hook_point_in": f"model.layers.9.{tap}"}
+    if transcoder := kind.startswith("transcoder"):
+        about |= {"hf_hook_point_out": "model.layers.9.post_feedforward_layernorm.output", "affine_connection": skip}
+    weight_file = root / repo / folder / "params.safetensors"
+    path = write(weight_file, stored, about if config else None, "config.json")
+
+    def encode(x: Tensor) -> Tensor:
+        z = x @ w["W_enc"] + w["b_enc"]
+        return relu(z) * (z > w["threshold"])
+
+    kinds = {(True, True): "jumprelu_skip_transcoder", (True, False): "jumprelu_transcoder"}
+    return Case(
+        path=path, place=(9, site, tap), architecture=kinds.get((transcoder, skip), "jumprelu"), encode=encode,
+        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        loader=lambda: loaders.gemma_3_sae_huggingface_loader(repo, folder)[:2],
+    )  # fmt: skip
+
+
+def gemma_scope_1(root: Path, kind: str = "res") -> Case:
+    w = weights()
+    site, tap = {
+        "res": ("resid_post", "output"),
+        "att": ("attn_z", "self_attn.o_proj.input"),
+        "mlp": ("mlp_out", "post_feedforward_layernorm.output"),
+    }[kind]
+    repo, folder = f"google/gemma-scope-2b-pt-{kind}", "layer_7/width_16k/average_l0_69"
+    path = write(root / repo / folder / "params.npz", w)
+
+    def encode(x: Tensor) -> Tensor:
+        z = x @ w["W_enc"] + w["b_enc"]
+        return relu(z) * (z > w["threshold"])
+
+    def loader() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config, state, _ = loaders.gemma_2_sae_huggingface_loader(repo, folder)
+        return {**config, "d_in": D, "d_sae": W}, state  # it knows the real models' sizes only
+
+    return Case(
+        path=path, place=(7, site, tap), architecture="jumprelu", encode=encode,
+        decode=lambda f: f @ w["W_dec"] + w["b_dec"], loader=loader,
+    )  # fmt: skip
+
+
+def dictionary(root: Path, kind: str, *, unit: bool = False) -> Case:
+    """dictionary_learning; SAELens leaves out decoder norms, so it is right where they are 1."""
+    w = weights()
+    if unit:
+        w["W_dec"] /= w["W_dec"].norm(dim=1, keepdim=True)
+    norms = w["W_dec"].norm(dim=1)
+    turned = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
+    one, k = torch.tensor(0.4), torch.tensor(K, dtype=torch.int)
+    r, mag, gate = random(W, scale=0.2), random(W), random(W)
+    stored, architecture, oracle = {
+        "AutoEncoder": ({**turned, "encoder.bias": w["b_enc"], "bias": w["b_dec"]}, "standard", True),
+        "AutoEncoderNew": ({**turned, "encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]}, "standard", False),
+        "GatedAutoEncoder": (
+            {**turned, "decoder_bias": w["b_dec"], "r_mag": r, "gate_bias": gate, "mag_bias": mag}, "gated", unit,
+        ),
+        "JumpReluAutoEncoder": (w, "jumprelu", unit),
+        "AutoEncoderTopK": (
+            {**turned, "encoder.bias": w["b_enc"], "b_dec": w["b_dec"], "k": k, "threshold": one}, "topk", True,
+        ),
+        "BatchTopKSAE": (
+            {**turned, "encoder.bias": w["b_enc"], "b_dec": w["b_dec"], "k": k, "threshold": one}, "batchtopk", True,
+        ),
+        "MatryoshkaBatchTopKSAE": (
+            {**w, "threshold": one, "k": k, "group_sizes": torch.tensor([W // 2, W // 2])},
+            "matryoshka_batchtopk",
+            True,
+        ),
+    }[kind]  # fmt: skip
+
+    def encode(x: Tensor) -> Tensor:
+        z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+        match kind:
+            case "AutoEncoder":
+                return relu(z)
+            case "AutoEncoderNew":
+                return relu(x @ w["W_enc"] + w["b_enc"])
+            case "GatedAutoEncoder":
+                z = (x - w["b_dec"]) @ w["W_enc"]
+                return (z + gate > 0) * relu(r.exp() * z + mag) * norms
+            case "JumpReluAutoEncoder":
+                z = x @ w["W_enc"] + w["b_enc"]
+                return relu(z * (z > w["threshold"])) * norms
+            case "AutoEncoderTopK":
+                return top(relu(z))
+        return relu(z) * (relu(z) > one)
+
+    scaled = kind in ("GatedAutoEncoder", "JumpReluAutoEncoder")
+    trainer = {
+        "trainer_class": "T", "dict_class": kind, "activation_dim": D, "dict_size": W, "k": K, "layer": 4,
+        "lm_name": "EleutherAI/pythia-70m-deduped", "submodule_name": "resid_post_layer_4",
+    }  # fmt: skip
+    config = {"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 128}}
+    folder = "pythia70m/resid_post_layer_4/trainer_0"
+    path = write(root / folder / "ae.pt", {n: t.contiguous() for n, t in stored.items()}, config, "config.json")
+
+    def loader() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return loaders.dictionary_learning_sae_huggingface_loader_1("", folder)[:2]
+
+    return Case(
+        path=path, place=(4, "resid_post", None), architecture=architecture, encode=encode,
+        decode=lambda f: (f / norms if scaled else f) @ w["W_dec"] + w["b_dec"], loader=loader if oracle else None,
+    )  # fmt: skip
+
+
+def llama_scope(root: Path) -> Case:
+    w = weights()
+    stored = {
+        "encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].T, "decoder.bias": w["b_dec"],
+    }  # fmt: skip
+    config = {
+        "hook_point_in": "blocks.6.hook_mlp_out", "hook_point_out": "blocks.6.hook_mlp_out", "d_model": D, "d_sae": W,
+        "act_fn": "jumprelu", "jump_relu_threshold": 0.3, "dataset_average_activation_norm": {"in": 5.0, "out": 5.0},
+    }  # fmt: skip
+    folder = "Llama3_1-8B-Base-L6M-8x"
+    write(root / folder / "checkpoints" / "final.safetensors", stored)
+    (root / folder / "hyperparams.json").write_text(json.dumps(config))
+    scale = D**0.5 / 5.0
+
+    def encode(x: Tensor) -> Tensor:
+        z = (x * scale) @ w["W_enc"] + w["b_enc"]
+        return relu(z) * (z > 0.3 * scale)
+
+    def loader() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        config, state, _ = loaders.llama_scope_sae_huggingface_loader("", folder, cfg_overrides={"dtype": "float32"})
+        state["W_enc"], state["W_dec"] = state["W_enc"] * scale, state["W_dec"] / scale
+        return config, {**state, "b_dec": state["b_dec"] / scale}  # as SAE.from_pretrained folds the factor in
+
+    return Case(
+        path=root / folder, place=(6, "mlp_out", None), architecture="jumprelu", encode=encode,
+        decode=lambda f: (f @ w["W_dec"] + w["b_dec"]) / scale, loader=loader,
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[Path], Case]] = {
+    "sae_lens 6, standard": standard,
+    "sae_lens 6, jumprelu": jumprelu,
+    "sae_lens 6, gated": gated,
+    "sae_lens 6, topk in a layer norm": topk_layer_norm,
+    "sae_lens 6, topk rescaled by decoder norms": topk_rescaled,
+    "sae_lens 6, batchtopk as its trainer saves it": batchtopk_in_training,
+    "sae_lens 6, jumprelu transcoder": jumprelu_transcoder,
+    "sae_lens 3-5, jumprelu": flat_jumprelu,
+    "sae_lens 3-5, standard with scaling factors": flat_scaled,
+    "sae_lens 3-5, topk of heads": flat_topk_of_heads,
+    "sparsify, topk of an MLP": sparsify,
+    "sparsify, topk of a block": lambda root: sparsify(root, "layers.5", num_latents=0),
+    "sparsify, topk transcoder": lambda root: sparsify(root, transcode=True),
+    "gemma scope 2, resid_post_all": gemma_scope_2,
+    "gemma scope 2, resid_post without config": lambda root: gemma_scope_2(root, "resid_post", config=False),
+    "gemma scope 2, attn_out": lambda root: gemma_scope_2(root, "attn_out"),
+    "gemma scope 2, attn_out_all without config": lambda root: gemma_scope_2(root, "attn_out_all", config=False),
+    "gemma scope 2, mlp_out_all": lambda root: gemma_scope_2(root, "mlp_out_all"),
+    "gemma scope 2, transcoder_all without config": lambda root: gemma_scope_2(root, "transcoder_all", config=False),
+    "gemma scope 2, affine transcoder": lambda root: gemma_scope_2(root, "transcoder", skip=True),
+    "gemma scope 1, res": gemma_scope_1,
+    "gemma scope 1, att": lambda root: gemma_scope_1(root, "att"),
+    "gemma scope 1, mlp": lambda root: gemma_scope_1(root, "mlp"),
+    **{
+        f"dictionary_learning, {kind}": lambda root, kind=kind: dictionary(root, kind)
+        for kind in (
+            "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK",
+            "BatchTopKSAE", "MatryoshkaBatchTopKSAE",
+        )
+    },
+    "dictionary_learning, GatedAutoEncoder of norm 1": lambda root: dictionary(root, "GatedAutoEncoder", unit=True),
+    "dictionary_learning, JumpReluAutoEncoder of norm 1": lambda r: dictionary(r, "JumpReluAutoEncoder", unit=True),
+    "llama scope, jumprelu": llama_scope,
+}  # fmt: skip
+
+
+def differences(case: Case, folder: SAEFolder, root: Path) -> dict[str, float | None]:
+    """The largest differences of encode and decode from the formula, and from SAELens' reading where it is right."""
+    x = random(64, D, scale=2.0)
+    ours, features, output = load_sae(folder), case.encode(x), None
+    assert 0 < (features > 0).float().mean() < 1
+    found: dict[str, float | None] = {"encode": float((ours.encode(x) - features).abs().max())}
+    output = case.decode(features)
+    found["decode"] = float((ours.decode(features) - output).abs().max())
+    found["SAELens encode"] = found["SAELens decode"] = None
+    if case.loader:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loaders, "hf_hub_download", lambda *args, **options: local_file(root, *args, **options))
+            patch.setattr(loaders, "get_safetensors_tensor_shapes", lambda repo, file: shapes(root / repo / file))
+            config, state = case.loader()
+        config.pop("model_from_pretrained_kwargs", None)  # only makes it warn
+        theirs = SAE.load_from_disk(case.path, converter=lambda *_a, **_o: ({**config, "device": "cpu"}, state))
+        theirs.turn_off_forward_pass_hook_z_reshaping()  # heads come side by side here
+        with torch.no_grad():
+            found["SAELens encode"] = float((theirs.encode(x) - ours.encode(x)).abs().max())
+            found["SAELens decode"] = float((theirs.decode(features) - ours.decode(features)).abs().max())
+    return found
+
+
+def local_file(root: Path, repo_id: str, filename: str, subfolder: str = "", force_download: bool = False) -> str:
+    """What SAELens would download."""
+    path = root / repo_id / subfolder / filename
+    if not path.is_file():
+        raise loaders.EntryNotFoundError(f"no {path}")
+    return str(path)
+
+
+def shapes(path: Path) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in load_file(path).items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layout_encodes_and_decodes_as_its_makers_meant(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    case = CASES[name](tmp_path)
+    folder = read_folder(case.path)
+    assert (folder.layer, folder.site, folder.tap) == case.place
+    assert (folder.architecture, folder.d_in, folder.width) == (case.architecture, D, W)
+    for what, difference in differences(case, folder, tmp_path).items():
+        assert difference is None or difference < 2e-5, f"{what}: {difference}"
+
+
+def test_transcoders_say_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for name, make in CASES.items():
+        folder = read_folder(make(tmp_path / name.replace(" ", "_")).path)
+        assert folder.transcoder == ("transcoder" in name)
+        assert (load_sae(folder).cfg.metadata.hook_name_out is not None) == folder.transcoder
+
+
+def test_a_release_says_the_factor_that_a_configuration_lacks(tmp_path: Path) -> None:
+    w = weights()
+    del w["threshold"]
+    path = write(tmp_path / "x" / "sae_weights.safetensors", w, flat() | {"d_in": D, "d_sae": W})
+    config = json.loads((path / "cfg.json").read_text()) | {"normalize_activations": "expected_average_only_in"}
+    (path / "cfg.json").write_text(json.dumps(config))
+    with pytest.raises(SAEError) as caught:
+        read_folder(path)
+    assert "does not say the scale" in str(caught.value)
+    sae = load_sae(read_folder(path, {"norm_scaling_factor": 2.0}))
+    x = random(9, D)
+    features = relu((2 * x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    assert torch.allclose(sae.encode(x), features, atol=1e-5)
+    assert torch.allclose(sae.decode(features), (features @ w["W_dec"] + w["b_dec"]) / 2, atol=1e-5)
+
+
+def test_half_precision_is_widened_before_it_is_folded(tmp_path: Path) -> None:
+    case = llama_scope(tmp_path)
+    file = case.path / "checkpoints" / "final.safetensors"
+    save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
+    sae = load_sae(read_folder(case.path))
+    assert sae.W_enc.dtype == torch.float32
+    assert torch.equal(sae.W_enc, load_file(file)["encoder.weight"].float().T * (D**0.5 / 5.0))
+    assert load_sae(read_folder(case.path), torch.bfloat16).W_dec.dtype == torch.bfloat16
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Case], Callable[[Path], object], str]] = {
+    "sparsify groupmax": (
+        lambda root: sparsify(root, activation="groupmax"), lambda _path: None, "activation function `groupmax`",
+    ),
+    "sparsify signed": (lambda root: sparsify(root, signed=True), lambda _path: None, "`signed` is not supported"),
+    "a cut archive": (gemma_scope_1, lambda path: (path / "params.npz").write_bytes(b"PK\x03\x04"), "is damaged"),
+    "no pickles": (
+        lambda root: dictionary(root, "AutoEncoder"),
+        lambda path: torch.save({"encoder.weight": Path("x")}, path / "ae.pt"),
+        "holds more than tensors",
+    ),
+    "a lying trainer": (
+        lambda root: dictionary(root, "AutoEncoder"),
+        lambda path: change(path / "config.json", "trainer", "dict_size", 7),
+        "`encoder.weight` should have shape (7, 12), the file has (40, 12)",
+    ),
+    "a class of its own": (
+        lambda root: dictionary(root, "AutoEncoder"),
+        lambda path: change(path / "config.json", "trainer", "dict_class", "CrossCoder"),
+        "the class `CrossCoder` is not supported",
+    ),
+    "another site": (
+        lambda root: dictionary(root, "AutoEncoder"),
+        lambda path: change(path / "config.json", "trainer", "submodule_name", "embed_layer_4"),
+        "`blocks.4.hook_embed`",
+    ),
+    "no norm": (
+        llama_scope,
+        lambda path: change(path / "hyperparams.json", "dataset_average_activation_norm", "in", None),
+        "`average norm` is `None`",
+    ),
+}  # fmt: skip
+
+
+def change(path: Path, table: str, key: str, value: object) -> None:
+    config = json.loads(path.read_text())
+    config[table][key] = value
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_rightly_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    make, spoil, said = REFUSED[name]
+    path = make(tmp_path).path
+    spoil(path)
+    with pytest.raises(SAEError) as caught:
+        read_folder(path)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"activation_fn_str": "tanh-relu"}, "activation function `tanh-relu`"),
+        ({"hook_head_index": 3}, "one attention head"),
+        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "centred residual stream"),
+        ({"normalize_activations": True}, "does not say the scale"),
+        ({"hook_name": "blocks.3.hook_mlp_in"}, "`blocks.3.hook_mlp_in`"),  # before the norm: no module reads it
+    ],
+)
+def test_flat_configurations_that_mean_something_else_are_refused(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    case = flat_scaled(tmp_path)
+    stored = json.loads((case.path / "cfg.json").read_text())
+    (case.path / "cfg.json").write_text(json.dumps({**stored, **config}))
+    with pytest.raises(SAEError) as caught:
+        read_folder(case.path)
+    assert said in str(caught.value)
+
+
+def test_gemma_scope_must_say_where_it_reads(tmp_path: Path) -> None:
+    two = gemma_scope_2(tmp_path, config=False).path
+    moved = two.parent.rename(two.parents[1] / "mine") / two.name
+    with pytest.raises(SAEError, match="cannot be used") as caught:
+        read_folder(moved)
+    assert "`mine/layer_9_width_16k_l0_small` does not say what it reads" in str(caught.value)
+    one = gemma_scope_1(tmp_path)
+    with pytest.raises(SAEError) as caught:
+        read_folder(one.path.parents[2].rename(tmp_path / "renamed") / "layer_7/width_16k/average_l0_69")
+    assert "its path does not say what it reads" in str(caught.value)
+    with pytest.raises(SAEError) as caught:
+        read_folder(
+            gemma_scope_1(tmp_path).path.parents[2].rename(tmp_path / "gemma-scope-2b-pt-transcoders")
+            / "layer_7/width_16k/average_l0_69"
+        )
+    assert "`gemma-scope-2b-pt-transcoders` is not supported" in str(caught.value)
