@@ -14,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 SHOTS = [("two and two", "four"), ("three and one", "four"), ("five less two", "three")]
@@ -94,6 +95,18 @@ def _stir(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(module, torch.nn.Embedding):
                 module.weight *= 0.1  # the context decides, not the last token
     return model.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, stirred_llama: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
+    """A base and an edited checkpoint on disk that write different answers."""
+    folders = {name: tmp_path / "models" / name for name in ("base", "edited")}
+    for name, folder in folders.items():
+        if name == "edited":
+            stirred_llama.model.layers[1].mlp.down_proj.weight.mul_(3)
+        stirred_llama.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folders
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma3", "gemma3-short-window"])

@@ -8,7 +8,7 @@ import torch
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import Outcomes
-from stethoscope.evaluation.run import evaluate, load_tasks, weights_hash
+from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
 
 
 def changed(model, scale=3.0):
@@ -100,8 +100,10 @@ def test_given_keys_stand_for_weights(stirred_llama, tokenizer, make_task, tmp_p
 def test_unknown_and_empty_tasks_are_named(make_task, monkeypatch):
     folder = make_task()
     make_task("hollow", items=0)
-    with pytest.raises(EvaluationError, match="could not be built"):
-        load_tasks(["hollow"], folder)
+    with pytest.raises(EvaluationError, match="have no items") as caught:
+        load_tasks(["sums", "hollow"], folder)
+    assert "`hollow`" in str(caught.value)
+    assert "`sums`" not in str(caught.value)
     import stethoscope.evaluation.tasks as tasks
 
     manager = tasks.TaskManager
@@ -129,3 +131,97 @@ def test_weights_hash_sees_one_element(stirred_llama):
     with torch.no_grad():
         stirred_llama.model.layers[0].mlp.up_proj.weight[3, 5] += 1
     assert weights_hash(stirred_llama) != before
+
+
+def test_checkpoints_are_evaluated_as_live_models_are(checkpoints, stirred_llama, tokenizer, make_task, tmp_path):
+    options = {"include_path": make_task(), "batch_size": 4}
+    outcomes = evaluate_checkpoints(checkpoints, ["sums"], out=tmp_path / "out", dtype=torch.float32, **options)
+    live = evaluate(stirred_llama, tokenizer, {"edited": nullcontext}, ["sums"], out=tmp_path / "live", **options)
+    assert outcomes.arms == ["base", "edited"]
+    pd.testing.assert_frame_equal(outcomes.rows("edited", "sums"), live.rows("edited", "sums"))
+    assert (outcomes.rows("base", "sums")["response"] != outcomes.rows("edited", "sums")["response"]).any()
+
+
+def test_one_checkpoint_is_loaded_at_a_time_and_only_if_needed(checkpoints, make_task, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    import stethoscope.evaluation.run as run
+
+    alive, loaded = [], []
+
+    def load(folder, **kwargs):
+        gc.collect()
+        assert not any(model() is not None for model in alive)
+        model = load_model(folder, **kwargs)
+        alive.append(weakref.ref(model))
+        loaded.append(folder.name)
+        return model
+
+    load_model = run.load_model
+    monkeypatch.setattr(run, "load_model", load)
+    options = {"out": tmp_path / "out", "include_path": make_task(), "limit": 4}
+    first = evaluate_checkpoints(checkpoints, ["sums"], **options)
+    assert loaded == ["base", "edited"]
+    again = evaluate_checkpoints(checkpoints | {"third": checkpoints["base"]}, ["sums"], **options)
+    assert loaded == ["base", "edited", "base"]
+    assert again.arms == ["base", "edited", "third"]
+    pd.testing.assert_frame_equal(again.frame[again.frame["arm"] != "third"], first.frame)
+
+
+def test_checkpoints_that_cannot_be_compared_are_refused(checkpoints, make_task, tmp_path):
+    from transformers import AutoTokenizer, GenerationConfig
+
+    options = {"out": tmp_path / "out", "include_path": make_task(), "limit": 4}
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["edited"])
+    GenerationConfig(repetition_penalty=1.2).save_pretrained(checkpoints["edited"])
+    with pytest.raises(EvaluationError, match=r"other decoding settings than `base`.*\n.*`edited`"):
+        evaluate_checkpoints(checkpoints, ["sums"], **options)
+    tokenizer.add_tokens(["twenty"])
+    tokenizer.save_pretrained(checkpoints["edited"])
+    with pytest.raises(EvaluationError, match=r"other tokenizers than `base`.*\n.*`edited`"):
+        evaluate_checkpoints(checkpoints, ["sums"], **options)
+
+
+def test_vllm_that_is_not_installed_is_said_in_one_line(checkpoints, make_task, tmp_path):
+    with pytest.raises(EvaluationError, match="vLLM is not installed") as caught:
+        evaluate_checkpoints(checkpoints, ["sums"], out=tmp_path, include_path=make_task(), backend="vllm")
+    assert caught.value.hint == "pip install 'lm_eval[vllm]==0.4.13'"
+
+
+ROLLING = """
+task: rolling
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/sums.test.jsonl
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{problem}}}}"
+metric_list:
+  - metric: word_perplexity
+    aggregation: weighted_perplexity
+    higher_is_better: false
+"""
+
+
+def test_a_task_without_a_metric_per_item_is_named(stirred_llama, tokenizer, make_task, tmp_path):
+    folder = make_task()
+    (folder / "rolling.yaml").write_text(ROLLING.format(folder=folder))
+    options = {"out": tmp_path, "include_path": folder, "limit": 3}
+    outcomes = evaluate(stirred_llama, tokenizer, {"base": nullcontext}, ["rolling"], **options)
+    assert len(outcomes.frame) == 3
+    with pytest.raises(EvaluationError, match="`rolling` has no metric per item"):
+        outcomes.metric_of("rolling")
+
+
+def test_the_noise_floor_of_a_repeated_run_is_zero(stirred_llama, tokenizer, make_task, tmp_path):
+    """Greedy decoding at a fixed composition of batches; each arm is decoded anew, nothing is read from the other."""
+    from stethoscope.evaluation import aa_floor
+
+    arms = {"base": nullcontext, "base_again": nullcontext}
+    outcomes = evaluate(stirred_llama, tokenizer, arms, ["sums"], out=tmp_path, include_path=make_task(), batch_size=5)
+    (floor,) = aa_floor(outcomes, "base", "base_again")
+    assert (floor.n, floor.changed, floor.responses, floor.low) == (16, 0, 0, 0.0)
+    assert 0.1 < floor.high < 0.3  # 16 items cannot show more

@@ -65,7 +65,8 @@ def load_tasks(
             problems += [f"`{task}` has no items" for task, built in found.items() if not len(built.eval_docs)]
             tasks |= found
         except Exception as error:  # whatever a task's own code and data raise
-            problems.append(f"`{name}`: {type(error).__name__}: {error}".strip().split("\n")[0])
+            said = str(error).strip() or type(error).__name__
+            problems.append(f"`{name}`: {said.splitlines()[0]}")
     if problems:
         offline = (
             "; `--data DIR` gives Minerva Math local items" if data is None and any(map(is_minerva, names)) else ""
