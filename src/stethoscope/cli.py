@@ -353,7 +353,7 @@ def _margin(text: str) -> tuple[str, float]:
 
 
 def _show_comparison(found: "Comparison", *, as_json: bool, everything: bool) -> None:
-    from stethoscope.evaluation.tables import accuracy_rows, contrast_rows, gain_rows, notes
+    from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, notes
 
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))  # noqa: T201 - data goes to stdout
@@ -362,6 +362,7 @@ def _show_comparison(found: "Comparison", *, as_json: bool, everything: bool) ->
     for contrast in found.contrasts:
         if everything:
             _print_rows(contrast_rows(contrast), left=2)
+            _print_rows(bound_rows(contrast), left=1)
             if len(gains := gain_rows(found, contrast)) > 1:
                 _print_rows(gains, left=2)
             for line in notes(found, contrast):

@@ -36,8 +36,8 @@ num_fewshot: 2
 fewshot_config:
   sampler: {sampler}
 doc_to_text: "Problem: {{{{problem}}}}\\nSolution:"
-doc_to_target: " {{{{answer}}}}"
-target_delimiter: ""
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: " "
 generation_kwargs:
   until: {until}
   do_sample: false

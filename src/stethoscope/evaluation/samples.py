@@ -88,7 +88,8 @@ def read_results(path: Path, *, arm: str | None = None) -> Outcomes:
         return _one_arm(Outcomes.load(stored), stored, arm)
     logs = _newest_logs(path) if path.is_dir() else {_task_of(path): path}
     folders = {log.parent for log in logs.values()}
-    name = arm or (folders.pop().name if path.is_dir() else path.stem)
+    # lm_eval names a folder after the whole model path, with `__` for each slash
+    name = arm or (folders.pop().name.rpartition("__")[2] if path.is_dir() else path.stem)
     return Outcomes(frame=pd.concat([_read_log(log, task, name) for task, log in logs.items()], ignore_index=True))
 
 

@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from stethoscope.evaluation.contrast import Comparison, Contrast, TaskContrast
+import pandas as pd
+
+from stethoscope.evaluation.contrast import Comparison, Contrast
 from stethoscope.evaluation.inference import PairedDifference
 
 _NONE = "-"  # not defined, or not known
@@ -30,39 +32,60 @@ def accuracy_rows(comparison: Comparison) -> Rows:
 
 
 def contrast_rows(contrast: Contrast) -> Rows:
-    """A row per task and one for all of the family: the change in points, and what the tests say of it."""
-    header = [
-        f"{contrast.a} to {contrast.b}", "metric", "items", "from %", "to %", "change", "95 %", "only a : b right",
-        "p exact", "p adjusted", "z", "p of z", "loss ruled out", "least gain seen",
-    ]  # fmt: skip
-    level = f"{100 * contrast.pooled.confidence:g} %"
-    header[header.index("95 %")] = level
+    """A row per task and one for all of the family: how much changed, and whether chance explains it."""
     pooled, test = contrast.pooled, contrast.pooled_mcnemar
+    header = [
+        f"{contrast.a} to {contrast.b}", "metric", "items", "from %", "to %", "change",
+        f"{100 * pooled.confidence:g} % interval", "lost : gained", "p exact", "p adjusted",
+    ]  # fmt: skip
+    body = [
+        [
+            t.task,
+            t.metric,
+            str(t.n),
+            _percent(t.accuracy_a),
+            _percent(t.accuracy_b),
+            _points(t.difference.difference),
+            _range(t.difference),
+            f"{t.mcnemar.b} : {t.mcnemar.c}" if t.mcnemar else _NONE,
+            _p(t.mcnemar.p_value if t.mcnemar else None),
+            _p(t.p_adjusted),
+        ]
+        for t in contrast.tasks
+    ]
     last = [
         "all of the family", "", str(pooled.n), "", "", _points(pooled.difference), _range(pooled),
-        f"{test.b} : {test.c}" if test else _NONE, _p(test.p_value if test else None), "", "", "", "", "",
+        f"{test.b} : {test.c}" if test else _NONE, _p(test.p_value if test else None), "",
     ]  # fmt: skip
-    return [header, *[_task_row(task) for task in contrast.tasks], *([last] if len(contrast.tasks) > 1 else [])]
+    return [header, *body, *([last] if len(body) > 1 else [])]
 
 
-def _task_row(t: TaskContrast) -> list[str]:
-    bound = t.non_inferiority
-    return [
-        t.task,
-        t.metric,
-        str(t.n),
-        _percent(t.accuracy_a),
-        _percent(t.accuracy_b),
-        _points(t.difference.difference),
-        _range(t.difference),
-        f"{t.mcnemar.b} : {t.mcnemar.c}" if t.mcnemar else _NONE,
-        _p(t.mcnemar.p_value if t.mcnemar else None),
-        _p(t.p_adjusted),
-        _NONE if t.unpaired is None or t.unpaired.statistic is None else f"{t.unpaired.statistic:+.2f}",
-        _p(t.unpaired.p_value if t.unpaired else None),
-        _NONE if bound.smallest_margin is None else f"{100 * bound.smallest_margin:.1f}{'' if bound.shown else ' !'}",
-        _NONE if t.smallest_detectable_gain is None else f"{100 * t.smallest_detectable_gain:.1f}",
+def bound_rows(contrast: Contrast) -> Rows:
+    """A row per task: the unpaired test, and what the items could and did rule out, in points."""
+    header = [
+        "task",
+        "z unpaired",
+        "p of z",
+        "margin",
+        "ruled out",
+        "smallest provable margin",
+        "smallest visible gain",
     ]
+    body = []
+    for t in contrast.tasks:
+        bound, z = t.non_inferiority, t.unpaired
+        body.append(
+            [
+                t.task,
+                _NONE if z is None or z.statistic is None else f"{z.statistic:+.2f}",
+                _p(z.p_value if z else None),
+                f"{100 * bound.margin:g}",
+                _NONE if bound.shown is None else "yes" if bound.shown else "no",
+                _NONE if bound.smallest_margin is None else f"{100 * bound.smallest_margin:.1f}",
+                _NONE if t.smallest_detectable_gain is None else f"{100 * t.smallest_detectable_gain:.1f}",
+            ]
+        )
+    return [header, *body]
 
 
 def gain_rows(comparison: Comparison, contrast: Contrast) -> Rows:
@@ -73,9 +96,10 @@ def gain_rows(comparison: Comparison, contrast: Contrast) -> Rows:
     header = ["task", "what was wrong", f"{contrast.b} mended", f"{contrast.b} broke", "net items", "points"]
     body = []
     for row in chosen.to_dict("records"):
-        known = row["net"] is not None and row["net"] == row["net"]
-        counts = [str(row["gained"]), str(row["lost"]), f"{row['net']:+d}", f"{row['points']:+.1f}"]
-        body.append([str(row["task"]), words[str(row["cause"])], *(counts if known else [_NONE] * 4)])
+        counts = [_NONE] * 4
+        if not pd.isna(row["net"]):
+            counts = [str(row["gained"]), str(row["lost"]), f"{row['net']:+d}", f"{row['points']:+.1f}"]
+        body.append([str(row["task"]), words[str(row["cause"])], *counts])
     return [header, *body]
 
 
