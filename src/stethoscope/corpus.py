@@ -1,9 +1,18 @@
-"""Documents in, token batches out: each document keeps its identity, because tokens in it are not independent."""
+"""Documents in, token batches out: each document keeps its identity, because tokens in it are not independent.
+
+documents = read_documents("data/math.jsonl", field="messages")             # texts, or chats as lists of messages
+rows = tokenize(documents, tokenizer)
+counted = counted_tokens(documents, tokenizer, tokens="assistant")
+for batch in batches(rows, tokenizer, counted=counted): ...
+"""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -13,56 +22,146 @@ from transformers import PreTrainedTokenizerBase
 from stethoscope.artifacts import canonical_json, sha256_bytes
 from stethoscope.errors import StethoscopeError
 
+log = logging.getLogger(__name__)
 
-def read_documents(path: Path, *, field: str = "text", limit: int | None = None) -> list[str]:
-    """Read the documents of a JSONL file (one field per line) or of a text file (one document).
+Chat = Sequence[Mapping[str, Any]]
+Document = str | Chat
+Tokens = Literal["all", "assistant", "last"]
+
+_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
+_SHOWN = 10  # bad rows that are named
+# Around each message's number: stands for its content in a template, where neither may occur by itself.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_TAG = re.compile(r"(</?\w+>)")
+
+
+def read_documents(
+    path: Path | str, *, field: str = "text", limit: int | None = None, split: str | None = None
+) -> list[Any]:
+    """Read documents: texts, or chats where the field holds messages.
 
     Args:
-        path: ends in ``.jsonl`` or ``.txt``.
-        field: the JSONL field that holds the text.
+        path: a file that ends in ``.jsonl``, ``.parquet`` or ``.txt`` (one document); a folder that
+            `datasets.Dataset.save_to_disk` wrote; or a dataset on the hub, ``owner/name`` or ``owner/name/config``,
+            with ``:split`` behind it or not.
+        field: what holds the document in each row: a text, or a list of messages with ``role`` and ``content``.
         limit: at most this many documents, from the top.
+        split: of a dataset that has several; ``train`` if nothing else is said.
+
+    Returns:
+        a str, or a list of messages, per document; all of one kind.
 
     Raises:
-        StethoscopeError: the file is missing, empty, malformed, or lacks the field; every bad line is named.
+        StethoscopeError: the data is missing, empty, malformed, or lacks the field; every bad row is named.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StethoscopeError(f"the text `{path}` cannot be read: {error}") from error
+    path = Path(path)
     if path.suffix == ".txt":
-        documents = [text] if text.strip() else []
-    elif path.suffix == ".jsonl":
-        documents = _jsonl_field(path, text, field)
-    else:
-        raise StethoscopeError(f"`{path}` is neither .jsonl nor .txt", hint="convert it to JSONL, one document a line")
-    if not documents:
-        raise StethoscopeError(f"`{path}` holds no documents")
-    return documents[:limit]
-
-
-def _jsonl_field(path: Path, text: str, field: str) -> list[str]:
-    documents, problems = [], []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            problems.append(f"line {number}: not JSON ({error})")
-            continue
+        text = _text(path)
+        return [text] if text.strip() else _none(path)
+    read = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix)
+    rows = read(path, field, limit) if read else _dataset(path, field, limit, split)
+    documents: list[Any] = []
+    problems: list[str] = []
+    for where, row in rows:
         value = row.get(field) if isinstance(row, dict) else None
-        if isinstance(value, str) and value.strip():
+        if isinstance(row, ValueError):
+            problems.append(f"{where}: not JSON ({row})")
+        elif isinstance(value, str) and value.strip():
+            documents.append(value)
+        elif isinstance(value, list) and value:
+            problems += [f"{where}: {problem}" for problem in _unsound(value)]
             documents.append(value)
         else:
             have = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            problems.append(f"line {number}: no text in field `{field}` (it has: {have})")
+            problems.append(f"{where}: no text in field `{field}` (it has: {have})")
+    if len({type(document) for document in documents}) > 1:
+        problems.append(f"field `{field}` holds a text in some rows and a chat in others")
     if problems:
-        more = [f"and {len(problems) - 10} more lines"] if len(problems) > 10 else []
-        raise StethoscopeError(f"`{path}` has unusable lines", problems=[*problems[:10], *more], hint="set `field`")
-    return documents
+        more = [f"and {len(problems) - _SHOWN} more rows"] if len(problems) > _SHOWN else []
+        raise StethoscopeError(f"`{path}` has unusable rows", problems=[*problems[:_SHOWN], *more], hint="set `field`")
+    if documents and not isinstance(documents[0], str):
+        # tables fill in what a message lacks, which a file of lines does not
+        documents = [[{k: v for k, v in m.items() if v is not None} for m in chat] for chat in documents]
+    return documents[:limit] or _none(path)
 
 
-def documents_hash(documents: Iterable[str]) -> str:
+def _none(path: Path) -> list[Any]:
+    raise StethoscopeError(f"`{path}` holds no documents")
+
+
+def _unsound(chat: list[Any]) -> list[str]:
+    return [
+        f"message {number} is no table with `role` and `content`, both text"
+        for number, message in enumerate(chat, 1)
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content"))
+    ]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StethoscopeError(f"the text `{path}` cannot be read: {error}") from error
+
+
+def _jsonl(path: Path, _field: str, _limit: int | None) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: strings may hold other line ends
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                yield f"line {number}", error
+
+
+def _parquet(path: Path, field: str, limit: int | None) -> list[tuple[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        names = parquet.read_schema(path).names
+        values = parquet.read_table(path, columns=[field])[field].slice(0, limit) if field in names else None
+    except (OSError, ArrowException) as error:
+        raise StethoscopeError(f"the table `{path}` cannot be read: {error}") from error
+    return _column(path, field, names, values and values.to_pylist())
+
+
+def _dataset(path: Path, field: str, limit: int | None, split: str | None) -> list[tuple[str, Any]]:
+    """Rows of a dataset in a folder, or by its name from the hub library's cache or the network."""
+    hub = _HUB.fullmatch(path.as_posix())
+    if not path.is_dir() and (path.exists() or hub is None):
+        raise StethoscopeError(
+            f"there is no text `{path}` that can be read",
+            hint="give a .jsonl, .parquet or .txt file, the folder of a saved dataset, or a dataset on the hub",
+        )
+    import datasets
+
+    try:
+        if path.is_dir():
+            found = datasets.load_from_disk(str(path))
+        else:
+            assert hub is not None
+            split = split or hub["split"]
+            found = datasets.load_dataset(hub["name"], hub["config"])
+    except (OSError, ValueError) as error:
+        raise StethoscopeError(
+            f"the dataset `{path}` cannot be read: {error}",
+            hint="a dataset on the hub is `owner/name/config:split`; without a network it must be in the cache",
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        split = split or (next(iter(found)) if len(found) == 1 else "train")
+        if split not in found:
+            raise StethoscopeError(f"the dataset `{path}` has no split `{split}`", hint=f"it has: {', '.join(found)}")
+        found = found[split]
+    names = found.column_names
+    return _column(path, field, names, found[field][:limit] if field in names else None)
+
+
+def _column(path: Path, field: str, names: list[str], values: list[Any] | None) -> list[tuple[str, Any]]:
+    if values is None:
+        raise StethoscopeError(f"`{path}` has no field `{field}` (it has: {', '.join(names)})", hint="set `field`")
+    return [(f"row {number}", {field: value}) for number, value in enumerate(values, 1)]
+
+
+def documents_hash(documents: Iterable[Document]) -> str:
     """One content hash of a list of documents, order included."""
     return sha256_bytes(canonical_json(list(documents)).encode())
 
@@ -75,7 +174,7 @@ class TokenBatch:
         documents: each row's position in the corpus.
         input_ids: token ids; padding is the tokenizer's.
         attention_mask: True on the document's own tokens.
-        countable: True on tokens that statistics count: no padding, no special tokens.
+        countable: True on tokens that statistics count: no padding, no special tokens, and only what was asked for.
     """
 
     documents: tuple[int, ...]
@@ -85,26 +184,146 @@ class TokenBatch:
 
 
 def tokenize(
-    documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 1024
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 1024
 ) -> list[list[int]]:
-    """Token ids per document, cut at ``max_tokens``, with the special tokens that the tokenizer adds itself.
+    """Token ids per document, cut at ``max_tokens``.
+
+    A text gets the special tokens that the tokenizer adds itself; a chat is rendered with the model's template, which
+    brings its own.
 
     Raises:
-        StethoscopeError: a document has no tokens.
+        StethoscopeError: a document has no tokens, or a chat cannot be rendered.
     """
-    rows: list[list[int]] = tokenizer(list(documents), truncation=True, max_length=max_tokens)["input_ids"]
+    texts = [text if isinstance(text, str) else _render(text, tokenizer, i) for i, text in enumerate(documents)]
+    chats = bool(documents) and not isinstance(documents[0], str)
+    rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens, add_special_tokens=not chats)[
+        "input_ids"
+    ]
     empty = [f"document {i}" for i, row in enumerate(rows) if not row]
     if empty:
         raise StethoscopeError("some documents have no tokens", problems=empty)
     return rows
 
 
+def counted_tokens(
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int = 1024,
+    tokens: Tokens = "all",
+) -> list[list[bool]]:
+    """Which tokens of each row of `tokenize` statistics count; special tokens and those of a chat template never.
+
+    Args:
+        tokens: ``all`` others; those of the ``assistant``'s messages; or the ``last`` one of each document.
+
+    Returns:
+        per document a list as long as its row of token ids.
+
+    Raises:
+        StethoscopeError: nothing is left to count, or a chat's content cannot be told from its template.
+    """
+    special = set(tokenizer.all_special_ids)
+    counted = []
+    for i, (document, row) in enumerate(
+        zip(documents, tokenize(documents, tokenizer, max_tokens=max_tokens), strict=True)
+    ):
+        if isinstance(document, str):
+            if tokens == "assistant":
+                raise StethoscopeError("a text has no assistant's tokens", hint="give chats, or count `all` tokens")
+            mask = [True] * len(row)
+        else:
+            mask = _content(document, tokenizer, i, max_tokens, assistant=tokens == "assistant")
+        mask = [wanted and token not in special for wanted, token in zip(mask, row, strict=True)]
+        if tokens == "last" and True in mask:
+            last = len(mask) - 1 - mask[::-1].index(True)
+            mask = [place == last for place in range(len(mask))]
+        counted.append(mask)
+    if without := sum(True not in mask for mask in counted):
+        log.warning("%d of %d documents have no tokens to count", without, len(counted))
+        if without == len(counted):
+            raise StethoscopeError("no document has a token to count", hint="raise `max_tokens`, or count `all` tokens")
+    return counted
+
+
+def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise StethoscopeError(
+            "the model's tokenizer has no chat template, so chats cannot be rendered",
+            hint="give texts, or an instruction-tuned model",
+        )
+    try:
+        return str(tokenizer.apply_chat_template([dict(message) for message in chat], tokenize=False))
+    except TemplateError as error:
+        raise StethoscopeError(f"the chat template refuses document {number}: {error}") from error
+
+
+def _content(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int, max_tokens: int, *, assistant: bool
+) -> list[bool]:
+    """Which tokens of a rendered chat overlap the content of its messages, or of the assistant's."""
+    text = _render(chat, tokenizer, number)
+    found = _said(chat, tokenizer, number, text, tags=False) or _said(chat, tokenizer, number, text, tags=True)
+    if found is None:
+        raise StethoscopeError(
+            f"in document {number}, what the messages say cannot be told from what the chat template adds",
+            hint="render the chats yourself and give texts",
+        )
+    spans = [span for role, span in found if not assistant or role in ("assistant", "model")]
+    encoded = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, truncation=True, max_length=max_tokens
+    )
+    return [any(start < b and end > a for a, b in spans) for start, end in encoded["offset_mapping"]]
+
+
+def _said(
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int, text: str, *, tags: bool
+) -> list[tuple[str, tuple[int, int]]] | None:
+    """Roles, and where in a rendered chat what they say begins and ends; None if that cannot be told.
+
+    The chat is rendered again with marks in place of the contents. What stands between the marks is the template's,
+    and the contents must stand between just that in the chat itself, whatever they look like.
+
+    Args:
+        tags: keep what looks like ``<think>`` out of the marks: templates drop or move what such tags enclose.
+    """
+    said: list[tuple[str, str]] = []
+    marked = []
+    for message in chat:
+        pieces = _TAG.split(message["content"]) if tags else [message["content"]]
+        for place, piece in enumerate(pieces):
+            # an empty content stays empty: a template may ask whether there is one
+            if piece.strip() and not (tags and _TAG.fullmatch(piece)):
+                pieces[place] = f"{_OPEN}{len(said)}{_CLOSE}"
+                said.append((message["role"], piece))
+        marked.append({**message, "content": "".join(pieces)})
+    first, *rest = re.split(f"{_OPEN}(\\d+){_CLOSE}", _render(marked, tokenizer, number))
+    order = [said[int(mark)] for mark in rest[::2]]
+    pattern = re.escape(first) + "".join(
+        # as it stands, or stripped, as many templates do
+        f"({re.escape(piece)}|{re.escape(piece.strip())}){re.escape(after)}"
+        for (_, piece), after in zip(order, rest[1::2], strict=True)
+    )
+    match = re.fullmatch(pattern, text)
+    return match and [(role, match.span(group)) for group, (role, _) in enumerate(order, 1)]
+
+
 def batches(
-    rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, *, batch_tokens: int = 4096
+    rows: Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_tokens: int = 4096,
+    counted: Sequence[Sequence[bool]] | None = None,
 ) -> Iterator[TokenBatch]:
     """Batches of at most ``batch_tokens`` tokens, padding included, documents sorted by length.
 
     The composition depends on the documents alone, never on a worker or a run.
+
+    Args:
+        rows: from `tokenize`.
+        counted: from `counted_tokens`, for the same documents; all but special tokens count if None.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
@@ -114,12 +333,14 @@ def batches(
         width = len(rows[chosen[0]])
         ids = torch.full((len(chosen), width), int(tokenizer.pad_token_id), dtype=torch.int64)
         attention = torch.zeros((len(chosen), width), dtype=torch.bool)
+        countable = torch.zeros((len(chosen), width), dtype=torch.bool)
         for place, i in enumerate(chosen):
             ids[place, : len(rows[i])] = torch.tensor(rows[i], dtype=torch.int64)
             attention[place, : len(rows[i])] = True
+            countable[place, : len(rows[i])] = torch.tensor(counted[i]) if counted else True
         yield TokenBatch(
             documents=tuple(chosen),
             input_ids=ids,
             attention_mask=attention,
-            countable=attention & ~torch.isin(ids, special),
+            countable=countable & ~torch.isin(ids, special),
         )
