@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import yaml
@@ -21,7 +21,7 @@ from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.corpus import documents_hash, read_documents, tokenize
 from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
-from stethoscope.diagnosis.listen import Listening, listen
+from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.statistics import save_statistics
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
@@ -41,8 +41,6 @@ from stethoscope.selection.policies import Selection, select
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
 PROJECTED_SHARE = 0.03
-
-Side = Literal["target", "control"]
 
 
 @runtime_checkable
@@ -110,9 +108,9 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     saes = attempt(open_saes, recipe.saes, sae_id=recipe.sae_id)
     if base and saes:
         attempt(check_fit, saes, hidden_size=base.hidden_size, num_layers=base.layers)
-        if recipe.select.k > len(saes):
+        if recipe.select.k is not None and recipe.select.k > len(saes):
             problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
-    texts = {"target": recipe.target, "control": recipe.control}
+    texts = {"target": recipe.target, **recipe.all_controls}
     if recipe.evaluate.control:
         texts["general"] = recipe.evaluate.control
     read = {name: attempt(documents, text) for name, text in texts.items()}
@@ -147,7 +145,7 @@ def _expected_edit(recipe: Recipe, base: Checkpoint, task_vector: TaskVector, fo
         entry = base.entries[name]
         if entry.layer is not None:
             size[entry.layer] += entry.nbytes
-    layers = [layer for layer, _ in size.most_common(recipe.select.k)]
+    layers = [layer for layer, _ in size.most_common(recipe.select.k)]  # all, where k is not known yet
     plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
     return preview(base, task_vector, plan, folder / "edited", overwrite=True)
 
@@ -268,35 +266,33 @@ class _Run:
 
     def diagnose(self) -> Diagnosis:
         recipe, options = self.recipe, self.recipe.diagnose
+        corpora = ("target", *recipe.all_controls)
         provenance = self.provenance(
-            "base", "saes", "target", "control", score=recipe.score, features=self.projected_features,
-            **options.model_dump(),
+            "base", "saes", *corpora, score=recipe.score, increments=recipe.increments,
+            features=self.projected_features, **options.model_dump(exclude={"sae_memory_gb"}),
         )  # fmt: skip
         with self.reporter.stage("Diagnose: listen to every layer") as advance:
             saved = Diagnosis.load_if_current(self.folder, provenance)
             if saved:
                 return saved
-            saes = {layer: load_sae(found) for layer, found in self.found.saes.items()}
-            heard: dict[Side, Listening] = {}
-            total = len(self.found.texts["target"]) + len(self.found.texts["control"])
-            sides: tuple[Side, Side] = ("target", "control")
-            for side in sides:
-                before = len(self.found.texts["target"]) if heard else 0
-                heard[side] = listen(
-                    self.model,
-                    self.tokenizer,
-                    saes,
-                    self.found.texts[side],
-                    block_size=options.block_size,
-                    max_tokens=options.max_tokens,
-                    progress=lambda done, _, before=before: advance(before + done, total),  # type: ignore[misc]
-                )
+            texts = {name: self.found.texts[name] for name in corpora}
+            heard = listen(
+                self.model,
+                self.tokenizer,
+                self.found.saes,
+                texts,
+                block_size=options.block_size,
+                max_tokens=options.max_tokens,
+                memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
+                progress=advance,
+            )
             save_statistics(self.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
             made = diagnose(
                 heard,
-                documents={side: len(self.found.texts[side]) for side in sides},
+                documents={name: len(documents) for name, documents in texts.items()},
                 provenance=provenance,
                 score=recipe.score,
+                increments=recipe.increments,
                 permutations=options.permutations,
                 resamples=options.resamples,
                 top_features=max(64, self.projected_features),
@@ -311,13 +307,7 @@ class _Run:
     def select(self, diagnosis: Diagnosis) -> Selection:
         options = self.recipe.select
         self.hashes["diagnosis"] = diagnosis.provenance.key
-        made = select(
-            diagnosis,
-            policy=options.policy,
-            k=options.k,
-            include_flagged=options.include_flagged,
-            provenance=self.provenance("diagnosis", **options.model_dump()),
-        )
+        made = select(diagnosis, options, provenance=self.provenance("diagnosis", **options.model_dump()))
         made.save(self.folder)
         self.reporter.note(f"layers chosen: {', '.join(map(str, made.layers))}")
         for warning in diagnosis.warnings:

@@ -26,11 +26,29 @@ class Text(_Section):
 
 
 class Select(_Section):
-    """How scores become layers."""
+    """How scores become layers.
 
-    policy: Literal["top_k"] = "top_k"
-    k: int = Field(ge=1)
+    Attributes:
+        policy: what decides, see `selection.policies`.
+        k: layers, for ``top_k``.
+        z: least excess in standard deviations of the null, for ``threshold``.
+        alpha: level over all layers, for ``significant``.
+        share: of the excess to hold, for ``budget``.
+        include_flagged: believe SAEs whose health is poor.
+    """
+
+    policy: Literal["top_k", "threshold", "significant", "budget", "gap"] = "top_k"
+    k: int | None = Field(default=None, ge=1)
+    z: float = Field(default=3.0, allow_inf_nan=False)
+    alpha: float = Field(default=0.05, gt=0, lt=1)
+    share: float = Field(default=0.5, gt=0, le=1)
     include_flagged: bool = False
+
+    @model_validator(mode="after")
+    def _top_k_has_k(self) -> "Select":
+        if self.policy == "top_k" and self.k is None:
+            raise ValueError("`top_k` needs `k`, the number of layers")
+        return self
 
 
 class EditOptions(_Section):
@@ -40,12 +58,17 @@ class EditOptions(_Section):
 
 
 class Diagnose(_Section):
-    """How the listening is done; blocks are what permutations relabel."""
+    """How the listening is done; blocks are what permutations relabel.
+
+    Attributes:
+        sae_memory_gb: encoders that do not fit wait for another forward over the text; no limit by default.
+    """
 
     block_size: int = Field(default=64, ge=1)
     max_tokens: int = Field(default=1024, ge=8)
     permutations: int = Field(default=200, ge=19)
     resamples: int = Field(default=200, ge=19)
+    sae_memory_gb: float | None = Field(default=None, gt=0)
 
 
 class Project(_Section):
@@ -74,7 +97,13 @@ class Evaluate(_Section):
 
 
 class Recipe(_Section):
-    """One experiment, from two models and a set of SAEs to a verdict."""
+    """One experiment, from two models and a set of SAEs to a verdict.
+
+    Attributes:
+        control: text that lacks the target's skill; a layer must stand out against it.
+        controls: further such texts by name, against each of which a layer must stand out too.
+        increments: judge what each layer adds to the one before it, for SAEs that read the residual stream.
+    """
 
     base: str
     tuned: str
@@ -82,7 +111,9 @@ class Recipe(_Section):
     sae_id: str | None = None
     target: Text
     control: Text
+    controls: dict[str, Text] = {}
     score: str = "mass_shift"
+    increments: bool = False
     diagnose: Diagnose = Diagnose()
     select: Select
     edit: EditOptions = EditOptions()
@@ -98,7 +129,14 @@ class Recipe(_Section):
             raise ValueError("`arms` names an arm twice")
         if "base" not in self.arms:
             raise ValueError("`arms` must hold `base`, which the others are compared with")
+        if taken := {"target", "control", "general"} & set(self.controls):
+            raise ValueError(f"`controls` cannot be called {', '.join(f'`{name}`' for name in sorted(taken))}")
         return self
+
+    @property
+    def all_controls(self) -> dict[str, Text]:
+        """Every control by name, the first of which is ``control``."""
+        return {"control": self.control, **self.controls}
 
     @classmethod
     def from_yaml(cls, path: Path) -> "Recipe":
@@ -140,6 +178,7 @@ class Recipe(_Section):
                 **{name: _local(folder, getattr(self, name)) for name in ("base", "tuned", "saes")},
                 "target": there(self.target),
                 "control": there(self.control),
+                "controls": {name: there(text) for name, text in self.controls.items()},
                 "evaluate": evaluate,
             }
         )
@@ -158,7 +197,8 @@ def _problem(error: dict[str, Any]) -> str:
         return f"{place or 'recipe'}: {error['msg']}{given}"
     section: type[BaseModel] = Recipe
     for part in error["loc"][:-1]:
-        section = _section(section.model_fields[str(part)].annotation)
+        if str(part) in section.model_fields:  # else the name of an entry of `controls`
+            section = _section(section.model_fields[str(part)].annotation)
     close = get_close_matches(str(error["loc"][-1]), list(section.model_fields), n=1)
     return f"{place}: unknown key" + (f"; did you mean `{close[0]}`?" if close else "")
 

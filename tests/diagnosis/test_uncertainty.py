@@ -2,65 +2,141 @@
 
 import numpy as np
 import pytest
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from scipy.stats import mannwhitneyu
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.diagnose import diagnose
-from stethoscope.diagnosis.listen import Listening
-from stethoscope.diagnosis.scores import mass_shift
+from stethoscope.diagnosis.listen import Listening, listen
+from stethoscope.diagnosis.scores import SCORES, Blocks, mass_shift, positive_difference
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.errors import StethoscopeError
+from stethoscope.saes.health import SAEHealth
 
 
-def corpus(rng, *, blocks=12, width=40, layers=5, planted=None, tokens=200) -> FeatureStatistics:
-    """Blocks of gamma-distributed sums; in the planted layer a tenth of the features act five times as much."""
+def corpus(rng, *, blocks=12, width=200, layers=5, planted=None, tokens=200) -> FeatureStatistics:
+    """Blocks in which most features fire rarely; in the planted layer a tenth of them, silent elsewhere, fire often."""
     made = {}
+    rates = np.geomspace(0.0005, 0.3, width)
     for layer in range(layers):
-        sums = rng.gamma(2.0, 1.0, (blocks, width)) * np.linspace(0.1, 3, width)
-        if layer == planted:
-            sums[:, -width // 10 :] *= 5
+        p = rates * rng.gamma(20.0, 1 / 20, (blocks, width))
+        p[:, ::10] = 0.15 if layer == planted else 0.002
+        fired = rng.binomial(tokens, np.minimum(p, 1))
+        sums = fired * rng.gamma(20.0, 1 / 20, (blocks, width))
         made[layer] = LayerStatistics(
             sums=sums,
-            fired=rng.integers(0, tokens, (blocks, width)),
-            maxima=sums.astype(np.float32),
+            fired=fired,
+            maxima=(fired > 0).astype(np.float32),
             tokens=np.full(blocks, tokens),
             sinks=np.zeros(blocks, dtype=np.int64),
         )
     return FeatureStatistics(layers=made)
 
 
-def test_mass_shift_is_total_variation():
-    rng = np.random.default_rng(0)
-    a, b = rng.random((7, 30)), rng.random((7, 30))
-    expected = [np.abs(x / x.sum() - y / y.sum()).sum() / 2 for x, y in zip(a, b, strict=True)]
-    np.testing.assert_allclose(mass_shift(a, b), expected)
-    np.testing.assert_allclose(mass_shift(a, 17.0 * a), 0, atol=1e-12)
-    assert mass_shift(np.array([1.0, 0.0]), np.array([0.0, 2.0])) == 1
-    assert mass_shift(np.zeros(3), np.zeros(3)) == 0
-
-
+@pytest.mark.parametrize("name", SCORES)
 @pytest.mark.parametrize("seed", range(20))
-def test_the_planted_layer_is_found(seed):
+def test_every_score_finds_the_planted_layer(name, seed):
     rng = np.random.default_rng(seed)
-    found = assess(corpus(rng, planted=3), corpus(rng), mass_shift, rng=rng)
-    assert np.argmax(found.excess) == 3
-    assert found.p_familywise[3] == pytest.approx(1 / 201)
-    assert found.top_share(1)[3] > 0.95
+    found = assess(corpus(rng, planted=3), corpus(rng), SCORES[name], rng=rng, permutations=99, resamples=50)
+    assert found.rank[3] == 1
+    assert found.stability[3] > 0.95
+    assert found.p_familywise[3] == pytest.approx(1 / 100)
     low, high = found.interval()
     assert low[3] > 0
     assert (low <= found.excess).all()
     assert (found.excess <= high).all()
 
 
-def test_null_pairs_are_significant_no_more_often_than_the_level_says():
-    false_alarms = 0
+def test_increments_find_where_a_cumulative_site_changes():
+    rng = np.random.default_rng(1)
+    layers = {n: corpus(rng, planted=3 if n >= 2 else None).layers[3] for n in range(5)}  # heard from layer 2 on
+    target, control = FeatureStatistics(layers=layers), corpus(rng)
+    plain = assess(target, control, SCORES["mass_shift"], rng=rng)
+    added = assess(target, control, SCORES["mass_shift"], increments=True, rng=rng)
+    assert (plain.z[2:] > 6).all()
+    assert added.rank[2] == 1
+    assert (added.z[[0, 1, 3, 4]] < 4).all()
+    np.testing.assert_allclose(added.score.cumsum(), plain.score)
+
+
+@pytest.fixture(scope="module")
+def documents_heard(llama, tokenizer) -> FeatureStatistics:
+    """A small model listened to on documents of very unequal length, a block each."""
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("abcdefgh "), size=n)) for n in rng.integers(5, 120, size=90)]
+    saes = {}
+    for layer in range(4):
+        torch.manual_seed(layer)
+        sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
+        for parameter in sae.parameters():
+            parameter.data = 0.3 * torch.randn_like(parameter)
+        saes[layer] = sae.requires_grad_(False)
+    return listen(llama(layers=4), tokenizer, saes, {"all": texts}, block_size=1, health_tokens=0)["all"].statistics
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_null_pairs_are_significant_no_more_often_than_the_level_says(name, documents_heard):
+    """One corpus split in two at random, a third and two thirds, is no finding more often than in 5 % of splits."""
+    alarms = single = 0
     for seed in range(200):
-        rng = np.random.default_rng(1000 + seed)
-        found = assess(
-            corpus(rng, blocks=8), corpus(rng, blocks=11), mass_shift, permutations=99, resamples=19, rng=rng
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(90)
+        target, control = (
+            documents_heard.regroup(np.array_split(part, blocks))
+            for part, blocks in ((order[:30], 10), (order[30:], 20))
         )
-        false_alarms += bool((found.p_familywise <= 0.05).any())
-    assert false_alarms <= 19  # the 0.999 quantile of Binomial(200, 0.05)
+        found = assess(target, control, SCORES[name], permutations=39, resamples=2, rng=rng)
+        alarms += bool((found.p_familywise <= 0.05).any())
+        single += int((found.p <= 0.05).sum())
+    assert alarms <= 19  # the 0.999 quantile of Binomial(200, 0.05)
+    assert single / 800 < 0.09  # layers of one model go together, so fewer than 800 independent draws
+
+
+def blocks(sums, fired=None, tokens=100.0) -> Blocks:
+    sums = np.array(sums, dtype=float)
+    fired = np.zeros_like(sums) if fired is None else np.array(fired, dtype=float)
+    return Blocks(sums=sums, fired=fired, tokens=np.full(len(sums), tokens))
+
+
+FIRST, SECOND = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+
+
+def test_mass_shift_is_total_variation():
+    rng = np.random.default_rng(0)
+    a, b = rng.random(30), rng.random(30)
+    expected = np.abs(a / a.sum() - b / b.sum()).sum() / 2
+    assert mass_shift(blocks([a, b]), FIRST, SECOND) == pytest.approx(expected)
+    assert mass_shift(blocks([a, 17 * a]), FIRST, SECOND) == pytest.approx(0)
+    assert mass_shift(blocks([[1, 0], [0, 2]]), FIRST, SECOND) == 1
+    assert mass_shift(blocks(np.zeros((2, 3))), FIRST, SECOND) == 0
+
+
+def test_scores_by_hand():
+    #      specific, common, too rare on target, only on control
+    made = blocks([[6, 3, 1, 0], [1, 5, 1, 3]], [[20, 50, 0, 0], [1, 50, 0, 40]])
+    assert SCORES["specific_mass"](made, FIRST, SECOND) == pytest.approx(0.6)
+    separated = [0.2 - 0.01, 0.0, 0.0, 0.0]  # features that fire on less than 2 % of control tokens
+    assert SCORES["top_separation"](made, FIRST, SECOND) == pytest.approx(np.mean(separated))
+    e = 1 / 102
+    lifted = [0.2 * np.log((0.2 + e) / (0.01 + e)), 0.0, 0.0, 0.0]
+    assert SCORES["lift"](made, FIRST, SECOND) == pytest.approx(sum(lifted) / 0.7)
+    signed = blocks([[5, -2], [1, 3]])
+    assert positive_difference(signed, FIRST, SECOND) == pytest.approx(0.04)
+
+
+def test_probe_auroc_is_scipys_and_judges_by_held_out_blocks():
+    rng = np.random.default_rng(3)
+    fired = rng.integers(0, 30, size=(40, 16)).astype(float)
+    made = Blocks(sums=fired, fired=fired, tokens=np.full(40, 100.0))
+    target = np.repeat([1.0, 0.0], [15, 25])
+    even = np.arange(40) % 2 == 0
+    areas = []
+    for held_out in (~even, even):  # all 16 features are taken, so only the held-out blocks decide
+        t, c = (fired[held_out & (target == side)].sum(1) for side in (1, 0))
+        areas.append(mannwhitneyu(t, c).statistic / (len(t) * len(c)))
+    assert SCORES["probe_auroc"](made, target, 1 - target) == pytest.approx(np.mean(areas))
 
 
 def test_familywise_p_is_never_below_the_layer_p():
@@ -77,7 +153,11 @@ def test_too_few_blocks_are_refused():
 
 
 def listening(statistics: FeatureStatistics, explained: dict[int, float | None]) -> Listening:
-    return Listening(statistics=statistics, variance_explained=explained)
+    health = {
+        layer: SAEHealth(tokens=100, variance_explained=value, l0=10.0, dead=0.0, dense=0.0)
+        for layer, value in explained.items()
+    }
+    return Listening(statistics=statistics, health=health)
 
 
 def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
@@ -98,7 +178,7 @@ def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
         None,
     ]
     assert max(made.layers, key=lambda layer: layer.excess).layer == 2
-    assert {f.feature for f in made.layers[2].features[:4]} == {36, 37, 38, 39}
+    assert {f.feature for f in made.layers[2].features[:20]} == set(range(0, 200, 10))
     assert sum(layer.increment for layer in made.layers) == pytest.approx(made.layers[-1].excess)
     assert diagnose(heard, documents=documents, provenance=Provenance(seed=3)) == made
     made.save(tmp_path)
@@ -114,5 +194,26 @@ def test_a_difference_in_length_is_said():
     made = diagnose(heard, documents={"target": 10, "control": 10}, provenance=Provenance())
     assert len(made.warnings) == 1
     assert "1080 tokens" in made.warnings[0]
-    with pytest.raises(StethoscopeError, match="unknown score `loudness`"):
-        diagnose(heard, documents={"target": 10, "control": 10}, provenance=Provenance(), score="loudness")
+    with pytest.raises(StethoscopeError, match="did you mean `mass_shift`"):
+        diagnose(heard, documents={"target": 10, "control": 10}, provenance=Provenance(), score="mass_shif")
+
+
+def test_a_layer_has_to_stand_out_against_every_control():
+    """Layer 1 differs from one control only, layer 3 from both."""
+    rng = np.random.default_rng(2)
+    plain, one, three = corpus(rng), corpus(rng, planted=1), corpus(rng, planted=3)
+    target = FeatureStatistics(layers=plain.layers | {1: one.layers[1], 3: three.layers[3]})
+    healthy = dict.fromkeys(range(5), 0.9)
+    heard = {
+        "target": listening(target, healthy),
+        "control": listening(corpus(rng), healthy),
+        "same form": listening(corpus(rng, planted=1), healthy),
+    }
+    sizes = dict.fromkeys(heard, 40)
+    made = diagnose(heard, documents=sizes, provenance=Provenance())
+    assert [layer.p_familywise < 0.05 for layer in made.layers] == [False, False, False, True, False]
+    assert made.layers[1].against == "same form"
+    alone = diagnose({n: heard[n] for n in ("target", "control")}, documents=sizes, provenance=Provenance())
+    assert alone.layers[1].p_familywise < 0.05
+    with pytest.raises(StethoscopeError, match="no control"):
+        diagnose({"target": heard["target"]}, documents=sizes, provenance=Provenance())

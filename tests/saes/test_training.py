@@ -45,7 +45,7 @@ def trained(
 
 def activations(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, layer: int) -> torch.Tensor:
     stream = ActivationStream(model, tokenizer, [layer])
-    return torch.cat([part[stream.hook(layer)] for part in stream.outputs(stream.tokenize(DOCUMENTS[:20]))])
+    return torch.cat([part[stream.hooks[layer]] for part in stream.outputs(stream.tokenize(DOCUMENTS[:20]))])
 
 
 def test_trained_saes_explain_held_out_text(trained: tuple[Path, LlamaForCausalLM]) -> None:
@@ -166,7 +166,7 @@ def test_the_stream_reads_each_layer_without_first_and_special_tokens(
     heard = {0: [], 1: []}  # type: dict[int, list[torch.Tensor]]
     for part in stream.outputs(stream.tokenize(documents)):
         for layer in heard:
-            heard[layer].append(part[stream.hook(layer)])
+            heard[layer].append(part[stream.hooks[layer]])
     states = []
     for document in documents:
         out = model.model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True)

@@ -5,6 +5,7 @@ import pytest
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.diagnose import CorpusSummary, Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
+from stethoscope.recipe import Select
 from stethoscope.saes.health import SAEHealth
 from stethoscope.selection.policies import select
 
@@ -14,6 +15,7 @@ def diagnosis(excesses: list[float], flagged: tuple[int, ...] = ()) -> Diagnosis
     return Diagnosis(
         provenance=Provenance(),
         score="mass_shift",
+        increments=False,
         corpora=dict.fromkeys(("target", "control"), CorpusSummary(documents=8, blocks=4, tokens=100, sinks=0)),
         layers=tuple(
             LayerDiagnosis(
@@ -24,8 +26,12 @@ def diagnosis(excesses: list[float], flagged: tuple[int, ...] = ()) -> Diagnosis
                 interval=(e - 0.1, e + 0.1),
                 z=10 * e,
                 p=0.01,
-                p_familywise=0.02,
+                p_familywise=0.02 if e >= 0.3 else 0.6,
+                rank=sorted(excesses, reverse=True).index(e) + 1,
+                stability=0.97,
                 increment=e,
+                increment_z=e,
+                against="control",
                 health={"target": healthy, "control": healthy},
                 flag="SAE variance explained 0.31 on target text" if i in flagged else None,
                 features=(),
@@ -36,18 +42,18 @@ def diagnosis(excesses: list[float], flagged: tuple[int, ...] = ()) -> Diagnosis
     )
 
 
-def choose(*args, **kwargs):
-    return select(diagnosis(*args), policy="top_k", provenance=Provenance(), **kwargs)
+def choose(*args, **options):
+    return select(diagnosis(*args), Select(**options), provenance=Provenance())
 
 
 def test_top_k_takes_the_largest_and_explains_every_layer():
     made = choose([0.1, 0.5, 0.2, 0.4], k=2)
     assert made.layers == (1, 3)
     assert [choice.reason for choice in made.choices] == [
-        "left out: excess 0.100, z 1.0",
-        "chosen: excess 0.500, z 5.0, rank 1 of 4",
-        "left out: excess 0.200, z 2.0",
-        "chosen: excess 0.400, z 4.0, rank 2 of 4",
+        "left out: excess 0.100, z 1.0, p 0.600, rank 4 of 4",
+        "chosen: excess 0.500, z 5.0, p 0.020, rank 1 or better in 97 % of resamples",
+        "left out: excess 0.200, z 2.0, p 0.600, rank 3 of 4",
+        "chosen: excess 0.400, z 4.0, p 0.020, rank 2 or better in 97 % of resamples",
     ]
 
 
@@ -56,16 +62,33 @@ def test_ties_break_toward_the_lower_layer():
 
 
 def test_a_flagged_layer_is_left_out_unless_the_user_insists():
-    assert choose([0.1, 0.9, 0.2], (1,), k=1).layers == (2,)
+    made = choose([0.1, 0.9, 0.2], (1,), k=1)
+    assert made.layers == (2,)
+    assert made.choices[1].reason == "left out: SAE variance explained 0.31 on target text"
     assert choose([0.1, 0.9, 0.2], (1,), k=1, include_flagged=True).layers == (1,)
-    assert (
-        choose([0.1, 0.9, 0.2], (1,), k=1).choices[1].reason == "left out: SAE variance explained 0.31 on target text"
-    )
 
 
-def test_impossible_requests_say_what_is_there():
-    with pytest.raises(StethoscopeError, match="cannot choose 3 layers: 2 of 3") as error:
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"policy": "threshold", "z": 2.0}, (1, 2, 3)),
+        ({"policy": "threshold"}, (1, 3)),
+        ({"policy": "significant"}, (1, 3)),
+        ({"policy": "budget", "share": 0.5}, (1, 3)),
+        ({"policy": "budget", "share": 0.75}, (1, 3)),  # 0.9 of 1.2, met exactly
+        ({"policy": "budget", "share": 1.0}, (0, 1, 2, 3)),
+        ({"policy": "gap"}, (0, 1, 2, 3)),
+    ],
+)
+def test_policies_by_hand(options, layers):
+    assert choose([0.1, 0.5, 0.2, 0.4, -0.2], **options).layers == layers
+
+
+def test_too_few_layers_or_none_is_an_error_that_says_why():
+    with pytest.raises(StethoscopeError, match="2 can be believed") as error:
         choose([0.1, 0.9, 0.2], (1,), k=3)
-    assert "layer 1: SAE variance explained 0.31" in str(error.value)
-    with pytest.raises(StethoscopeError, match="unknown policy"):
-        select(diagnosis([0.1]), policy="best", k=1, provenance=Provenance())
+    assert "layer 1: SAE variance explained 0.31 on target text" in str(error.value)
+    with pytest.raises(StethoscopeError, match=r"chooses no layer: the best, layer 1, has excess 0\.200"):
+        choose([0.1, 0.2], policy="significant")
+    with pytest.raises(ValueError, match="`top_k` needs `k`"):
+        Select(policy="top_k")

@@ -1,17 +1,18 @@
 """diagnose: model, SAEs and two kinds of text in; each layer's specificity, judged against chance, out."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from difflib import get_close_matches
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from stethoscope.artifacts import Artifact, Provenance
 from stethoscope.diagnosis.listen import Listening
-from stethoscope.diagnosis.scores import SCORES, mass_difference
-from stethoscope.diagnosis.uncertainty import assess
+from stethoscope.diagnosis.scores import SCORES
+from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.errors import StethoscopeError
-from stethoscope.saes.health import DENSE_RATE, SAEHealth
+from stethoscope.saes.health import SAEHealth
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
@@ -40,7 +41,11 @@ class LayerDiagnosis(_Frozen):
         excess: score less ``null``; ``interval`` is its 95 % block-bootstrap interval.
         z: excess in standard deviations of the null.
         p: permutation p; ``p_familywise`` is adjusted for all layers.
+        rank: place by excess, from 1; ``stability`` is the share of resamples that place it as high or higher.
         increment: excess over that of the layer before, since ``resid_post`` accumulates.
+        increment_z: in standard deviations of the increment's own null.
+        against: the control that the layer stands out least against; all figures above are those against it.
+        health: by corpus.
         flag: why the layer should not be believed, or None.
         features: those that differ most toward the target.
     """
@@ -53,8 +58,12 @@ class LayerDiagnosis(_Frozen):
     z: float
     p: float
     p_familywise: float
+    rank: int
+    stability: float
     increment: float
-    health: dict[Literal["target", "control"], SAEHealth]
+    increment_z: float
+    against: str
+    health: dict[str, SAEHealth]
     flag: str | None
     features: tuple[FeatureDifference, ...]
 
@@ -74,17 +83,19 @@ class Diagnosis(Artifact):
     FILE: ClassVar[str] = "diagnosis.json"
 
     score: str
-    corpora: dict[Literal["target", "control"], CorpusSummary]
+    increments: bool
+    corpora: dict[str, CorpusSummary]
     layers: tuple[LayerDiagnosis, ...]
     warnings: tuple[str, ...]
 
 
 def diagnose(
-    heard: Mapping[Literal["target", "control"], Listening],
+    heard: Mapping[str, Listening],
     *,
-    documents: Mapping[Literal["target", "control"], int],
+    documents: Mapping[str, int],
     provenance: Provenance,
     score: str = "mass_shift",
+    increments: bool = False,
     permutations: int = 200,
     resamples: int = 200,
     top_features: int = 64,
@@ -92,68 +103,86 @@ def diagnose(
     """Score every layer from what was heard on target and control text.
 
     Args:
-        heard: `listen`'s result for each corpus.
+        heard: `listen`'s result for the corpus ``target``; every other is a control, and a layer has to stand out
+            against each of them.
         documents: how many documents each corpus has.
         provenance: its seed drives permutations and resamples.
         score: a name in ``SCORES``.
+        increments: judge what each layer adds to the one before it, for sites that accumulate.
         top_features: features to keep per layer, those with the largest mass difference.
 
     Raises:
-        StethoscopeError: unknown score, or too few blocks to know chance.
+        StethoscopeError: unknown score, no control, or too few blocks to know chance.
     """
     if score not in SCORES:
-        raise StethoscopeError(f"unknown score `{score}`", hint=f"known scores: {', '.join(SCORES)}")
-    target, control = heard["target"].statistics, heard["control"].statistics
-    found = assess(
-        target,
-        control,
-        SCORES[score],
-        permutations=permutations,
-        resamples=resamples,
-        rng=np.random.default_rng(provenance.seed),
-    )
-    excess, z, p, familywise, interval = found.excess, found.z, found.p, found.p_familywise, found.interval()
+        near = get_close_matches(score, SCORES, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(SCORES)}"
+        raise StethoscopeError(f"unknown score `{score}`", hint=hint)
+    controls = [name for name in heard if name != "target"]
+    if not controls:
+        raise StethoscopeError("there is no control text to compare the target with")
+    found = {
+        name: {
+            form: assess(
+                heard["target"].statistics,
+                heard[name].statistics,
+                SCORES[score],
+                increments=form,
+                permutations=permutations,
+                resamples=resamples,
+                rng=np.random.default_rng(provenance.seed),
+            )
+            for form in (False, True)
+        }
+        for name in controls
+    }
     layers = []
-    for i, layer in enumerate(found.layers):
-        health = {name: _health(heard[name], layer) for name in heard}
+    figures = {name: {form: _figures(one) for form, one in forms.items()} for name, forms in found.items()}
+    for i, layer in enumerate(found[controls[0]][False].layers):
+        against = min(controls, key=lambda name: figures[name][increments][i]["z"])
+        health = {name: heard[name].health[layer] for name in heard}
+        added = figures[against][True][i]
         layers.append(
             LayerDiagnosis(
                 layer=layer,
-                score=float(found.score[i]),
-                null=float(found.null[:, i].mean()),
-                excess=float(excess[i]),
-                interval=(float(interval[0, i]), float(interval[1, i])),
-                z=float(z[i]),
-                p=float(p[i]),
-                p_familywise=float(familywise[i]),
-                increment=float(excess[i] - (excess[i - 1] if i else 0.0)),
+                **figures[against][increments][i],
+                increment=added["excess"],
+                increment_z=added["z"],
+                against=against,
                 health=health,
                 flag=_flag(health),
-                features=_features(heard, layer, top_features),
+                features=_features(heard["target"], heard[against], layer, top_features),
             )
         )
     summaries = {name: _summary(heard[name], documents[name]) for name in heard}
     return Diagnosis(
         provenance=provenance,
         score=score,
+        increments=increments,
         corpora=summaries,
         layers=tuple(layers),
         warnings=_warnings(summaries),
     )
 
 
-def _health(heard: Listening, layer: int) -> SAEHealth:
-    rate = heard.statistics.layers[layer].rate
-    return SAEHealth(
-        tokens=int(heard.statistics.layers[layer].tokens.sum()),
-        variance_explained=heard.variance_explained[layer],
-        l0=float(rate.sum()),
-        dead=float((rate == 0).mean()),
-        dense=float((rate > DENSE_RATE).mean()),
-    )
+def _figures(found: ScoreUncertainty) -> list[dict[str, Any]]:
+    """A layer's own figures, by place."""
+    low, high = found.interval().tolist()
+    columns = {
+        "score": found.score.tolist(),
+        "null": found.null.mean(0).tolist(),
+        "excess": found.excess.tolist(),
+        "interval": list(zip(low, high, strict=True)),
+        "z": found.z.tolist(),
+        "p": found.p.tolist(),
+        "p_familywise": found.p_familywise.tolist(),
+        "rank": found.rank.tolist(),
+        "stability": found.stability.tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _flag(health: Mapping[Literal["target", "control"], SAEHealth]) -> str | None:
+def _flag(health: Mapping[str, SAEHealth]) -> str | None:
     for name, measured in health.items():
         explained = measured.variance_explained
         if explained is None or explained < LEAST_VARIANCE_EXPLAINED:
@@ -162,19 +191,17 @@ def _flag(health: Mapping[Literal["target", "control"], SAEHealth]) -> str | Non
     return None
 
 
-def _features(
-    heard: Mapping[Literal["target", "control"], Listening], layer: int, count: int
-) -> tuple[FeatureDifference, ...]:
-    target, control = (heard[name].statistics.layers[layer] for name in ("target", "control"))
-    difference = mass_difference(target.sums.sum(0), control.sums.sum(0))
+def _features(target: Listening, control: Listening, layer: int, count: int) -> tuple[FeatureDifference, ...]:
+    ours, theirs = target.statistics.layers[layer], control.statistics.layers[layer]
+    difference = ours.mass - theirs.mass
     order = np.argsort(-difference, kind="stable")[:count]
     return tuple(
         FeatureDifference(
             feature=int(i),
-            target_rate=float(target.rate[i]),
-            control_rate=float(control.rate[i]),
-            target_mass=float(target.mass[i]),
-            control_mass=float(control.mass[i]),
+            target_rate=float(ours.rate[i]),
+            control_rate=float(theirs.rate[i]),
+            target_mass=float(ours.mass[i]),
+            control_mass=float(theirs.mass[i]),
         )
         for i in order
         if difference[i] > 0
@@ -191,12 +218,11 @@ def _summary(heard: Listening, documents: int) -> CorpusSummary:
     )
 
 
-def _warnings(corpora: Mapping[Literal["target", "control"], CorpusSummary]) -> tuple[str, ...]:
+def _warnings(corpora: Mapping[str, CorpusSummary]) -> tuple[str, ...]:
     lengths = {name: corpus.tokens / corpus.documents for name, corpus in corpora.items()}
-    ratio = lengths["target"] / lengths["control"]
-    if 2 / 3 <= ratio <= 3 / 2:
-        return ()
-    return (
-        f"target documents have {lengths['target']:.0f} tokens on average and control documents"
-        f" {lengths['control']:.0f}: length alone can explain a score",
+    return tuple(
+        f"target documents have {lengths['target']:.0f} tokens on average and {name} documents {length:.0f}:"
+        " length alone can explain a score"
+        for name, length in lengths.items()
+        if not 2 / 3 <= lengths["target"] / length <= 3 / 2
     )

@@ -1,159 +1,200 @@
 """The pass: one forward feeds every layer's SAE, whose activations go straight to sums and are never kept.
 
+    heard = listen(model, tokenizer, open_saes("saes/"), {"target": texts, "control": others})
+    heard["target"].statistics.layers[12].rate
+
 A block of documents is forwarded on its own, so its sums are the same whichever worker computes them.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from sae_lens import SAE
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.corpus import TokenBatch, batches, tokenize
+from stethoscope.diagnosis.encoding import BlockSums, Encoder
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.errors import SAEError
-from stethoscope.models import decoder, decoder_layers
-from stethoscope.saes.activations import SINK_RATIO
-from stethoscope.saes.health import HealthSums
-
-log = logging.getLogger(__name__)
+from stethoscope.saes.activations import loud_positions
+from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
+from stethoscope.saes.sources import SAEFolder, load_sae
+from stethoscope.sites import HookPoint, hear, hook_point
 
 Progress = Callable[[int, int], None]
+Heard = dict[int, Float[Tensor, "tokens d_in"]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Listening:
-    """What `listen` heard: feature statistics, and each layer's variance explained on a sample."""
+    """What `listen` heard on one corpus: feature statistics, and each SAE's health on it.
+
+    Attributes:
+        health: by layer; variance explained and encoding error are measured on a sample, the rest on all tokens.
+    """
 
     statistics: FeatureStatistics
-    variance_explained: dict[int, float | None]
-
-
-class _EnoughHeard(Exception):  # noqa: N818 - control flow: ends a forward after the last layer that is listened to
-    pass
+    health: dict[int, SAEHealth]
 
 
 @torch.inference_mode()
 def listen(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    saes: Mapping[int, SAE],
-    documents: Sequence[str],
+    saes: Mapping[int, SAE | SAEFolder],
+    corpora: Mapping[str, Sequence[str]],
     *,
+    site: str = "resid_post",
     block_size: int = 64,
     max_tokens: int = 1024,
-    health_tokens: int = 4096,
+    health_tokens: int = 2048,
+    memory: int | None = None,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> Listening:
-    """Feature statistics of every layer with an SAE on a corpus, in one pass.
+) -> dict[str, Listening]:
+    """Feature statistics of every layer with an SAE on some corpora, and the SAEs' health there.
 
     Args:
-        model: the base model; its head is never run.
+        model: the base model; its head is never run, nor what lies behind the last layer with an SAE.
         tokenizer: the model's own.
-        saes: SAEs that read a layer's output (``resid_post``), by layer.
-        documents: the corpus; its order decides which documents share a block.
+        saes: by layer; those given as folders are loaded when their turn comes.
+        corpora: documents by name; their order decides which share a block.
+        site: what the SAEs read; those given as folders say so themselves.
         block_size: documents to a block.
         max_tokens: documents are cut here.
-        health_tokens: variance explained is measured on about the first so many tokens.
+        health_tokens: SAE health is measured on about the first so many tokens of each corpus; 0 for none.
+        memory: bytes that encoders may take. What does not fit waits for another forward over the corpora, so that
+            each SAE is read once; all at once by default.
+        dtype: of the encoders' products; by default bfloat16 if the model computes in it, else float32. SAE health
+            says what it costs.
         progress: called with documents done and in all.
 
     Raises:
-        SAEError: an SAE gave values that are not finite.
+        SAEError: an SAE gave values that are not finite, or does not fit its site.
     """
-    rows = tokenize(documents, tokenizer, max_tokens=max_tokens)
-    layers = sorted(saes)
-    health: dict[int, HealthSums] = {}
-    parts = []
-    for start in range(0, len(rows), block_size):
-        block = {layer: _BlockSums(saes[layer].cfg.d_sae) for layer in layers}
-        for batch in batches(rows[start : start + block_size], tokenizer):
-            outputs = _layer_outputs(model, layers, batch)
-            # A sink's norm drops again in the last layers while it stays unlike any other token: once, always.
-            loud = torch.stack([_sinks(hidden, batch) for hidden in outputs.values()]).any(0)
-            counted = batch.countable & ~loud
-            for layer, hidden in outputs.items():
-                heard = hidden[counted.to(hidden.device)].float()
-                sae = saes[layer]
-                activations = sae.encode(heard)
-                block[layer].add(activations, sinks=int((loud & batch.countable).sum()))
-                if layer not in health or health[layer].tokens < health_tokens:
-                    sums = HealthSums.of(heard, activations, sae.decode(activations))
-                    health[layer] = health[layer] + sums if layer in health else sums
-        parts.append(FeatureStatistics(layers={layer: block[layer].freeze(layer) for layer in layers}))
-        if progress:
-            progress(min(start + block_size, len(rows)), len(rows))
-    return Listening(
-        statistics=FeatureStatistics.merge(parts),
-        variance_explained={layer: health[layer].health().variance_explained for layer in layers},
-    )
+    dtype = dtype or (torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
+    rows = {name: tokenize(documents, tokenizer, max_tokens=max_tokens) for name, documents in corpora.items()}
+    points = {layer: _point(model, layer, saes[layer], site) for layer in sorted(saes)}
+    samples = {name: _sample(model, tokenizer, points, some, health_tokens) for name, some in rows.items()}
+    groups = _groups(saes, dtype, memory)
+    total, done = len(groups) * sum(map(len, rows.values())), 0
+    health: dict[str, dict[int, SAEHealth]] = {name: {} for name in rows}
+    found: dict[str, dict[int, LayerStatistics]] = {name: {} for name in rows}
+    for group in groups:
+        encoders = {}
+        for layer in group:
+            sae = _loaded(saes[layer])
+            encoders[layer] = Encoder(sae, dtype=dtype, device=model.device)
+            for name, sample in samples.items():
+                health[name][layer] = _health(sae, encoders[layer], sample.get(layer))
+        for name, some in rows.items():
+            parts: list[FeatureStatistics] = []
+            for start in range(0, len(some), block_size):
+                block = some[start : start + block_size]
+                parts.append(_hear_block(model, tokenizer, points, encoders, block))
+                done += len(block)
+                if progress:
+                    progress(done, total)
+            found[name] |= FeatureStatistics.merge(parts).layers
+    return {
+        name: Listening(
+            statistics=FeatureStatistics(layers={layer: layers[layer] for layer in points}),
+            health={n: health[name][n].on(layers[n].rate, int(layers[n].tokens.sum())) for n in points},
+        )
+        for name, layers in found.items()
+    }
 
 
-class _BlockSums:
-    def __init__(self, width: int) -> None:
-        self.sums = np.zeros(width)
-        self.fired = np.zeros(width, dtype=np.int64)
-        self.maxima = np.zeros(width, dtype=np.float32)
-        self.tokens = self.sinks = 0
-
-    def add(self, activations: Float[Tensor, "tokens width"], *, sinks: int) -> None:
-        self.sinks += sinks
-        self.tokens += len(activations)
-        if len(activations):
-            self.sums += activations.sum(0).double().cpu().numpy()
-            self.fired += (activations > 0).sum(0).cpu().numpy()
-            self.maxima = np.maximum(self.maxima, activations.amax(0).cpu().numpy())
-
-    def freeze(self, layer: int) -> LayerStatistics:
-        if not np.isfinite(self.sums).all():
+def _hear_block(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    points: Mapping[int, HookPoint],
+    encoders: Mapping[int, Encoder],
+    rows: Sequence[Sequence[int]],
+) -> FeatureStatistics:
+    """A block's statistics at the layers that have an encoder."""
+    sums = {layer: BlockSums(encoder.width, model.device) for layer, encoder in encoders.items()}
+    for batch in batches(rows, tokenizer):
+        heard, counted, sinks = _countable(hear(model, points, batch.input_ids), batch)
+        for layer, encoder in encoders.items():
+            sums[layer].sinks += sinks
+            encoder.add(heard[layer][counted], sums[layer])
+    frozen = {layer: sums[layer].freeze() for layer in encoders}
+    for layer, block in frozen.items():
+        if not np.isfinite(block.sums).all():
             raise SAEError(f"the SAE of layer {layer} gave activations that are not finite")
-        return LayerStatistics(
-            sums=self.sums[None],
-            fired=self.fired[None],
-            maxima=self.maxima[None],
-            tokens=np.array([self.tokens]),
-            sinks=np.array([self.sinks]),
-        )
+    return FeatureStatistics(layers=frozen)
 
 
-def _sinks(hidden: Float[Tensor, "rows tokens d_in"], batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
-    """True at positions far louder than their document's median; the median is per document, so that it depends
-    on nothing else in the batch."""
-    norms = hidden.float().norm(dim=-1).cpu()
-    median = norms.masked_fill(~batch.attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
-    return norms > SINK_RATIO * median
+def _countable(
+    heard: dict[int, Tensor], batch: TokenBatch
+) -> tuple[dict[int, Tensor], Bool[Tensor, "rows tokens"], int]:
+    """What was heard, which positions count, and how many are left out as sinks.
+
+    A sink's norm drops again in the last layers while it stays unlike any other token: once loud, always left out.
+    """
+    loud = loud_positions(heard.values(), batch.attention_mask)
+    counted = batch.countable & ~loud
+    device = next(iter(heard.values())).device
+    return heard, counted.to(device), int((loud & batch.countable).sum())
 
 
-def _layer_outputs(
-    model: PreTrainedModel, layers: Sequence[int], batch: TokenBatch
-) -> dict[int, Float[Tensor, "rows tokens d_in"]]:
-    """Each layer's output on a batch, in order of depth."""
-    heard: dict[int, Tensor] = {}
-    with _hooked(decoder_layers(model), layers, heard), suppress(_EnoughHeard):
-        decoder(model)(
-            input_ids=batch.input_ids.to(model.device),
-            attention_mask=batch.attention_mask.to(model.device, torch.int64),
-            use_cache=False,
-        )
-    return heard
+def _sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    points: Mapping[int, HookPoint],
+    rows: Sequence[Sequence[int]],
+    tokens: int,
+) -> Heard:
+    """Every layer's activations on about the first ``tokens`` tokens."""
+    some: list[Sequence[int]] = []
+    for row in rows:
+        if sum(map(len, some)) >= tokens:
+            break
+        some.append(row)
+    parts: list[Heard] = []
+    for batch in batches(some, tokenizer):
+        heard, counted, _ = _countable(hear(model, points, batch.input_ids), batch)
+        parts.append({layer: hidden[counted] for layer, hidden in heard.items()})
+    return {layer: torch.cat([part[layer] for part in parts])[:tokens] for layer in points} if parts else {}
 
 
-@contextmanager
-def _hooked(blocks: nn.ModuleList, layers: Sequence[int], heard: dict[int, Tensor]) -> Iterator[None]:
-    def hook_of(layer: int) -> Callable[[nn.Module, object, Tensor | tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            heard[layer] = output[0] if isinstance(output, tuple) else output
-            if layer == layers[-1]:
-                raise _EnoughHeard
+def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | None) -> SAEHealth:
+    """An SAE on a sample, and how far the encoder's activation mass lies from SAELens' own in float32."""
+    if sample is None or not len(sample):
+        return HealthSums.nothing(encoder.width).health()
+    exact = measure_health(sae, sample)
+    fast = BlockSums(encoder.width, sample.device)
+    encoder.add(sample, fast)
+    shares = [sums.double() / sums.double().sum() for sums in (exact.mass, fast.sums)]
+    error = float((shares[0] - shares[1]).abs().sum() / 2)
+    return replace(exact.health(), encoding_error=error if np.isfinite(error) else None)
 
-        return hook
 
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(blocks[layer].register_forward_hook(hook_of(layer)).remove)
-        yield
+def _groups(saes: Mapping[int, SAE | SAEFolder], dtype: torch.dtype, memory: int | None) -> list[list[int]]:
+    """The layers in order of depth, cut where the next encoder would not fit; each group has one at least."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for layer, sae in sorted(saes.items()):
+        width, d_in = (sae.width, sae.d_in) if isinstance(sae, SAEFolder) else (sae.cfg.d_sae, sae.cfg.d_in)
+        size = width * d_in * dtype.itemsize
+        if groups[-1] and memory is not None and used + size > memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(layer)
+        used += size
+    return groups
+
+
+def _point(model: PreTrainedModel, layer: int, sae: SAE | SAEFolder, site: str) -> HookPoint:
+    if isinstance(sae, SAEFolder):
+        return hook_point(model, layer, sae.site, sae.tap)
+    return hook_point(model, layer, site)
+
+
+def _loaded(sae: SAE | SAEFolder) -> SAE:
+    return load_sae(sae) if isinstance(sae, SAEFolder) else sae

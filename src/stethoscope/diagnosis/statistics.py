@@ -84,6 +84,23 @@ class FeatureStatistics:
             }
         )
 
+    def regroup(self, groups: Sequence[Int64[ndarray, " group"]]) -> "FeatureStatistics":
+        """New blocks, each the sum of some of these; blocks may be left out.
+
+        Listening with a block per document and grouping afterwards gives the blocks of any split of the documents.
+        """
+
+        def gathered(layer: LayerStatistics) -> LayerStatistics:
+            sums = {
+                n: np.stack([getattr(layer, n)[group].sum(0) for group in groups])
+                for n in _NAMES
+                if n != "maxima"
+            }
+            maxima = np.stack([layer.maxima[group].max(0) for group in groups])
+            return LayerStatistics(maxima=maxima, **sums)
+
+        return FeatureStatistics(layers={n: gathered(layer) for n, layer in self.layers.items()})
+
 
 def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
     """Write the statistics of named corpora to one safetensors file."""

@@ -7,15 +7,16 @@ by its excess over the scores of relabelled blocks.
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from numpy import ndarray
 
-from stethoscope.diagnosis.scores import Score
+from stethoscope.diagnosis.scores import Blocks, Score
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import StethoscopeError
 
 # Fewer blocks have so few relabellings that no layer could ever be significant at 5 %.
 FEWEST_BLOCKS = 4
+LABELLED_ELEMENTS = 1 << 23  # labellings x features held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +63,18 @@ class ScoreUncertainty:
         """
         tails = [(1 - confidence) / 2, (1 + confidence) / 2]
         low, high = np.quantile(self.resamples - self.resamples.mean(0), tails, axis=0)
-        return np.stack([self.excess - high, self.excess - low])
+        # where a score can rise no further, nearly all resamples lie on one side of their mean
+        return np.stack([self.excess - np.maximum(high, 0), self.excess - np.minimum(low, 0)])
 
-    def top_share(self, k: int) -> Float64[ndarray, " layers"]:
-        """Share of resamples in which a layer is among the k of largest excess (ties toward the lower layer)."""
-        order = np.argsort(-(self.resamples - self.null.mean(0)), axis=1, kind="stable")[:, :k]
-        return np.array([(order == i).any(1).mean() for i in range(len(self.layers))])
+    @property
+    def rank(self) -> Int64[ndarray, " layers"]:
+        """Place by excess, from 1; ties go to the lower layer."""
+        return _ranks(self.excess[None])[0]
+
+    @property
+    def stability(self) -> Float64[ndarray, " layers"]:
+        """Share of resamples that place a layer as high as its rank, or higher."""
+        return np.asarray((_ranks(self.resamples - self.null.mean(0)) <= self.rank).mean(0))
 
     @property
     def _spread(self) -> Float64[ndarray, " layers"]:
@@ -75,11 +82,17 @@ class ScoreUncertainty:
         return np.maximum(self.null.std(0, ddof=1), 1e-12)
 
 
+def _ranks(excess: Float64[ndarray, "rows layers"]) -> Int64[ndarray, "rows layers"]:
+    order = np.argsort(-excess, axis=1, kind="stable")
+    return np.argsort(order, axis=1, kind="stable") + 1
+
+
 def assess(
     target: FeatureStatistics,
     control: FeatureStatistics,
     score: Score,
     *,
+    increments: bool = False,
     permutations: int = 200,
     resamples: int = 200,
     rng: np.random.Generator,
@@ -88,6 +101,10 @@ def assess(
 
     The same relabelling is applied to every layer, which keeps the layers' dependence and makes the family-wise
     adjustment valid.
+
+    Args:
+        increments: judge each layer's score less that of the layer before it that has an SAE: what a cumulative site
+            adds. The first layer keeps its score.
 
     Raises:
         StethoscopeError: a corpus has fewer than four blocks, or the two do not cover the same layers.
@@ -101,22 +118,32 @@ def assess(
             " needed to tell a difference from chance",
             hint="use more documents or a smaller `block_size`",
         )
-    relabelled = np.zeros((permutations, n_target + n_control))
-    for row in relabelled:
-        row[rng.permutation(n_target + n_control)[:n_target]] = 1
-    drawn_target = rng.multinomial(n_target, np.full(n_target, 1 / n_target), size=resamples).astype(np.float64)
-    drawn_control = rng.multinomial(n_control, np.full(n_control, 1 / n_control), size=resamples).astype(np.float64)
+    n = n_target + n_control
+    seen = np.repeat([1.0, 0.0], [n_target, n_control])
+    relabelled = np.stack([seen[rng.permutation(n)] for _ in range(permutations)])
+    drawn = np.zeros((2, resamples, n))
+    for side, here in enumerate((slice(n_target), slice(n_target, n))):
+        size = here.indices(n)[1] - here.indices(n)[0]
+        drawn[side, :, here] = rng.multinomial(size, np.full(size, 1 / size), size=resamples)
 
-    scores, null, spread = [], [], []
+    found: list[list[Float64[ndarray, " labellings"]]] = []
     for layer in target.layers:
-        t, c = target.layers[layer].sums, control.layers[layer].sums
-        pooled = np.concatenate([t, c])
-        scores.append(score(t.sum(0), c.sum(0)))
-        null.append(score(relabelled @ pooled, (1 - relabelled) @ pooled))
-        spread.append(score(drawn_target @ t, drawn_control @ c))
-    return ScoreUncertainty(
-        layers=tuple(target.layers),
-        score=np.array(scores),
-        null=np.stack(null, axis=1),
-        resamples=np.stack(spread, axis=1),
-    )
+        blocks = Blocks.of(target.layers[layer], control.layers[layer])
+        pairs = ((seen[None], 1 - seen[None]), (relabelled, 1 - relabelled), (drawn[0], drawn[1]))
+        found.append([_in_parts(score, blocks, t, c) for t, c in pairs])
+    kinds = [np.stack(kind, axis=1) for kind in zip(*found, strict=True)]
+    if increments:
+        kinds = [np.diff(kind, axis=1, prepend=0.0) for kind in kinds]
+    return ScoreUncertainty(layers=tuple(target.layers), score=kinds[0][0], null=kinds[1], resamples=kinds[2])
+
+
+def _in_parts(
+    score: Score,
+    blocks: Blocks,
+    target: Float64[ndarray, "labellings blocks"],
+    control: Float64[ndarray, "labellings blocks"],
+) -> Float64[ndarray, " labellings"]:
+    """The score of many labellings, a few at a time where features are many: memory must not grow with both."""
+    step = max(1, LABELLED_ELEMENTS // blocks.sums.shape[1])
+    parts = [score(blocks, target[i : i + step], control[i : i + step]) for i in range(0, len(target), step)]
+    return np.concatenate(parts)

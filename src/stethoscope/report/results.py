@@ -6,7 +6,7 @@ and ignore the rest. They validate from a saved file and from the stages' object
 
 import json
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -14,7 +14,6 @@ from stethoscope.artifacts import Provenance
 from stethoscope.errors import StethoscopeError
 
 SCHEMA = 1
-Corpus = Literal["target", "control"]
 
 
 def read_json(path: Path) -> Any:
@@ -93,7 +92,7 @@ class Layer(_Shown):
     p: float
     p_familywise: float
     increment: float
-    health: dict[Corpus, Health]
+    health: dict[str, Health]
     flag: str | None
     features: tuple[Feature, ...]
 
@@ -112,7 +111,7 @@ class CorpusSize(_Shown):
 
 class Diagnosis(_File):
     score: str
-    corpora: dict[Corpus, CorpusSize]
+    corpora: dict[str, CorpusSize]
     layers: tuple[Layer, ...]
     warnings: tuple[str, ...] = ()
 

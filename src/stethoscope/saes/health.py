@@ -1,10 +1,11 @@
 """How well an SAE reads a model: variance explained, L0, dead and dense features, as sums that merge."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
+from numpy import ndarray
 from torch import Tensor
 
 # A feature that fires on more than this share of tokens says little about any of them.
@@ -21,6 +22,7 @@ class HealthSums:
         square: sum of squared activations.
         residual: sum of squared differences between activation and reconstruction.
         fired: tokens on which each feature fired.
+        mass: sum of each feature's activations.
     """
 
     tokens: int
@@ -28,6 +30,7 @@ class HealthSums:
     square: float
     residual: float
     fired: Int[Tensor, " width"]
+    mass: Float[Tensor, " width"]
 
     @classmethod
     def of(
@@ -44,7 +47,13 @@ class HealthSums:
             square=float(wide.square().sum()),
             residual=float((wide - decoded.double()).square().sum()),
             fired=(features > 0).sum(0),
+            mass=features.double().sum(0),
         )
+
+    @classmethod
+    def nothing(cls, width: int) -> "HealthSums":
+        """The sums of no tokens."""
+        return cls.of(torch.zeros(0, 1), torch.zeros(0, width), torch.zeros(0, 1))
 
     def __add__(self, other: "HealthSums") -> "HealthSums":
         return HealthSums(
@@ -53,6 +62,7 @@ class HealthSums:
             square=self.square + other.square,
             residual=self.residual + other.residual,
             fired=self.fired + other.fired,
+            mass=self.mass + other.mass,
         )
 
     def health(self) -> "SAEHealth":
@@ -81,6 +91,8 @@ class SAEHealth:
         l0: features that fire on a token, on average.
         dead: share of features that never fired, in [0, 1].
         dense: share of features that fired on more than a tenth of the tokens, in [0, 1].
+        encoding_error: total variation between the features' shares of activation mass as SAELens encodes them in
+            float32 and as they were encoded in the pass; None where that was not measured.
     """
 
     tokens: int
@@ -88,6 +100,19 @@ class SAEHealth:
     l0: float | None
     dead: float | None
     dense: float | None
+    encoding_error: float | None = None
+
+    def on(self, rate: Float64[ndarray, " width"], tokens: int) -> "SAEHealth":
+        """The same SAE with what firing rates on more tokens say."""
+        if not tokens:
+            return self
+        return replace(
+            self,
+            tokens=tokens,
+            l0=float(rate.sum()),
+            dead=float((rate == 0).mean()),
+            dense=float((rate > DENSE_RATE).mean()),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -104,10 +104,11 @@ def train_saes(
     settings: TrainingSettings,
     held_out: Mapping[str, Sequence[str]],
     layers: Sequence[int] | None = None,
+    site: str = "resid_post",
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, dict[str, SAEHealth]]:
-    """Train a BatchTopK SAE on the output of each layer and write them in SAELens' layout, as JumpReLU.
+    """Train a BatchTopK SAE on a site of each layer and write them in SAELens' layout, as JumpReLU.
 
     Weights are stored in bfloat16 with decoder rows of norm 1, biases and thresholds in float32; they load in float32.
     Special tokens, each document's first position and attention sinks are left out.
@@ -120,6 +121,7 @@ def train_saes(
         settings: width, sparsity, length and pace.
         held_out: kinds of text that health is measured on after the weights were rounded, by name.
         layers: which; all if None.
+        site: where in a layer, a key of ``sites.TAPS``.
         overwrite: replace ``out`` if it exists.
         progress: called with tokens done and in all.
 
@@ -136,12 +138,12 @@ def train_saes(
     if not documents or not layers:
         raise SAEError("there is nothing to train SAEs on", hint="pass documents and layers")
     torch.manual_seed(settings.seed)
-    stream = ActivationStream(model, tokenizer, layers, max_tokens=settings.max_tokens)
+    stream = ActivationStream(model, tokenizer, layers, site=site, max_tokens=settings.max_tokens)
     rows = stream.tokenize(documents)
     with new_folder(out, overwrite=overwrite) as folder:
         saes = _fit(stream, rows, settings, progress)
         for layer in layers:
-            _save(saes[stream.hook(layer)], folder / f"layer_{layer}")
+            _save(saes[stream.hooks[layer]], folder / f"layer_{layer}")
         health = measure_saes(
             {layer: SAE.load_from_disk(folder / f"layer_{layer}") for layer in layers}, stream, held_out
         )
@@ -269,7 +271,7 @@ def measure_saes(
     for kind, documents in held_out.items():
         for heard in stream.outputs(stream.tokenize(documents)):
             for layer, sae in saes.items():
-                found = measure_health(sae, heard[stream.hook(layer)])
+                found = measure_health(sae, heard[stream.hooks[layer]])
                 for name in (kind, "all"):
                     sums[layer][name] = sums[layer][name] + found if name in sums[layer] else found
     return {layer: {name: found.health() for name, found in kinds.items()} for layer, kinds in sums.items()}

@@ -1,6 +1,7 @@
 """Which layers: a policy turns a diagnosis into a selection that says why each layer is in or out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -8,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from stethoscope.artifacts import Artifact, Provenance
 from stethoscope.diagnosis.diagnose import Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
+from stethoscope.recipe import Select
 
 
 class LayerChoice(BaseModel):
@@ -30,48 +32,90 @@ class Selection(Artifact):
     choices: tuple[LayerChoice, ...]
 
 
-def top_k(diagnosis: Diagnosis, *, k: int, include_flagged: bool = False) -> dict[int, str]:
-    """The k layers of largest excess; ties go to the lower layer. Returns the reason for each layer chosen.
+Ranked = Sequence[LayerDiagnosis]
+Policy = Callable[[Ranked, Select], Ranked]
+
+
+def top_k(ranked: Ranked, options: Select) -> Ranked:
+    """The k layers of largest excess."""
+    assert options.k is not None
+    if len(ranked) < options.k:
+        raise StethoscopeError(f"cannot choose {options.k} layers: {len(ranked)} can be believed")
+    return ranked[: options.k]
+
+
+def threshold(ranked: Ranked, options: Select) -> Ranked:
+    """Every layer whose excess is at least ``z`` standard deviations of its null: a scale that no model changes."""
+    return [layer for layer in ranked if layer.z >= options.z]
+
+
+def significant(ranked: Ranked, options: Select) -> Ranked:
+    """Every layer whose excess is significant at ``alpha``, adjusted for the number of layers."""
+    return [layer for layer in ranked if layer.p_familywise <= options.alpha]
+
+
+def budget(ranked: Ranked, options: Select) -> Ranked:
+    """The smallest set that holds a ``share`` of all positive excess."""
+    excess = [max(0.0, layer.excess) for layer in ranked]
+    # rounding must not ask for one layer more than a share that is met exactly
+    wanted = options.share * sum(excess) * (1 - 1e-12)
+    count = next((i for i, held in enumerate(accumulate(excess), 1) if held >= wanted), len(ranked))
+    return ranked[: count if sum(excess) > 0 else 0]
+
+
+def gap(ranked: Ranked, options: Select) -> Ranked:
+    """The layers above the largest drop of excess from one rank to the next."""
+    drops = [one.excess - other.excess for one, other in pairwise(ranked)]
+    return ranked[: drops.index(max(drops)) + 1] if drops else ranked
+
+
+POLICIES: dict[str, Policy] = {
+    "top_k": top_k, "threshold": threshold, "significant": significant, "budget": budget, "gap": gap,
+}  # fmt: skip
+
+
+def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance) -> Selection:
+    """Apply a policy to the layers that can be believed and explain every layer's fate; ties go to the lower layer.
 
     Raises:
-        StethoscopeError: fewer than k layers may be chosen.
+        StethoscopeError: the policy cannot be satisfied, or it chooses no layer.
     """
-    able = [layer for layer in diagnosis.layers if include_flagged or layer.flag is None]
-    if len(able) < k:
+    able = [layer for layer in diagnosis.layers if options.include_flagged or layer.flag is None]
+    ranked = sorted(able, key=lambda layer: (-layer.excess, layer.layer))
+    flags = [f"layer {layer.layer}: {layer.flag}" for layer in diagnosis.layers if layer.flag]
+    try:
+        chosen = {layer.layer for layer in POLICIES[options.policy](ranked, options)}
+    except StethoscopeError as error:
         raise StethoscopeError(
-            f"cannot choose {k} layers: {len(able)} of {len(diagnosis.layers)} can be believed",
-            problems=[f"layer {layer.layer}: {layer.flag}" for layer in diagnosis.layers if layer.flag],
-            hint="choose a smaller `k`, better SAEs, or set `include_flagged: true`",
+            error.message, problems=flags, hint="choose a smaller `k`, better SAEs, or set `include_flagged: true`"
+        ) from error
+    if not chosen:
+        best = ranked[0] if ranked else None
+        shown = f"the best, layer {best.layer}, has {_figures(best)}" if best else "no layer can be believed"
+        raise StethoscopeError(
+            f"the policy `{options.policy}` chooses no layer: {shown}",
+            problems=flags,
+            hint="no evidence of a layer specific to the target is a result, too; `top_k` chooses all the same",
         )
-    ranked = sorted(able, key=lambda layer: (-layer.excess, layer.layer))[:k]
-    return {layer.layer: f"rank {rank} of {len(able)}" for rank, layer in enumerate(ranked, 1)}
-
-
-POLICIES: dict[str, Callable[..., dict[int, str]]] = {"top_k": top_k}
-
-
-def select(
-    diagnosis: Diagnosis, *, policy: str, k: int, include_flagged: bool = False, provenance: Provenance
-) -> Selection:
-    """Apply a policy and explain every layer's fate.
-
-    Raises:
-        StethoscopeError: unknown policy, or one that cannot be satisfied.
-    """
-    if policy not in POLICIES:
-        raise StethoscopeError(f"unknown policy `{policy}`", hint=f"known policies: {', '.join(POLICIES)}")
-    reasons = POLICIES[policy](diagnosis, k=k, include_flagged=include_flagged)
+    places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
     return Selection(
         provenance=provenance,
-        policy=policy,
-        layers=tuple(sorted(reasons)),
-        choices=tuple(_choice(layer, reasons) for layer in diagnosis.layers),
+        policy=options.policy,
+        layers=tuple(sorted(chosen)),
+        choices=tuple(_choice(layer, layer.layer in chosen, places) for layer in diagnosis.layers),
     )
 
 
-def _choice(layer: LayerDiagnosis, reasons: dict[int, str]) -> LayerChoice:
-    figures = f"excess {layer.excess:.3f}, z {layer.z:.1f}"
-    if layer.layer in reasons:
-        return LayerChoice(layer=layer.layer, chosen=True, reason=f"chosen: {figures}, {reasons[layer.layer]}")
-    why = layer.flag or figures
-    return LayerChoice(layer=layer.layer, chosen=False, reason=f"left out: {why}")
+def _choice(layer: LayerDiagnosis, chosen: bool, places: dict[int, int]) -> LayerChoice:
+    if layer.layer not in places:
+        reason = f"left out: {layer.flag}"
+    elif chosen:
+        stability = f"rank {layer.rank} or better in {100 * layer.stability:.0f} % of resamples"
+        reason = f"chosen: {_figures(layer)}, {stability}"
+    else:
+        reason = f"left out: {_figures(layer)}, rank {places[layer.layer]} of {len(places)}"
+    return LayerChoice(layer=layer.layer, chosen=chosen, reason=reason)
+
+
+def _figures(layer: LayerDiagnosis) -> str:
+    return f"excess {layer.excess:.3f}, z {layer.z:.1f}, p {layer.p_familywise:.3f}"
