@@ -364,7 +364,7 @@ def _show_comparison(found: "Comparison", *, as_json: bool, everything: bool) ->
             _print_rows(contrast_rows(contrast), left=2)
             _print_rows(bound_rows(contrast), left=1)
             if len(gains := gain_rows(found, contrast)) > 1:
-                _print_rows(gains, left=2)
+                _print_rows(gains, left=1)
             for line in notes(found, contrast):
                 _say(f"note: {line}")
             for task in contrast.tasks:

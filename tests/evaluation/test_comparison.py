@@ -3,9 +3,11 @@
 import numpy as np
 import pandas as pd
 import pytest
+from statsmodels.stats.proportion import proportion_confint
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import Comparison, DocumentLosses, Outcomes, compare
+from stethoscope.evaluation import Comparison, DocumentDivergences, DocumentLosses, Outcomes, aa_floor, compare
+from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, notes
 
 
 def rows(arm, task, right, *, extracted=None, truncated=None, prompt="p"):
@@ -85,9 +87,97 @@ def test_flips_tell_format_from_mathematics():
         "base", "t", [0, 0, 0, 1, 1], extracted=[False, False, True, True, True], truncated=[True, *[False] * 4]
     )
     edit = rows("edit", "t", [1, 1, 1, 0, 1], extracted=[True, True, True, False, True])
-    flips = compare(outcomes(base, edit)).contrast("edit").tasks[0].flips
+    result = compare(outcomes(base, edit))
+    flips = result.contrast("edit").tasks[0].flips
     assert flips.gained == {"format": 1, "truncation": 1, "correctness": 1}
     assert flips.lost == {"format": 1, "truncation": 0, "correctness": 0}
+    gains = result.gains()
+    assert gains[["cause", "gained", "lost", "net"]].to_numpy().tolist() == [
+        ["format", 1, 1, 0],
+        ["truncation", 1, 0, 1],
+        ["correctness", 1, 0, 1],
+    ]
+    assert gains["points"].sum() == pytest.approx(100 * result.contrast("edit").tasks[0].difference.difference)
+    assert gain_rows(result, result.contrast("edit"))[1] == ["t", "+1 -1", "+1 -0", "+1 -0", "+2", "+40.0"]
+
+
+def test_truncation_that_is_not_recorded_is_left_out_with_a_reason(tmp_path):
+    base = rows("base", "t", [0, 0, 1], extracted=[False, True, True], truncated=[None] * 3)
+    result = compare(outcomes(base, rows("edit", "t", [1, 1, 0])))
+    flips = result.contrast("edit").tasks[0].flips
+    assert flips.gained == {"format": 1, "correctness": 1}
+    assert "not recorded" in flips.reason
+    assert result.gains()["net"].isna().tolist() == [False, True, False]
+    assert gain_rows(result, result.contrast("edit"))[1][1:4] == ["+1 -0", "-", "+1 -1"]
+    result.save(tmp_path / "c.json")
+    assert Comparison.load(tmp_path / "c.json") == result
+
+
+def test_an_arm_evaluated_twice_gives_the_noise_floor():
+    right, again = np.arange(200) % 2, np.arange(200) % 2
+    again[:3] ^= 1
+    made = outcomes(rows("base", "t", right), rows("base_again", "t", again), rows("edit", "t", right))
+    result = compare(made)
+    assert [(c.a, c.b) for c in result.contrasts] == [("base", "edit")]
+    (floor,) = result.noise
+    assert (floor.arm, floor.again, floor.n, floor.changed, floor.share) == ("base", "base_again", 200, 3, 0.015)
+    assert (floor.low, floor.high) == pytest.approx(proportion_confint(3, 200, method="beta"))
+    assert result.noise == aa_floor(made, "base", "base_again")
+    assert any("3 of 200 items of `base` changed" in line for line in notes(result, result.contrasts[0]))
+    assert compare(outcomes(rows("base", "t", right), rows("edit", "t", right))).noise == []
+
+
+def test_margins_metrics_and_a_verdict_for_each_task():
+    rng = np.random.default_rng(0)
+    right = rng.random(400) < 0.4
+    parts = [rows(arm, task, right if arm == "base" or task == "u" else right | (rng.random(400) < 0.2))
+             for arm in ("base", "edit") for task in ("t", "u")]  # fmt: skip
+    made = outcomes(*parts)
+    made.frame["math_verify"] = made.frame["exact_match"].where(made.frame["arm"] == "base", 1.0)
+    result = compare(made, margins={"u": 0.001})
+    t, u = result.contrast("edit").tasks
+    assert (t.metric, t.non_inferiority.margin, u.non_inferiority.margin) == ("exact_match", 0.02, 0.001)
+    assert t.verdict.startswith("`edit` is better than `base`")
+    assert t.verdict.endswith("a loss of 2 points or more is ruled out.")
+    assert u.verdict.startswith("no evidence that `edit` and `base` differ")
+    assert u.verdict.endswith("a loss of 0.1 points or more is not ruled out.")
+    assert "a loss of its margin or more is ruled out in 1 of 2 tasks" in result.contrast("edit").verdict
+    other = compare(made, metric="math_verify").contrast("edit").tasks[1]
+    assert (other.metric, other.accuracy_b) == ("math_verify", 1.0)
+    assert result.accuracy[0]["metrics"].keys() == {"exact_match", "math_verify"}
+    header, *body = accuracy_rows(result)
+    assert header[3:5] == ["exact_match", "math_verify"]
+    assert [row[:2] for row in body] == [["t", "base"], ["t", "edit"], ["u", "base"], ["u", "edit"]]
+    assert len(contrast_rows(result.contrasts[0])) == 1 + 2 + 1
+    assert [row[4] for row in bound_rows(result.contrasts[0])] == ["ruled out", "yes", "no"]
+    with pytest.raises(EvaluationError, match="`nonsense`"):
+        compare(made, metric="nonsense")
+    made.frame.loc[0, "math_verify"] = np.nan
+    with pytest.raises(EvaluationError, match=r"task `t` has items without `math_verify`"):
+        compare(made, metric="math_verify")
+
+
+def test_a_metric_between_0_and_1_has_an_interval_and_reasons():
+    made = outcomes(rows("base", "t", [0.2, 0.5, 0.9, 0.1]), rows("edit", "t", [0.4, 0.5, 0.8, 0.6]))
+    task = compare(made).contrast("edit").tasks[0]
+    assert (task.mcnemar, task.unpaired, task.smallest_detectable_gain, task.flips) == (None, None, None, None)
+    assert set(task.reasons) == {"unpaired", "mcnemar", "p_adjusted", "smallest_detectable_gain", "flips"}
+    assert task.difference.low < 0.15 < task.difference.high
+
+
+def test_divergence_from_the_base_is_paired_by_document():
+    made = outcomes(*(rows(arm, "t", [1, 0]) for arm in ("base", "near", "far")))
+    tokens = np.full(20, 4)
+    rng = np.random.default_rng(0)
+    near = rng.gamma(2.0, 0.1, 20)
+    kept = {"base": np.zeros(20), "near": near, "far": near * 3}
+    divergences = {arm: DocumentDivergences(sums=sums, tokens=tokens) for arm, sums in kept.items()}
+    result = compare(made, divergences=divergences, pairs=[("base", "near"), ("near", "far")])
+    near_base, far_near = (c.divergence for c in result.contrasts)
+    assert near_base == divergences["near"].interval()
+    assert far_near.difference == pytest.approx(2 * near.sum() / 80)
+    assert far_near.low > 0
+    assert "divergence from the base +" in result.contrasts[0].verdict
 
 
 @pytest.mark.parametrize("right", [[1] * 6, [0] * 6, [1], [0]])

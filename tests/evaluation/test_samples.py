@@ -140,7 +140,7 @@ def test_the_command_prints_tables_and_a_verdict(logs, tmp_path, capsys, monkeyp
     )
     assert (code, err) == (0, "")
     assert "base to edited" in out
-    assert "what was wrong" in out
+    assert "mended and broken by edited" in out
     assert "no answer found" in out
     assert "whether responses were cut off is not recorded" in out
     assert "Verdict: " in out

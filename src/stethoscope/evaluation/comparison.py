@@ -327,21 +327,22 @@ def _verdict(
         overall = pooled_mcnemar.p_value < alpha
     else:
         overall = pooled.low is not None and pooled.high is not None and not pooled.low <= 0 <= pooled.high
+    tested = "1 task" if len(family) == 1 else f"{len(family)} tasks"
     gain = f"{100 * pooled.difference:+.1f} points"
     if pooled.low is not None and pooled.high is not None:
         gain += f" ({100 * pooled.low:+.1f} to {100 * pooled.high:+.1f})"
     if (better or (overall and pooled.difference > 0)) and worsened:
-        words = f"Mixed: `{b}` against `{a}` gains {gain} over {len(family)} tasks, but is significantly worse"
+        words = f"Mixed: `{b}` against `{a}` gains {gain} over {tested}, but is significantly worse"
         words += f" on {', '.join(worsened)}"
     elif better or (overall and pooled.difference > 0):
-        words = f"`{b}` beats `{a}` by {gain} over {len(family)} tasks, "
+        words = f"`{b}` beats `{a}` by {gain} over {tested}, "
         words += f"significantly in {len(better)} of them" if better else "though significantly in no single one"
     elif worsened or (overall and pooled.difference < 0):
-        words = f"`{b}` is worse than `{a}`: {gain} over {len(family)} tasks"
+        words = f"`{b}` is worse than `{a}`: {gain} over {tested}"
         if worsened:
             words += f", significantly on {', '.join(worsened)}"
     else:
-        words = f"No evidence of benefit: `{b}` against `{a}` gives {gain} over {len(family)} tasks"
+        words = f"No evidence of benefit: `{b}` against `{a}` gives {gain} over {tested}"
     everywhere = {t.non_inferiority.margin for t in tasks} <= {margin}
     bound = f"a loss of {100 * margin:g} points" if everywhere else "a loss of its margin"
     where = "every task" if len(not_degraded) == len(tasks) else f"{len(not_degraded)} of {len(tasks)} tasks"

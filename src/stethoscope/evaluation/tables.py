@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pandas as pd
-
 from stethoscope.evaluation.contrast import Comparison, Contrast
 from stethoscope.evaluation.inference import PairedDifference
 
@@ -16,6 +14,7 @@ def accuracy_rows(comparison: Comparison) -> Rows:
     """A row per task and arm: every metric, and what tells format and length from correctness, in percent."""
     metrics = list(dict.fromkeys(name for row in comparison.accuracy for name in row["metrics"]))
     shares = ("extracted", "truncated", "accuracy_extracted")
+    order = [*comparison.family, *comparison.controls]
     header = ["%", "arm", "items", *metrics, "extracted", "cut off", "right of extracted", "tokens"]
     body = [
         [
@@ -26,7 +25,7 @@ def accuracy_rows(comparison: Comparison) -> Rows:
             *[_percent(row[name]) for name in shares],
             _NONE if row["generated_tokens"] is None else f"{row['generated_tokens']:.0f}",
         ]
-        for row in comparison.accuracy
+        for row in sorted(comparison.accuracy, key=lambda row: order.index(row["task"]))
     ]
     return [header, *body]
 
@@ -89,17 +88,26 @@ def bound_rows(contrast: Contrast) -> Rows:
 
 
 def gain_rows(comparison: Comparison, contrast: Contrast) -> Rows:
-    """A row per task and cause: items that changed sides, by what was wrong with the failed answer."""
+    """Where the change comes from: a row per task and one for all, items that b mended (+) and broke (-) by what was
+    wrong with the failed response, and the net in points."""
     frame = comparison.gains()
     chosen = frame[(frame["a"] == contrast.a) & (frame["b"] == contrast.b)]
     words = {"format": "no answer found", "truncation": "cut off by the limit", "correctness": "wrong answer"}
-    header = ["task", "what was wrong", f"{contrast.b} mended", f"{contrast.b} broke", "net items", "points"]
+    header = [f"mended and broken by {contrast.b}", *words.values(), "net items", "points"]
+    sizes = {t.task: t.n for t in contrast.tasks}
+    groups = {str(task): rows for task, rows in chosen.groupby("task", sort=False)}
+    family = [t.task for t in contrast.tasks if t.in_family and t.flips]
+    if len(family) > 1:
+        whole = "all of the family"
+        groups[whole], sizes[whole] = chosen[chosen["task"].isin(family)], sum(sizes[task] for task in family)
     body = []
-    for row in chosen.to_dict("records"):
-        counts = [_NONE] * 4
-        if not pd.isna(row["net"]):
-            counts = [str(row["gained"]), str(row["lost"]), f"{row['net']:+d}", f"{row['points']:+.1f}"]
-        body.append([str(row["task"]), words[str(row["cause"])], *counts])
+    for task, rows in groups.items():
+        cells = []
+        for cause in words:
+            counted = rows[rows["cause"] == cause].dropna(subset="net")
+            cells.append(f"+{counted['gained'].sum()} -{counted['lost'].sum()}" if len(counted) else _NONE)
+        net = int(rows["net"].sum())
+        body.append([task, *cells, f"{net:+d}", _points(net / sizes[task])])
     return [header, *body]
 
 
@@ -113,7 +121,13 @@ def notes(comparison: Comparison, contrast: Contrast) -> list[str]:
                 reasons[name] = result.reason
         for name, reason in reasons.items():
             found.setdefault(f"{name.replace('_', ' ')}: {reason}", []).append(t.task)
-    lines = [f"{', '.join(tasks)}: {reason}" for reason, tasks in found.items()]
+    everywhere = len(contrast.tasks)
+    lines = [
+        f"{'every task' if len(tasks) == everywhere > 1 else ', '.join(tasks)}: {reason}"
+        for reason, tasks in found.items()
+    ]
+    if contrast.pooled.reason:
+        lines.append(f"all of the family: interval: {contrast.pooled.reason}")
     for floor in comparison.noise:
         lines.append(
             f"{floor.task}: {floor.changed} of {floor.n} items of `{floor.arm}` changed their result when it was"
