@@ -11,7 +11,6 @@ from statsmodels.stats.contingency_tables import mcnemar as statsmodels_mcnemar
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.inference import (
-    _score,
     adjust,
     mcnemar_exact,
     non_inferiority,
@@ -20,6 +19,7 @@ from stethoscope.evaluation.inference import (
     smallest_detectable_gain,
     unpaired_z,
 )
+from stethoscope.evaluation.intervals import score_statistic
 
 
 def pair(both, only_a, only_b, neither):
@@ -70,14 +70,14 @@ def test_score_statistic_maximises_the_likelihood_under_the_constraint():
         low, high = max(0.0, -d), (1 - d) / 2
         share = optimize.minimize_scalar(deviance, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
         variance = n * (2 * share + d * (1 - d))
-        assert _score(worse, better, n, d) == pytest.approx((better - worse - n * d) / variance**0.5, rel=1e-3)
+        assert score_statistic(worse, better, n, d) == pytest.approx((better - worse - n * d) / variance**0.5, rel=1e-3)
 
 
 def test_score_interval_at_zero_difference_is_mcnemar():
     a, b = pair(100, 20, 38, 200)
-    assert _score(20, 38, 358, 0.0) == pytest.approx(18 / 58**0.5)
+    assert score_statistic(20, 38, 358, 0.0) == pytest.approx(18 / 58**0.5)
     low = paired_difference(a, b, method="score").low
-    assert _score(20, 38, 358, low) == pytest.approx(stats.norm.isf(0.025))
+    assert score_statistic(20, 38, 358, low) == pytest.approx(stats.norm.isf(0.025))
 
 
 def test_bootstrap_agrees_with_scipy_and_with_the_normal_interval():
@@ -181,7 +181,7 @@ def test_levels_hold_in_simulation():
     for n, discordance, gain in itertools.product((50, 540), (0.05, 0.2, 0.45), (0.0, 0.04)):
         shares = [(discordance - gain) / 2, (discordance + gain) / 2, 1 - discordance]
         draws = rng.multinomial(n, shares, size=400).tolist()
-        z = [_score(worse, better, n, gain) for worse, better, _ in draws]
+        z = [score_statistic(worse, better, n, gain) for worse, better, _ in draws]
         assert np.mean(np.abs(z) < stats.norm.isf(0.025)) > 0.91  # the interval covers where the score is small
         if gain == 0:
             assert np.mean([mcnemar_exact(b, c).p_value < 0.05 for b, c, _ in draws]) < 0.075
@@ -198,3 +198,44 @@ def test_adjustments_are_statsmodels(method, theirs):
     p = np.random.default_rng(0).random(30) ** 3
     p[4] = p[17]
     np.testing.assert_allclose(adjust(list(map(float, p)), method), multipletests(p, method=theirs)[1])
+
+
+def test_clustered_error_is_statsmodels():
+    from statsmodels.regression.linear_model import OLS
+
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 23, size=150)
+    a, b = rng.random(150) < 0.4, rng.random(150) < 0.5 + 0.3 * (clusters % 2)
+    difference = b.astype(float) - a
+    fit = OLS(difference, np.ones(150)).fit(cov_type="cluster", cov_kwds={"groups": clusters})
+    ours = paired_difference(a, b, clusters=clusters)
+    assert ours.standard_error == pytest.approx(float(fit.bse[0]))
+    assert ours.clusters == len(np.unique(clusters))
+    assert ours.standard_error > paired_difference(a, b).standard_error
+
+
+def test_ratio_difference_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    weights = rng.integers(5, 60, size=80).astype(float)
+    a = weights * rng.gamma(3.0, 1.0, size=80)
+    b = a + weights * rng.normal(0.2, 0.5, size=80)
+    ours = ratio_difference(a, b, weights, resamples=20_000)
+
+    def ratio(x, y, w):
+        return (y.sum(-1) - x.sum(-1)) / w.sum(-1)
+
+    theirs = stats.bootstrap((a, b, weights), ratio, paired=True, method="percentile", n_resamples=9999, rng=rng)
+    assert ours.difference == pytest.approx(ratio(a, b, weights))
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.01)
+    assert ours.standard_error == pytest.approx(theirs.standard_error, rel=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(40, 300), st.sampled_from([0.01, 0.05, 0.2]))
+def test_non_inferiority_is_its_p_value(worse, better, rest, margin):
+    result = non_inferiority(*pair(rest, worse, better, 0), margin)
+    assert result.shown == (result.p_value < 0.025)
+    assert result.p_value == pytest.approx(float(stats.norm.sf(score_statistic(worse, better, result.n, -margin))))
+    if result.smallest_margin and result.smallest_margin < 0.99:
+        assert non_inferiority(*pair(rest, worse, better, 0), result.smallest_margin * 1.001).shown
+        assert not non_inferiority(*pair(rest, worse, better, 0), result.smallest_margin * 0.999).shown

@@ -11,8 +11,6 @@ from scipy import stats
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.contrast import Comparison, Contrast, Flips, NoiseFloor, TaskContrast
 from stethoscope.evaluation.inference import (
-    McNemar,
-    NonInferiority,
     PairedDifference,
     adjust,
     mcnemar_exact,
@@ -23,6 +21,7 @@ from stethoscope.evaluation.inference import (
     unpaired_z,
 )
 from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses, Outcomes, PerDocument
+from stethoscope.evaluation.verdict import overall_verdict, task_verdict
 
 __all__ = ["Comparison", "Contrast", "TaskContrast", "aa_floor", "compare"]
 
@@ -107,7 +106,7 @@ def compare(
             ]
             adjusted = adjust([f["mcnemar"].p_value if f["mcnemar"] else None for f in found], adjustment)
             for entry, p in zip(found, adjusted, strict=True):
-                verdict = _task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
+                verdict = task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
                 compared.append(TaskContrast(**entry, in_family=in_family, p_adjusted=p, verdict=verdict))
         cost = {
             "loss": _compare_documents(losses, a, b, alpha, seed),
@@ -303,72 +302,4 @@ def _conclude(
         "not_degraded": [t.task for t in tasks if t.non_inferiority.shown],
         **cost,
     }
-    return Contrast(**contrast, verdict=_verdict(**contrast, margin=margin, alpha=alpha))
-
-
-def _verdict(
-    *,
-    a: str,
-    b: str,
-    tasks: list[TaskContrast],
-    pooled: PairedDifference,
-    pooled_mcnemar: McNemar | None,
-    improved: list[str],
-    worsened: list[str],
-    not_degraded: list[str],
-    loss: PairedDifference | None,
-    divergence: PairedDifference | None,
-    margin: float,
-    alpha: float,
-) -> str:
-    family = [t.task for t in tasks if t.in_family]
-    better = [name for name in improved if name in family]
-    if pooled_mcnemar is not None:
-        overall = pooled_mcnemar.p_value < alpha
-    else:
-        overall = pooled.low is not None and pooled.high is not None and not pooled.low <= 0 <= pooled.high
-    tested = "1 task" if len(family) == 1 else f"{len(family)} tasks"
-    gain = f"{100 * pooled.difference:+.1f} points"
-    if pooled.low is not None and pooled.high is not None:
-        gain += f" ({100 * pooled.low:+.1f} to {100 * pooled.high:+.1f})"
-    if (better or (overall and pooled.difference > 0)) and worsened:
-        words = f"Mixed: `{b}` against `{a}` gains {gain} over {tested}, but is significantly worse"
-        words += f" on {', '.join(worsened)}"
-    elif better or (overall and pooled.difference > 0):
-        words = f"`{b}` beats `{a}` by {gain} over {tested}, "
-        words += f"significantly in {len(better)} of them" if better else "though significantly in no single one"
-    elif worsened or (overall and pooled.difference < 0):
-        words = f"`{b}` is worse than `{a}`: {gain} over {tested}"
-        if worsened:
-            words += f", significantly on {', '.join(worsened)}"
-    else:
-        words = f"No evidence of benefit: `{b}` against `{a}` gives {gain} over {tested}"
-    everywhere = {t.non_inferiority.margin for t in tasks} <= {margin}
-    bound = f"a loss of {100 * margin:g} points" if everywhere else "a loss of its margin"
-    where = "every task" if len(not_degraded) == len(tasks) else f"{len(not_degraded)} of {len(tasks)} tasks"
-    words += f"; {bound} or more is ruled out in {where}"
-    for change, what in ((loss, "control loss"), (divergence, "divergence from the base")):
-        if change is not None:
-            words += f"; {what} {change.difference:+.3f} nats per token"
-            if change.low is not None and change.high is not None:
-                words += f" ({change.low:+.3f} to {change.high:+.3f})"
-    return words + "."
-
-
-def _task_verdict(
-    difference: PairedDifference, bound: NonInferiority, p_adjusted: float | None, a: str, b: str, alpha: float
-) -> str:
-    if p_adjusted is not None:
-        differs, p = p_adjusted < alpha, f", adjusted p = {p_adjusted:.2g}"
-    else:
-        low, high = difference.low, difference.high
-        differs, p = low is not None and high is not None and not low <= 0 <= high, ""
-    gain = f"{100 * difference.difference:+.1f} points{p}"
-    if not differs:
-        words = f"no evidence that `{b}` and `{a}` differ ({gain})"
-    else:
-        words = f"`{b}` is {'better' if difference.difference > 0 else 'worse'} than `{a}` ({gain})"
-    margin = f"a loss of {100 * bound.margin:g} points or more is"
-    if bound.shown is None:
-        return f"{words}; whether {margin} ruled out is not defined: {bound.reason}."
-    return f"{words}; {margin}{'' if bound.shown else ' not'} ruled out."
+    return Contrast(**contrast, verdict=overall_verdict(**contrast, margin=margin, alpha=alpha))

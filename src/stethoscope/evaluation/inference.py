@@ -14,12 +14,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 from stethoscope.errors import EvaluationError
-
-Floats = NDArray[np.float64]
+from stethoscope.evaluation.intervals import (
+    Floats,
+    clustered_error,
+    ratio_bootstrap,
+    score_interval,
+    score_statistic,
+    sum_by_cluster,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +175,8 @@ def paired_difference(
     for label in labels:
         if label is not None and label.shape != x.shape:
             raise EvaluationError(f"`{len(x)}` items but labels of shape `{label.shape}`")
-    sums, sizes, groups = _sum_by_cluster(difference, *labels)
-    error = _clustered_error(sums, sizes, groups)
+    sums, sizes, groups = sum_by_cluster(difference, *labels)
+    error = clustered_error(sums, sizes, groups)
     low: float | None
     high: float | None
     if method == "score":
@@ -179,10 +185,10 @@ def paired_difference(
                 "the score interval needs results of 0 and 1, and neither clusters nor strata",
                 hint="use `method='bootstrap'`",
             )
-        low, high = _score_interval(int((difference < 0).sum()), int((difference > 0).sum()), len(x), confidence)
+        low, high = score_interval(int((difference < 0).sum()), int((difference > 0).sum()), len(x), confidence)
         reason = None
     else:
-        low, high, reason = _ratio_bootstrap(sums, sizes, groups, confidence, resamples, rng)
+        low, high, reason = ratio_bootstrap(sums, sizes, groups, confidence, resamples, rng)
     return PairedDifference(
         n=len(x),
         clusters=len(sums),
@@ -219,14 +225,14 @@ def ratio_difference(
     if sizes.shape != x.shape or not (sizes > 0).all():
         raise EvaluationError("every unit needs one positive weight")
     groups = np.zeros(len(x), dtype=np.int64)
-    low, high, reason = _ratio_bootstrap(y - x, sizes, groups, confidence, resamples, rng)
+    low, high, reason = ratio_bootstrap(y - x, sizes, groups, confidence, resamples, rng)
     return PairedDifference(
         n=len(x),
         clusters=len(x),
         difference=float((y - x).sum() / sizes.sum()),
         low=low,
         high=high,
-        standard_error=_clustered_error(y - x, sizes, groups),
+        standard_error=clustered_error(y - x, sizes, groups),
         confidence=confidence,
         method="bootstrap",
         reason=reason,
@@ -269,7 +275,7 @@ def non_inferiority(
     p_value = None
     if binary and margin < 1:
         worse, better = int((y < x).sum()), int((y > x).sum())
-        p_value = float(stats.norm.sf(_score(worse, better, len(x), -margin)))
+        p_value = float(stats.norm.sf(score_statistic(worse, better, len(x), -margin)))
     low = interval.low
     return NonInferiority(
         n=interval.n,
@@ -345,86 +351,3 @@ def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise EvaluationError("results that are not finite cannot be compared")
     return x, y
-
-
-def _sum_by_cluster(
-    difference: Floats, clusters: NDArray[Any] | None, strata: NDArray[Any] | None
-) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Per cluster: the sum of differences, the number of items, and the stratum's number."""
-    n = len(difference)
-    group = np.zeros(n, np.int64) if strata is None else np.unique(strata, return_inverse=True)[1].astype(np.int64)
-    if clusters is None:
-        return difference, np.ones(n), group
-    _, unit = np.unique(np.stack([group, np.unique(clusters, return_inverse=True)[1]]), axis=1, return_inverse=True)
-    unit = unit.reshape(-1)
-    first = np.unique(unit, return_index=True)[1]
-    return np.bincount(unit, weights=difference).astype(np.float64), np.bincount(unit).astype(np.float64), group[first]
-
-
-def _clustered_error(sums: Floats, sizes: Floats, groups: NDArray[np.int64]) -> float | None:
-    variance = 0.0
-    for group in np.unique(groups):
-        chosen = groups == group
-        count = int(chosen.sum())
-        if count < 2:
-            return None
-        residual = sums[chosen] - sizes[chosen] * sums[chosen].sum() / sizes[chosen].sum()
-        variance += float((residual**2).sum()) * count / (count - 1)
-    return variance**0.5 / float(sizes.sum())
-
-
-def _ratio_bootstrap(
-    sums: Floats,
-    sizes: Floats,
-    groups: NDArray[np.int64],
-    confidence: float,
-    resamples: int,
-    rng: np.random.Generator | None,
-) -> tuple[float | None, float | None, str | None]:
-    """Percentile interval of sum(sums) / sum(sizes) when units are drawn with replacement within groups."""
-    if len(sums) < 2:
-        return None, None, "one unit cannot be resampled"
-    if len(np.unique(sums / sizes)) == 1:
-        return None, None, "every unit has the same difference, which a bootstrap cannot tell from certainty"
-    rng = rng or np.random.default_rng(0)
-    top, bottom = np.zeros(resamples), np.zeros(resamples)
-    for group in np.unique(groups):
-        # Equal units are interchangeable: draw how often each distinct one comes, not which.
-        units, counts = np.unique(np.stack([sums, sizes], axis=1)[groups == group], axis=0, return_counts=True)
-        count = int(counts.sum())
-        step = max(1, 4_000_000 // len(units))
-        for start in range(0, resamples, step):
-            drawn = rng.multinomial(count, counts / count, size=min(step, resamples - start))
-            top[start : start + step] += drawn @ units[:, 0]
-            bottom[start : start + step] += drawn @ units[:, 1]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(top / bottom, [tail, 1 - tail])
-    return float(low), float(high), None
-
-
-def _score(worse: int, better: int, n: int, difference: float) -> float:
-    """Tango's score statistic against a true ``difference``; large where the observed one is above it."""
-    b = -worse - better + (2 * n - better + worse) * difference
-    c = -worse * difference * (1 - difference)
-    share = (max(b * b - 8 * n * c, 0.0) ** 0.5 - b) / (4 * n)  # of items that only the first arm gets right
-    variance = n * (2 * share + difference * (1 - difference))
-    gap = better - worse - n * difference
-    if variance <= 0:
-        return 0.0 if gap == 0 else float(np.copysign(np.inf, gap))
-    return float(gap / variance**0.5)
-
-
-def _score_interval(worse: int, better: int, n: int, confidence: float) -> tuple[float, float]:
-    z = float(stats.norm.isf((1 - confidence) / 2))
-    estimate = (better - worse) / n
-    edge = 1 - 1e-12
-
-    def end(sign: int) -> float:
-        def excess(difference: float) -> float:
-            return float(np.clip(sign * _score(worse, better, n, difference), -1e6, 1e6)) - z
-
-        if sign * estimate <= -edge or excess(-sign * edge) < 0:
-            return float(-sign)
-        return float(optimize.brentq(excess, -sign * edge, estimate))
-
-    return end(1), end(-1)

@@ -61,7 +61,8 @@ def load_tasks(
     problems = []
     for name, spec in wanted.items():
         try:
-            found = manager.load([spec])["tasks"]
+            with quiet_harness():
+                found = manager.load([spec])["tasks"]
             problems += [f"`{task}` has no items" for task, built in found.items() if not len(built.eval_docs)]
             tasks |= found
         except Exception as error:  # whatever a task's own code and data raise
