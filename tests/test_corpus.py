@@ -97,6 +97,11 @@ def test_every_form_gives_the_same_documents(field: str, tmp_path: Path) -> None
     assert documents_hash(values) != documents_hash(values[::-1])
 
 
+def test_what_a_table_fills_in_is_left_out_again(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]
+    assert read_documents(table(tmp_path / "a.parquet", "text", [chat])) == [chat]
+
+
 def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
     assert read_documents(tmp_path / "a.txt") == ["one\n\ntwo"]

@@ -504,6 +504,24 @@ def test_a_layout_encodes_and_decodes_as_its_makers_meant(name: str, tmp_path: P
         assert difference is None or difference < 2e-5, f"{what}: {difference}"
 
 
+def test_a_transcoders_linear_skip_lies_the_right_way(tmp_path: Path) -> None:
+    case = gemma_scope_2(tmp_path, "transcoder", skip=True)
+    skip = load_file(case.path / "params.safetensors")["affine_skip_connection"]
+    x = random(9, D)
+    whole = case.decode(case.encode(x)) + x @ skip
+    assert torch.allclose(load_sae(read_folder(case.path))(x), whole, atol=1e-5)
+
+
+def test_a_module_that_sae_lens_noted_is_believed_over_its_own_name(tmp_path: Path) -> None:
+    case = jumprelu_transcoder(tmp_path)
+    config = json.loads((case.path / "cfg.json").read_text())
+    names = {"hook_name": "blocks.3.hook_mlp_in", "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output"}
+    config["metadata"] |= names
+    (case.path / "cfg.json").write_text(json.dumps(config))
+    folder = read_folder(case.path)
+    assert (folder.layer, folder.site, folder.tap) == (3, "mlp_in", "pre_feedforward_layernorm.output")
+
+
 def test_transcoders_say_so(tmp_path: Path) -> None:
     torch.manual_seed(0)
     for name, make in CASES.items():

@@ -242,6 +242,37 @@ def test_a_release_is_found_by_name_and_taken_from_the_cache(hub: Callable[[str]
     assert all(name in caught.value.problems[3] for name in ["layer 3: one SAE is wanted", *both])
 
 
+@pytest.mark.parametrize(
+    ("source", "sae_id"),
+    [
+        ("gemma-scope-2-1b-it-res-all", "layer_{layer}_width_16k_l0_small"),
+        ("google/gemma-scope-2-1b-it", "resid_post_all/layer_{layer}_width_16k_l0_small"),
+    ],
+)
+def test_only_what_is_wanted_is_fetched(
+    source: str, sae_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub library's own filter between a folder that stands for the hub and one for its cache."""
+    remote, local = tmp_path / "remote", tmp_path / "gemma-scope-2-1b-it"
+    for layer in range(26):
+        for kind in ("resid_post_all", "mlp_out_all"):
+            for size in ("16k_l0_small", "16k_l0_big", "262k_l0_small"):
+                write_gemma_scope_2(remote / kind / f"layer_{layer}_width_{size}")
+
+    def download(repository: str, *, allow_patterns: list[str]) -> str:
+        assert repository == "google/gemma-scope-2-1b-it"
+        names = [path.relative_to(remote).as_posix() for path in remote.rglob("*") if path.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=allow_patterns):
+            (local / name).parent.mkdir(parents=True)
+            shutil.copy(remote / name, local / name)
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert list(open_saes(source, sae_id)) == list(range(26))
+    assert {path.parent.name for path in local.rglob("*.*")} == {f"layer_{n}_width_16k_l0_small" for n in range(26)}
+    assert len(list(local.rglob("*.*"))) == 26
+
+
 def test_a_release_corrects_what_a_configuration_says(hub: Callable[[str], Path]) -> None:
     repository = hub("JoshEngels/Mistral-7B-Residual-Stream-SAEs")
     for layer in (8, 16, 24):

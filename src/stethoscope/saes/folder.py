@@ -81,7 +81,7 @@ class SAEFolder:
     architecture: str
     hook_name: str
     model_name: str | None
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def transcoder(self) -> bool:
