@@ -304,6 +304,7 @@ def compare(
     ] = None,
     family: Annotated[str | None, typer.Option(help="Tasks corrected together; the others are controls.")] = None,
     correction: Annotated[Correction, typer.Option(help="For the number of tests.")] = Correction.holm,
+    cluster: Annotated[str | None, typer.Option(metavar="FIELD", help="Field of a log's items: their source.")] = None,
     shared_only: Annotated[bool, typer.Option("--shared-only", help="Leave out items that one arm lacks.")] = False,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the comparison to this file.")] = None,
@@ -314,7 +315,8 @@ def compare(
     from stethoscope.evaluation.samples import join, read_results
 
     (path_a, arm_a), (path_b, arm_b) = _labelled(a), _labelled(b)
-    first, second = read_results(Path(path_a), arm=arm_a), read_results(Path(path_b), arm=arm_b)
+    first = read_results(Path(path_a), arm=arm_a, source=cluster)
+    second = read_results(Path(path_b), arm=arm_b, source=cluster)
     if first.arms == second.arms:
         first, second = first.renamed(f"{first.arms[0]} (a)"), second.renamed(f"{second.arms[0]} (b)")
     joined, left_out = join(first, second, shared_only=shared_only)

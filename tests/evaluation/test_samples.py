@@ -240,3 +240,24 @@ def test_evaluate_command(checkpoints, tasks, tmp_path, capsys):
     code, _, err = run_cli(capsys, *command, *models, "--backend", "vllm")
     assert code == 2
     assert err.strip() == "error: vLLM is not installed\n\nhint: pip install 'lm_eval[vllm]==0.4.13'"
+
+
+def test_items_that_share_a_source_widen_the_interval(logs, capsys):
+    for folder in logs.values():
+        for path in folder.glob("samples_*.jsonl"):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            for row in rows:  # four copies of each item
+                row["doc"]["passage"] = row["doc_id"]
+            copies = [row | {"doc_id": 16 * k + row["doc_id"]} for k in range(4) for row in rows]
+            path.write_text("".join(json.dumps(row) + "\n" for row in copies))
+    found = {}
+    for name, options in {"plain": (), "clustered": ("--cluster", "passage")}.items():
+        code, out, _ = run_cli(capsys, "compare", logs["base"], logs["edited"], "--json", *options)
+        assert code == 0
+        found[name] = next(t for t in json.loads(out)["contrasts"][0]["tasks"] if t["task"] == "sums")
+    plain, clustered = (found[name]["difference"] for name in ("plain", "clustered"))
+    assert (plain["n"], plain["clusters"], clustered["clusters"]) == (64, 64, 16)
+    assert clustered["standard_error"] == pytest.approx(2 * plain["standard_error"], rel=0.05)
+    assert "p-values are not" in found["clustered"]["reasons"]["p"]
+    code, _, err = run_cli(capsys, "compare", logs["base"], logs["edited"], "--cluster", "chapter")
+    assert (code, "the document has no `chapter`" in err) == (2, True)

@@ -20,7 +20,7 @@ from stethoscope.evaluation.inference import (
     smallest_detectable_gain,
     unpaired_z,
 )
-from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses, Outcomes, PerDocument
+from stethoscope.evaluation.outcomes import SOURCE, DocumentDivergences, DocumentLosses, Outcomes, PerDocument
 from stethoscope.evaluation.verdict import overall_verdict, task_verdict
 
 __all__ = ["Comparison", "Contrast", "TaskContrast", "aa_floor", "compare"]
@@ -47,8 +47,9 @@ def compare(
     """Compare arms on the items that they share.
 
     Args:
-        outcomes: results of all arms on the same items. An arm named like another with ``_again`` behind it is that
-            arm evaluated twice: it is compared with nothing, and gives the noise floor (`aa_floor`).
+        outcomes: results of all arms on the same items; where they have a ``source``, intervals are clustered. An arm
+            named like another with ``_again`` behind it is that arm evaluated twice: it is compared with nothing, and
+            gives the noise floor (`aa_floor`).
         baseline: the arm that every other is compared with.
         family: tasks whose p-values are corrected together; the others are controls, corrected among themselves. All if
             not given.
@@ -208,30 +209,43 @@ def _compare_task(
         "accuracy_b": float(y.mean()),
     }
     confidence = 1 - alpha
+    sources = _sources(rows_a)
+    clustered: dict[str, Any] = {"confidence": confidence, "rng": rng, "clusters": sources}
     if not np.isin(np.concatenate([x, y]), (0, 1)).all():
         why = f"`{metric}` is not 0 or 1 for every item"
         undefined = ("unpaired", "mcnemar", "p_adjusted", "smallest_detectable_gain", "flips")
         return found | {
             "unpaired": None,
             "mcnemar": None,
-            "difference": paired_difference(x, y, confidence=confidence, rng=rng),
-            "non_inferiority": non_inferiority(x, y, margin, confidence=confidence, rng=rng),
+            "difference": paired_difference(x, y, **clustered),
+            "non_inferiority": non_inferiority(x, y, margin, **clustered),
             "smallest_detectable_gain": None,
             "flips": None,
             "reasons": dict.fromkeys(undefined, why),
         }
     detectable = smallest_detectable_gain(n, float((x != y).mean()), alpha=alpha)
     flips = _flips(rows_a, rows_b, x, y)
-    reasons = {"smallest_detectable_gain": detectable.reason, "flips": None if flips else "no extraction is recorded"}
+    reasons = {
+        "smallest_detectable_gain": detectable.reason,
+        "flips": None if flips else "no extraction is recorded",
+        "p": None if sources is None else "items share sources: intervals are clustered by them, p-values are not",
+    }
     return found | {
         "unpaired": unpaired_z(int(x.sum()), n, int(y.sum()), n),
         "mcnemar": mcnemar_exact(int((x > y).sum()), int((y > x).sum())),
-        "difference": paired_difference(x, y, confidence=confidence, method="score"),
-        "non_inferiority": non_inferiority(x, y, margin, confidence=confidence, rng=rng),
+        "difference": paired_difference(x, y, method="score" if sources is None else "bootstrap", **clustered),
+        "non_inferiority": non_inferiority(x, y, margin, **clustered),
         "smallest_detectable_gain": detectable.gain,
         "flips": flips,
         "reasons": {name: reason for name, reason in reasons.items() if reason},
     }
+
+
+def _sources(rows: pd.DataFrame) -> NDArray[Any] | None:
+    """Which items share a source, where that is known."""
+    if SOURCE not in rows or rows[SOURCE].isna().any():
+        return None
+    return rows[SOURCE].to_numpy(dtype=np.str_)
 
 
 def _results(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
@@ -285,7 +299,10 @@ def _conclude(
     family = [t for t in tasks if t.in_family]
     x, y = (np.concatenate([_results(outcomes.rows(arm, t.task), t.metric) for t in family]) for arm in (a, b))
     strata = np.repeat(np.arange(len(family)), [t.n for t in family])
-    pooled = paired_difference(x, y, confidence=1 - alpha, strata=strata, rng=np.random.default_rng(seed))
+    known = [_sources(outcomes.rows(a, t.task)) for t in family]
+    sources = None if any(labels is None for labels in known) else np.concatenate([s for s in known if s is not None])
+    rng = np.random.default_rng(seed)
+    pooled = paired_difference(x, y, confidence=1 - alpha, strata=strata, clusters=sources, rng=rng)
     counted = [t.mcnemar for t in family if t.mcnemar]
     pooled_mcnemar = (
         mcnemar_exact(sum(m.b for m in counted), sum(m.c for m in counted)) if len(counted) == len(family) else None

@@ -2,7 +2,8 @@
 
 Columns: ``arm``, ``task``, ``item`` (number in the task), ``item_hash``, ``prompt_hash``, a column per metric,
 ``extracted`` (an answer was found in the response), ``truncated`` (cut off by the token limit),
-``generated_tokens``, ``response``, ``answer`` (as extracted), ``target``.
+``generated_tokens``, ``response``, ``answer`` (as extracted), ``target``. Where items share sources (one passage, one
+template), a column ``source`` may say which.
 """
 
 import json
@@ -25,6 +26,7 @@ from stethoscope.evaluation.inference import PairedDifference, ratio_difference
 SCHEMA = 1
 KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
 DETAILS = ("extracted", "truncated", "generated_tokens", "response", "answer", "target")
+SOURCE = "source"
 _PREFERRED = ("exact_match", "math_verify", "acc")
 
 
@@ -63,7 +65,7 @@ class Outcomes:
     @property
     def metrics(self) -> list[str]:
         """Names of the metric columns."""
-        return [str(name) for name in self.frame if name not in (*KEYS, *DETAILS)]
+        return [str(name) for name in self.frame if name not in (*KEYS, *DETAILS, SOURCE)]
 
     def renamed(self, arm: str) -> "Outcomes":
         """The same outcomes with their only arm under another name."""

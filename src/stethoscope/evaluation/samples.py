@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.outcomes import Outcomes
+from stethoscope.evaluation.outcomes import SOURCE, Outcomes
 
 _NO_ANSWER = frozenset(("", "[invalid]", "[invalidanswer]"))
 _LOG = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d{2}-\d{2}T[\d.\-]+)\.jsonl")
@@ -70,27 +70,33 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def read_results(path: Path, *, arm: str | None = None) -> Outcomes:
+def read_results(path: Path, *, arm: str | None = None, source: str | None = None) -> Outcomes:
     """Outcomes of one arm from what `lm_eval --log_samples` or `stethoscope evaluate` wrote.
 
     Args:
         path: a folder of `lm_eval --output_path` (each task's newest log is read), one ``samples_*.jsonl``, a run
             folder, or ``outcomes.parquet``.
         arm: which arm of a run, or what to call a log, which does not say. The folder's or file's name if not given.
+        source: a field of a log's documents that says which items share a source.
 
     Raises:
-        EvaluationError: nothing to compare there, or more than one arm.
+        EvaluationError: nothing to compare there, more than one arm, or documents without the field.
     """
     if not path.exists():
         raise EvaluationError(f"`{path}` does not exist")
     stored = path / "outcomes.parquet" if path.is_dir() else path
     if stored.suffix == ".parquet" and stored.exists():
+        if source is not None:
+            raise EvaluationError(
+                f"`{stored}` does not hold the items' fields, so not `{source}`", hint="give the logs of lm_eval"
+            )
         return _one_arm(Outcomes.load(stored), stored, arm)
     logs = _newest_logs(path) if path.is_dir() else {_task_of(path): path}
     folders = {log.parent for log in logs.values()}
     # lm_eval names a folder after the whole model path, with `__` for each slash
     name = arm or (folders.pop().name.rpartition("__")[2] if path.is_dir() else path.stem)
-    return Outcomes(frame=pd.concat([_read_log(log, task, name) for task, log in logs.items()], ignore_index=True))
+    parts = [_read_log(log, task, name, source) for task, log in logs.items()]
+    return Outcomes(frame=pd.concat(parts, ignore_index=True))
 
 
 def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcomes, list[str]]:
@@ -176,7 +182,7 @@ def _task_of(path: Path) -> str:
     return match["task"] if match else path.stem
 
 
-def _read_log(path: Path, task: str, arm: str) -> pd.DataFrame:
+def _read_log(path: Path, task: str, arm: str, source: str | None) -> pd.DataFrame:
     samples, problems = [], []
     # not splitlines: JSON strings may hold other line ends
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -189,6 +195,8 @@ def _read_log(path: Path, task: str, arm: str) -> pd.DataFrame:
             have = set(sample) if isinstance(sample, dict) else set()
             if lacking := [name for name in _NEEDED if name not in have]:
                 problems.append(f"line {number}: lacks {', '.join(f'`{name}`' for name in lacking)}")
+            elif source is not None and source not in (sample.get("doc") or {}):
+                problems.append(f"line {number}: the document has no `{source}`")
             else:
                 samples.append(sample)
     if problems or not samples:
@@ -196,7 +204,10 @@ def _read_log(path: Path, task: str, arm: str) -> pd.DataFrame:
             f"`{path}` is no sample log of lm_eval", problems=problems[:10] or ["it is empty"],
             hint="give what `lm_eval --log_samples --output_path DIR` wrote",
         )  # fmt: skip
-    return to_rows(arm, task, samples, _details_of_log, extract=_scorers_extraction(task))
+    rows = to_rows(arm, task, samples, _details_of_log, extract=_scorers_extraction(task))
+    if source is not None:
+        rows[SOURCE] = rows["item"].map({sample["doc_id"]: str(sample["doc"][source]) for sample in samples})
+    return rows
 
 
 def _details_of_log(sample: Sample) -> dict[str, Any]:
