@@ -38,6 +38,21 @@ def documents(kind: str, count: int, seed: int) -> list[str]:
     return [" ".join(rng.choices(words, k=rng.randint(3, 6))) for _ in range(count)]
 
 
+def train(model: PreTrainedModel, texts: list[str], tokenizer, parameters: list[torch.nn.Parameter]) -> None:
+    model.requires_grad_(False)
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, lr=3e-3)
+    found = list(batches(tokenize(texts, tokenizer), tokenizer, batch_tokens=1024))
+    for step in range(24):
+        batch = found[step % len(found)]
+        labels = batch.input_ids.masked_fill(~batch.attention_mask, -100)
+        model(input_ids=batch.input_ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.requires_grad_(False)
+
+
 def plant(
     folder: Path,
     tokenizer,
@@ -56,20 +71,12 @@ def plant(
         if family == "llama"
         else Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=8, initializer_range=0.1, sliding_window=16))
     ).eval()
+    train(base, documents("control", 64, seed + 1000), tokenizer, list(base.parameters()))
     base.save_pretrained(folder / "base")
-    parameters = [p for name, p in base.named_parameters() if parse_name(name).layer in layers]
-    base.requires_grad_(False)
     before = {name: p.clone() for name, p in base.named_parameters()}
-    for p in parameters:
-        p.requires_grad_(True)
-    optimizer = torch.optim.Adam(parameters, lr=3e-3)
-    train = list(batches(tokenize(documents("target", 64, seed + 1000), tokenizer), tokenizer, batch_tokens=1024))
-    for step in range(24):
-        batch = train[step % len(train)]
-        labels = batch.input_ids.masked_fill(~batch.attention_mask, -100)
-        base(input_ids=batch.input_ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    own = [p for name, p in base.named_parameters() if parse_name(name).layer in layers]
+    both = documents("target", 64, seed + 2000) + documents("control", 64, seed + 3000)
+    train(base, both, tokenizer, own)
     with torch.no_grad():
         norms: dict[str, list[float]] = {}
         for name, p in base.named_parameters():

@@ -12,7 +12,6 @@ The task vector's own norm is `TaskVector.energy_by_layer`; `shifts.py` compares
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -136,7 +135,7 @@ def measure(
             if progress:
                 progress(done, total)
     tokens = {name: _tokens(text) for name, text in texts.items()}
-    return Gains(changes=_frozen(changes), sums=sums, losses=losses, tokens=tokens)
+    return Gains(changes=tuple(map(dict, changes)), sums=sums, losses=losses, tokens=tokens)
 
 
 def forwards(changes: Sequence[Change], depth: int) -> float:
@@ -165,7 +164,7 @@ def local_effect(
                 gain = change.gain().where(batch.attention_mask.to(change.gradient.device), 0.0)
                 sums[name][list(batch.documents), layer] = gain.sum(1).cpu().numpy()
     tokens = {name: _tokens(text) for name, text in texts.items()}
-    return Gains(changes=_frozen([{n: coefficient} for n in points]), sums=sums, losses=losses, tokens=tokens)
+    return Gains(changes=tuple({n: coefficient} for n in points), sums=sums, losses=losses, tokens=tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +218,7 @@ def gradient(
     per_token = {corpus: found.sum(0) / tokens[corpus].sum() for corpus, found in effects.items()}
     return GradientEffects(
         gains=Gains(
-            changes=_frozen([{layer: 1.0} for layer in layers]),
+            changes=tuple({layer: 1.0} for layer in layers),
             sums={corpus: found @ member for corpus, found in effects.items()},
             losses=losses,
             tokens=tokens,
@@ -303,10 +302,6 @@ def _layer(name: str) -> int:
 
 def _start(change: Change, depth: int) -> int:
     return min((layer for layer, coefficient in change.items() if coefficient), default=depth)
-
-
-def _frozen(changes: Sequence[Change]) -> tuple[Change, ...]:
-    return tuple(MappingProxyType(dict(sorted(change.items()))) for change in changes)
 
 
 def _loss(model: PreTrainedModel, output: object, batch: TokenBatch) -> Float64[np.ndarray, " rows"]:

@@ -1,0 +1,75 @@
+"""Base against tuned, checked against plain loops over their activations."""
+
+import numpy as np
+import pytest
+import torch
+from planted import Planted, plant
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
+
+from stethoscope.checkpoints.task_vector import FullTaskVector
+from stethoscope.editing.apply import applied
+from stethoscope.editing.plan import EditPlan
+from stethoscope.selection.shifts import residual_shift, tuned_shift
+from stethoscope.sites import hear, hook_point
+
+D = 32
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"), tokenizer, count=10)
+
+
+def exact_sae() -> SAE:
+    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=2 * D, apply_b_dec_to_input=False))
+    identity = torch.eye(D)
+    sae.W_enc.data = torch.cat([identity, -identity], dim=1)
+    sae.W_dec.data = torch.cat([identity, -identity], dim=0)
+    return sae.requires_grad_(False)
+
+
+@torch.no_grad()
+def activations(made: Planted, layer: int, site: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per document, a site under the base and under tuned."""
+    found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    point = {0: hook_point(made.model, layer, site)}
+    for batch in made.texts["target"]:
+        for row, document in enumerate(batch.documents):
+            ids = batch.input_ids[row][batch.attention_mask[row]][None]
+            base = hear(made.model, point, ids)[0][0]
+            with applied(made.model, made.task_vector, EditPlan.everything()):
+                found[document] = (base, hear(made.model, point, ids)[0][0])
+    return [found[document] for document in sorted(found)]
+
+
+def test_residual_shift_is_a_standardised_difference(planted):
+    found = residual_shift(planted.model, planted.task_vector, planted.texts)
+    assert set(found) == {"target", "control"}
+    for layer in (0, 3, 5):
+        base, tuned = (torch.cat(x).double() for x in zip(*activations(planted, layer, "resid_post"), strict=True))
+        pooled = (base.var(0, unbiased=False) + tuned.var(0, unbiased=False)) / 2
+        expected = ((tuned.mean(0) - base.mean(0)) ** 2 / pooled).mean().sqrt()
+        assert found["target"][layer] == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_fine_tune_that_changed_nothing_shifts_nothing(planted):
+    none = FullTaskVector(planted.task_vector.base, planted.task_vector.base)
+    assert not residual_shift(planted.model, none, planted.texts)["target"].any()
+    found = tuned_shift(planted.model, none, {2: exact_sae()}, {2: {0: 1.0}}, planted.texts["target"])
+    assert not found.moved.any()
+
+
+@pytest.mark.parametrize("site", ["resid_post", "mlp_out"])
+def test_tuned_shift_sums_the_chosen_features(planted, site):
+    features = {1: {3: 2.0, D + 7: 0.5}, 4: {}}
+    found = tuned_shift(
+        planted.model, planted.task_vector, {1: exact_sae(), 4: exact_sae()}, features, planted.texts["target"],
+        site=site,
+    )  # fmt: skip
+    assert found.layers == (1, 4)
+    for document, (base, tuned) in enumerate(activations(planted, 1, site)):
+        moved = 2.0 * (tuned[:, 3].relu() - base[:, 3].relu()) + 0.5 * ((-tuned[:, 7]).relu() - (-base[:, 7]).relu())
+        assert found.moved[document, 0] == pytest.approx(float(moved.sum()), rel=1e-3, abs=1e-4)
+        assert found.mass[document, 0] == pytest.approx(float(base.abs().sum()), rel=1e-4)
+    assert not found.moved[:, 1].any()
+    np.testing.assert_allclose(found.mean(), found.moved.sum(0) / found.mass.sum(0))
