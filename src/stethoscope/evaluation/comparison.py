@@ -133,8 +133,9 @@ def aa_floor(outcomes: Outcomes, arm: str, again: str, *, metric: str | None = N
     """How many items change their result when nothing changed but the run: the same arm evaluated twice.
 
     Greedy decoding is deterministic for a fixed composition of batches, so both runs of one command agree to the item.
-    Another batch size, device or version rounds in another order and may flip items whose two best tokens nearly tie:
-    a difference between arms is to be seen beside that.
+    Another batch size, device or version rounds in another order and may flip items whose two best tokens nearly tie: a
+    difference between arms is to be seen beside that. (SmolLM2-135M, 24 items of arithmetic, batches of 24 and of 5: 3
+    responses and no result changed in bfloat16, none in float32.)
 
     Args:
         outcomes: holds both runs as arms, on the same items.
