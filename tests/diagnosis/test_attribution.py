@@ -99,10 +99,10 @@ def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, ar
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
-    layers = ((0, 3), (2, 5), (1, 2))[seed]
-    made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=seed + 50)
+    layers = ((0, 3), (2, 5))[seed]
+    made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=seed + 50, batch_tokens=4096)
     edits = LayerEdits(made.model, made.task_vector)
     saes = {n: exact_sae() for n in range(6)}
     target, control = (attribute(made.model, edits, saes, made.texts[name]) for name in ("target", "control"))

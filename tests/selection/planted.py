@@ -62,6 +62,7 @@ def plant(
     layers: Sequence[int] = (1, 4),
     seed: int = 0,
     count: int = 24,
+    batch_tokens: int = 512,
 ) -> Planted:
     """A base, and a tuned whose ``layers`` were trained on target text; the other layers got noise of equal norm."""
     torch.manual_seed(seed)
@@ -89,7 +90,7 @@ def plant(
                 p.add_(noise * (sum(found) / len(found) / float(noise.norm())))
     base.save_pretrained(folder / "tuned")
     texts = {
-        kind: list(batches(tokenize(documents(kind, count, seed), tokenizer), tokenizer, batch_tokens=512))
+        kind: list(batches(tokenize(documents(kind, count, seed), tokenizer), tokenizer, batch_tokens=batch_tokens))
         for kind in ("target", "control")
     }
     return Planted(

@@ -35,10 +35,12 @@ def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
 
 @pytest.mark.parametrize(
     ("family", "depth", "layers"),
-    [("llama", 6, (0, 4)), ("llama", 12, (2, 7)), ("llama", 24, (5, 14, 16)), ("gemma3", 6, (2, 3))],
+    [("gemma3", 6, (2, 3)), ("llama", 12, (2, 7)), ("llama", 24, (5, 14, 16))],
 )
 def test_the_planted_layers_are_chosen_at_any_depth(family, depth, layers, tmp_path, tokenizer):
-    made = plant(tmp_path, tokenizer, family=family, depth=depth, layers=layers, seed=depth, count=16)
+    made = plant(
+        tmp_path, tokenizer, family=family, depth=depth, layers=layers, seed=depth, count=16, batch_tokens=4096
+    )
     found = run(made, z_of(made))
     assert tuple(found.coefficients) == layers
     assert 5 < found.threshold < 12

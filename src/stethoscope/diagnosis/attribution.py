@@ -24,7 +24,7 @@ from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
 from stethoscope.losses import loss_gradient
 from stethoscope.replay import Recording
-from stethoscope.saes.activations import SINK_RATIO
+from stethoscope.saes.activations import loud_positions
 from stethoscope.sites import HookPoint, hear, hearing, hook_point
 
 Progress = Callable[[int, int], None]
@@ -88,16 +88,8 @@ def own_changes(
             with edits.entered({layer: coefficient}), recording.below(layer):
                 tuned = hear(model, {layer: point}, batch.input_ids)[layer]
             changes[layer] = OwnChange(base=base.detach(), tuned=tuned, gradient=gradient)
-        # A sink's norm drops again in the last layers while it stays unlike any other token: once, always.
-        loud = torch.stack([sinks(recording.after(layer), batch) for layer in points]).any(0)
+        loud = loud_positions((recording.after(layer) for layer in points), batch.attention_mask)
     return Heard(losses=losses.where(counted, 0.0).double().sum(1), changes=changes, sinks=loud)
-
-
-def sinks(hidden: Float[Tensor, "rows tokens d_in"], batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
-    """True at positions far louder than their document's median, on the batch's device."""
-    norms = hidden.float().norm(dim=-1).to(batch.attention_mask.device)
-    median = norms.masked_fill(~batch.attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
-    return norms > SINK_RATIO * median
 
 
 @dataclass(frozen=True, kw_only=True)

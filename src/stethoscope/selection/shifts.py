@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.corpus import TokenBatch
-from stethoscope.diagnosis.attribution import sinks
 from stethoscope.editing.apply import Swap, prepare
 from stethoscope.editing.plan import EditPlan
 from stethoscope.models import decoder_layers
+from stethoscope.saes.activations import loud_positions
 from stethoscope.sites import hear, hook_point
 
 _CHUNK = 1024  # tokens encoded at once
@@ -121,5 +121,5 @@ def _heard(
     base = hear(model, {**points, **streams}, batch.input_ids)
     with swap.entered():
         tuned = hear(model, points, batch.input_ids)
-    loud = torch.stack([sinks(base[key], batch) for key in streams]).any(0)
+    loud = loud_positions((base[key] for key in streams), batch.attention_mask)
     return batch.countable & ~loud, ((layer, (base[layer], tuned[layer])) for layer in layers)
