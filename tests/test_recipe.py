@@ -30,10 +30,13 @@ def test_paths_are_relative_to_the_recipe(tmp_path):
     assert recipe.base == str(tmp_path / "models/base")
     assert recipe.tuned == "org/tuned-on-the-hub"
     assert recipe.saes == str(tmp_path / "saes")
-    assert recipe.target.dataset == tmp_path / "data/math.jsonl"
-    assert recipe.control.dataset == Path("/data/general.jsonl")
+    assert recipe.target.dataset == str(tmp_path / "data/math.jsonl")
+    assert recipe.control.dataset == "/data/general.jsonl"
     assert recipe.evaluate.control is not None
-    assert recipe.evaluate.control.dataset == tmp_path / "general.txt"
+    assert recipe.evaluate.control.dataset == str(tmp_path / "general.txt")
+    assert Recipe.from_yaml(written(tmp_path, GOOD.replace("data/math.jsonl", "org/math:test"))).target.dataset == (
+        "org/math:test"  # a dataset on the hub
+    )
 
 
 def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):

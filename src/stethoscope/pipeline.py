@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
 from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
-from stethoscope.corpus import documents_hash, read_documents, tokenize
+from stethoscope.corpus import Document, documents_hash, read_documents, tokenize
 from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
 from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.statistics import save_statistics
@@ -36,7 +36,7 @@ from stethoscope.evaluation.run import evaluate, load_tasks
 from stethoscope.models import load_model, load_tokenizer
 from stethoscope.recipe import Recipe, Text
 from stethoscope.report.render import render_report
-from stethoscope.saes.sources import SAEFolder, check_fit, load_sae, open_saes
+from stethoscope.saes.sources import SITES, SAEFolder, check_fit, load_sae, open_saes
 from stethoscope.selection.policies import Selection, select
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
@@ -61,7 +61,7 @@ class Preflight:
     base: Checkpoint
     task_vector: TaskVector
     saes: dict[int, SAEFolder]
-    texts: dict[str, list[str]]
+    texts: dict[str, list[Document]]
     tasks: list[str]
     control_tasks: list[str]
     edit: Preview
@@ -98,8 +98,8 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
             problems.append(str(error).replace("\n\n", "\n").replace("\n", "\n    "))
             return None
 
-    def documents(text: Text) -> list[str]:
-        return read_documents(text.dataset, field=text.field, limit=text.documents)
+    def documents(text: Text) -> list[Document]:
+        return read_documents(text.dataset, field=text.field, limit=text.documents, split=text.split)
 
     base: Checkpoint | None = attempt(open_checkpoint, recipe.base, headers_only=headers_only)
     task_vector: TaskVector | None = (
@@ -107,7 +107,16 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     )
     saes = attempt(open_saes, recipe.saes, sae_id=recipe.sae_id)
     if base and saes:
-        attempt(check_fit, saes, hidden_size=base.hidden_size, num_layers=base.layers)
+        heads = base.entries.get("layers.0.self_attn.o_proj.weight")
+        attempt(
+            check_fit,
+            saes,
+            hidden_size=base.hidden_size,
+            num_layers=base.layers,
+            model_name=recipe.base,
+            sites=SITES,
+            attn_width=heads.shape[1] if heads else None,
+        )
         if recipe.select.k is not None and recipe.select.k > len(saes):
             problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
     texts = {"target": recipe.target, **recipe.all_controls}
@@ -283,6 +292,7 @@ class _Run:
                 texts,
                 block_size=options.block_size,
                 max_tokens=options.max_tokens,
+                tokens=options.tokens,
                 memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
                 progress=advance,
             )

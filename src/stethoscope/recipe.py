@@ -18,10 +18,16 @@ class _Section(BaseModel):
 
 
 class Text(_Section):
-    """Documents: a JSONL or text file, the field to read, and how many from the top."""
+    """Documents: a file, a saved dataset or one on the hub; what to read of it, and how many from the top.
 
-    dataset: Path
+    Attributes:
+        field: holds each document: a text, or a chat as a list of messages.
+        split: of a dataset that has several.
+    """
+
+    dataset: str
     field: str = "text"
+    split: str | None = None
     documents: int | None = Field(default=None, ge=1)
 
 
@@ -61,11 +67,14 @@ class Diagnose(_Section):
     """How the listening is done; blocks are what permutations relabel.
 
     Attributes:
+        tokens: which count, of target and control alike: all, those that an assistant says in chats, or each
+            document's last.
         sae_memory_gb: encoders that do not fit wait for another forward over the text; no limit by default.
     """
 
     block_size: int = Field(default=64, ge=1)
     max_tokens: int = Field(default=1024, ge=8)
+    tokens: Literal["all", "assistant", "last"] = "all"
     permutations: int = Field(default=200, ge=19)
     resamples: int = Field(default=200, ge=19)
     sae_memory_gb: float | None = Field(default=None, gt=0)
@@ -165,7 +174,9 @@ class Recipe(_Section):
 
     def _resolved(self, folder: Path) -> "Recipe":
         def there(text: Text) -> Text:
-            return text.model_copy(update={"dataset": folder / text.dataset})
+            place = folder / Path(text.dataset).expanduser()
+            here = place.suffix in (".jsonl", ".parquet", ".txt")
+            return text.model_copy(update={"dataset": str(place) if here else _local(folder, text.dataset)})
 
         evaluate = self.evaluate.model_copy(
             update={

@@ -188,3 +188,9 @@ def test_encoders_that_do_not_fit_wait_for_another_forward(llama, tokenizer):
     for layer in saes:
         np.testing.assert_array_equal(one_by_one.statistics.layers[layer].sums, at_once.statistics.layers[layer].sums)
     assert one_by_one.health == at_once.health
+
+
+def test_only_the_tokens_asked_for_count(llama, tokenizer):
+    heard = listen(llama(layers=2), tokenizer, {1: exact_sae(32)}, {"all": TEXTS}, tokens="last", block_size=4)["all"]
+    assert heard.statistics.layers[1].tokens.tolist() == [4, 4, 4, 4, 4, 3]
+    assert heard.health[1].tokens == len(TEXTS)

@@ -321,3 +321,11 @@ def test_a_folder_of_several_layouts_is_read_by_what_it_holds(tmp_path: Path) ->
     write_sae(tmp_path / "layer_0", "model.layers.0")
     write_gemma_scope_2(tmp_path / "gemma" / "resid_post_all" / "layer_5_width_16k_l0_big")
     assert {layer: sae.layout for layer, sae in open_saes(tmp_path).items()} == {0: "sae_lens", 5: "gemma_scope_2"}
+
+
+def test_saes_of_several_sites_are_not_one_profile(tmp_path):
+    write_sae(tmp_path / "one", "blocks.1.hook_mlp_out")
+    write_sae(tmp_path / "two", "blocks.2.hook_resid_post")
+    with pytest.raises(SAEError, match="do not fit") as caught:
+        check_fit(open_saes(tmp_path), hidden_size=8, num_layers=3, sites=SITES)
+    assert "read `mlp_out`, `resid_post`: layers would not be comparable" in str(caught.value)

@@ -8,6 +8,7 @@ A block of documents is forwarded on its own, so its sums are the same whichever
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import TokenBatch, batches, tokenize
+from stethoscope.corpus import Document, TokenBatch, Tokens, batches, counted_tokens, tokenize
 from stethoscope.diagnosis.encoding import BlockSums, Encoder
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.errors import SAEError
@@ -46,11 +47,12 @@ def listen(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     saes: Mapping[int, SAE | SAEFolder],
-    corpora: Mapping[str, Sequence[str]],
+    corpora: Mapping[str, Sequence[Document]],
     *,
     site: str = "resid_post",
     block_size: int = 64,
     max_tokens: int = 1024,
+    tokens: Tokens = "all",
     health_tokens: int = 2048,
     memory: int | None = None,
     dtype: torch.dtype | None = None,
@@ -66,6 +68,7 @@ def listen(
         site: what the SAEs read; those given as folders say so themselves.
         block_size: documents to a block.
         max_tokens: documents are cut here.
+        tokens: which count, special and template tokens apart: all, those that an assistant says, or the last.
         health_tokens: SAE health is measured on about the first so many tokens of each corpus; 0 for none.
         memory: bytes that encoders may take. What does not fit waits for another forward over the corpora, so that
             each SAE is read once; all at once by default.
@@ -77,11 +80,11 @@ def listen(
         SAEError: an SAE gave values that are not finite, or does not fit its site.
     """
     dtype = dtype or (torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
-    rows = {name: tokenize(documents, tokenizer, max_tokens=max_tokens) for name, documents in corpora.items()}
+    rows = {name: _Rows.of(documents, tokenizer, max_tokens, tokens) for name, documents in corpora.items()}
     points = {layer: _point(model, layer, saes[layer], site) for layer in sorted(saes)}
     samples = {name: _sample(model, tokenizer, points, some, health_tokens) for name, some in rows.items()}
     groups = _groups(saes, dtype, memory)
-    total, done = len(groups) * sum(map(len, rows.values())), 0
+    total, done = len(groups) * sum(len(some.ids) for some in rows.values()), 0
     health: dict[str, dict[int, SAEHealth]] = {name: {} for name in rows}
     found: dict[str, dict[int, LayerStatistics]] = {name: {} for name in rows}
     for group in groups:
@@ -93,10 +96,10 @@ def listen(
                 health[name][layer] = _health(sae, encoders[layer], sample.get(layer))
         for name, some in rows.items():
             parts: list[FeatureStatistics] = []
-            for start in range(0, len(some), block_size):
-                block = some[start : start + block_size]
+            for start in range(0, len(some.ids), block_size):
+                block = some.part(start, start + block_size)
                 parts.append(_hear_block(model, tokenizer, points, encoders, block))
-                done += len(block)
+                done += len(block.ids)
                 if progress:
                     progress(done, total)
             found[name] |= FeatureStatistics.merge(parts).layers
@@ -109,16 +112,36 @@ def listen(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """Token ids per document, and which of them count."""
+
+    ids: Sequence[Sequence[int]]
+    counted: Sequence[Sequence[bool]]
+
+    @classmethod
+    def of(
+        cls, documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, max_tokens: int, tokens: Tokens
+    ) -> "_Rows":
+        return cls(
+            ids=tokenize(documents, tokenizer, max_tokens=max_tokens),
+            counted=counted_tokens(documents, tokenizer, max_tokens=max_tokens, tokens=tokens),
+        )
+
+    def part(self, start: int, stop: int) -> "_Rows":
+        return _Rows(ids=self.ids[start:stop], counted=self.counted[start:stop])
+
+
 def _hear_block(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     points: Mapping[int, HookPoint],
     encoders: Mapping[int, Encoder],
-    rows: Sequence[Sequence[int]],
+    rows: _Rows,
 ) -> FeatureStatistics:
     """A block's statistics at the layers that have an encoder."""
     sums = {layer: BlockSums(encoder.width, model.device) for layer, encoder in encoders.items()}
-    for batch in batches(rows, tokenizer):
+    for batch in batches(rows.ids, tokenizer, counted=rows.counted):
         heard, counted, sinks = _countable(hear(model, points, batch.input_ids), batch)
         for layer, encoder in encoders.items():
             sums[layer].sinks += sinks
@@ -147,17 +170,14 @@ def _sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     points: Mapping[int, HookPoint],
-    rows: Sequence[Sequence[int]],
+    rows: _Rows,
     tokens: int,
 ) -> Heard:
-    """Every layer's activations on about the first ``tokens`` tokens."""
-    some: list[Sequence[int]] = []
-    for row in rows:
-        if sum(map(len, some)) >= tokens:
-            break
-        some.append(row)
+    """Every layer's activations on about the first ``tokens`` tokens that count."""
+    held = list(accumulate((sum(counted) for counted in rows.counted), initial=0))
+    some = rows.part(0, next((i for i, count in enumerate(held) if count >= tokens), len(held)))
     parts: list[Heard] = []
-    for batch in batches(some, tokenizer):
+    for batch in batches(some.ids, tokenizer, counted=some.counted):
         heard, counted, _ = _countable(hear(model, points, batch.input_ids), batch)
         parts.append({layer: hidden[counted] for layer, hidden in heard.items()})
     return {layer: torch.cat([part[layer] for part in parts])[:tokens] for layer in points} if parts else {}
@@ -165,7 +185,8 @@ def _sample(
 
 def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | None) -> SAEHealth:
     """An SAE on a sample, and how far the encoder's activation mass lies from SAELens' own in float32."""
-    if sample is None or not len(sample):
+    if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
+        # a transcoder has nothing to say of what it reads but features
         return HealthSums.nothing(encoder.width).health()
     exact = measure_health(sae, sample)
     fast = BlockSums(encoder.width, sample.device)

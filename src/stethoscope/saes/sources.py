@@ -135,6 +135,8 @@ def check_fit(
             )
         if sae.site not in sites:
             problems.append(f"layer {sae.layer}: the site `{sae.site}` is not one of {', '.join(sites)}, {where}")
+    if len(places := sorted({sae.site for sae in saes.values()} & set(sites))) > 1:
+        problems.append(f"the SAEs read {', '.join(f'`{site}`' for site in places)}: layers would not be comparable")
     names = sorted({sae.model_name for sae in saes.values() if sae.model_name})
     if problems:
         made_for = (
