@@ -2,11 +2,11 @@
 
     python benchmarks/evaluate.py [--model FOLDER] [--items 200] [--batch-size 32] [--rounds 2]
 
-One process, one float32 model, one set of requests: Minerva Math's four-shot prompts (over 700 tokens each) with items
-generated here, stops and length limit as the harness sets them. Ours and plain `HFLM` generate all responses in turn,
-A B A B; every response is compared. Then ten arms of the same live model are evaluated, counting model loads. The model
-is the demo's SmolLM2-135M-Instruct unless a checkpoint is given. Give it a quiet machine: on two cores about five
-seconds an item and round, so half an hour for the full size. Results: benchmarks/results/evaluate.json.
+One process, one float32 model, one set of requests: four-shot prompts of over 700 tokens with items made here, in
+Minerva Math's form, with its stop and the harness' limit of 256 new tokens. Ours and plain `HFLM` generate all
+responses in turn, A B A B; every response is compared. Then ten arms of the same live model are evaluated, counting
+model loads. The model is the demo's SmolLM2-135M-Instruct unless a checkpoint is given. TIME
+Results: benchmarks/results/evaluate.json.
 """
 
 import argparse
@@ -24,8 +24,10 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import datasets
 import numpy as np
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,30 +38,66 @@ from stethoscope.evaluation.run import evaluate, load_tasks
 from stethoscope.models import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "evaluate.json"
-TASK = "minerva_math_prealgebra"
+TASK = "sums_in_boxes"
+SHOTS = 4
 NAMES = ("Ada", "Bo", "Cleo", "Dov", "Edda", "Finn", "Gul", "Hana")
 THINGS = ("pears", "marbles", "stamps", "shells", "buttons", "candles", "tickets", "beads")
 
 
-def write_items(folder: Path, count: int) -> Path:
-    """Word problems with two steps, all different, in the MATH schema."""
+def make_item(rng: np.random.Generator) -> dict[str, str]:
+    """A word problem and its solution, step by step, in about 170 tokens."""
+    boxes, ones, more = (int(n) for n in rng.integers(3, 10, size=3))
+    tens = 10 * int(rng.integers(1, 5))
+    name, other = rng.choice(NAMES, 2, replace=False)
+    thing = rng.choice(THINGS)
+    a, b = boxes * tens, boxes * ones
+    return {
+        "problem": f"{name} has {boxes} boxes with {tens + ones} {thing} in each of them, and then finds {more} more"
+        f" {thing} under the stairs. How many {thing} does {name} have before giving any of them to {other}?",
+        "solution": f"First count the {thing} that are in the boxes. Each box has {tens + ones} {thing}, which is"
+        f" {tens} and {ones}. The tens make {boxes} times {tens}, which is {a}. The ones make {boxes} times {ones},"
+        f" which is {b}. Together the boxes hold {a} + {b} = {a + b} {thing}. Then there are the {more} {thing} under"
+        f" the stairs, so {name} has {a + b} + {more} = {a + b + more} {thing} in all. Nothing was given to {other}.\n"
+        f"Final Answer: The final answer is ${a + b + more}$. I hope it is correct.",
+        "answer": str(a + b + more),
+    }
+
+
+def write_task(folder: Path, count: int) -> None:
+    """A four-shot task of ``count`` different items in Minerva's form, with its stops and the harness' length limit."""
     rng = np.random.default_rng(0)
-    rows, seen = [], set()
-    while len(rows) < count:
-        a, b, c = (int(n) for n in rng.integers(3, 60, size=3))
-        name, other = rng.choice(NAMES, 2, replace=False)
-        thing = rng.choice(THINGS)
-        problem = (
-            f"{name} has {a} boxes with {b} {thing} in each of them, and then finds {c} more {thing} under the stairs. "
-            f"How many {thing} does {name} have before giving any of them to {other}?"
-        )
-        if problem not in seen:
-            seen.add(problem)
-            solution = f"There are ${a} \\cdot {b} = {a * b}$ {thing}, and $\\boxed{{{a * b + c}}}$ in all."
-            rows.append({"problem": problem, "level": "Level 1", "type": "Prealgebra", "solution": solution})
-    path = folder / "test.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+    items: dict[str, dict[str, str]] = {}
+    while len(items) < count + SHOTS:
+        item = make_item(rng)
+        items[item["problem"]] = item
+    rows = list(items.values())
+    files = {"shots": rows[:SHOTS], "test": rows[SHOTS:]}
+    for split, chosen in files.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    config = {
+        "task": TASK,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {split: str(folder / f"{split}.jsonl") for split in files}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "fewshot_split": "shots",
+        "num_fewshot": SHOTS,
+        "fewshot_config": {"sampler": "first_n", "split": "shots", "doc_to_target": "{{solution}}"},
+        "doc_to_text": "Problem:\n{{problem}}\n\nSolution:",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["Problem:"], "do_sample": False, "temperature": 0.0},
+        "filter_list": [
+            {
+                "name": "answer",
+                "filter": [
+                    {"function": "regex", "regex_pattern": r"The final answer is \$(.*?)\$"},
+                    {"function": "take_first"},
+                ],
+            }
+        ],
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / f"{TASK}.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
 
 
 def alternate(lms: dict[str, HFLM], requests: list[Any], rounds: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
@@ -92,7 +130,7 @@ def scaled(model: PreTrainedModel, layer: int) -> Callable[[], AbstractContextMa
     return enter
 
 
-def tenth_arm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Path, folder: Path) -> dict[str, Any]:
+def tenth_arm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Path, out: Path) -> dict[str, Any]:
     """Ten arms of four items each: seconds of each arm from first to last, and models loaded meanwhile."""
     loads: list[Any] = []
     load = AutoModelForCausalLM.from_pretrained
@@ -102,7 +140,7 @@ def tenth_arm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: 
     start = time.perf_counter()
     try:
         evaluate(
-            model, tokenizer, arms, [TASK], out=folder, data=data, limit=4, batch_size=4,
+            model, tokenizer, arms, [TASK], out=out, include_path=tasks, limit=4, batch_size=4,
             keys={arm: arm for arm in arms},
             progress=lambda _done, _total, said: ends.update({said.split(":")[0]: time.perf_counter()}),
         )  # fmt: skip
@@ -130,8 +168,11 @@ def main() -> None:
     tokenizer = load_tokenizer(options.model)
     loading = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as scratch:
-        data = write_items(Path(scratch), options.items)
-        task = load_tasks([TASK], data=data)[TASK]
+        datasets.config.HF_DATASETS_CACHE = Path(scratch) / "cache"
+        tasks = Path(scratch) / "tasks"
+        tasks.mkdir()
+        write_task(tasks, options.items)
+        task = load_tasks([TASK], tasks)[TASK]
         task.build_all_requests()
         prompts = [len(tokenizer(request.args[0])["input_ids"]) for request in task.instances]
         lms = {
@@ -139,7 +180,7 @@ def main() -> None:
             "harness": HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size),
         }
         seconds, responses = alternate(lms, task.instances, options.rounds)
-        arms = tenth_arm(model, tokenizer, data, Path(scratch) / "arms")
+        arms = tenth_arm(model, tokenizer, tasks, Path(scratch) / "arms")
     ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["harness"], strict=True)]
     same = [a == b for a, b in zip(responses["ours"], responses["harness"], strict=True)]
     written = [lms["ours"].generation(*request.args) for request in task.instances]
@@ -149,7 +190,7 @@ def main() -> None:
         "same_responses": sum(same) / len(same),
         "rounds": [round(ratio, 2) for ratio in ratios],
         "items": options.items,
-        "shots": 4,
+        "shots": SHOTS,
         "prompt_tokens": {"least": min(prompts), "median": statistics.median(prompts), "most": max(prompts)},
         "generated_tokens": {
             "median": statistics.median(found.tokens for found in written),

@@ -41,8 +41,8 @@ def test_gold_answers_score_in_both_metrics(tasks):
     for task in tasks.values():
         for doc in task.eval_docs:
             assert task.process_results(doc, [gold(doc)]) == {"exact_match": 1, "math_verify": 1}
-            assert task.process_results(doc, [doc["solution"]]) == {"exact_match": 0, "math_verify": 1}  # no sentence
-            assert task.process_results(doc, [" I do not know."]) == {"exact_match": 0, "math_verify": 0}
+        assert task.process_results(doc, [doc["solution"]]) == {"exact_match": 0, "math_verify": 1}  # no sentence
+        assert task.process_results(doc, [" I do not know."]) == {"exact_match": 0, "math_verify": 0}
 
 
 def test_all_seven_run_and_gold_responses_are_right(llama, tokenizer, tmp_path, monkeypatch):

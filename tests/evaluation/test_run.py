@@ -9,6 +9,7 @@ import torch
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
+from stethoscope.models import load_model
 
 
 def changed(model, scale=3.0):
@@ -133,10 +134,11 @@ def test_weights_hash_sees_one_element(stirred_llama):
     assert weights_hash(stirred_llama) != before
 
 
-def test_checkpoints_are_evaluated_as_live_models_are(checkpoints, stirred_llama, tokenizer, make_task, tmp_path):
+def test_checkpoints_are_evaluated_as_live_models_are(checkpoints, tokenizer, make_task, tmp_path):
+    edited = load_model(checkpoints["edited"], dtype=torch.float32)
     options = {"include_path": make_task(), "batch_size": 4}
     outcomes = evaluate_checkpoints(checkpoints, ["sums"], out=tmp_path / "out", dtype=torch.float32, **options)
-    live = evaluate(stirred_llama, tokenizer, {"edited": nullcontext}, ["sums"], out=tmp_path / "live", **options)
+    live = evaluate(edited, tokenizer, {"edited": nullcontext}, ["sums"], out=tmp_path / "live", **options)
     assert outcomes.arms == ["base", "edited"]
     pd.testing.assert_frame_equal(outcomes.rows("edited", "sums"), live.rows("edited", "sums"))
     assert (outcomes.rows("base", "sums")["response"] != outcomes.rows("edited", "sums")["response"]).any()
@@ -158,7 +160,6 @@ def test_one_checkpoint_is_loaded_at_a_time_and_only_if_needed(checkpoints, make
         loaded.append(folder.name)
         return model
 
-    load_model = run.load_model
     monkeypatch.setattr(run, "load_model", load)
     options = {"out": tmp_path / "out", "include_path": make_task(), "limit": 4}
     first = evaluate_checkpoints(checkpoints, ["sums"], **options)

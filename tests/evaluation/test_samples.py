@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import datasets
 import lm_eval
 import pytest
 import torch
 from lm_eval.loggers import EvaluationTracker
 from lm_eval.tasks import TaskManager
+from made_arms import save_pair, task_writer
 
 from stethoscope import cli
 from stethoscope.errors import EvaluationError
@@ -63,26 +65,43 @@ metric_list:
 """
 
 
-@pytest.fixture
-def tasks(make_task) -> Path:
-    folder = make_task()
-    sums = folder / "sums.yaml"
-    sums.write_text(sums.read_text().replace("([a-z]+)", "([a-zA-Z0-9]+)"))
-    (folder / "choice.yaml").write_text(CHOICE.format(folder=folder))
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, tokenizer) -> Path:
+    """Two checkpoints, tasks whose right answers are what the base writes on every second item, and lm_eval's logs."""
+    folder = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        tasks = task_writer(folder, patch)()
+        sums = tasks / "sums.yaml"
+        sums.write_text(sums.read_text().replace("([a-z]+)", "([a-zA-Z0-9]+)"))
+        (tasks / "choice.yaml").write_text(CHOICE.format(folder=tasks))
+        models = save_pair(folder, tokenizer)
+        file = tasks / "sums.test.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        first = read_results(write_logs(models["base"], tasks, folder / "first")).rows("base", "sums")["answer"]
+        for number, row in enumerate(rows):
+            row["answer"] = first[number] if number % 2 == 0 else "never written"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, model in models.items():
+            write_logs(model, tasks, folder / "logs" / name)
     return folder
 
 
 @pytest.fixture
-def logs(checkpoints, tasks, tmp_path) -> dict[str, Path]:
-    """Logs of both checkpoints on a task whose right answers are what the base writes on every second item."""
-    file = tasks / "sums.test.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    first = write_logs(checkpoints["base"], tasks, tmp_path / "first")
-    written = read_results(first).rows("base", "sums")["answer"]
-    for number, row in enumerate(rows):
-        row["answer"] = written[number] if number % 2 == 0 else "never written"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {name: write_logs(folder, tasks, tmp_path / "logs" / name) for name, folder in checkpoints.items()}
+def tasks(written, tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return written / "tasks"
+
+
+@pytest.fixture
+def checkpoints(written) -> dict[str, Path]:
+    return {name: written / "models" / name for name in ("base", "edited")}
+
+
+@pytest.fixture
+def logs(written, tmp_path) -> dict[str, Path]:
+    """Both checkpoints' logs, free to be changed."""
+    shutil.copytree(written / "logs", tmp_path / "logs")
+    return {name: next((tmp_path / "logs" / name).iterdir()) for name in ("base", "edited")}
 
 
 def run_cli(capsys, *arguments) -> tuple[int, str, str]:
