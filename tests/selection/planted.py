@@ -43,7 +43,7 @@ def train(model: PreTrainedModel, texts: list[str], tokenizer, parameters: list[
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(parameters, lr=3e-3)
-    found = list(batches(tokenize(texts, tokenizer), tokenizer, batch_tokens=1024))
+    found = list(batches(tokenize(texts, tokenizer), tokenizer, batch_tokens=512))
     for step in range(24):
         batch = found[step % len(found)]
         labels = batch.input_ids.masked_fill(~batch.attention_mask, -100)

@@ -13,8 +13,9 @@ from stethoscope.checkpoints.task_vector import open_task_vector
 from stethoscope.corpus import batches
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.models import load_model
-from stethoscope.selection import rivals
-from stethoscope.selection.rivals import forwards, gradient, injection, local_effect, measure, standard_error
+from stethoscope.selection import gradient as gradients
+from stethoscope.selection.gradient import gradient
+from stethoscope.selection.rivals import forwards, injection, local_effect, measure, standard_error
 
 SMALL = 1e-2
 
@@ -89,8 +90,8 @@ def test_gradient_effects_are_the_slopes_of_the_truth(planted):
         assert own == pytest.approx(mean[4])
 
 
-@pytest.mark.parametrize("layout", ["gemma2", "gpt2", "mixtral"])
-def test_gradient_of_other_classes(layout, tmp_path: Path, tokenizer):
+@pytest.mark.parametrize("layout", ["gemma2", "gemma3 multimodal", "gpt2", "mixtral"])
+def test_first_order_effects_of_other_classes(layout, tmp_path: Path, tokenizer):
     base, tuned = save_pair(LAYOUTS[layout], tmp_path, dtype=torch.float32)
     model, change = load_model(base, dtype=torch.float32), open_task_vector(open_checkpoint(base), tuned)
     rng = np.random.default_rng(0)
@@ -98,19 +99,22 @@ def test_gradient_of_other_classes(layout, tmp_path: Path, tokenizer):
     texts = {"target": list(batches(rows, tokenizer))}
     found = gradient(model, change, texts).gains.mean("target")
     edits = LayerEdits(model, change)
+    local = local_effect(model, edits, texts, coefficient=SMALL).mean("target") / SMALL
     for layer in range(3):
-        assert found[layer] == pytest.approx(slope(model, edits, texts, {layer: 1.0}), rel=0.03, abs=1e-4)
+        true = slope(model, edits, texts, {layer: 1.0})
+        assert found[layer] == pytest.approx(true, rel=0.03, abs=1e-4)
+        assert local[layer] == pytest.approx(true, rel=0.1, abs=2e-3)
 
 
 def test_gradients_are_freed_at_once_and_a_task_vector_that_does_not_fit_is_read_again(planted, monkeypatch):
     roomy = gradient(planted.model, planted.task_vector, planted.texts)
-    alive, dot = [], rivals._dot
+    alive, dot = [], gradients._dot
 
     def counting(*args):
         alive.append(sum(p.grad is not None for p in planted.model.parameters()))
         return dot(*args)
 
-    monkeypatch.setattr(rivals, "_dot", counting)
+    monkeypatch.setattr(gradients, "_dot", counting)
     tight = gradient(planted.model, planted.task_vector, planted.texts, memory=0)
     assert len(alive) == 9 * 6 * sum(map(len, planted.texts.values()))
     assert max(alive) == 0

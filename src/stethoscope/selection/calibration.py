@@ -7,13 +7,11 @@ Sets are nested: the layers whose score's z, relative to its null, reaches a thr
 in a model of any size. Sets and coefficients are searched from coarse to fine, in memory, on the loss itself.
 """
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Float64
 from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
@@ -21,13 +19,11 @@ from stethoscope.artifacts import Artifact, Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
-from stethoscope.selection.rivals import Progress, Texts, forwards, measure, standard_error
+from stethoscope.selection.rivals import Progress, Texts
+from stethoscope.selection.search import Key, Search, search_layers, search_nested
 
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_FORWARDS = 60.0
-CENTRES = 3  # the best edits so far, around each of which the search goes on
-Key = tuple[tuple[int, float], ...]  # layers in order, each with its coefficient
-EMPTY: Key = ()
 
 
 class CalibrationPoint(BaseModel):
@@ -133,187 +129,61 @@ def calibrate(
     if most_forwards < 2:
         raise StethoscopeError(f"`{most_forwards}` forwards are too few to try any edit", hint="allow 60")
     order = sorted(z, key=lambda layer: (-z[layer], layer))
-    search = _Search(model, edits, texts, depth=depth, budget=budget, most=most_forwards, progress=progress)
+    search = Search(model, edits, texts, depth=depth, budget=budget, most=most_forwards, progress=progress)
     grid = sorted(coefficients)
-    _search_nested(search, order, grid)
+    search_nested(search, order, grid)
     choice = search.choice()
     if per_layer:
-        choice = _search_layers(search, choice, grid)
-    return search.freeze(choice, z=z, seen=seen, provenance=provenance, moved=per_layer)
+        choice = search_layers(search, choice, grid)
+    return _freeze(search, choice, z=z, seen=seen, provenance=provenance, moved=per_layer)
 
 
-class _Search:
-    """The edits measured so far, with their effect on every document."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        edits: LayerEdits,
-        texts: Texts,
-        *,
-        depth: int,
-        budget: float | None,
-        most: float,
-        progress: Progress | None,
-    ) -> None:
-        self.depth, self.budget, self.most = depth, budget, most
-        self.spent = 0.0
-        self._measure = lambda changes: measure(model, edits, texts, changes)
-        self._progress = progress
-        self.gains: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = {}
-
-    def add(self, keys: Sequence[Key]) -> bool:
-        """Measure those that are new, as far as forwards are left; whether any was."""
-        new = [key for key in dict.fromkeys(keys) if key not in self.gains]
-        while new and self.spent + forwards([dict(key) for key in new], self.depth) > self.most:
-            new.pop()
-        if not new:
-            return False
-        changes = [dict(key) for key in new]
-        found = self._measure(changes)
-        self.spent += forwards(changes, self.depth)
-        self.tokens = found.tokens
-        self.base = {name: float(found.losses[name].sum() / found.tokens[name].sum()) for name in found.tokens}
-        self.gains.setdefault(EMPTY, {name: np.zeros(len(tokens)) for name, tokens in found.tokens.items()})
-        for i, key in enumerate(new):
-            self.gains[key] = {name: sums[:, i] for name, sums in found.sums.items()}
-        if self._progress:
-            self._progress(round(self.spent), round(self.most))
-        return True
-
-    def mean(self, key: Key, corpus: str) -> float:
-        return float(self.gains[key][corpus].sum() / self.tokens[corpus].sum())
-
-    def error(self, key: Key, corpus: str, than: Key = EMPTY) -> float:
-        difference = self.gains[key][corpus] - self.gains[than][corpus]
-        return float(standard_error(difference[:, None], self.tokens[corpus])[0])
-
-    def worth(self, key: Key) -> float:
-        """Gain on target, less cost on control where no budget speaks of it; -inf beyond the budget."""
-        gain, cost = self.mean(key, "target"), -self.mean(key, "control")
-        if self.budget is None:
-            return gain - cost
-        affordable = not key or cost + self.error(key, "control") <= self.budget * self.base["control"]
-        return gain if affordable else -math.inf
-
-    def clearly_worse(self, key: Key, than: Key) -> bool:
-        """Whether its worth is less by more than a standard error of the difference."""
-        errors = [self.error(key, "target", than)]
-        if self.budget is None:
-            errors.append(self.error(key, "control", than))
-        return self.worth(than) - self.worth(key) > math.hypot(*errors)
-
-    def best(self) -> Key:
-        return max(self.gains, key=lambda key: (self.worth(key), -len(key)))
-
-    def choice(self) -> Key:
-        best = self.best()
-        alike = [key for key in self.gains if self.worth(key) > -math.inf and not self.clearly_worse(key, best)]
-        return min(alike, key=lambda key: (len(key), -self.mean(key, "control"), key))
-
-    def freeze(
-        self,
-        choice: Key,
-        *,
-        z: Mapping[int, float],
-        seen: Mapping[str, str],
-        provenance: Provenance,
-        moved: bool,
-    ) -> Calibration:
-        keys = sorted(self.gains, key=lambda key: (len(key), key))
-        plane = np.array([[self.mean(key, "target"), -self.mean(key, "control")] for key in keys])
-        points = tuple(
-            CalibrationPoint(
-                coefficients=dict(key),
-                threshold=min((float(z[layer]) for layer, _ in key), default=None),
-                target_gain=gain,
-                target_error=self.error(key, "target"),
-                control_cost=cost,
-                control_error=self.error(key, "control"),
-                control_increase=cost / self.base["control"],
-                on_front=not (
-                    (plane[:, 0] >= gain) & (plane[:, 1] <= cost) & ((plane[:, 0] > gain) | (plane[:, 1] < cost))
-                ).any(),
-            )
-            for key, (gain, cost) in zip(keys, plane.tolist(), strict=True)
+def _freeze(
+    search: Search,
+    choice: Key,
+    *,
+    z: Mapping[int, float],
+    seen: Mapping[str, str],
+    provenance: Provenance,
+    moved: bool,
+) -> Calibration:
+    keys = sorted(search.gains, key=lambda key: (len(key), key))
+    plane = np.array([[search.mean(key, "target"), -search.mean(key, "control")] for key in keys])
+    points = tuple(
+        CalibrationPoint(
+            coefficients=dict(key),
+            threshold=min((float(z[layer]) for layer, _ in key), default=None),
+            target_gain=gain,
+            target_error=search.error(key, "target"),
+            control_cost=cost,
+            control_error=search.error(key, "control"),
+            control_increase=cost / search.base["control"],
+            on_front=not (
+                (plane[:, 0] >= gain) & (plane[:, 1] <= cost) & ((plane[:, 0] > gain) | (plane[:, 1] < cost))
+            ).any(),
         )
-        if self.budget is None:
-            rule = "largest target gain less control cost"
-        else:
-            rule = f"largest target gain with control loss at most {100 * self.budget:g} % worse"
-        rule += ", then the fewest layers and least cost within one standard error"
-        if moved:
-            rule += ", then one layer's coefficient at a time while that gains more than a standard error"
-        return Calibration(
-            provenance=provenance,
-            z={layer: float(value) for layer, value in sorted(z.items())},
-            budget=self.budget,
-            base_loss=self.base,
-            points=points,
-            best=keys.index(self.best()),
-            choice=keys.index(choice),
-            rule=rule,
-            reason=_reason(points[keys.index(choice)], points[keys.index(self.best())]),
-            forwards=self.spent,
-            seen=dict(seen),
-        )
-
-
-def _search_nested(search: _Search, order: Sequence[int], grid: Sequence[float]) -> None:
-    """The first k layers of ``order`` at one coefficient: a coarse grid, then around the best and the choice."""
-
-    def key_of(k: int, coefficient: float) -> Key:
-        return tuple((layer, float(coefficient)) for layer in sorted(order[:k]))
-
-    sizes = _ladder(len(order))
-    coarse = grid[1::2] if len(grid) > 3 else grid
-    tried = {(k, c): key_of(k, c) for c in coarse for k in sizes}
-    # the middle coefficient first: what no forwards are left for is dropped from the end
-    middle = coarse[len(coarse) // 2]
-    search.add(sorted(tried.values(), key=lambda key: key[0][1] != middle))
-    while True:
-        near: dict[tuple[int, float], Key] = {}
-        ks = sorted({k for k, _ in tried})
-        measured = [place for place in tried if tried[place] in search.gains]
-        best = sorted(measured, key=lambda place: -search.worth(tried[place]))[:CENTRES]
-        for k, c in [*best, *(place for place in measured if tried[place] == search.choice())]:
-            at, here = grid.index(c), ks.index(k)
-            less, more = grid[max(0, at - 1) : at], grid[at + 1 : at + 2]
-            fewer, further = ks[max(0, here - 1) : here], ks[here + 1 : here + 2]
-            places = [(k, other) for other in (*less, *more)]
-            places += [(size, c) for n in (*fewer, *further) for size in (n, (k + n) // 2)]
-            # more layers at less, fewer at more: the trades that a budget leaves
-            places += [*itertools.product(further, less), *itertools.product(fewer, more)]
-            near |= {place: key_of(*place) for place in places if place not in tried}
-        tried |= near
-        if not search.add(list(near.values())):
-            return
-
-
-def _search_layers(search: _Search, start: Key, grid: Sequence[float]) -> Key:
-    """One layer's coefficient at a time to a neighbour in the grid, or 0, while that gains more than an error."""
-    current, steps = start, [0.0, *grid]
-    while True:
-        moves = []
-        for layer, coefficient in current:
-            at = steps.index(coefficient)
-            for i in (at - 1, at + 1):
-                if 0 <= i < len(steps):
-                    changed = dict(current) | {layer: steps[i]}
-                    moves.append(tuple((n, c) for n, c in changed.items() if c))
-        search.add(moves)
-        better = [key for key in moves if key in search.gains and search.clearly_worse(current, key)]
-        if not better:
-            return current
-        current = max(better, key=search.worth)
-
-
-def _ladder(count: int) -> list[int]:
-    """1, 2, 3, 5, 8, 13, ... and all."""
-    sizes = [1, 2]
-    while sizes[-1] < count:
-        sizes.append(sizes[-1] + sizes[-2])
-    return [size for size in sizes if size < count] + [count]
+        for key, (gain, cost) in zip(keys, plane.tolist(), strict=True)
+    )
+    if search.budget is None:
+        rule = "largest target gain less control cost"
+    else:
+        rule = f"largest target gain with control loss at most {100 * search.budget:g} % worse"
+    rule += ", then the fewest layers and least cost within one standard error"
+    if moved:
+        rule += ", then one layer's coefficient at a time while that gains more than a standard error"
+    return Calibration(
+        provenance=provenance,
+        z={layer: float(value) for layer, value in sorted(z.items())},
+        budget=search.budget,
+        base_loss=search.base,
+        points=points,
+        best=keys.index(search.best()),
+        choice=keys.index(choice),
+        rule=rule,
+        reason=_reason(points[keys.index(choice)], points[keys.index(search.best())]),
+        forwards=search.spent,
+        seen=dict(seen),
+    )
 
 
 def _reason(choice: CalibrationPoint, best: CalibrationPoint) -> str:
