@@ -150,6 +150,35 @@ def check(
 
 
 @app.command()
+def hearing(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,
+    documents: Annotated[int, typer.Option(min=2, help="Target and control documents to measure the truth on.")] = 32,
+    random_sets: Annotated[int, typer.Option(min=10, help="Random layer sets of each size to beat.")] = 50,
+    k: Annotated[int, typer.Option(min=1, help="Size of set that the table is about.")] = 5,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Does the stethoscope hear right? Every score of the layers against what injecting them truly does."""
+    from stethoscope.pipeline import judge_recipe
+    from stethoscope.recipe import Recipe
+
+    chosen, folder = Recipe.from_yaml(recipe), out or Path("runs") / recipe.stem
+    found = judge_recipe(
+        chosen, folder, documents=documents, random_sets=random_sets, reporter=ConsoleReporter(quiet=quiet)
+    )
+    if as_json:
+        print(found.model_dump_json(indent=1))  # noqa: T201 - data goes to stdout
+        return
+    sizes = next(iter(found.scores.values())).sets
+    size = k if k in sizes else min(sizes, key=lambda other: abs(other - k))
+    _print_rows(found.table(size), left=1)
+    for score in dict.fromkeys((chosen.score, "attribution")):
+        _say(found.verdict(score, size))
+    _say(f"\nall figures: {folder / found.FILE}")
+
+
+@app.command()
 def edit(
     base: Annotated[str, typer.Option(help="Base checkpoint: a folder or a hub id.")],
     tuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint or PEFT adapter.")],

@@ -4,7 +4,7 @@ A stage whose inputs did not change is not run again; what it wrote is read inst
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
 from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
-from stethoscope.corpus import Document, documents_hash, read_documents, tokenize
+from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, read_documents, tokenize
 from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
+from stethoscope.diagnosis.evidence import Evidence, gather_evidence
 from stethoscope.diagnosis.listen import listen
-from stethoscope.diagnosis.statistics import save_statistics
+from stethoscope.diagnosis.statistics import load_statistics, save_statistics
 from stethoscope.editing.apply import applied
+from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.projection import FeatureProjection, energy_kept, feature_basis
@@ -37,10 +39,13 @@ from stethoscope.models import load_model, load_tokenizer
 from stethoscope.recipe import Recipe, Text
 from stethoscope.report.render import render_report
 from stethoscope.saes.sources import SITES, SAEFolder, check_fit, load_sae, open_saes
+from stethoscope.selection.hearing import Hearing, judge_hearing
 from stethoscope.selection.policies import Selection, select
+from stethoscope.selection.scoring import edit_scores, text_scores
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
 PROJECTED_SHARE = 0.03
+INJECTED_TOKENS = 2048  # a batch's activations after every layer are held at once
 
 
 @runtime_checkable
@@ -310,9 +315,61 @@ class _Run:
             made.save(self.folder)
         return made
 
+    def gather_evidence(self, diagnosis: Diagnosis) -> None:
+        self.hashes["diagnosis"] = diagnosis.provenance.key
+        provenance = self.provenance("diagnosis")
+        with self.reporter.stage("Evidence: what the features heard") as advance:
+            if Evidence.load_if_current(self.folder, provenance):
+                return
+            gather_evidence(
+                self.model,
+                self.tokenizer,
+                self.found.saes,
+                {name: self.found.texts[name] for name in diagnosis.corpora},
+                diagnosis,
+                max_tokens=self.recipe.diagnose.max_tokens,
+                tokens=self.recipe.diagnose.tokens,
+                progress=advance,
+                provenance=provenance,
+            ).save(self.folder)
+
     @property
     def projected_features(self) -> int:
         return self.recipe.project.features or max(1, round(PROJECTED_SHARE * self.found.base.hidden_size))
+
+    def judge(self, documents: int, random_sets: int) -> Hearing:
+        recipe, found = self.recipe, self.found
+        names = ("base", "tuned", "saes", "target", "control")
+        provenance = self.provenance(*names, hearing=[documents, random_sets, recipe.edit.coefficient])
+        if saved := Hearing.load_if_current(self.folder, provenance):
+            return saved
+        statistics = load_statistics(self.folder / "statistics.safetensors")
+        edits = LayerEdits(self.model, found.task_vector)
+        texts = {name: self.batches(found.texts[name][:documents]) for name in ("target", "control")}
+        any_sae = next(iter(found.saes.values()))
+        with self.reporter.stage("Score the layers in every way") as advance:
+            saes = {layer: load_sae(sae) for layer, sae in found.saes.items()}
+            scores = text_scores(statistics, seed=recipe.seed) | edit_scores(
+                self.model, edits, saes, statistics, texts, site=any_sae.site, tap=any_sae.tap, progress=advance
+            )
+        with self.reporter.stage("Inject layers and sets of layers") as advance:
+            made = judge_hearing(
+                self.model,
+                edits,
+                scores,
+                texts,
+                provenance=provenance,
+                matched=(recipe.score, "attribution"),
+                random_sets=random_sets,
+                coefficient=recipe.edit.coefficient,
+                progress=advance,
+            )
+        made.save(self.folder)
+        return made
+
+    def batches(self, documents: Sequence[Document]) -> list[TokenBatch]:
+        rows = tokenize(documents, self.tokenizer, max_tokens=self.recipe.diagnose.max_tokens)
+        return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS))
 
     def select(self, diagnosis: Diagnosis) -> Selection:
         options = self.recipe.select
@@ -465,6 +522,25 @@ class GeneralLoss(Artifact):
     tokens: tuple[int, ...]
 
 
+def judge_recipe(
+    recipe: Recipe, folder: Path, *, documents: int = 32, random_sets: int = 50, reporter: Reporter
+) -> Hearing:
+    """Does the stethoscope hear right on this recipe's models and text? Every score against the layers' true effects.
+
+    Args:
+        folder: the run's; its diagnosis is used if it is current, and ``hearing.json`` is written there.
+        documents: of target and of control, from the top, on which the truth is measured.
+        random_sets: of each size, which a score's layers have to beat.
+
+    Raises:
+        StethoscopeError: whatever is wrong with the recipe, before any long work.
+    """
+    run = _Run(recipe, folder, reporter)
+    folder.mkdir(parents=True, exist_ok=True)
+    run.diagnose()
+    return run.judge(documents, random_sets)
+
+
 def identity_files(folder: Path) -> list[Path]:
     """The files that decide what a checkpoint or adapter is: configs, weights and tokenizer."""
     return [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
@@ -480,6 +556,7 @@ def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> RunResult
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     diagnosis = run.diagnose()
+    run.gather_evidence(diagnosis)
     selection = run.select(diagnosis)
     plans = run.plan_arms(diagnosis, selection)
     run.write(plans)
