@@ -130,7 +130,7 @@ def calibrate(
         raise StethoscopeError(f"`{most_forwards}` forwards are too few to try any edit", hint="allow 60")
     order = sorted(z, key=lambda layer: (-z[layer], layer))
     search = Search(model, edits, texts, depth=depth, budget=budget, most=most_forwards, progress=progress)
-    grid = sorted(coefficients)
+    grid = sorted(set(coefficients))
     search_nested(search, order, grid)
     choice = search.choice()
     if per_layer:
@@ -220,7 +220,7 @@ def _check(
             problems.append(f"the {name} text has fewer than two documents")
         if name not in seen:
             problems.append(f"the {name} text has no hash")
-    problems += [f"there is no text called `{name}` to calibrate on" for name in texts if name not in seen]
+    problems += [f"`{name}` is neither target nor control" for name in texts if name not in ("target", "control")]
     problems += [f"layer {layer} is not one of the model's {depth}" for layer in z if not 0 <= layer < depth]
     problems += [f"z of layer {layer} is {value}" for layer, value in z.items() if not math.isfinite(value)]
     problems += [f"the coefficient {c} is not a positive number" for c in coefficients if not 0 < c < math.inf]
