@@ -384,19 +384,21 @@ def _margin(text: str) -> tuple[str, float]:
 
 
 def _show_comparison(found: "Comparison", *, as_json: bool, everything: bool) -> None:
-    from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, notes
+    from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise, notes
 
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))  # noqa: T201 - data goes to stdout
         return
     _print_rows(accuracy_rows(found), left=2)
+    for line in noise(found):
+        _say(f"noise: {line}")
     for contrast in found.contrasts:
         if everything:
             _print_rows(contrast_rows(contrast), left=2)
             _print_rows(bound_rows(contrast), left=1)
             if len(gains := gain_rows(found, contrast)) > 1:
                 _print_rows(gains, left=1)
-            for line in notes(found, contrast):
+            for line in notes(contrast):
                 _say(f"note: {line}")
             for task in contrast.tasks:
                 _say(f"{task.task}: {task.verdict}")
@@ -408,12 +410,9 @@ def _print_rows(rows: list[list[str]], *, left: int) -> None:
     table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
     for column in table.columns[left:]:
         column.justify = "right"
-    for column in table.columns:
-        column.overflow = "fold"
     for row in rows[1:]:
         table.add_row(*row)
-    _out.print(table)
-    _out.print()
+    Console(width=240).print(table, "")  # at its own width: folded numbers cannot be read
 
 
 def parse_layers(text: str) -> list[int]:

@@ -7,7 +7,7 @@ from statsmodels.stats.proportion import proportion_confint
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import Comparison, DocumentDivergences, DocumentLosses, Outcomes, aa_floor, compare
-from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, notes
+from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise
 
 
 def rows(arm, task, right, *, extracted=None, truncated=None, prompt="p"):
@@ -123,7 +123,7 @@ def test_an_arm_evaluated_twice_gives_the_noise_floor():
     assert (floor.arm, floor.again, floor.n, floor.changed, floor.share) == ("base", "base_again", 200, 3, 0.015)
     assert (floor.low, floor.high) == pytest.approx(proportion_confint(3, 200, method="beta"))
     assert result.noise == aa_floor(made, "base", "base_again")
-    assert any("3 of 200 items of `base` changed" in line for line in notes(result, result.contrasts[0]))
+    assert any("3 of 200 items of `base` changed" in line for line in noise(result))
     assert compare(outcomes(rows("base", "t", right), rows("edit", "t", right))).noise == []
 
 

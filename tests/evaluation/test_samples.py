@@ -151,8 +151,7 @@ def test_two_lm_eval_logs_are_compared(logs, checkpoints, tasks, tmp_path, capsy
     )
 
 
-def test_the_command_prints_tables_and_a_verdict(logs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli._out, "width", 200)
+def test_the_command_prints_tables_and_a_verdict(logs, tmp_path, capsys):
     saved = tmp_path / "comparison.json"
     code, out, err = run_cli(
         capsys, "compare", logs["base"], logs["edited"], "--margin", "0.5", "--margin", "choice=0.3", "--out", saved

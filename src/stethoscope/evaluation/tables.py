@@ -111,8 +111,17 @@ def gain_rows(comparison: Comparison, contrast: Contrast) -> Rows:
     return [header, *body]
 
 
-def notes(comparison: Comparison, contrast: Contrast) -> list[str]:
-    """Why what is missing in the tables is missing, once for each reason, and the noise floor where it is known."""
+def noise(comparison: Comparison) -> list[str]:
+    """What an arm that was evaluated twice shows of noise, by task."""
+    return [
+        f"{floor.task}: {floor.changed} of {floor.n} items of `{floor.arm}` changed their result when it was"
+        f" evaluated again ({100 * floor.share:.1f} %, {100 * floor.low:.1f} to {100 * floor.high:.1f} %)"
+        for floor in comparison.noise
+    ]
+
+
+def notes(contrast: Contrast) -> list[str]:
+    """Why what is missing in the tables is missing, once for each reason."""
     found: dict[str, list[str]] = {}
     for t in contrast.tasks:
         reasons: dict[str, Any] = dict(t.reasons)
@@ -128,11 +137,6 @@ def notes(comparison: Comparison, contrast: Contrast) -> list[str]:
     ]
     if contrast.pooled.reason:
         lines.append(f"all of the family: interval: {contrast.pooled.reason}")
-    for floor in comparison.noise:
-        lines.append(
-            f"{floor.task}: {floor.changed} of {floor.n} items of `{floor.arm}` changed their result when it was"
-            f" evaluated again ({100 * floor.share:.1f} %, {100 * floor.low:.1f} to {100 * floor.high:.1f} %)"
-        )
     return lines
 
 
