@@ -5,8 +5,8 @@
 One process, one float32 model, one set of requests: four-shot prompts of over 700 tokens with items made here, in
 Minerva Math's form, with its stop and the harness' limit of 256 new tokens. Ours and plain `HFLM` generate all
 responses in turn, A B A B; every response is compared. Then ten arms of the same live model are evaluated, counting
-model loads. The model is the demo's SmolLM2-135M-Instruct unless a checkpoint is given. Two rounds take about 40 minutes on one quiet core.
-Results: benchmarks/results/evaluate.json.
+model loads. The model is the demo's SmolLM2-135M-Instruct unless a checkpoint is given. Two rounds take about 40
+minutes on one quiet core. Results: benchmarks/results/evaluate.json.
 """
 
 import argparse
