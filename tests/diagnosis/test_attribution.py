@@ -98,11 +98,9 @@ def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, ar
         np.testing.assert_allclose(found.worth.sum(0), worth, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-@pytest.mark.parametrize("seed", range(2))
-def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
-    layers = ((0, 3), (2, 5))[seed]
-    made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=seed + 50, batch_tokens=4096)
+@pytest.mark.parametrize(("family", "layers"), [("llama", (0, 3)), ("llama", (2, 5)), ("gemma3", (1, 2))])
+def test_planted_layers_come_first(family, layers, tmp_path, tokenizer):
+    made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=50, batch_tokens=4096)
     edits = LayerEdits(made.model, made.task_vector)
     saes = {n: exact_sae() for n in range(6)}
     target, control = (attribute(made.model, edits, saes, made.texts[name]) for name in ("target", "control"))

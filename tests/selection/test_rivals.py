@@ -32,7 +32,7 @@ def slope(model, edits, texts, change, corpus="target"):
     return (up - down) / (2 * SMALL)
 
 
-@pytest.mark.parametrize(("family", "seed"), [("llama", n) for n in range(6)] + [("gemma3", n) for n in range(3)])
+@pytest.mark.parametrize(("family", "seed"), [("llama", n) for n in range(4)] + [("gemma3", n) for n in range(2)])
 def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
     rng = np.random.default_rng(seed)
     layers = tuple(sorted(rng.choice(6, size=2, replace=False).tolist()))
