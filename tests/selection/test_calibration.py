@@ -30,7 +30,7 @@ def run(made: Planted, z: dict[int, float], **options) -> Calibration:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
-    return plant(tmp_path_factory.mktemp("planted"), tokenizer)
+    return plant(tmp_path_factory.mktemp("planted"), tokenizer, count=8, batch_tokens=4096)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_the_planted_layers_are_chosen_at_any_depth(family, depth, layers, tmp_p
 
 
 def test_points_are_true_and_errors_are_paired(planted):
-    found = run(planted, z_of(planted))
+    found = run(planted, z_of(planted), coefficients=(0.5, 1.0))
     edits = LayerEdits(planted.model, planted.task_vector)
     truth = measure(planted.model, edits, planted.texts, [point.coefficients for point in found.points])
     for i, point in enumerate(found.points):
@@ -79,7 +79,8 @@ def test_forwards_are_what_was_run(planted, most):
 
 
 def test_layers_without_the_skill_are_not_chosen(planted):
-    found = run(planted, {layer: 5.0 for layer in range(6) if layer not in planted.layers})
+    z = {layer: 5.0 for layer in range(6) if layer not in planted.layers}
+    found = run(planted, z, coefficients=(0.5, 1.0))
     assert found.coefficients == {}
     assert found.threshold is None
     assert found.reason.startswith("no edit")
@@ -149,7 +150,7 @@ def test_each_layer_gets_its_own_coefficient_if_asked(planted, monkeypatch):
 
 
 def test_a_calibration_survives_the_disk(planted, tmp_path):
-    found = run(planted, z_of(planted), budget=0.05)
+    found = run(planted, z_of(planted), budget=0.05, coefficients=(1.0,))
     found.save(tmp_path)
     assert Calibration.load(tmp_path) == found
     assert json.loads((tmp_path / "calibration.json").read_text())["seen"] == SEEN
