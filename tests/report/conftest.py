@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
-from made_results import Results, make_comparison, make_diagnosis, make_selection
+from made_results import Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
+from stethoscope.artifacts import Provenance
+from stethoscope.diagnosis.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
 from stethoscope.evaluation.comparison import Comparison
 
 HOSTILE = "</script><script>window.planted=1</script><img src=x onerror=window.planted=1>"
@@ -19,19 +21,27 @@ def comparison() -> Comparison:
 def results(comparison) -> Results:
     diagnosis = make_diagnosis()
     recipe = "base: smollm2\ntuned: smollm2-math\nselect: {policy: top_k, k: 5}\nseed: 0\n"
-    return Results(diagnosis, make_selection(diagnosis), comparison, recipe)
+    return Results(diagnosis, make_selection(diagnosis), comparison, recipe, make_evidence(diagnosis))
 
 
 @pytest.fixture(scope="session")
 def hostile(results) -> Results:
-    """The same results with markup in a task's name, an arm's name, a layer's flag and the recipe."""
+    """The same results with markup in names of a task, an arm and a corpus, a layer's flag, contexts and the recipe."""
     subjects = {f"algebra{HOSTILE}": 0.3, "geometry": 0.2}
     arms = {"base": (0.0, 0.0), "selected": (0.1, 0.02), f"random{HOSTILE}": (0.02, 0.02)}
     layers = results.diagnosis.layers
     flagged = layers[-1].model_copy(update={"flag": HOSTILE})
     diagnosis = results.diagnosis.model_copy(update={"layers": (*layers[:-1], flagged), "warnings": (HOSTILE,)})
+    text = HOSTILE.replace("planted", "planted_context")
+    context = Context(document=0, before=text, token=text, after=text, activation=1.0)
+    feature = FeatureEvidence(
+        feature=1700, contexts={"target": (context,), HOSTILE: ()}, promotes=(text,), link="javascript:window.planted=1"
+    )
+    parts = tuple(LayerEvidence(layer=layer.layer, features=(feature,)) for layer in layers)
+    evidence = Evidence(provenance=Provenance(), documents={"target": 1, HOSTILE: 1}, layers=parts)
     recipe = f"base: '{HOSTILE}'\ntuned: '{HOSTILE}'\n"
-    return Results(diagnosis, results.selection, make_comparison(arms=arms, subjects=subjects, items=60), recipe)
+    comparison = make_comparison(arms=arms, subjects=subjects, items=60)
+    return Results(diagnosis, results.selection, comparison, recipe, evidence)
 
 
 @pytest.fixture

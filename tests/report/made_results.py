@@ -1,5 +1,6 @@
 """Results made by the stages' own classes: thirty layers, six arms."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from stethoscope.diagnosis.diagnose import (
     FeatureDifference,
     LayerDiagnosis,
 )
+from stethoscope.diagnosis.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
 from stethoscope.evaluation.comparison import Comparison, compare
 from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
 from stethoscope.saes.health import SAEHealth
@@ -44,17 +46,22 @@ class Results:
     selection: Selection
     comparison: Comparison
     recipe: str
+    evidence: Evidence | None = None
 
     def save(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         self.diagnosis.save(folder)
         self.selection.save(folder)
         self.comparison.save(folder / "comparison.json")
+        if self.evidence:
+            self.evidence.save(folder)
         (folder / "recipe.yaml").write_text(self.recipe, encoding="utf-8")
         return folder
 
 
-def make_layer(layer: int, rng: np.random.Generator, *, flag: str | None = None) -> LayerDiagnosis:
+def make_layer(
+    layer: int, rng: np.random.Generator, *, controls: Sequence[str] = ("control",), flag: str | None = None
+) -> LayerDiagnosis:
     excess = 0.05 + 0.2 * np.exp(-(((layer - 17) / 5) ** 2)) + rng.normal(0, 0.008)
     health = {
         name: SAEHealth(
@@ -64,7 +71,7 @@ def make_layer(layer: int, rng: np.random.Generator, *, flag: str | None = None)
             dead=0.1,
             dense=0.02,
         )
-        for name, extra in (("target", 0.03), ("control", 0.0))
+        for name, extra in (("target", 0.03), *((control, 0.0) for control in controls))
     }
     features = tuple(
         FeatureDifference(
@@ -89,14 +96,14 @@ def make_layer(layer: int, rng: np.random.Generator, *, flag: str | None = None)
         stability=0.9,
         increment=0.001,
         increment_z=0.5,
-        against="control",
+        against=controls[layer % len(controls)],
         health=health,
         flag=flag,
         features=features,
     )
 
 
-def make_diagnosis(*, layers: int = 30) -> Diagnosis:
+def make_diagnosis(*, layers: int = 30, controls: Sequence[str] = ("control",)) -> Diagnosis:
     rng = np.random.default_rng(0)
     size = CorpusSummary(documents=512, blocks=8, tokens=180_000, sinks=512)
     flags = {layers - 1: "SAE variance explained 0.30 on target text"}
@@ -104,9 +111,36 @@ def make_diagnosis(*, layers: int = 30) -> Diagnosis:
         provenance=Provenance(seed=0, inputs={"base": "ab" * 32, "tuned": "cd" * 32}),
         score="mass_shift",
         increments=False,
-        corpora={"target": size, "control": size},
-        layers=tuple(make_layer(i, rng, flag=flags.get(i)) for i in range(layers)),
+        corpora=dict.fromkeys(("target", *controls), size),
+        layers=tuple(make_layer(i, rng, controls=controls, flag=flags.get(i)) for i in range(layers)),
         warnings=(),
+    )
+
+
+def make_evidence(diagnosis: Diagnosis, *, features: int = 8, length: int = 60) -> Evidence:
+    """Contexts that name their layer, feature, corpus and place."""
+
+    def context(where: str, i: int) -> Context:
+        text = f"{where} number {i} " + "m" * length
+        return Context(document=i, before=f"before {text} ", token=f"<{where}>", after=f"\n{text}", activation=50.0 - i)
+
+    def feature(layer: int, number: int) -> FeatureEvidence:
+        return FeatureEvidence(
+            feature=number,
+            contexts={
+                name: tuple(context(f"{name}-{layer}-{number}", i) for i in range(4)) for name in diagnosis.corpora
+            },
+            promotes=tuple(f" promoted-{layer}-{i}" for i in range(8)),
+            link=f"https://www.neuronpedia.org/model/{layer}-res/{number}",
+        )
+
+    return Evidence(
+        provenance=Provenance(inputs={"diagnosis": "ab" * 32}),
+        documents=dict.fromkeys(diagnosis.corpora, 64),
+        layers=tuple(
+            LayerEvidence(layer=d.layer, features=tuple(feature(d.layer, f.feature) for f in d.features[:features]))
+            for d in diagnosis.layers
+        ),
     )
 
 

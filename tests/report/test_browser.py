@@ -79,7 +79,28 @@ def test_a_click_on_a_layer_shows_its_features(visit):
     seen.page.locator("#profile svg path[aria-label*='layer: 4;']").last.click()
     assert seen.first_feature() == "400" != before
     assert seen.page.input_value("#layer") == "4"
+    shown = seen.page.locator(".evidence:visible")
+    assert shown.count() == 1
+    assert shown.locator("details").count() == 8
+    marks = shown.locator("details").first.locator("mark")
+    assert marks.all_inner_texts() == ["<target-4-400>"] * 4 + ["<control-4-400>"] * 4
+    assert seen.page.locator("[data-layer]:visible table").count() == 1  # one layer's health
     assert seen.complaints == []
+
+
+def test_the_keyboard_opens_a_feature_of_the_layer_picked_there(visit):
+    seen = visit()
+    seen.page.focus("#layer")
+    seen.page.keyboard.press("Home")
+    shown = seen.page.locator(".evidence:visible")
+    closed = shown.locator("details:not([open]) summary").first
+    assert closed.inner_text().startswith("Feature 3:")
+    for _ in range(40):
+        seen.page.keyboard.press("Tab")
+        if seen.page.evaluate("document.activeElement.textContent").startswith("Feature 3:"):
+            break
+    seen.page.keyboard.press("Enter")
+    assert shown.locator("details").nth(3).locator("mark").first.is_visible()
 
 
 def test_the_keyboard_reaches_a_layer_and_all_its_features(visit):
@@ -124,6 +145,7 @@ def test_dark_screens_get_dark_charts_and_paper_gets_light_ones(visit):
 
 def test_planted_markup_does_not_run(visit, hostile, tmp_path):
     seen = visit(render_report(hostile.save(tmp_path)))
-    assert seen.page.evaluate("window.planted") is None
+    assert "window.planted_context" in seen.page.locator(".evidence:visible mark").first.inner_text()
+    assert seen.page.evaluate("[window.planted, window.planted_context]") == [None, None]
     assert seen.page.locator("img").count() == 0
     assert seen.complaints == []

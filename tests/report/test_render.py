@@ -7,7 +7,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
-from made_results import ARMS, SUBJECTS, make_comparison
+from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
 from stethoscope.artifacts import Provenance
 from stethoscope.errors import StethoscopeError
@@ -125,7 +125,9 @@ def test_it_needs_no_model_library():
 def test_nothing_is_fetched(page):
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object"), tag
-        assert not {"src", "href", "srcset", "action"} & set(attributes), (tag, attributes)
+        # a link to a feature's page is followed by a reader alone
+        if not (tag == "a" and (attributes["href"] or "").startswith("https://www.neuronpedia.org/model/")):
+            assert not {"src", "href", "srcset", "action"} & set(attributes), (tag, attributes)
     policy = next(a["content"] for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
 
@@ -136,6 +138,8 @@ def test_planted_markup_stays_text(tmp_path, hostile):
     assert [tag for tag, _ in page.tags].count("script") == 3
     assert "img" not in {tag for tag, _ in page.tags}
     assert "</script><script>window.planted" in page.text
+    assert "</script><script>window.planted_context" in page.text
+    assert "a" not in {tag for tag, _ in page.tags}
     assert "planted" not in page.scripts[1] + page.scripts[2]
     assert "planted" in page.scripts[0]
     assert "<" not in page.scripts[0]
@@ -151,6 +155,63 @@ def test_every_layer_has_its_features(page, results):
 def test_the_picked_layer_is_the_strongest_selected(page, results):
     strongest = max(results.selection.layers, key=lambda n: results.diagnosis.layers[n].excess)
     assert page.data()["picked"] == strongest
+
+
+def test_every_layer_shows_what_its_features_fire_on(run_folder):
+    html = render_report(run_folder).read_text(encoding="utf-8")
+    for layer in (0, 17, 29):
+        for corpus in ("target", "control"):
+            where = f"{corpus}-{layer}-{100 * layer}"
+            assert f"before {where} number 3 {'m' * 60} <mark>&lt;{where}&gt;</mark>\u21b5{where} number 3" in html
+        assert f'href="https://www.neuronpedia.org/model/{layer}-res/{100 * layer}"' in html
+        assert f"<code> promoted-{layer}-7</code>" in html
+    assert "Feature 1700: fires on 40.0 % of target tokens, 2.0 % of control" in html
+    assert "the first 64 target and 64 control documents" in html
+
+
+def test_spaces_that_fired_are_seen(run_folder, results):
+    (feature, *_), space = results.evidence.layers[0].features, {"before": "  a", "token": " ", "after": "b\n"}
+    context = feature.contexts["target"][0].model_copy(update=space)
+    feature = feature.model_copy(update={"contexts": {"target": (context,)}})
+    part = results.evidence.layers[0].model_copy(update={"features": (feature,)})
+    results.evidence.model_copy(update={"layers": (part,)}).save(run_folder)
+    assert "<p>a<mark>\u2423</mark>b\u21b5 <small>" in render_report(run_folder).read_text(encoding="utf-8")
+
+
+def test_evidence_of_a_deep_model_keeps_the_page_small(tmp_path, comparison):
+    diagnosis = make_diagnosis(layers=34)
+    evidence = make_evidence(diagnosis, length=100)
+    folder = Results(diagnosis, make_selection(diagnosis), comparison, "base: a\n", evidence).save(tmp_path)
+    assert sum(len(f.contexts["target"]) for part in evidence.layers for f in part.features) == 34 * 8 * 4
+    assert render_report(folder).stat().st_size < 3_000_000
+
+
+def test_several_controls_are_all_shown(tmp_path, comparison):
+    controls = ("control", "chat", "code [py]")
+    diagnosis = make_diagnosis(controls=controls)
+    folder = Results(diagnosis, make_selection(diagnosis), comparison, "", make_evidence(diagnosis)).save(tmp_path)
+    page = Page(render_report(folder).read_text(encoding="utf-8"))
+    text = " ".join(page.text.split())
+    assert "against chat , the control it stands out least from".replace(" ,", ",") in text
+    assert "rank 18 of 30, as high or higher in 90% of resamples" in text
+    assert "target / control / chat / code [py]" in text
+    assert "the first 64 target, 64 control, 64 chat and 64 code [py] documents" in text
+    row = page.data()["charts"]["profile"]["datasets"]["layers"][17]
+    health = diagnosis.layers[17].health
+    assert [row[f"explained_{i}"] for i in range(4)] == [health[n].variance_explained for n in ("target", *controls)]
+    assert row["against"] == "code [py]"
+
+
+def test_runs_from_before_these_fields_still_render(run_folder):
+    (run_folder / "evidence.json").unlink()
+    saved = json.loads((run_folder / "diagnosis.json").read_text())
+    for layer in saved["layers"]:
+        for field in ("rank", "stability", "increment_z", "against"):
+            del layer[field]
+    (run_folder / "diagnosis.json").write_text(json.dumps(saved))
+    text = Page(render_report(run_folder).read_text(encoding="utf-8")).text
+    assert "fire on" not in text.split("How this was made")[0].split("Where the skill is heard")[1]
+    assert "to the layer before it" in text
 
 
 def test_optional_results_may_be_missing(run_folder):

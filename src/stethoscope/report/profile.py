@@ -40,11 +40,12 @@ def layer_profile(diagnosis: Any, selection: Any, *, width: int = 640) -> alt.VC
     )
     interval = base.mark_rule(strokeWidth=1.5).encode(y=_y("low:Q", "+.2~f"), y2="high:Q", color=kind["color"])
     point = base.mark_point(filled=True, size=55, opacity=1).encode(y=_y("excess:Q", "+.2~f"), **kind)
-    score = alt.layer(band, _rule(0.0), interval, point, _hits(column)).properties(
+    score = alt.layer(band, _rule(0.0), interval, point, _hits(column, list(seen.corpora))).properties(
         height=220, title=title(f"{seen.score}: excess over chance")
     )
-    explained = _health(rows, _columns(scale), "explained", domain=[0.0, 1.0], rule=0.5)
-    active = _health(rows, _columns(scale, name="layer"), "l0")
+    corpora = list(seen.corpora)
+    explained = _health(rows, _columns(scale), "explained", corpora, domain=[0.0, 1.0], rule=0.5)
+    active = _health(rows, _columns(scale, name="layer"), "l0", corpora)
     charts = [
         score,
         explained.properties(title=title("SAE variance explained: target solid, control dashed")),
@@ -78,11 +79,17 @@ def profile_rows(diagnosis: Diagnosis, selection: Selection) -> list[dict[str, A
             "null_high": 2 * layer.null_deviation,
             "z": layer.z,
             "p_familywise": layer.p_familywise,
-            **{f"explained_{name}": health.variance_explained for name, health in layer.health.items()},
-            **{f"l0_{name}": health.l0 for name, health in layer.health.items()},
+            "against": layer.against,
+            # by number: in a field's name, dots and brackets of a corpus' name would mean something to Vega
+            **{f"explained_{i}": _value(layer, name, "variance_explained") for i, name in enumerate(diagnosis.corpora)},
+            **{f"l0_{i}": _value(layer, name, "l0") for i, name in enumerate(diagnosis.corpora)},
         }
         for layer in diagnosis.layers
     ]
+
+
+def _value(layer: Layer, corpus: str, field: str) -> float | None:
+    return getattr(layer.health[corpus], field) if corpus in layer.health else None
 
 
 def _columns(scale: alt.Scale, *, name: str | None = None) -> tuple[alt.Chart, alt.Chart]:
@@ -95,7 +102,7 @@ def _columns(scale: alt.Scale, *, name: str | None = None) -> tuple[alt.Chart, a
     )
 
 
-def _hits(column: alt.Chart) -> alt.Chart:
+def _hits(column: alt.Chart, corpora: Sequence[str]) -> alt.Chart:
     """A whole column per layer to point at and click, tinted where it is the picked one."""
     return column.mark_rect(color=COLOURS["selected"], cursor="pointer").encode(
         y=alt.value(0),
@@ -109,10 +116,12 @@ def _hits(column: alt.Chart) -> alt.Chart:
             alt.Tooltip("high:Q", format="+.3f", title="to"),
             alt.Tooltip("z:Q", format=".1f"),
             alt.Tooltip("p_familywise:Q", format=".3f", title="p, all layers"),
-            alt.Tooltip("explained_target:Q", format=".2f", title="variance explained, target"),
-            alt.Tooltip("explained_control:Q", format=".2f", title="variance explained, control"),
-            alt.Tooltip("l0_target:Q", format=".0f", title="L0, target"),
-            alt.Tooltip("l0_control:Q", format=".0f", title="L0, control"),
+            *([alt.Tooltip("against:N", title="against")] if len(corpora) > 2 else ()),
+            *(
+                alt.Tooltip(f"explained_{i}:Q", format=".2f", title=f"variance explained, {name}")
+                for i, name in enumerate(corpora)
+            ),
+            *(alt.Tooltip(f"l0_{i}:Q", format=".0f", title=f"L0, {name}") for i, name in enumerate(corpora)),
         ],
     )
 
@@ -121,6 +130,7 @@ def _health(
     rows: Sequence[dict[str, Any]],
     columns: tuple[alt.Chart, alt.Chart],
     field: str,
+    corpora: Sequence[str],
     *,
     domain: Sequence[float] | None = None,
     rule: float | None = None,
@@ -128,13 +138,14 @@ def _health(
     base, column = columns
     scale = alt.Scale(domain=list(domain), clamp=True) if domain else alt.Scale(zero=True)
     layers = [_rule(rule)] if rule is not None else []
-    for name, dash in (("target", [1, 0]), ("control", [4, 3])):
-        if any(row.get(f"{field}_{name}") is not None for row in rows):
+    for i, name in enumerate(corpora):
+        if any(row[f"{field}_{i}"] is not None for row in rows):
+            dash = [1, 0] if name == "target" else [4, 3]
             line = base.mark_line(
                 color=COLOURS["ink"], strokeWidth=1.5, strokeDash=dash, point={"color": COLOURS["ink"], "size": 14}
             )
-            layers.append(line.encode(y=alt.Y(f"{field}_{name}:Q", title=None, scale=scale, axis=y_axis("~s", 3))))
-    return alt.layer(*layers, _hits(column)).properties(height=80)
+            layers.append(line.encode(y=alt.Y(f"{field}_{i}:Q", title=None, scale=scale, axis=y_axis("~s", 3))))
+    return alt.layer(*layers, _hits(column, corpora)).properties(height=80)
 
 
 def _y(field: str, number: str) -> alt.Y:

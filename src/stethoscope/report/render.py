@@ -19,7 +19,7 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.report import tables, words
 from stethoscope.report.look import COLOURS, FONT
 from stethoscope.report.profile import layer_profile
-from stethoscope.report.results import Comparison, Diagnosis, Edits, Selection, read_json
+from stethoscope.report.results import Comparison, Diagnosis, Edits, Evidence, Selection, read_json
 from stethoscope.report.trade import is_crowded, trade_off
 
 # What replaces each colour of the charts on a dark screen; the page's own colours stand in the style sheet.
@@ -40,8 +40,8 @@ _DARK = {
 def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
-    Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``edits.json``,
-    ``recipe.yaml`` and ``edited/manifest.json``.
+    Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
+    ``edits.json``, ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -53,10 +53,11 @@ def render_report(run_dir: Path) -> Path:
     selection = Selection.load(run_dir / "selection.json")
     comparison = Comparison.load(run_dir / "comparison.json")
     edits = Edits.load(run_dir / "edits.json") if (run_dir / "edits.json").exists() else None
+    evidence = Evidence.load(run_dir / "evidence.json") if (run_dir / "evidence.json").exists() else None
     recipe = _recipe(run_dir / "recipe.yaml")
     manifest = run_dir / "edited" / "manifest.json"
     changed = tables.scalars(read_json(manifest)) if manifest.exists() else []
-    page = _page(diagnosis, selection, comparison, edits, recipe=recipe, manifest=changed)
+    page = _page(diagnosis, selection, comparison, edits, evidence, recipe=recipe, manifest=changed)
     path = run_dir / "report.html"
     write_text(path, page)
     return path
@@ -67,6 +68,7 @@ def _page(
     selection: Selection,
     comparison: Comparison,
     edits: Edits | None,
+    evidence: Evidence | None,
     *,
     recipe: str | None,
     manifest: list[tables.Row],
@@ -106,7 +108,11 @@ def _page(
         layers=tables.layers(diagnosis, selection, edits),
         costs=tables.costs(comparison),
         feature_rows=[tables.feature_row(f) for f in strongest.features],
-        provenance=tables.provenance(diagnosis, selection, edits, comparison),
+        facts={layer.layer: words.layer_facts(layer, diagnosis) for layer in diagnosis.layers},
+        health={layer.layer: tables.health(layer) for layer in diagnosis.layers},
+        evidence=tables.evidence(evidence, diagnosis) if evidence else {},
+        searched=evidence.documents if evidence else {},
+        provenance=tables.provenance(diagnosis, evidence, selection, edits, comparison),
         data=data,
         style=Markup(_style()),
         scripts=[Markup(script) for script in scripts],

@@ -50,6 +50,7 @@
       return row;
     });
     document.querySelector("#features tbody").replaceChildren(...rows);
+    for (const part of document.querySelectorAll("[data-layer]")) part.hidden = part.dataset.layer !== String(layer);
     document.getElementById("count").textContent = `${features.length} features that lean to the target`;
     more.hidden = features.length <= FEW;
     more.textContent = `Show all ${features.length}`;

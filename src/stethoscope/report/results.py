@@ -72,6 +72,7 @@ class Health(_Shown):
     l0: float | None
     dead: float | None
     dense: float | None
+    encoding_error: float | None = None
 
 
 class Feature(_Shown):
@@ -91,7 +92,11 @@ class Layer(_Shown):
     z: float
     p: float
     p_familywise: float
+    rank: int | None = None
+    stability: float | None = None
     increment: float
+    increment_z: float | None = None
+    against: str = "control"
     health: dict[str, Health]
     flag: str | None
     features: tuple[Feature, ...]
@@ -114,6 +119,36 @@ class Diagnosis(_File):
     corpora: dict[str, CorpusSize]
     layers: tuple[Layer, ...]
     warnings: tuple[str, ...] = ()
+
+    @property
+    def controls(self) -> list[str]:
+        """The corpora that the target was compared with."""
+        return [name for name in self.corpora if name != "target"]
+
+
+class Context(_Shown):
+    document: int
+    before: str
+    token: str
+    after: str
+    activation: float
+
+
+class FeatureEvidence(_Shown):
+    feature: int
+    contexts: dict[str, tuple[Context, ...]]
+    promotes: tuple[str, ...] | None = None
+    link: str | None = None
+
+
+class LayerEvidence(_Shown):
+    layer: int
+    features: tuple[FeatureEvidence, ...]
+
+
+class Evidence(_File):
+    documents: dict[str, int]
+    layers: tuple[LayerEvidence, ...]
 
 
 class Choice(_Shown):

@@ -2,11 +2,22 @@
 
 from typing import Any
 
-from stethoscope.report.results import Comparison, Diagnosis, Difference, Edits, Feature, McNemar, Selection
+from stethoscope.report.results import (
+    Comparison,
+    Diagnosis,
+    Difference,
+    Edits,
+    Evidence,
+    Feature,
+    Layer,
+    McNemar,
+    Selection,
+)
 from stethoscope.report.words import MINUS, short_names, signed
 
 NONE = "\N{EN DASH}"
 Row = dict[str, str]
+PAGES = "https://www.neuronpedia.org/"  # a saved link that leads elsewhere is not shown
 
 
 def results(comparison: Comparison) -> list[dict[str, Any]]:
@@ -129,20 +140,24 @@ def _mcnemar(found: McNemar | None) -> Row:
 
 
 def layers(diagnosis: Diagnosis, selection: Selection, edits: Edits | None) -> list[Row]:
-    """A row per layer; two numbers are target / control, and those in brackets are chance."""
+    """A row per layer; several numbers are one per corpus, and those in brackets are chance."""
     reasons = {choice.layer: choice.reason for choice in selection.choices}
     energy = {e.layer: percent(e.share) for e in edits.energy} if edits else {}
     kept = {e.layer: f"{percent(e.energy_kept)} ({percent(e.chance)})" for e in edits.projected} if edits else {}
     rows = []
     for layer in diagnosis.layers:
-        healths = [layer.health[name] for name in ("target", "control") if name in layer.health]
+        healths = [layer.health[name] for name in diagnosis.corpora if name in layer.health]
         row = {
             "layer": str(layer.layer),
             "score": f"{layer.score:.3f}",
             "null": f"{layer.null:.3f}",
             "excess": signed(layer.excess, 3),
             "interval": " to ".join(signed(end, 3) for end in layer.interval),
+            "rank": str(layer.rank or NONE),
+            "as high in resamples": number(layer.stability, ".0%"),
+            **({"against": layer.against} if len(diagnosis.controls) > 1 else {}),
             "increment": signed(layer.increment, 3),
+            "z of increment": number(layer.increment_z, ".1f"),
             "z": number(layer.z, ".1f"),
             "p": p_value(layer.p),
             "p, all layers": p_value(layer.p_familywise),
@@ -188,7 +203,64 @@ def feature_row(feature: Feature) -> list[str]:
     ]
 
 
-def provenance(*results: Diagnosis | Selection | Edits | Comparison | None) -> list[Row]:
+def health(layer: Layer) -> list[Row]:
+    """An SAE's health, a row per corpus."""
+    return [
+        {
+            "SAE on": name,
+            "variance explained": number(found.variance_explained, ".2f"),
+            "L0": number(found.l0, ".0f"),
+            "dead": number(found.dead, ".1%"),
+            "dense": number(found.dense, ".1%"),
+            "encoding error": number(found.encoding_error, ".2%"),
+        }
+        for name, found in layer.health.items()
+    ]
+
+
+def evidence(found: Evidence, diagnosis: Diagnosis) -> dict[int, list[dict[str, Any]]]:
+    """By layer, what each feature shown fires on: contexts by corpus, rates, promoted tokens and a page about it."""
+    rates = {
+        layer.layer: {f.feature: (percent(f.target_rate), percent(f.control_rate)) for f in layer.features}
+        for layer in diagnosis.layers
+    }
+    return {
+        part.layer: [
+            {
+                "feature": feature.feature,
+                "rates": rates.get(part.layer, {}).get(feature.feature),
+                "contexts": {
+                    name: [
+                        {
+                            "before": _one_line(context.before).lstrip(),
+                            "token": _visible(context.token),
+                            "after": _one_line(context.after).rstrip(),
+                            "activation": f"{context.activation:.{1 if context.activation >= 1 else 3}f}",
+                        }
+                        for context in contexts
+                    ]
+                    for name, contexts in feature.contexts.items()
+                },
+                "promotes": [_visible(token) for token in feature.promotes or ()],
+                "link": feature.link if (feature.link or "").startswith(PAGES) else None,
+            }
+            for feature in part.features
+        ]
+        for part in found.layers
+    }
+
+
+def _visible(token: str) -> str:
+    """A token that is there to be seen, even one of spaces alone."""
+    return _one_line(token) if token.strip(" ") else token.replace(" ", "\N{OPEN BOX}")
+
+
+def _one_line(text: str) -> str:
+    """Text with its line ends made visible."""
+    return text.replace("\r", "").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+
+
+def provenance(*results: Diagnosis | Evidence | Selection | Edits | Comparison | None) -> list[Row]:
     """What each result says of where it comes from."""
     rows = []
     for result in results:

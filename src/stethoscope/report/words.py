@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stethoscope.report.results import Comparison, Contrast, Diagnosis, Difference, Edits, is_random
+from stethoscope.report.results import Comparison, Contrast, Diagnosis, Difference, Edits, Layer, is_random
 
 # Fewer items than this per task leave intervals of about 14 points or more.
 SMALL_SAMPLE = 200
@@ -132,6 +132,21 @@ def notices(diagnosis: Diagnosis, comparison: Comparison) -> list[str]:
     if flagged:
         found.append(f"{len(flagged)} of {len(diagnosis.layers)} layers are not believed: {_some(flagged)}.")
     return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in diagnosis.warnings)]
+
+
+def layer_facts(layer: Layer, diagnosis: Diagnosis) -> str:
+    """One layer's standing, in a sentence or two."""
+    standing = f"Excess over chance {signed(layer.excess, 3)} (z {layer.z:.1f})"
+    if layer.rank is not None:
+        standing += f", rank {layer.rank} of {len(diagnosis.layers)}"
+    if layer.stability is not None:
+        standing += f", as high or higher in {layer.stability:.0%} of resamples"
+    against = (
+        "" if len(diagnosis.controls) < 2 else f", against `{layer.against}`, the control it stands out least from"
+    )
+    added = "" if layer.increment_z is None else f" (z {layer.increment_z:.1f})"
+    text = f"{standing}{against}. It adds {signed(layer.increment, 3)}{added} to the layer before it."
+    return f"{text} Not believed: {layer.flag}." if layer.flag else text
 
 
 def _resolution(comparison: Comparison) -> float | None:
