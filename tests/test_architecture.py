@@ -21,7 +21,7 @@ ORDER = [
     {"editing"},
     {"saes"},
     {"replay"},
-    {"sites", "losses"},
+    {"sites", "losses", "seen"},
     {"checkpoints", "corpus", "models", "recipe"},
     {"artifacts"},
     {"errors", "lazy"},

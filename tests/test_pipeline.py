@@ -17,10 +17,14 @@ from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.diagnosis.diagnose import Diagnosis
-from stethoscope.errors import RecipeError
+from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
+from stethoscope.evaluation.peeking import Claim
 from stethoscope.pipeline import Edits, preflight, run_recipe
 from stethoscope.recipe import Recipe
+from stethoscope.seen import Seen
+from stethoscope.selection.calibration import Calibration
+from stethoscope.selection.hearing import Hearing
 from stethoscope.selection.policies import Selection
 
 LAYERS = 4
@@ -50,6 +54,11 @@ def write_saes(folder: Path, d: int) -> None:
         sae.W_dec.data = torch.cat([identity, -identity], dim=0)
         sae.cfg.metadata.hook_name = f"model.layers.{layer}"
         sae.save_model(folder / f"layer_{layer}")
+
+
+def write_texts(path: Path, words: str) -> None:
+    rows = [{"text": words * (2 + i % 3) + f"{path.stem} {i}"} for i in range(24)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_task(folder: Path, name: str, operator: str) -> None:
@@ -86,8 +95,7 @@ def world(tmp_path_factory, llama, tokenizer) -> Path:
     adapted.save_pretrained(folder / "adapter")
     write_saes(folder / "saes", HIDDEN)
     for name, words in {"target": "12+34=46 ", "control": "the cat sat on the mat ", "general": "a quiet day "}.items():
-        rows = [{"text": words * (2 + i % 3) + f"{name} {i}"} for i in range(24)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_texts(folder / f"{name}.jsonl", words)
     (folder / "tasks").mkdir()
     write_task(folder / "tasks", "tiny_sum", "+")
     write_task(folder / "tasks", "tiny_and", " and ")
@@ -211,7 +219,8 @@ def interrupt(*_args: object, **_options: object) -> None:
 
 def test_another_target_runs_the_diagnosis_again(world, finished, tmp_path):
     copy = shutil.copytree(finished, tmp_path / "run")
-    path = changed(world, tmp_path, target={"dataset": str(world / "general.jsonl")})
+    write_texts(world / "other.jsonl", "something else entirely ")
+    path = changed(world, tmp_path, target={"dataset": str(world / "other.jsonl")})
     run_recipe(Recipe.from_yaml(path), copy, reporter=Recorder())
     assert Diagnosis.load(copy).provenance.inputs["target"] != Diagnosis.load(finished).provenance.inputs["target"]
 
@@ -251,6 +260,74 @@ def test_unknown_task_and_too_many_layers_are_named(world, tmp_path):
         preflight(Recipe.from_yaml(path), tmp_path / "run")
     assert "tiny_summ" in str(error.value)
     assert "select.k is `9`" in str(error.value)
+
+
+def test_items_that_the_choice_has_seen_are_refused_by_name_or_said(world, tmp_path):
+    """Item 7 of the task, `4 and 2`, stands in the control text; so does a general document."""
+    rows = [{"text": f"{i} Q: 4 and 2=6 and so on"} for i in range(24)]
+    (tmp_path / "control.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "general.jsonl").write_text(json.dumps({"text": "Q: 4 and 2=6 and so on"}) + "\n")
+    task = yaml.safe_load((world / "tasks/tiny_and.yaml").read_text()) | {"doc_to_text": "Q: {{problem}}="}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/tiny_and.yaml").write_text(yaml.safe_dump(task))
+    evaluate = {
+        "tasks": ["tiny_and"], "include_path": str(tmp_path / "tasks"),
+        "control": {"dataset": str(tmp_path / "general.jsonl")},
+    }  # fmt: skip
+    control = {"dataset": str(tmp_path / "control.jsonl")}
+    path = changed(world, tmp_path, control=control, evaluate=evaluate)
+    with pytest.raises(RecipeError) as error:
+        preflight(Recipe.from_yaml(path), tmp_path / "run")
+    assert "`general text`: item 0" in str(error.value)
+    assert "evaluate.exploratory: true" in str(error.value)
+    path = changed(world, tmp_path, control=control, evaluate=evaluate | {"exploratory": True})
+    run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+    claim = Claim.load(tmp_path / "run")
+    assert claim.kind == "exploratory"
+    assert claim.seen_items == {"general text": (0,)}
+
+
+def test_a_claim_on_unseen_items_is_confirmatory(finished):
+    claim = Claim.load(finished)
+    assert claim.kind == "confirmatory"
+    assert set(claim.seen_texts) == {"target", "control"}
+    assert Seen.load(finished).holds("the cat sat on the mat the cat sat on the mat")
+
+
+def test_layers_and_coefficients_by_calibration(world, tmp_path, capsys):
+    texts = {side: {"dataset": str(tmp_path / f"{side}.jsonl")} for side in ("target", "control")}
+    write_texts(tmp_path / "target.jsonl", "56+11=67 ")
+    write_texts(tmp_path / "control.jsonl", "a dog lay on a rug ")
+    options = {"calibrate": texts | {"budget": 0.5, "coefficients": [0.5, 1.0]}, "select": {"policy": "calibrated"}}
+    path = changed(world, tmp_path, **options)
+    main(["calibrate", str(path), "--out", str(tmp_path / "run"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    calibration = Calibration.load(tmp_path / "run")
+    assert found["choice"] == calibration.choice
+    assert set(calibration.seen) == {"target", "control"}
+    if calibration.coefficients:  # random weights may be worth nothing, which is a result
+        run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+        selection = Selection.load(tmp_path / "run")
+        assert selection.coefficients == calibration.coefficients
+        plan = Edits.load(tmp_path / "run").plans["selected"]
+        assert {int(k): v for k, v in plan["layers"].items()} == calibration.coefficients
+    else:
+        with pytest.raises(StethoscopeError, match="chooses no edit"):
+            run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+    with pytest.raises(RecipeError, match="needs a section `calibrate`"):
+        Recipe.from_yaml(changed(world, tmp_path, select={"policy": "calibrated"}))
+
+
+def test_hearing_is_judged_from_the_command_line(world, finished, capsys):
+    options = ["--out", str(finished), "--documents", "4", "--random-sets", "10"]
+    main(["hearing", str(world / "recipe.yaml"), *options, "--k", "2"])
+    shown = capsys.readouterr().out
+    assert "`mass_shift`" in shown
+    assert "gradient" in shown
+    found = Hearing.load(finished)
+    assert {"injection", "attribution", "mass_shift increment"} <= set(found.scores)
+    main(["hearing", str(world / "recipe.yaml"), *options, "--json"])  # done already
+    assert json.loads(capsys.readouterr().out)["forwards"] == found.forwards
 
 
 def test_command_line_prints_json_and_a_short_error(world, finished, tmp_path, capsys):

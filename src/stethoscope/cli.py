@@ -150,6 +150,26 @@ def check(
 
 
 @app.command()
+def calibrate(
+    recipe: RecipePath,
+    out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Find layers and coefficient on the recipe's calibration text: target loss gained per control loss paid."""
+    from stethoscope.pipeline import calibrate_recipe
+    from stethoscope.recipe import Recipe
+
+    folder = out or Path("runs") / recipe.stem
+    found = calibrate_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    if as_json:
+        print(found.model_dump_json(indent=1))  # noqa: T201 - data goes to stdout
+        return
+    _print_rows(found.table(), left=1)
+    _say(f"{found.rule}\n{found.reason}\n\nall figures: {folder / found.FILE}")
+
+
+@app.command()
 def hearing(
     recipe: RecipePath,
     out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,

@@ -34,13 +34,16 @@ from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison, compare
 from stethoscope.evaluation.control import document_losses
 from stethoscope.evaluation.outcomes import DocumentLosses
+from stethoscope.evaluation.peeking import Claim, refuse_seen, seen_items
 from stethoscope.evaluation.run import evaluate, load_tasks
 from stethoscope.models import load_model, load_tokenizer
 from stethoscope.recipe import Recipe, Text
 from stethoscope.report.render import render_report
 from stethoscope.saes.sources import SITES, SAEFolder, check_fit, load_sae, open_saes
+from stethoscope.seen import Seen
+from stethoscope.selection.calibration import Calibration, calibrate
 from stethoscope.selection.hearing import Hearing, judge_hearing
-from stethoscope.selection.policies import Selection, select
+from stethoscope.selection.policies import Selection, select, select_calibrated
 from stethoscope.selection.scoring import edit_scores, text_scores
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
@@ -70,6 +73,8 @@ class Preflight:
     tasks: list[str]
     control_tasks: list[str]
     edit: Preview
+    seen: Seen
+    seen_items: dict[str, tuple[int, ...]]
 
     def describe(self) -> str:
         """One line for a person."""
@@ -125,6 +130,9 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
         if recipe.select.k is not None and recipe.select.k > len(saes):
             problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
     texts = {"target": recipe.target, **recipe.all_controls}
+    if recipe.calibrate:
+        texts |= {"calibration target": recipe.calibrate.target, "calibration control": recipe.calibrate.control}
+    chosen_on = list(texts)
     if recipe.evaluate.control:
         texts["general"] = recipe.evaluate.control
     read = {name: attempt(documents, text) for name, text in texts.items()}
@@ -135,6 +143,12 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
         if recipe.evaluate.control_tasks
         else {}
     )
+    seen = Seen.of(document for name in chosen_on for document in read[name] or ())
+    peeked = seen_items({**(tasks or {}), **(controls or {})}, seen, limit=recipe.evaluate.limit)
+    if held := tuple(i for i, text in enumerate(read.get("general") or ()) if seen.holds(str(text))):
+        peeked["general text"] = held
+    if not recipe.evaluate.exploratory:
+        attempt(refuse_seen, peeked)
     edit = Preview()
     if base and task_vector:
         edit = _expected_edit(recipe, base, task_vector, folder)
@@ -149,6 +163,8 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
         tasks=list(tasks),
         control_tasks=list(controls),
         edit=edit,
+        seen=seen,
+        seen_items=peeked,
     )
 
 
@@ -371,11 +387,54 @@ class _Run:
         rows = tokenize(documents, self.tokenizer, max_tokens=self.recipe.diagnose.max_tokens)
         return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS))
 
+    def calibrate(self, diagnosis: Diagnosis) -> Calibration:
+        options = self.recipe.calibrate
+        if options is None:
+            raise RecipeError("the recipe has no section `calibrate`", hint="it names target and control text")
+        names = ("calibration target", "calibration control")
+        self.hashes["diagnosis"] = diagnosis.provenance.key
+        settings = options.model_dump(exclude={"target", "control"}) | self.recipe.select.model_dump()
+        provenance = self.provenance("base", "tuned", "diagnosis", *names, **settings)
+        with self.reporter.stage("Calibrate: layers and coefficient") as advance:
+            made = Calibration.load_if_current(self.folder, provenance)
+            if made is None:
+                flagged = self.recipe.select.include_flagged
+                made = calibrate(
+                    self.model,
+                    LayerEdits(self.model, self.found.task_vector),
+                    {side: self.batches(self.found.texts[f"calibration {side}"]) for side in ("target", "control")},
+                    {layer.layer: layer.z for layer in diagnosis.layers if flagged or layer.flag is None},
+                    seen={side: self.hashes[f"calibration {side}"] for side in ("target", "control")},
+                    provenance=provenance,
+                    coefficients=options.coefficients,
+                    budget=options.budget,
+                    per_layer=options.per_layer,
+                    progress=advance,
+                )
+                made.save(self.folder)
+        self.reporter.note(made.reason)
+        return made
+
     def select(self, diagnosis: Diagnosis) -> Selection:
         options = self.recipe.select
         self.hashes["diagnosis"] = diagnosis.provenance.key
-        made = select(diagnosis, options, provenance=self.provenance("diagnosis", **options.model_dump()))
+        if options.policy == "calibrated":
+            calibration = self.calibrate(diagnosis)
+            self.hashes["calibration"] = calibration.provenance.key
+            provenance = self.provenance("diagnosis", "calibration", **options.model_dump())
+            made = select_calibrated(diagnosis, calibration, provenance=provenance)
+        else:
+            made = select(diagnosis, options, provenance=self.provenance("diagnosis", **options.model_dump()))
         made.save(self.folder)
+        self.found.seen.save(self.folder)
+        Claim(
+            provenance=self.provenance("diagnosis"),
+            kind="exploratory" if self.found.seen_items else "confirmatory",
+            seen_items=self.found.seen_items,
+            seen_texts={name: self.hashes[name] for name in self.found.texts if name != "general"},
+        ).save(self.folder)
+        if self.found.seen_items:
+            self.reporter.note("exploratory: some items were seen when the layers were chosen")
         self.reporter.note(f"layers chosen: {', '.join(map(str, made.layers))}")
         for warning in diagnosis.warnings:
             self.reporter.note(f"warning: {warning}")
@@ -384,7 +443,8 @@ class _Run:
     def plan_arms(self, diagnosis: Diagnosis, selection: Selection) -> dict[str, EditPlan | None]:
         """A plan for every arm; None leaves the base as it is."""
         recipe = self.recipe
-        coefficient = recipe.edit.coefficient
+        chosen = selection.coefficients or dict.fromkeys(selection.layers, recipe.edit.coefficient)
+        coefficient = sum(chosen.values()) / len(chosen)
         plans: dict[str, EditPlan | None] = {}
         for arm in recipe.arms:
             if arm == "base":
@@ -392,13 +452,13 @@ class _Run:
             elif arm == "tuned":
                 plans[arm] = EditPlan.everything()
             elif arm == "selected":
-                plans[arm] = EditPlan.for_layers(selection.layers, coefficient=coefficient)
+                plans[arm] = EditPlan.for_layers(chosen)
             elif arm == "random_layers":
                 for number, layers in enumerate(self.random_layers(selection), 1):
                     plans[f"random_layers_{number}"] = EditPlan.for_layers(layers, coefficient=coefficient)
             else:
                 transform = FeatureProjection(bases=self.feature_bases(diagnosis, selection))
-                plans[arm] = EditPlan.for_layers(selection.layers, coefficient=coefficient, transform=transform)
+                plans[arm] = EditPlan.for_layers(chosen, transform=transform)
         return plans
 
     def random_layers(self, selection: Selection) -> list[list[int]]:
@@ -520,6 +580,17 @@ class GeneralLoss(Artifact):
 
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
+
+
+def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Calibration:
+    """Find layers and coefficient on the recipe's calibration text; ``calibration.json`` is written in the run folder.
+
+    Raises:
+        StethoscopeError: whatever is wrong with the recipe, before any long work.
+    """
+    run = _Run(recipe, folder, reporter)
+    folder.mkdir(parents=True, exist_ok=True)
+    return run.calibrate(run.diagnose())
 
 
 def judge_recipe(

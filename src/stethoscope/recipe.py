@@ -43,7 +43,7 @@ class Select(_Section):
         include_flagged: believe SAEs whose health is poor.
     """
 
-    policy: Literal["top_k", "threshold", "significant", "budget", "gap"] = "top_k"
+    policy: Literal["top_k", "threshold", "significant", "budget", "gap", "calibrated"] = "top_k"
     k: int | None = Field(default=None, ge=1)
     z: float = Field(default=3.0, allow_inf_nan=False)
     alpha: float = Field(default=0.05, gt=0, lt=1)
@@ -55,6 +55,22 @@ class Select(_Section):
         if self.policy == "top_k" and self.k is None:
             raise ValueError("`top_k` needs `k`, the number of layers")
         return self
+
+
+class Calibrate(_Section):
+    """The search for layers and coefficient on the loss of texts that nothing is claimed on.
+
+    Attributes:
+        budget: the share by which control loss may rise; without one, a nat of control weighs a nat of target.
+        coefficients: those tried.
+        per_layer: go on with one layer's coefficient at a time.
+    """
+
+    target: Text
+    control: Text
+    budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    coefficients: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
+    per_layer: bool = False
 
 
 class EditOptions(_Section):
@@ -95,6 +111,7 @@ class Evaluate(_Section):
         include_path: a folder with task definitions of your own.
         limit: items per task; None for all.
         control: text for the loss control.
+        exploratory: test on items that the choice of layers has seen, and say so in the report.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
@@ -103,6 +120,7 @@ class Evaluate(_Section):
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
     control: Text | None = None
+    exploratory: bool = False
 
 
 class Recipe(_Section):
@@ -125,6 +143,7 @@ class Recipe(_Section):
     increments: bool = False
     diagnose: Diagnose = Diagnose()
     select: Select
+    calibrate: Calibrate | None = None
     edit: EditOptions = EditOptions()
     project: Project = Project()
     arms: tuple[ArmName, ...] = ARMS
@@ -138,7 +157,9 @@ class Recipe(_Section):
             raise ValueError("`arms` names an arm twice")
         if "base" not in self.arms:
             raise ValueError("`arms` must hold `base`, which the others are compared with")
-        if taken := {"target", "control", "general"} & set(self.controls):
+        if self.select.policy == "calibrated" and self.calibrate is None:
+            raise ValueError("the policy `calibrated` needs a section `calibrate` with texts")
+        if taken := {"target", "control", "general", "calibration target", "calibration control"} & set(self.controls):
             raise ValueError(f"`controls` cannot be called {', '.join(f'`{name}`' for name in sorted(taken))}")
         return self
 
@@ -184,8 +205,12 @@ class Recipe(_Section):
                 "control": self.evaluate.control and there(self.evaluate.control),
             }
         )
+        calibrate = self.calibrate and self.calibrate.model_copy(
+            update={side: there(getattr(self.calibrate, side)) for side in ("target", "control")}
+        )
         return self.model_copy(
             update={
+                "calibrate": calibrate,
                 **{name: _local(folder, getattr(self, name)) for name in ("base", "tuned", "saes")},
                 "target": there(self.target),
                 "control": there(self.control),

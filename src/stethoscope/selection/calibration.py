@@ -84,6 +84,23 @@ class Calibration(Artifact):
         """The least z that a chosen layer has."""
         return self.points[self.choice].threshold
 
+    def table(self) -> list[list[str]]:
+        """The front by rising cost, with a header row; ``*`` marks the choice."""
+        rows = [["layers", "coefficient", "z at least", "target gain", "control cost", "control, %"]]
+        for point in self.front:
+            amounts = sorted(set(point.coefficients.values()))
+            rows.append(
+                [
+                    ("* " if point == self.points[self.choice] else "  ") + str(len(point.coefficients)),
+                    " to ".join(f"{amount:g}" for amount in dict.fromkeys((*amounts[:1], *amounts[-1:]))),
+                    "" if point.threshold is None else f"{point.threshold:.1f}",
+                    f"{point.target_gain:+.4f} ± {point.target_error:.4f}",
+                    f"{point.control_cost:+.4f} ± {point.control_error:.4f}",
+                    f"{100 * point.control_increase:+.2f}",
+                ]
+            )
+        return rows
+
     @property
     def front(self) -> tuple[CalibrationPoint, ...]:
         """The points that no other is better than, by rising cost."""

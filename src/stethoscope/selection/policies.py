@@ -10,6 +10,7 @@ from stethoscope.artifacts import Artifact, Provenance
 from stethoscope.diagnosis.diagnose import Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import Select
+from stethoscope.selection.calibration import Calibration
 
 
 class LayerChoice(BaseModel):
@@ -23,12 +24,17 @@ class LayerChoice(BaseModel):
 
 
 class Selection(Artifact):
-    """The layers chosen, in ascending order, and the reason for every layer."""
+    """The layers chosen, in ascending order, and the reason for every layer.
+
+    Attributes:
+        coefficients: layer -> coefficient, where the policy chose them too.
+    """
 
     FILE: ClassVar[str] = "selection.json"
 
     policy: str
     layers: tuple[int, ...]
+    coefficients: dict[int, float] | None = None
     choices: tuple[LayerChoice, ...]
 
 
@@ -103,6 +109,32 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance) -> 
         policy=options.policy,
         layers=tuple(sorted(chosen)),
         choices=tuple(_choice(layer, layer.layer in chosen, places) for layer in diagnosis.layers),
+    )
+
+
+def select_calibrated(diagnosis: Diagnosis, calibration: Calibration, *, provenance: Provenance) -> Selection:
+    """The layers and coefficients that a calibration chose.
+
+    Raises:
+        StethoscopeError: no edit was worth its cost.
+    """
+    chosen = calibration.coefficients
+    if not chosen:
+        raise StethoscopeError(f"calibration chooses no edit: {calibration.reason}", hint=calibration.rule)
+
+    def choice(layer: LayerDiagnosis) -> LayerChoice:
+        if layer.layer in chosen:
+            reason = f"chosen: z {layer.z:.1f}, coefficient {chosen[layer.layer]:g} by calibration"
+        else:
+            reason = f"left out: {layer.flag or f'z {layer.z:.1f}, not worth its cost in calibration'}"
+        return LayerChoice(layer=layer.layer, chosen=layer.layer in chosen, reason=reason)
+
+    return Selection(
+        provenance=provenance,
+        policy="calibrated",
+        layers=tuple(sorted(chosen)),
+        coefficients=chosen,
+        choices=tuple(choice(layer) for layer in diagnosis.layers),
     )
 
 

@@ -1,0 +1,47 @@
+"""An item that a selection has seen is found, whatever stands around it; one with other numbers is not."""
+
+import numpy as np
+import pytest
+
+from stethoscope.errors import StethoscopeError
+from stethoscope.seen import Seen
+
+DOCUMENT = (
+    "Problem:\nSolve $t + 26 = 28$ for $t$.\n\nSolution: $t = 2$.\n\nProblem: How many legs have 3 cats and 2 ants?"
+)
+CHAT = [
+    {"role": "user", "content": "Name the capital of the Netherlands, please."},
+    {"role": "assistant", "content": None},
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("Solve $t + 26 = 28$ for $t$.", True),
+        ("solve   $T+26 = 28$\nfor $t$.", True),
+        ("Solve $t + 26 = 29$ for $t$.", False),
+        ("Solve $t + 26 = 28$ for $t$. Then double it at once and say so.", False),
+        ("How many legs have 3 cats and 2 ants?", True),
+        ("How many legs have 2 cats and 3 ants?", False),
+        ("have 3 cats and", True),  # four words
+        ("3 cats", False),  # too short to tell
+        ("Name the capital of the Netherlands, please.", True),
+    ],
+)
+def test_what_is_held(text, held, tmp_path):
+    Seen.of([DOCUMENT, CHAT]).save(tmp_path)
+    assert Seen.load(tmp_path).holds(text) is held
+
+
+def test_nothing_seen_holds_nothing():
+    assert not Seen.of([]).holds("How many legs have 3 cats and 2 ants?")
+
+
+def test_a_damaged_file_is_said(tmp_path):
+    (tmp_path / "seen.npy").write_bytes(b"not numpy")
+    with pytest.raises(StethoscopeError, match="cannot be read"):
+        Seen.load(tmp_path)
+    np.save(tmp_path / "seen.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(StethoscopeError, match="cannot be read"):
+        Seen.load(tmp_path)
