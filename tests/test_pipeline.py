@@ -147,6 +147,7 @@ def test_every_artefact_is_written(finished):
     assert arms == {"base", "tuned", "selected", "random_layers_1", "random_layers_2", "projected"}
     assert comparison.family == ["tiny_sum"]
     assert comparison.contrast("tuned").loss is not None
+    assert comparison.contrast("tuned").divergence.difference > 0
 
 
 def test_edited_checkpoint_is_base_outside_and_tuned_inside_the_selection(world, finished):
@@ -318,14 +319,28 @@ def test_layers_and_coefficients_by_calibration(world, tmp_path, capsys):
         Recipe.from_yaml(changed(world, tmp_path, select={"policy": "calibrated"}))
 
 
+def test_layers_by_what_their_edit_is_worth(world, tmp_path):
+    path = changed(world, tmp_path, score="attribution", controls={"other": {"dataset": str(tmp_path / "other.jsonl")}})
+    write_texts(tmp_path / "other.jsonl", "a dog lay on a rug ")
+    run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+    diagnosis = Diagnosis.load(tmp_path / "run")
+    assert diagnosis.score == "attribution"
+    assert set(diagnosis.corpora) == {"target", "control", "other"}
+    assert all(layer.score >= 0 for layer in diagnosis.layers)
+    assert (tmp_path / "run/report.html").exists()
+
+
 def test_hearing_is_judged_from_the_command_line(world, finished, capsys):
     options = ["--out", str(finished), "--documents", "4", "--random-sets", "10"]
     main(["hearing", str(world / "recipe.yaml"), *options, "--k", "2"])
     shown = capsys.readouterr().out
     assert "`mass_shift`" in shown
     assert "gradient" in shown
-    found = Hearing.load(finished)
+    found = Hearing.load(finished / "hearing/control")
     assert {"injection", "attribution", "mass_shift increment"} <= set(found.scores)
+    with pytest.raises(SystemExit):
+        main(["hearing", str(world / "recipe.yaml"), *options, "--control", "other"])
+    assert "no control `other`" in capsys.readouterr().err
     main(["hearing", str(world / "recipe.yaml"), *options, "--json"])  # done already
     assert json.loads(capsys.readouterr().out)["forwards"] == found.forwards
 

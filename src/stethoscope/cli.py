@@ -173,6 +173,9 @@ def calibrate(
 def hearing(
     recipe: RecipePath,
     out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,
+    control: Annotated[
+        str, typer.Option(help="The control whose loss is the cost, by its name in the recipe.")
+    ] = "control",
     documents: Annotated[int, typer.Option(min=2, help="Target and control documents to measure the truth on.")] = 32,
     random_sets: Annotated[int, typer.Option(min=10, help="Random layer sets of each size to beat.")] = 50,
     k: Annotated[int, typer.Option(min=1, help="Size of set that the table is about.")] = 5,
@@ -185,7 +188,12 @@ def hearing(
 
     chosen, folder = Recipe.from_yaml(recipe), out or Path("runs") / recipe.stem
     found = judge_recipe(
-        chosen, folder, documents=documents, random_sets=random_sets, reporter=ConsoleReporter(quiet=quiet)
+        chosen,
+        folder,
+        control=control,
+        documents=documents,
+        random_sets=random_sets,
+        reporter=ConsoleReporter(quiet=quiet),
     )
     if as_json:
         print(found.model_dump_json(indent=1))  # noqa: T201 - data goes to stdout
@@ -195,7 +203,7 @@ def hearing(
     _print_rows(found.table(size), left=1)
     for score in dict.fromkeys((chosen.score, "attribution")):
         _say(found.verdict(score, size))
-    _say(f"\nall figures: {folder / found.FILE}")
+    _say(f"\nall figures: {folder / 'hearing' / control / found.FILE}")
 
 
 @app.command()
@@ -387,6 +395,78 @@ def compare(
     for line in left_out:
         _err.print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
     _show_comparison(found, as_json=as_json, everything=True)
+
+
+@app.command("train-saes")
+def train_saes(
+    base: Annotated[str, typer.Option(help="The model that has none: a checkpoint folder or a hub id.")],
+    text: Annotated[Path, typer.Option(help="What to train on: .jsonl, .parquet, .txt or a saved dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; `OUT.training` beside it holds checkpoints meanwhile.")],
+    field: Annotated[str, typer.Option(help="Field of the text that holds the documents.")] = "text",
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[=NAME]", help="Text to measure health on; some of the text itself if absent."),
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Layers, such as `3,5-8`, or `all`.")] = "all",
+    site: Annotated[str, typer.Option(help="Where in a layer: resid_post, mlp_out, attn_out, ...")] = "resid_post",
+    width: Annotated[int | None, typer.Option(help="Features; four times the model's width if absent.")] = None,
+    k: Annotated[int, typer.Option(help="Features that fire on a token, on average.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on; the text repeats if it has fewer.")] = 1_000_000,
+    batch: Annotated[int, typer.Option(help="Tokens to a step.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 4e-3,
+    max_tokens: Annotated[int, typer.Option(help="Documents are cut here.")] = 384,
+    seed: Annotated[int, typer.Option(help="Of order and initial weights.")] = 0,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Time between checkpoints.")] = 120.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Train an SAE on every layer of a model, from one forward; run again after a stop, it goes on there."""
+    from stethoscope.corpus import read_documents
+    from stethoscope.models import load_tokenizer
+    from stethoscope.saes.health import health_rows
+    from stethoscope.saes.training import TrainingSettings, hold_out, load_for_training
+    from stethoscope.saes.training import train_saes as train
+
+    chosen = None if layers == "all" else parse_layers(layers)
+    documents = read_documents(text, field=field)
+    if held_out:
+        named = {name or Path(path).stem: path for path, name in map(_labelled, held_out)}
+        held = {name: read_documents(path, field=field) for name, path in named.items()}
+    else:
+        documents, kept = hold_out(documents)
+        held = {"held out": kept}
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage("Load the model"):
+        model, tokenizer = load_for_training(base), load_tokenizer(base)
+    with reporter.stage("Train SAEs") as advance:
+        train(
+            model,
+            tokenizer,
+            documents,
+            out,
+            settings=TrainingSettings(
+                width=width or 4 * model.config.get_text_config().hidden_size,
+                k=k,
+                tokens=tokens,
+                batch=batch,
+                learning_rate=learning_rate,
+                max_tokens=max_tokens,
+                seed=seed,
+            ),
+            held_out=held,
+            layers=chosen,
+            site=site,
+            overwrite=overwrite,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=advance,
+        )
+    found = json.loads((out / "health.json").read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps({"out": str(out), **found}, indent=1))  # noqa: T201 - data goes to stdout
+        return
+    _print_rows(health_rows(found["layers"]), left=1)
+    _say(f"wrote {out}: variance explained by kind of text, and over all of it what fires")
 
 
 def _labelled(text: str) -> tuple[str, str | None]:

@@ -4,7 +4,7 @@ A stage whose inputs did not change is not run again; what it wrote is read inst
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +20,12 @@ from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_b
 from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, read_documents, tokenize
-from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
+from stethoscope.diagnosis.attribution import attribute
+from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
 from stethoscope.diagnosis.evidence import Evidence, gather_evidence
 from stethoscope.diagnosis.listen import listen
-from stethoscope.diagnosis.statistics import load_statistics, save_statistics
-from stethoscope.editing.apply import applied
+from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
+from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
@@ -32,8 +33,8 @@ from stethoscope.editing.projection import FeatureProjection, energy_kept, featu
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison, compare
-from stethoscope.evaluation.control import document_losses
-from stethoscope.evaluation.outcomes import DocumentLosses
+from stethoscope.evaluation.control import document_divergences, document_losses
+from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses
 from stethoscope.evaluation.peeking import Claim, refuse_seen, seen_items
 from stethoscope.evaluation.run import evaluate, load_tasks
 from stethoscope.models import load_model, load_tokenizer
@@ -136,10 +137,10 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     if recipe.evaluate.control:
         texts["general"] = recipe.evaluate.control
     read = {name: attempt(documents, text) for name, text in texts.items()}
-    include_path = recipe.evaluate.include_path
-    tasks = attempt(load_tasks, recipe.evaluate.tasks, include_path, seed=recipe.seed)
+    where, data = recipe.evaluate.include_path, recipe.evaluate.data
+    tasks = attempt(load_tasks, recipe.evaluate.tasks, where, data=data, seed=recipe.seed)
     controls = (
-        attempt(load_tasks, recipe.evaluate.control_tasks, include_path, seed=recipe.seed)
+        attempt(load_tasks, recipe.evaluate.control_tasks, where, data=data, seed=recipe.seed)
         if recipe.evaluate.control_tasks
         else {}
     )
@@ -297,8 +298,9 @@ class _Run:
     def diagnose(self) -> Diagnosis:
         recipe, options = self.recipe, self.recipe.diagnose
         corpora = ("target", *recipe.all_controls)
+        edit = {"edit": self.hashes["tuned"], "by": recipe.edit.coefficient} if recipe.score == ATTRIBUTION else {}
         provenance = self.provenance(
-            "base", "saes", *corpora, score=recipe.score, increments=recipe.increments,
+            "base", "saes", *corpora, **edit, score=recipe.score, increments=recipe.increments,
             features=self.projected_features, **options.model_dump(exclude={"sae_memory_gb"}),
         )  # fmt: skip
         with self.reporter.stage("Diagnose: listen to every layer") as advance:
@@ -317,12 +319,14 @@ class _Run:
                 memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
                 progress=advance,
             )
+            worth = self.worth(texts) if recipe.score == ATTRIBUTION else None
             save_statistics(self.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
             made = diagnose(
                 heard,
                 documents={name: len(documents) for name, documents in texts.items()},
                 provenance=provenance,
                 score=recipe.score,
+                worth=worth,
                 increments=recipe.increments,
                 permutations=options.permutations,
                 resamples=options.resamples,
@@ -349,24 +353,59 @@ class _Run:
                 provenance=provenance,
             ).save(self.folder)
 
+    def worth(self, texts: Mapping[str, Sequence[Document]]) -> dict[str, FeatureStatistics]:
+        """What each layer's own edit is worth, by feature."""
+        found = self.found
+        any_sae = next(iter(found.saes.values()))
+        edits = LayerEdits(self.model, found.task_vector)
+        saes = {layer: load_sae(sae) for layer, sae in found.saes.items()}
+        with self.reporter.stage("Attribute each layer's edit to its features") as advance:
+            parts = {name: self.batches(documents) for name, documents in texts.items()}
+            total, before, worth = sum(map(len, parts.values())), 0, {}
+            for name, part in parts.items():
+                worth[name] = attribute(
+                    self.model,
+                    edits,
+                    saes,
+                    part,
+                    site=any_sae.site,
+                    tap=any_sae.tap,
+                    coefficient=self.recipe.edit.coefficient,
+                    block_size=self.recipe.diagnose.block_size,
+                    progress=lambda done, _, before=before: advance(before + done, total),  # type: ignore[misc]
+                ).statistics()
+                before += len(part)
+        return worth
+
     @property
     def projected_features(self) -> int:
         return self.recipe.project.features or max(1, round(PROJECTED_SHARE * self.found.base.hidden_size))
 
-    def judge(self, documents: int, random_sets: int) -> Hearing:
+    def judge(self, documents: int, random_sets: int, control: str) -> Hearing:
         recipe, found = self.recipe, self.found
-        names = ("base", "tuned", "saes", "target", "control")
+        if control not in recipe.all_controls:
+            raise RecipeError(f"the recipe has no control `{control}`", hint=f"it has {', '.join(recipe.all_controls)}")
+        folder = self.folder / "hearing" / control
+        names = ("base", "tuned", "saes", "target", control)
         provenance = self.provenance(*names, hearing=[documents, random_sets, recipe.edit.coefficient])
-        if saved := Hearing.load_if_current(self.folder, provenance):
+        if saved := Hearing.load_if_current(folder, provenance):
             return saved
         statistics = load_statistics(self.folder / "statistics.safetensors")
         edits = LayerEdits(self.model, found.task_vector)
-        texts = {name: self.batches(found.texts[name][:documents]) for name in ("target", "control")}
+        texts = {name: self.batches(found.texts[name][:documents]) for name in ("target", control)}
         any_sae = next(iter(found.saes.values()))
         with self.reporter.stage("Score the layers in every way") as advance:
             saes = {layer: load_sae(sae) for layer, sae in found.saes.items()}
-            scores = text_scores(statistics, seed=recipe.seed) | edit_scores(
-                self.model, edits, saes, statistics, texts, site=any_sae.site, tap=any_sae.tap, progress=advance
+            scores = text_scores(statistics, control=control, seed=recipe.seed) | edit_scores(
+                self.model,
+                edits,
+                saes,
+                statistics,
+                texts,
+                control=control,
+                site=any_sae.site,
+                tap=any_sae.tap,
+                progress=advance,
             )
         with self.reporter.stage("Inject layers and sets of layers") as advance:
             made = judge_hearing(
@@ -375,12 +414,14 @@ class _Run:
                 scores,
                 texts,
                 provenance=provenance,
+                control=control,
                 matched=(recipe.score, "attribution"),
                 random_sets=random_sets,
                 coefficient=recipe.edit.coefficient,
                 progress=advance,
             )
-        made.save(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        made.save(folder)
         return made
 
     def batches(self, documents: Sequence[Document]) -> list[TokenBatch]:
@@ -527,6 +568,7 @@ class _Run:
                 [*options.tasks, *options.control_tasks],
                 out=self.folder,
                 include_path=options.include_path,
+                data=options.data,
                 limit=options.limit,
                 batch_size=options.batch_size,
                 seed=recipe.seed,
@@ -534,9 +576,15 @@ class _Run:
                 progress=lambda done, total, _: advance(done, total),
             )
         losses = self.control_losses(arms, keys)
+        divergences = self.divergences(plans, keys)
         with self.reporter.stage("Compare: paired tests"):
             comparison = compare(
-                outcomes, family=self.found.tasks, losses=losses or None, seed=recipe.seed, inputs=self.hashes
+                outcomes,
+                family=self.found.tasks,
+                losses=losses or None,
+                divergences=divergences or None,
+                seed=recipe.seed,
+                inputs=self.hashes,
             )
             comparison.save(self.folder / "comparison.json")
         return comparison
@@ -568,9 +616,37 @@ class _Run:
                 advance(number + 1, len(arms))
         return losses
 
+    def divergences(self, plans: dict[str, EditPlan | None], keys: dict[str, str]) -> dict[str, DocumentDivergences]:
+        """Every arm's divergence from the base on the general text; empty where the recipe names none."""
+        documents = self.found.texts.get("general")
+        if not documents:
+            return {}
+        provenance = self.provenance("general", arms=keys)
+        with self.reporter.stage("Evaluate: divergence from the base"):
+            saved = GeneralDivergence.load_if_current(self.folder, provenance)
+            if saved is None:
+                arms = {
+                    name: prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
+                    for name, plan in plans.items()
+                }
+                found = document_divergences(self.model, arms, tokenize(documents, self.tokenizer))
+                saved = GeneralDivergence.model_validate(
+                    {"provenance": provenance, "arms": {name: one.to_dict() for name, one in found.items()}}
+                )
+                saved.save(self.folder)
+        return {name: DocumentDivergences.from_dict(dict(values)) for name, values in saved.arms.items()}
+
 
 def _described(plans: dict[str, EditPlan | None]) -> dict[str, dict[str, Any] | None]:
     return {name: plan.to_json() if plan else None for name, plan in plans.items()}
+
+
+class GeneralDivergence(Artifact):
+    """Each arm's divergence from the base on each document of general text: ``sums`` in nats, and ``tokens``."""
+
+    FILE: ClassVar[str] = "general_divergence.json"
+
+    arms: dict[str, dict[str, tuple[float, ...]]]
 
 
 class GeneralLoss(Artifact):
@@ -594,12 +670,19 @@ def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Cal
 
 
 def judge_recipe(
-    recipe: Recipe, folder: Path, *, documents: int = 32, random_sets: int = 50, reporter: Reporter
+    recipe: Recipe,
+    folder: Path,
+    *,
+    control: str = "control",
+    documents: int = 32,
+    random_sets: int = 50,
+    reporter: Reporter,
 ) -> Hearing:
     """Does the stethoscope hear right on this recipe's models and text? Every score against the layers' true effects.
 
     Args:
-        folder: the run's; its diagnosis is used if it is current, and ``hearing.json`` is written there.
+        folder: the run's; its diagnosis is used if it is current, and ``hearing/CONTROL/hearing.json`` written there.
+        control: the name of the control whose loss is the cost.
         documents: of target and of control, from the top, on which the truth is measured.
         random_sets: of each size, which a score's layers have to beat.
 
@@ -609,7 +692,7 @@ def judge_recipe(
     run = _Run(recipe, folder, reporter)
     folder.mkdir(parents=True, exist_ok=True)
     run.diagnose()
-    return run.judge(documents, random_sets)
+    return run.judge(documents, random_sets, control)
 
 
 def identity_files(folder: Path) -> list[Path]:

@@ -109,6 +109,7 @@ class Evaluate(_Section):
         tasks: task or group names whose gain is claimed; Holm's family.
         control_tasks: tasks that the edit might hurt.
         include_path: a folder with task definitions of your own.
+        data: local files of ``minerva_math``'s items, a folder or one file.
         limit: items per task; None for all.
         control: text for the loss control.
         exploratory: test on items that the choice of layers has seen, and say so in the report.
@@ -117,6 +118,7 @@ class Evaluate(_Section):
     tasks: tuple[str, ...] = Field(min_length=1)
     control_tasks: tuple[str, ...] = ()
     include_path: Path | None = None
+    data: Path | None = None
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
     control: Text | None = None
@@ -202,6 +204,7 @@ class Recipe(_Section):
         evaluate = self.evaluate.model_copy(
             update={
                 "include_path": self.evaluate.include_path and folder / self.evaluate.include_path,
+                "data": self.evaluate.data and folder / self.evaluate.data,
                 "control": self.evaluate.control and there(self.evaluate.control),
             }
         )

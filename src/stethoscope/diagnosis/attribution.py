@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.corpus import TokenBatch
+from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
 from stethoscope.losses import loss_gradient
@@ -126,6 +127,21 @@ class Attribution:
     losses: Float64[np.ndarray, " documents"]
     tokens: Int64[np.ndarray, " documents"]
     block_tokens: Int64[np.ndarray, " blocks"]
+
+    def statistics(self) -> FeatureStatistics:
+        """The features' worth in the place of activation sums, so that chance is known for it in the same way."""
+        return FeatureStatistics(
+            layers={
+                layer: LayerStatistics(
+                    sums=found.worth,
+                    fired=np.zeros(found.worth.shape, dtype=np.int64),
+                    maxima=np.zeros(found.worth.shape, dtype=np.float32),
+                    tokens=self.block_tokens,
+                    sinks=np.zeros_like(self.block_tokens),
+                )
+                for layer, found in self.layers.items()
+            }
+        )
 
 
 def attribute(

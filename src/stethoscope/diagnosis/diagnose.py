@@ -5,17 +5,21 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float64
+from numpy import ndarray
 from pydantic import BaseModel, ConfigDict
 
 from stethoscope.artifacts import Artifact, Provenance
 from stethoscope.diagnosis.listen import Listening
-from stethoscope.diagnosis.scores import SCORES
+from stethoscope.diagnosis.scores import SCORES, positive_difference
+from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.errors import StethoscopeError
 from stethoscope.saes.health import SAEHealth
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
+ATTRIBUTION = "attribution"
 
 
 class _Frozen(BaseModel):
@@ -47,7 +51,7 @@ class LayerDiagnosis(_Frozen):
         against: the control that the layer stands out least against; all figures above are those against it.
         health: by corpus.
         flag: why the layer should not be believed, or None.
-        features: those that differ most toward the target.
+        features: those that differ most toward the target, or are worth most to it.
     """
 
     layer: int
@@ -95,6 +99,7 @@ def diagnose(
     documents: Mapping[str, int],
     provenance: Provenance,
     score: str = "mass_shift",
+    worth: Mapping[str, FeatureStatistics] | None = None,
     increments: bool = False,
     permutations: int = 200,
     resamples: int = 200,
@@ -107,26 +112,30 @@ def diagnose(
             against each of them.
         documents: how many documents each corpus has.
         provenance: its seed drives permutations and resamples.
-        score: a name in ``SCORES``.
+        score: a name in ``SCORES``, or ``attribution``.
+        worth: for ``attribution``, what the edit is worth by feature (`Attribution.statistics`), on the same corpora.
         increments: judge what each layer adds to the one before it, for sites that accumulate.
         top_features: features to keep per layer, those with the largest mass difference.
 
     Raises:
         StethoscopeError: unknown score, no control, or too few blocks to know chance.
     """
-    if score not in SCORES:
+    if score == ATTRIBUTION and worth is None:
+        raise StethoscopeError("`attribution` needs what the features are worth", hint="see `attribute`")
+    if score not in (*SCORES, ATTRIBUTION):
         near = get_close_matches(score, SCORES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(SCORES)}"
         raise StethoscopeError(f"unknown score `{score}`", hint=hint)
     controls = [name for name in heard if name != "target"]
     if not controls:
         raise StethoscopeError("there is no control text to compare the target with")
+    scored = worth if worth is not None else {name: one.statistics for name, one in heard.items()}
     found = {
         name: {
             form: assess(
-                heard["target"].statistics,
-                heard[name].statistics,
-                SCORES[score],
+                scored["target"],
+                scored[name],
+                SCORES.get(score, positive_difference),
                 increments=form,
                 permutations=permutations,
                 resamples=resamples,
@@ -151,7 +160,9 @@ def diagnose(
                 against=against,
                 health=health,
                 flag=_flag(health),
-                features=_features(heard["target"], heard[against], layer, top_features),
+                features=_features(
+                    heard["target"], heard[against], layer, top_features, _difference(scored, against, layer, score)
+                ),
             )
         )
     summaries = {name: _summary(heard[name], documents[name]) for name in heard}
@@ -191,9 +202,19 @@ def _flag(health: Mapping[str, SAEHealth]) -> str | None:
     return None
 
 
-def _features(target: Listening, control: Listening, layer: int, count: int) -> tuple[FeatureDifference, ...]:
+def _difference(
+    scored: Mapping[str, FeatureStatistics], control: str, layer: int, score: str
+) -> Float64[ndarray, " width"]:
+    """How much more each feature is the target's: by worth, or by its share of activation mass."""
+    ours, theirs = scored["target"].layers[layer], scored[control].layers[layer]
+    return ours.mean - theirs.mean if score == ATTRIBUTION else ours.mass - theirs.mass
+
+
+def _features(
+    target: Listening, control: Listening, layer: int, count: int, difference: Float64[ndarray, " width"]
+) -> tuple[FeatureDifference, ...]:
+    """The features of largest positive difference, and what they do on both texts."""
     ours, theirs = target.statistics.layers[layer], control.statistics.layers[layer]
-    difference = ours.mass - theirs.mass
     order = np.argsort(-difference, kind="stable")[:count]
     return tuple(
         FeatureDifference(

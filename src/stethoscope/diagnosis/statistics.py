@@ -91,11 +91,7 @@ class FeatureStatistics:
         """
 
         def gathered(layer: LayerStatistics) -> LayerStatistics:
-            sums = {
-                n: np.stack([getattr(layer, n)[group].sum(0) for group in groups])
-                for n in _NAMES
-                if n != "maxima"
-            }
+            sums = {n: np.stack([getattr(layer, n)[group].sum(0) for group in groups]) for n in _NAMES if n != "maxima"}
             maxima = np.stack([layer.maxima[group].max(0) for group in groups])
             return LayerStatistics(maxima=maxima, **sums)
 

@@ -51,9 +51,12 @@ class ScoreUncertainty:
 
     @property
     def p_familywise(self) -> Float64[ndarray, " layers"]:
-        """p adjusted for the number of layers by the null's largest z over layers (Westfall and Young, max-T)."""
-        largest = ((self.null - self.null.mean(0)) / self._spread).max(1)
-        return (1 + (largest[:, None] >= self.z).sum(0)) / (1 + len(self.null))
+        """p adjusted for the number of layers by the largest z over layers of each labelling (Westfall and Young)."""
+        # The labelling seen is standardised with the others: judged by their spread alone it would stand out too often,
+        # as the largest of many layers picks those whose spread happens to be small.
+        rows = np.concatenate([self.score[None], self.null])
+        z = (rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12)
+        return (1 + (z[1:].max(1)[:, None] >= z[0]).sum(0)) / len(rows)
 
     def interval(self, confidence: float = 0.95) -> Float64[ndarray, "2 layers"]:
         """Bootstrap interval of the excess.
