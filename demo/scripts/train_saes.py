@@ -2,7 +2,8 @@
 
     python demo/scripts/train_saes.py --base DIR --data DIR --out demo/src/stethoscope_demo/saes
 
-`--data` holds the public files named in the README beside the weights. The same arguments give the same text.
+`--data` holds the public files named in the README beside the weights. The same arguments give the same text, and
+after a stop they go on from the last checkpoint. On text of your own, `stethoscope train-saes` does the same.
 """
 
 import argparse
@@ -16,12 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from stethoscope.artifacts import sha256_bytes, write_text
-from stethoscope.models import load_model, load_tokenizer
-from stethoscope.saes.training import TrainingSettings, train_saes
+from stethoscope.models import load_tokenizer
+from stethoscope.saes.health import health_rows
+from stethoscope.saes.training import TrainingSettings, load_for_training, train_saes
 from stethoscope_demo.base_model import ORIGIN
 from stethoscope_demo.items import train_documents
 
@@ -95,24 +96,20 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--layers", type=int, nargs="*", help="all unless given")
-    parser.add_argument("--threads", type=int, default=1, help="for the model, and again for the SAEs beside it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--overwrite", action="store_true")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
-
-    model, tokenizer = load_model(options.base, dtype=torch.bfloat16), load_tokenizer(options.base)
-    # On a CPU, for documents this short, faster than the fused kernel.
-    model.set_attn_implementation("eager")
+    model, tokenizer = load_for_training(options.base), load_tokenizer(options.base)
     documents, held_out = mixture(options.data, tokenizer, tokens=options.tokens, seed=options.seed)
     start = time.monotonic()
+    first: list[int] = []  # what was done when the first step of this call was
 
     def progress(done: int, total: int) -> None:
-        seconds = time.monotonic() - start
-        left = seconds / done * (total - done)
+        first.append(done)
+        pace = (done - first[0]) / (time.monotonic() - start) or 1.0
         print(
-            f"{done:>9,} of {total:,} tokens, {done / seconds:5.0f} a second, {left / 60:5.1f} min left",
+            f"{done:>9,} of {total:,} tokens, {pace:5.0f} a second, {(total - done) / pace / 60:5.1f} min left",
             file=sys.stderr,
         )
 
@@ -150,15 +147,8 @@ def write_card(out: Path) -> None:
 
 def health_table(out: Path) -> str:
     """The health of the SAEs in a folder, as a Markdown table."""
-    layers = json.loads((out / "health.json").read_text(encoding="utf-8"))["layers"]
-    kinds = list(next(iter(layers.values())))
-    lines = [f"| layer | {' | '.join(kinds)} | L0 | dead, % | dense, % |", "|---:" * (len(kinds) + 4) + "|"]
-    for layer, found in layers.items():
-        explained = " | ".join(f"{found[kind]['variance_explained']:.3f}" for kind in kinds)
-        whole = found["all"]
-        rest = f"{whole['l0']:.0f} | {100 * whole['dead']:.1f} | {100 * whole['dense']:.1f}"
-        lines.append(f"| {layer} | {explained} | {rest} |")
-    return "\n".join(lines)
+    head, *rows = health_rows(json.loads((out / "health.json").read_text(encoding="utf-8"))["layers"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *rows))
 
 
 def mixture(

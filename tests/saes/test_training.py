@@ -1,8 +1,17 @@
 """SAEs trained on a tiny model, and health on an SAE whose answer is known."""
 
 import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +21,16 @@ from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from stethoscope.cli import main
 from stethoscope.errors import SAEError
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.sources import check_fit, load_sae, open_saes
-from stethoscope.saes.training import TrainingSettings, _LeanBatchTopK, train_saes
+from stethoscope.saes.training import TrainingSettings, _LeanBatchTopK, hold_out, train_saes
 
 Llama = Callable[..., LlamaForCausalLM]
 DOCUMENTS = [f"{n} cats and {n * n % 97} dogs met at house {n % 13} in the year {1900 + n}." for n in range(120)]
+SHORT = TrainingSettings(width=16, k=4, tokens=3072, batch=128, buffer=512)
 SETTINGS = TrainingSettings(width=64, k=8, tokens=16384, batch=256, buffer=1024)
 
 
@@ -113,6 +124,184 @@ def test_training_again_gives_the_same_bytes(
         )
     weights = [tmp_path / name / "layer_0" / "sae_weights.safetensors" for name in ("one", "two")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training that is stopped here and there, and what it should give."""
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    settings: TrainingSettings = SHORT
+    documents: Sequence[str] = tuple(DOCUMENTS[:12])  # over a dozen passes
+
+    def run(self, out: Path, *, stop_at: int | None = None, **changed: Any) -> list[int]:
+        """Train, with a checkpoint after every step; ``stop_at`` tokens it is interrupted. Returns the progress."""
+        done: list[int] = []
+
+        def progress(tokens: int, _total: int) -> None:
+            done.append(tokens)
+            if tokens == stop_at:
+                raise KeyboardInterrupt
+
+        options = {
+            "settings": self.settings,
+            "documents": self.documents,
+            "layers": [0, 2],
+            "site": "mlp_out",
+            "checkpoint_seconds": 0.0,
+        }
+        with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
+            train_saes(
+                self.model,
+                self.tokenizer,
+                out=out,
+                held_out={"some": DOCUMENTS[90:]},
+                progress=progress,
+                **{**options, **changed},
+            )
+        return done
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def training(llama: Llama, tokenizer: PreTrainedTokenizerFast) -> Training:
+    return Training(llama(layers=3), tokenizer)
+
+
+def test_a_training_that_was_stopped_again_and_again_gives_the_same_bytes(training: Training, tmp_path: Path) -> None:
+    training.run(tmp_path / "whole", checkpoint_seconds=1e9)
+    for stop_at in (128, 256, 1408, 2944):
+        done = training.run(tmp_path / "stopped", stop_at=stop_at)
+        assert not (tmp_path / "stopped").exists()
+    # the step that was interrupted had not been saved
+    assert done[0] == 1408 - 128
+    assert training.run(tmp_path / "stopped")[0] == 2944 - 128
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"stopped", "whole"}
+
+
+def test_one_checkpoint_is_kept_and_half_ones_do_not_count(training: Training, tmp_path: Path) -> None:
+    training.run(tmp_path / "saes", stop_at=1024)
+    checkpoints = tmp_path / "saes.training"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_7"]
+    half = checkpoints / ".step_8.abc.partial"
+    half.mkdir()
+    (half / "training.json").write_text("{")
+    training.run(tmp_path / "saes", stop_at=1280)
+    assert [path.name for path in checkpoints.iterdir()] == ["step_9"]
+
+
+def test_other_settings_text_or_model_are_refused_by_name(training: Training, llama: Llama, tmp_path: Path) -> None:
+    training.run(tmp_path / "saes", stop_at=512)
+    kept = contents(tmp_path / "saes.training")
+    with pytest.raises(SAEError, match="begun otherwise") as caught:
+        training.run(tmp_path / "saes", settings=replace(training.settings, k=5, seed=1), layers=[0])
+    assert sorted(caught.value.problems) == [
+        "k was `4`, now it is `5`",
+        "layers was `[0, 2]`, now it is `[0]`",
+        "seed was `0`, now it is `1`",
+    ]
+    with pytest.raises(SAEError) as caught:
+        training.run(tmp_path / "saes", documents=training.documents[::-1])
+    assert [problem.split()[0] for problem in caught.value.problems] == ["text"]
+    tuned = llama(layers=3)
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight += 1e-3
+    with pytest.raises(SAEError) as caught:
+        replace(training, model=tuned).run(tmp_path / "saes")
+    assert [problem.split()[0] for problem in caught.value.problems] == ["model"]
+    assert contents(tmp_path / "saes.training") == kept
+
+
+def test_a_stream_goes_on_from_any_place(training: Training) -> None:
+    stream = ActivationStream(training.model, training.tokenizer, [0, 1])
+    rows = stream.tokenize(training.documents)
+    options = {"batch": 100, "buffer": 330, "seed": 3}
+    whole = list(islice(stream.shuffled(rows, **options), 25))
+    assert any(position.rest for _, position in whole)
+    assert whole[-1][1].taken > 2 * len(rows)
+    for place in (0, 1, 2, 3, 4, 11, 20):
+        rest = stream.shuffled(rows, start=whole[place][1], **options)
+        for (batch, position), (again, there) in zip(whole[place + 1 :], rest, strict=False):
+            assert position.taken == there.taken
+            assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_what_cannot_be_trained_is_refused_at_once(training: Training, tmp_path: Path) -> None:
+    with pytest.raises(SAEError) as caught:
+        TrainingSettings(width=4, k=8, tokens=0, max_tokens=1)
+    assert [problem.split()[0] for problem in caught.value.problems] == ["tokens", "k", "max_tokens"]
+    with pytest.raises(SAEError, match="no site `resid`"):
+        training.run(tmp_path / "saes", site="resid")
+    with pytest.raises(SAEError, match="one token"):
+        training.run(tmp_path / "saes", documents=["a", "b"])
+    assert not any(tmp_path.iterdir())
+
+
+def test_every_twentieth_document_is_held_out() -> None:
+    train, held = hold_out([str(i) for i in range(100)])
+    assert held == ["10", "30", "50", "70", "90"]
+    assert sorted([*train, *held], key=int) == [str(i) for i in range(100)]
+    assert hold_out(["a", "b"]) == (["a", "b"], ["a", "b"])
+    assert len(hold_out(["a"] * 5000)[1]) == 64
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_command_killed_goes_on_and_gives_the_same_bytes(
+    llama: Llama, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(layers=3).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in DOCUMENTS))
+
+    def command(out: str) -> list[str]:
+        return [
+            "train-saes", "--base", str(tmp_path / "model"), "--text", str(tmp_path / "text.jsonl"), "--field", "body",
+            "--out", str(tmp_path / out), "--layers", "0,2", "--k", "6", "--tokens", "38400", "--batch", "64",
+            "--checkpoint-seconds", "0",
+        ]  # fmt: skip
+
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stethoscope.cli", *command("killed")],
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    checkpoints = tmp_path / "killed.training"
+    deadline = time.monotonic() + 120
+    while len(list(checkpoints.glob("step_??"))) == 0:  # ten steps at least
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    log.close()
+    assert not (tmp_path / "killed").exists()
+    slow = ["--checkpoint-seconds", "1000"]
+    main([*command("killed"), *slow, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"]["width"] == 128
+    assert found["layers"]["2"]["held out"]["variance_explained"] > 0.5
+    main([*command("whole"), *slow, "--quiet"])
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    capsys.readouterr()
+    main([*command("short"), "--tokens", "256", "--held-out", f"{tmp_path / 'text.jsonl'}=all text"])
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()[:3]] == ["layer", "0", "2"]
+    assert "all text" in shown
 
 
 def test_a_lean_step_is_sae_lens_batch_top_k() -> None:

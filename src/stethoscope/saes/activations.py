@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import batches, tokenize
+from stethoscope.corpus import Document, batches, tokenize
 from stethoscope.sites import hear, hook_point
 
 # Positions louder than this many times the median of their document are attention sinks. The first position is one in
@@ -43,7 +44,7 @@ class ActivationStream:
         self.hooks = {layer: names[id(point.module)] + ends[point.reads_input] for layer, point in points.items()}
         self.points = {self.hooks[layer]: point for layer, point in points.items()}
 
-    def tokenize(self, documents: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, documents: Sequence[Document]) -> list[list[int]]:
         """Token ids per document, of those with enough tokens to have any left after the first."""
         return [row for row in tokenize(documents, self.tokenizer, max_tokens=self.max_tokens) if len(row) > 1]
 
@@ -57,32 +58,74 @@ class ActivationStream:
             keep[:, 0] = False
             yield {name: hidden[keep.to(hidden.device)] for name, hidden in heard.items()}
 
-    def shuffled(self, rows: Sequence[Sequence[int]], *, batch: int, buffer: int, seed: int) -> Iterator[Activations]:
-        """Batches of single tokens, mixed over at least ``buffer`` tokens of shuffled documents, without end."""
-        order = random.Random(seed)
+    def shuffled(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        batch: int,
+        buffer: int,
+        seed: int,
+        start: "StreamPosition | None" = None,
+    ) -> Iterator[tuple[Activations, "StreamPosition"]]:
+        """Batches of single tokens, mixed over at least ``buffer`` tokens of shuffled documents, without end.
+
+        Args:
+            start: where an earlier stream of the same rows and settings stood; the beginning if None.
+
+        Yields:
+            a batch, and the place behind it, from which another stream goes on with the same batches.
+        """
         shuffle = torch.Generator().manual_seed(seed)
-        queue: list[Sequence[int]] = []
-        rest: list[Activations] = []
+        at = start or StreamPosition(shuffle=shuffle.get_state())
+        documents = _without_end(rows, seed, at.taken)
         while True:
-            held = sum(_tokens(part) for part in rest)
-            fill: list[Sequence[int]] = []
-            while held + sum(map(len, fill)) < max(buffer, batch):
-                if not queue:
-                    queue = order.sample(list(rows), len(rows))
-                fill.append(queue.pop())
-            parts = [*rest, *self.outputs(fill)]
-            packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            rest = []
-            for chosen in torch.randperm(_tokens(packed), generator=shuffle).split(batch):
+            held, fill = _tokens(at.rest), []
+            while held < max(buffer, batch):
+                fill.append(next(documents))
+                held += len(fill[-1])
+            parts = [*([at.rest] if at.rest else ()), *self.outputs(fill)]
+            packed = {name: torch.cat([part[name].to(self.model.device) for part in parts]) for name in parts[0]}
+            shuffle.set_state(at.shuffle)
+            rest: Activations = {}
+            for number, chosen in enumerate(torch.randperm(_tokens(packed), generator=shuffle).split(batch), 1):
+                if number <= at.given:
+                    continue
                 mixed = {name: values[chosen.to(values.device)] for name, values in packed.items()}
                 if len(chosen) == batch:
-                    yield mixed
+                    yield mixed, replace(at, given=number)
                 else:
-                    rest = [mixed]
+                    rest = mixed
+            at = StreamPosition(shuffle=shuffle.get_state(), taken=at.taken + len(fill), rest=rest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPosition:
+    """Where a stream of shuffled batches stands: how it was when it last filled its buffer, and how far it has come.
+
+    Attributes:
+        shuffle: the state of the generator that mixes the buffer.
+        taken: documents taken, over all passes over them.
+        rest: what the buffer before had left, less than a batch.
+        given: batches cut from the buffer since.
+    """
+
+    shuffle: UInt8[Tensor, " bytes"]
+    taken: int = 0
+    rest: Activations = field(default_factory=dict)
+    given: int = 0
+
+
+def _without_end(rows: Sequence[Sequence[int]], seed: int, taken: int) -> Iterator[Sequence[int]]:
+    """Documents in an order of each pass's own, from the one behind so many."""
+    number, place = divmod(taken, len(rows))
+    while True:
+        order = random.Random(seed + number).sample(range(len(rows)), len(rows))
+        yield from (rows[row] for row in order[place:])
+        number, place = number + 1, 0
 
 
 def _tokens(part: Activations) -> int:
-    return len(next(iter(part.values())))
+    return len(next(iter(part.values()))) if part else 0
 
 
 def loud_positions(

@@ -1,5 +1,6 @@
 """How well an SAE reads a model: variance explained, L0, dead and dense features, as sums that merge."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -130,3 +131,25 @@ def measure_health(sae: Any, hidden: Float[Tensor, "tokens d_in"], *, chunk: int
         sums = batch if sums is None else sums + batch
     assert sums is not None
     return sums
+
+
+def health_rows(layers: Mapping[Any, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
+    """Plain health by layer and kind of text, ``all`` among them, as rows of text with a header."""
+    kinds = list(next(iter(layers.values())))
+
+    def shown(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    rows = [["layer", *kinds, "L0", "dead, %", "dense, %"]]
+    for layer, found in layers.items():
+        whole = found["all"]
+        shares = [None if whole[name] is None else 100 * whole[name] for name in ("dead", "dense")]
+        rows.append(
+            [
+                str(layer),
+                *(shown(found[kind]["variance_explained"], ".3f") for kind in kinds),
+                shown(whole["l0"], ".0f"),
+                *(shown(share, ".1f") for share in shares),
+            ]
+        )
+    return rows

@@ -1,10 +1,14 @@
-"""SAEs for a model that has none: every layer's residual stream, on SAELens' trainers, from one shared forward.
+"""SAEs for a model that has none: one for a site of every layer, on SAELens' trainers, from one shared forward.
 
+    stethoscope train-saes --base MODEL --text text.jsonl --out saes/
+
+Stopped or killed, the same call goes on from its last checkpoint and gives the same SAEs.
 `python demo/scripts/train_saes.py` made the demo's SAEs with it.
 """
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,11 +27,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import new_folder, write_json
-from stethoscope.errors import SAEError
-from stethoscope.models import decoder_layers
+from stethoscope.artifacts import canonical_json, new_folder, sha256_bytes, write_json
+from stethoscope.corpus import Document, documents_hash
+from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.models import decoder_layers, load_model
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
+from stethoscope.saes.resume import TrainingCheckpoints
+from stethoscope.sites import SITES
 
 # Encoder rows start as this multiple of the decoder's: many features that overlap fire on a token at first.
 INIT_GAIN = 0.15
@@ -59,6 +66,21 @@ class TrainingSettings:
     max_tokens: int = 384
     seed: int = 0
     model_name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            SAEError: all that is wrong, at once.
+        """
+        positive = ("width", "k", "tokens", "batch", "learning_rate", "buffer")
+        problems = [f"{name} is `{getattr(self, name)}`, not above 0" for name in positive if getattr(self, name) <= 0]
+        if self.k > self.width:
+            problems.append(f"k is `{self.k}`, but there are {self.width} features only")
+        if self.max_tokens < 2:
+            problems.append(f"max_tokens is `{self.max_tokens}`, but a document's first token is left out")
+        if problems:
+            raise SAEError("SAEs cannot be trained so", problems=problems)
 
 
 class _LeanBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]  # SAELens is not typed
@@ -98,14 +120,15 @@ class _LeanBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]  # SAELens is 
 def train_saes(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[str],
+    documents: Sequence[Document],
     out: Path,
     *,
     settings: TrainingSettings,
-    held_out: Mapping[str, Sequence[str]],
+    held_out: Mapping[str, Sequence[Document]],
     layers: Sequence[int] | None = None,
     site: str = "resid_post",
     overwrite: bool = False,
+    checkpoint_seconds: float = 120.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[int, dict[str, SAEHealth]]:
     """Train a BatchTopK SAE on a site of each layer and write them in SAELens' layout, as JumpReLU.
@@ -113,8 +136,11 @@ def train_saes(
     Weights are stored in bfloat16 with decoder rows of norm 1, biases and thresholds in float32; they load in float32.
     Special tokens, each document's first position and attention sinks are left out.
 
+    While it runs, checkpoints lie in ``OUT.training``. A call with the same model, text and settings goes on from there
+    and gives the same SAEs as one that was never stopped, to the bit where the device repeats its sums.
+
     Args:
-        model: whose residual stream is read; its head is never run.
+        model: whose activations are read; its head is never run.
         tokenizer: the model's own.
         documents: the text to train on.
         out: becomes a folder of ``layer_{layer}`` folders and ``health.json``, whole or not at all.
@@ -123,14 +149,20 @@ def train_saes(
         layers: which; all if None.
         site: where in a layer, a key of ``sites.TAPS``.
         overwrite: replace ``out`` if it exists.
+        checkpoint_seconds: time between checkpoints; at most so much work is lost.
         progress: called with tokens done and in all.
 
     Returns:
         Health by layer and kind of held-out text, with the kind ``all`` for all of it.
 
     Raises:
-        SAEError: layers that the model does not have, or no text.
+        SAEError: layers or a site that the model does not have, no text, or a checkpoint of another training.
+        StethoscopeError: ``out`` exists.
     """
+    if out.exists() and not overwrite:
+        raise StethoscopeError(f"the output `{out}` exists", hint="choose another folder or remove it first")
+    if site not in SITES:
+        raise SAEError(f"there is no site `{site}`", hint=f"the sites are {', '.join(SITES)}")
     depth = len(decoder_layers(model))
     layers = sorted(set(range(depth) if layers is None else layers))
     if bad := [f"layer {layer}" for layer in layers if not 0 <= layer < depth]:
@@ -140,8 +172,20 @@ def train_saes(
     torch.manual_seed(settings.seed)
     stream = ActivationStream(model, tokenizer, layers, site=site, max_tokens=settings.max_tokens)
     rows = stream.tokenize(documents)
+    if not rows:
+        raise SAEError("every document has one token only", hint="the first is never trained on: give longer text")
+    checkpoints = TrainingCheckpoints(
+        out,
+        begun={
+            **asdict(settings),
+            "site": site,
+            "layers": layers,
+            "text": documents_hash(documents),
+            "model": _fingerprint(model),
+        },
+    )
+    saes = _fit(stream, rows, settings, checkpoints, checkpoint_seconds, progress)
     with new_folder(out, overwrite=overwrite) as folder:
-        saes = _fit(stream, rows, settings, progress)
         for layer in layers:
             _save(saes[stream.hooks[layer]], folder / f"layer_{layer}")
         health = measure_saes(
@@ -154,6 +198,7 @@ def train_saes(
                 "layers": {str(layer): {kind: h.to_dict() for kind, h in health[layer].items()} for layer in layers},
             },
         )
+    checkpoints.remove()
     return health
 
 
@@ -161,15 +206,18 @@ def _fit(
     stream: ActivationStream,
     rows: Sequence[Sequence[int]],
     settings: TrainingSettings,
+    checkpoints: TrainingCheckpoints,
+    checkpoint_seconds: float,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     """Step every layer's SAELens trainer on the same tokens; the model runs ahead in a thread of its own."""
     steps = max(1, settings.tokens // settings.batch)
-    activations = stream.shuffled(rows, batch=settings.batch, buffer=settings.buffer, seed=settings.seed)
+    start = checkpoints.position()
+    activations = stream.shuffled(rows, batch=settings.batch, buffer=settings.buffer, seed=settings.seed, start=start)
     # Deep enough for the model to run on while the SAEs work through what it filled the buffer with.
     source = PrefetchingIterator(activations, prefetch=max(2, settings.buffer // settings.batch))
     try:
-        batch = next(source)
+        batch, position = next(source)
         trainer = MultiSAETrainer(
             SAETrainerConfig(
                 total_training_samples=steps * settings.batch,
@@ -189,14 +237,21 @@ def _fit(
             one.activation_scaler.scaling_factor = _scale(batch[name])
             for group in one.optimizer.param_groups:
                 group.update(fused=True, foreach=False)  # one pass over the weights
-        for step in range(steps):
+        checkpoints.load(trainer)
+        saved = time.monotonic()
+        if progress and checkpoints.step:
+            progress(checkpoints.step * settings.batch, steps * settings.batch)
+        for step in range(checkpoints.step, steps):
             for name, one in trainer.trainers.items():
                 one.step(batch[name])
                 one.n_training_steps += 1
             if progress:
                 progress((step + 1) * settings.batch, steps * settings.batch)
             if step + 1 < steps:
-                batch = next(source)
+                if time.monotonic() - saved >= checkpoint_seconds:
+                    checkpoints.save(trainer.trainers, position, step + 1)
+                    saved = time.monotonic()
+                batch, position = next(source)
     finally:
         source.close()
     for name, one in trainer.trainers.items():
@@ -204,6 +259,15 @@ def _fit(
         one.activation_scaler.scaling_factor = None
         one.set_final_sae_metadata()
     return trainer.saes
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """A hash of every weight's name, shape and a few of its values, which tells a model from its fine-tune."""
+    few = [
+        [name, list(value.shape), value.detach().flatten()[:: max(1, value.numel() // 64)][:64].float().tolist()]
+        for name, value in model.named_parameters()
+    ]
+    return sha256_bytes(canonical_json(few).encode())
 
 
 def _scale(hidden: Float[Tensor, "tokens d_in"]) -> float:
@@ -264,7 +328,7 @@ def _save(trained: _LeanBatchTopK, folder: Path) -> None:
 
 
 def measure_saes(
-    saes: Mapping[int, SAE[Any]], stream: ActivationStream, held_out: Mapping[str, Sequence[str]]
+    saes: Mapping[int, SAE[Any]], stream: ActivationStream, held_out: Mapping[str, Sequence[Document]]
 ) -> dict[int, dict[str, SAEHealth]]:
     """Health by layer and kind of text, with the kind ``all`` for all of it."""
     sums: dict[int, dict[str, HealthSums]] = {layer: {} for layer in saes}
@@ -275,3 +339,22 @@ def measure_saes(
                 for name in (kind, "all"):
                     sums[layer][name] = sums[layer][name] + found if name in sums[layer] else found
     return {layer: {name: found.health() for name, found in kinds.items()} for layer, kinds in sums.items()}
+
+
+def load_for_training(base: str | Path) -> PreTrainedModel:
+    """A model whose activations SAEs are trained on: on a CPU with what is fastest there for short documents."""
+    model = load_model(base)
+    if model.device.type == "cpu":
+        model.set_attn_implementation("eager")
+        # The model and the SAEs run side by side, each with so many threads.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    return model
+
+
+def hold_out(documents: Sequence[Document], *, most: int = 64) -> tuple[list[Document], list[Document]]:
+    """Documents to train on, and every twentieth, ``most`` at most, to measure health on; all are both if few."""
+    held = list(documents[10::20][:most])
+    if not held:
+        return list(documents), list(documents)
+    out = {10 + 20 * i for i in range(len(held))}
+    return [document for i, document in enumerate(documents) if i not in out], held
