@@ -50,6 +50,8 @@ app = typer.Typer(
 _out = Console()
 _err = Console(stderr=True)
 
+INTERRUPTED = 130
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to run.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
@@ -466,7 +468,7 @@ def train_saes(
         print(json.dumps({"out": str(out), **found}, indent=1))  # noqa: T201 - data goes to stdout
         return
     _print_rows(health_rows(found["layers"]), left=1)
-    _say(f"wrote {out}: variance explained by kind of text, and over all of it what fires")
+    _say(f"Variance explained by kind of text; L0, dead and dense features over all of it.\nwrote {out}")
 
 
 def _labelled(text: str) -> tuple[str, str | None]:
@@ -568,7 +570,12 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     argv: list[Any] = sys.argv[1:] if arguments is None else arguments
     try:
-        app(argv, standalone_mode=False)
+        # Typer hands back an exit code in place of Ctrl-C; a command that ends well gives None.
+        code = app(argv, standalone_mode=False)
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
     except StethoscopeError as error:
         if "--debug" in argv:
             raise
@@ -578,7 +585,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _err.print("\ninterrupted: run the same command again to go on where it stopped", highlight=False)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if not hasattr(error, "show"):  # what typer raises for a wrong command or option, from a private module
             raise

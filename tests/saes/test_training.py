@@ -304,6 +304,19 @@ def test_the_command_killed_goes_on_and_gives_the_same_bytes(
     assert "all text" in shown
 
 
+def test_an_interrupted_command_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stethoscope.corpus.read_documents", interrupt)
+    with pytest.raises(SystemExit) as caught:
+        main(["train-saes", "--base", "a", "--text", "b", "--out", "c"])
+    assert caught.value.code == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
 def test_a_lean_step_is_sae_lens_batch_top_k() -> None:
     sae = _LeanBatchTopK(BatchTopKTrainingSAEConfig(d_in=16, d_sae=64, k=6, rescale_acts_by_decoder_norm=False))
     x = torch.randn(128, 16)
