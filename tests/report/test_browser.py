@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from made_choice import save_choice
 
 from stethoscope.report import render_report
 
@@ -148,4 +149,18 @@ def test_planted_markup_does_not_run(visit, hostile, tmp_path):
     assert "window.planted_context" in seen.page.locator(".evidence:visible mark").first.inner_text()
     assert seen.page.evaluate("[window.planted, window.planted_context]") == [None, None]
     assert seen.page.locator("img").count() == 0
+    assert seen.complaints == []
+
+
+def test_the_choices_pictures_draw(visit, results, tmp_path):
+    folder = results.save(tmp_path / "run")
+    save_choice(folder)
+    (folder / "selection.json").write_text((folder / "selection.json").read_text().replace('"top_k"', '"calibrated"'))
+    seen = visit(render_report(folder), viewport={"width": 1280, "height": 900})
+    assert seen.page.locator("#hearing-0 svg .mark-symbol path").count() >= 55
+    text = seen.page.text_content("#hearing-0 svg") or ""
+    assert "mass_shift" in text
+    assert "random sets of as many layers" in text
+    assert seen.page.locator("#front svg .mark-symbol path").count() == 5
+    assert seen.page.locator("#front svg .mark-line path").count() >= 1
     assert seen.complaints == []

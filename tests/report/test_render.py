@@ -7,6 +7,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from made_choice import save_choice
 from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
 from stethoscope.artifacts import Provenance
@@ -316,3 +317,26 @@ def test_backticks_become_code_only_in_pairs():
 def test_numbers_have_a_true_minus_and_no_signed_zero():
     assert [words.signed(v) for v in (1.26, -1.26, -0.01)] == ["+1.3", "\N{MINUS SIGN}1.3", "0.0"]
     assert not re.search(r"-\d", words.signed(-3.0))
+
+
+def test_how_the_choice_was_made_and_whether_it_was_good(run_folder):
+    save_choice(run_folder)
+    selection = Selection.load(run_folder / "selection.json")
+    page = Page(render_report(run_folder).read_text(encoding="utf-8"))
+    assert "the claim is confirmatory" in page.text
+    assert "Does the stethoscope hear right? (control: control)" in page.text
+    assert "96 % (86 to 100)" in page.text
+    assert "How layers and coefficient were found" not in page.text  # tried, but not what this selection rests on
+    saved = json.loads((run_folder / "selection.json").read_text()) | {"policy": "calibrated"}
+    (run_folder / "selection.json").write_text(json.dumps(saved))
+    page = Page(render_report(run_folder).read_text(encoding="utf-8"))
+    assert "2 layers of z >= 5.0 at 1 is the best found" in page.text
+    assert "5 edits cost 31 forwards" in page.text
+    assert selection.layers
+
+
+def test_an_exploratory_claim_is_said(run_folder):
+    save_choice(run_folder, seen=(3, 4))
+    page = Page(render_report(run_folder).read_text(encoding="utf-8"))
+    assert "exploratory: some test items were seen in the choice (2 of algebra)" in page.text
+    assert "confirmatory" not in page.text

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import re
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -17,9 +18,20 @@ from markupsafe import Markup, escape
 from stethoscope.artifacts import write_text
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import tables, words
+from stethoscope.report.choice import calibration_front, calibration_rows, hearing_plane, hearing_rows
 from stethoscope.report.look import COLOURS, FONT
 from stethoscope.report.profile import layer_profile
-from stethoscope.report.results import Comparison, Diagnosis, Edits, Evidence, Selection, read_json
+from stethoscope.report.results import (
+    Calibration,
+    Claim,
+    Comparison,
+    Diagnosis,
+    Edits,
+    Evidence,
+    Hearing,
+    Selection,
+    read_json,
+)
 from stethoscope.report.trade import is_crowded, trade_off
 
 # What replaces each colour of the charts on a dark screen; the page's own colours stand in the style sheet.
@@ -41,7 +53,8 @@ def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
-    ``edits.json``, ``recipe.yaml`` and ``edited/manifest.json``.
+    ``edits.json``, ``claim.json``, ``calibration.json``, ``hearing/*/hearing.json``, ``recipe.yaml`` and
+    ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -54,13 +67,28 @@ def render_report(run_dir: Path) -> Path:
     comparison = Comparison.load(run_dir / "comparison.json")
     edits = Edits.load(run_dir / "edits.json") if (run_dir / "edits.json").exists() else None
     evidence = Evidence.load(run_dir / "evidence.json") if (run_dir / "evidence.json").exists() else None
+    claim = Claim.load(run_dir / "claim.json") if (run_dir / "claim.json").exists() else None
+    calibration = None
+    if selection.policy == "calibrated":  # one that was only tried is not this selection's
+        calibration = Calibration.load(run_dir / "calibration.json")
+    heard = {path.parent.name: Hearing.load(path) for path in sorted(run_dir.glob("hearing/*/hearing.json"))}
     recipe = _recipe(run_dir / "recipe.yaml")
     manifest = run_dir / "edited" / "manifest.json"
     changed = tables.scalars(read_json(manifest)) if manifest.exists() else []
-    page = _page(diagnosis, selection, comparison, edits, evidence, recipe=recipe, manifest=changed)
+    judged = _Judged(claim=claim, calibration=calibration, hearing=heard)
+    page = _page(diagnosis, selection, comparison, edits, evidence, judged, recipe=recipe, manifest=changed)
     path = run_dir / "report.html"
     write_text(path, page)
     return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Judged:
+    """What says how good the choice of layers was; ``hearing`` is by control."""
+
+    claim: Claim | None
+    calibration: Calibration | None
+    hearing: dict[str, Hearing]
 
 
 def _page(
@@ -69,6 +97,7 @@ def _page(
     comparison: Comparison,
     edits: Edits | None,
     evidence: Evidence | None,
+    judged: _Judged,
     *,
     recipe: str | None,
     manifest: list[tables.Row],
@@ -78,6 +107,13 @@ def _page(
     charts: dict[str, Any] = {"profile": layer_profile(diagnosis, selection), "trade-off": trade_off(comparison)}
     if is_crowded(comparison):
         charts["near"] = trade_off(comparison, without=["tuned"])
+    if judged.calibration:
+        charts["front"] = calibration_front(judged.calibration)
+    hearing = []
+    for number, (control, heard) in enumerate(judged.hearing.items()):
+        k = heard.size(len(selection.layers))
+        charts[f"hearing-{number}"] = hearing_plane(heard, k)
+        hearing.append({"control": control, "k": k, "rows": hearing_rows(heard, k), "documents": heard.documents})
     data = {
         "charts": {name: _transparent(chart.to_dict()) for name, chart in charts.items()},
         "features": {layer.layer: [tables.feature_row(f) for f in layer.features] for layer in diagnosis.layers},
@@ -95,6 +131,10 @@ def _page(
         diagnosis=diagnosis,
         selection=selection,
         comparison=comparison,
+        claim=judged.claim,
+        calibration=judged.calibration,
+        front=calibration_rows(judged.calibration) if judged.calibration else [],
+        hearing=hearing,
         strongest=strongest,
         settings=_settings(recipe),
         recipe=recipe,

@@ -151,6 +151,80 @@ class Evidence(_File):
     layers: tuple[LayerEvidence, ...]
 
 
+class Claim(_File):
+    """Whether the items were new to the choice of layers."""
+
+    kind: str
+    seen_items: dict[str, tuple[int, ...]]
+
+
+class CalibrationPoint(_Shown):
+    coefficients: dict[int, float]
+    threshold: float | None
+    target_gain: float
+    target_error: float
+    control_cost: float
+    control_error: float
+    on_front: bool
+
+
+class Calibration(_File):
+    points: tuple[CalibrationPoint, ...]
+    choice: int
+    rule: str
+    reason: str
+    forwards: float
+
+
+class SetEffect(_Shown):
+    layers: tuple[int, ...]
+    target_gain: float
+    control_cost: float
+
+
+class Share(_Shown):
+    share: float
+    low: float
+    high: float
+
+
+class SetHearing(_Shown):
+    effect: SetEffect
+    overlap: float
+    beaten: Share
+    beaten_matched: Share | None = None
+
+
+class Correlation(_Shown):
+    rho: float | None
+    low: float | None
+    high: float | None
+
+
+class ScoreHearing(_Shown):
+    kind: str
+    gain: Correlation
+    trade_off: Correlation
+    sets: dict[int, SetHearing]
+
+
+class RandomSets(_Shown):
+    equal_size: tuple[SetEffect, ...]
+    matched: dict[str, tuple[SetEffect, ...]]
+
+
+class Hearing(_File):
+    """Every score against the true effects of layers, with one control."""
+
+    scores: dict[str, ScoreHearing]
+    random: dict[int, RandomSets]
+    documents: dict[str, int]
+
+    def size(self, wanted: int) -> int:
+        """The size of set that was judged and is nearest to the one wanted."""
+        return min(self.random, key=lambda k: (abs(k - wanted), k))
+
+
 class Choice(_Shown):
     layer: int
     chosen: bool
