@@ -1,5 +1,7 @@
 """What features fire on, where the answer is planted: characters known beforehand, in text known beforehand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from stethoscope.diagnosis import evidence as room
 from stethoscope.diagnosis.diagnose import diagnose
 from stethoscope.diagnosis.evidence import Evidence, FeatureEvidence, gather_evidence
 from stethoscope.diagnosis.listen import listen
+from stethoscope.saes.sources import open_saes
 
 BEFORE, AFTER = "before it we read ", " and after it we read on"
 # q fires less strongly than Z, which only one document has
@@ -190,6 +193,16 @@ def test_a_source_with_pages_is_linked(model, tokenizer):
     assert only(gather(model, tokenizer, {0: sae}), 0, 0).link == (
         "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/0"
     )
+
+
+def test_saes_on_disk_are_heard_like_those_in_memory_and_a_release_is_linked(model, tokenizer, tmp_path):
+    sae = planted(model, [{byte(tokenizer, "q"): 1.0}])
+    sae.cfg.metadata = SAEMetadata(hook_name="model.layers.1")
+    sae.save_model(tmp_path)
+    folder = replace(open_saes(tmp_path)[1], overrides={"neuronpedia_id": "tiny/1-res"})
+    on_disk = only(gather(model, tokenizer, {1: folder}), 1, 0)
+    assert on_disk.link == "https://www.neuronpedia.org/tiny/1-res/0"
+    assert on_disk.model_copy(update={"link": None}) == only(gather(model, tokenizer, {1: sae}), 1, 0)
 
 
 def test_evidence_survives_the_disk_and_is_the_same_again(model, tokenizer, tmp_path):

@@ -291,6 +291,15 @@ def test_a_release_corrects_what_a_configuration_says(hub: Callable[[str], Path]
     )
 
 
+def test_a_release_names_the_public_pages_of_its_features(hub: Callable[[str], Path]) -> None:
+    repository = hub("google/gemma-scope-2-4b-it")
+    for layer in (9, 17, 22, 29):
+        write_gemma_scope_2(repository / f"resid_post/layer_{layer}_width_16k_l0_medium")
+    saes = open_saes("gemma-scope-2-4b-it-res", "layer_{layer}_width_16k_l0_medium")
+    assert saes[17].overrides["neuronpedia_id"] == "gemma-3-4b-it/17-gemmascope-2-res-16k"
+    assert load_sae(saes[17]).cfg.d_sae == 10
+
+
 @pytest.mark.parametrize(
     ("source", "sae_id", "said"),
     [

@@ -198,7 +198,8 @@ class _Part:
         in_residual: bool,
     ) -> "_Part":
         sae = _loaded(source)
-        name = sae.cfg.metadata.neuronpedia_id
+        known = source.overrides if isinstance(source, SAEFolder) else {}  # of a release
+        name = known.get("neuronpedia_id") or sae.cfg.metadata.neuronpedia_id
         return cls(
             features=features,
             sae=_narrowed(sae, features) if sae.cfg.architecture() in SEPARABLE else None,

@@ -256,6 +256,7 @@ def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
         root / path: {
             **(release.get("config_overrides") or {}),
             **({"norm_scaling_factor": sae["norm_scaling_factor"]} if "norm_scaling_factor" in sae else {}),
+            **({"neuronpedia_id": sae["neuronpedia"]} if sae.get("neuronpedia") else {}),
         }
         for path, sae in zip(paths, chosen, strict=True)
     }
