@@ -1,0 +1,119 @@
+"""The scalpel's arms: edits that cut a task vector along feature directions, each an ordinary plan.
+
+    plan = scalpel_plan("complement", task_vector, {12: 1.0}, directions, features=77)
+
+Beside the raw edit they tell whether a projected one is weak because it is small (`projected_energy_matched`), because
+it is cut along the wrong directions (`random_subspace`), or because what worked was thrown away (`complement`).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.projection import (
+    FeatureProjection,
+    energy_along,
+    feature_basis,
+    nested_basis,
+    random_basis,
+    residual_sides,
+)
+from stethoscope.errors import StethoscopeError
+
+ScalpelArm = Literal["projected", "projected_energy_matched", "complement", "random_subspace", "hybrid", "filtered"]
+SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
+
+
+def smallest_basis(
+    task_vector: TaskVector, layer: int, directions: Float[Tensor, "features d"], share: float
+) -> Float64[Tensor, "d rank"]:
+    """A basis of the fewest directions, from the top, that keep a share of a layer's energy; of all if none do."""
+    Q, _ = nested_basis(directions)
+    before, along = 0.0, torch.zeros(Q.shape[1], dtype=torch.float64)
+    for name, side in residual_sides(task_vector, [layer], len(Q)).items():
+        if side:
+            energy, found = energy_along(task_vector, name, side, Q)
+            before, along = before + energy, along + found
+    short = int((along.cumsum(0) < share * before).sum())
+    return Q[:, : short + 1].contiguous()
+
+
+def energy_matched(task_vector: TaskVector, projection: FeatureProjection) -> FeatureProjection:
+    """The same projection, rescaled per layer to the norm of the layer's raw change, norms and biases included.
+
+    It separates "too small" from "wrong direction".
+
+    Raises:
+        StethoscopeError: a layer's projected change is zero.
+    """
+    scale = {}
+    for layer, Q in sorted(projection.bases.items()):
+        raw = after = 0.0
+        for name, side in residual_sides(task_vector, [layer], len(Q)).items():
+            if side:
+                energy, along = energy_along(task_vector, name, side, projection.basis(layer, side))
+                after += float(along.sum())
+            else:
+                energy = task_vector.energy(name)
+            raw += energy
+        scale[layer] = (raw / after) ** 0.5 if after > 1e-12 * raw else float(raw == 0)
+    if empty := [layer for layer, factor in scale.items() if not factor]:
+        raise StethoscopeError(
+            f"the projected change is zero in layers {', '.join(map(str, empty))}: no factor gives it the raw norm",
+            hint="leave out the arm `projected_energy_matched`, or project onto more features",
+        )
+    return replace(projection, scale=scale)
+
+
+def scalpel_plan(
+    arm: ScalpelArm,
+    task_vector: TaskVector,
+    coefficients: Mapping[int, float],
+    directions: Callable[[int], Float[Tensor, "features d"]],
+    *,
+    features: int,
+    layers: Iterable[int] = (),
+    share: float = 0.5,
+    seed: int = 0,
+) -> EditPlan:
+    """An arm that cuts, as an ordinary plan.
+
+    Args:
+        arm: ``projected`` onto the first features; ``projected_energy_matched``, that at the raw edit's norm per
+            layer; ``complement``, what ``projected`` throws away; ``random_subspace`` of equal rank; ``filtered``, the
+            fewest features that keep ``share`` of each layer's energy; ``hybrid``, raw in the selected layers and
+            ``filtered`` in the others, at the selected ones' mean coefficient.
+        coefficients: of the selected layers.
+        directions: a layer's feature directions, most specific first.
+        features: how many span the subspace.
+        layers: those that have features; for ``hybrid``.
+
+    Raises:
+        CheckpointError: with every matrix whose role is not known or does not fit.
+    """
+    if arm == "hybrid":
+        others = [layer for layer in layers if layer not in coefficients]
+        transform = FeatureProjection(
+            bases={layer: smallest_basis(task_vector, layer, directions(layer), share) for layer in others},
+            raw=frozenset(coefficients),
+        )
+        mean = sum(coefficients.values()) / len(coefficients)
+        return EditPlan.for_layers({**dict.fromkeys(others, mean), **coefficients}, transform=transform)
+    if arm == "filtered":
+        bases = {layer: smallest_basis(task_vector, layer, directions(layer), share) for layer in coefficients}
+    else:
+        bases = {layer: feature_basis(directions(layer)[:features]) for layer in coefficients}
+    if arm == "random_subspace":
+        generator = torch.Generator().manual_seed(seed)
+        bases = {layer: random_basis(len(Q), Q.shape[1], generator) for layer, Q in sorted(bases.items())}
+    residual_sides(task_vector, bases, len(next(iter(bases.values()))))
+    transform = FeatureProjection(bases=bases, complement=arm == "complement")
+    if arm == "projected_energy_matched":
+        transform = energy_matched(task_vector, transform)
+    return EditPlan.for_layers(coefficients, transform=transform)
