@@ -189,12 +189,14 @@ def test_a_second_run_is_identical(world, finished, tmp_path):
     files = sorted(path.relative_to(finished) for path in finished.rglob("*") if path.is_file())
     same = {str(f) for f in files if sha256_file(finished / f) == sha256_file(tmp_path / "again" / f)}
     assert {str(f) for f in files if f.parts[0] == "edited"} <= same
-    assert {"diagnosis.json", "statistics.safetensors", "selection.json", "edits.json", "comparison.json"} <= same
+    assert {"diagnosis.json", "statistics.safetensors", "evidence.json", "selection.json", "edits.json"} <= same
+    assert "comparison.json" in same
 
 
 def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     monkeypatch.setattr("stethoscope.pipeline.listen", None)  # would fail if called
+    monkeypatch.setattr("stethoscope.pipeline.gather_evidence", None)
     monkeypatch.setattr("stethoscope.pipeline.write_edit", None)
     monkeypatch.setattr("stethoscope.pipeline.document_losses", None)
     run_recipe(Recipe.from_yaml(world / "recipe.yaml"), finished, reporter=Recorder())
@@ -341,6 +343,11 @@ def test_hearing_is_judged_from_the_command_line(world, finished, capsys):
     with pytest.raises(SystemExit):
         main(["hearing", str(world / "recipe.yaml"), *options, "--control", "other"])
     assert "no control `other`" in capsys.readouterr().err
+    assert "Does the stethoscope hear right?" in (finished / "report.html").read_text(encoding="utf-8")
+    (finished / "report.html").unlink()
+    main(["report", str(finished)])
+    assert (finished / "report.html").exists()
+    capsys.readouterr()
     main(["hearing", str(world / "recipe.yaml"), *options, "--json"])  # done already
     assert json.loads(capsys.readouterr().out)["forwards"] == found.forwards
 

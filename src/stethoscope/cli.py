@@ -152,6 +152,14 @@ def check(
 
 
 @app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Write a run's report again, from what the run saved."""
+    from stethoscope.report import render_report
+
+    _say(f"report: {render_report(run)}")
+
+
+@app.command()
 def calibrate(
     recipe: RecipePath,
     out: Annotated[Path | None, typer.Option(help="Run folder; `runs/RECIPE` if not given.")] = None,

@@ -29,7 +29,8 @@ from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
-from stethoscope.editing.projection import FeatureProjection, energy_kept, feature_basis
+from stethoscope.editing.projection import energy_kept, residual_sides
+from stethoscope.editing.scalpel import SCALPEL_ARMS, scalpel_plan
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison, compare
@@ -128,6 +129,8 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
             sites=SITES,
             attn_width=heads.shape[1] if heads else None,
         )
+        if task_vector and set(recipe.arms) & set(SCALPEL_ARMS):
+            attempt(residual_sides, task_vector, saes, base.hidden_size)
         if recipe.select.k is not None and recipe.select.k > len(saes):
             problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
     texts = {"target": recipe.target, **recipe.all_controls}
@@ -498,8 +501,16 @@ class _Run:
                 for number, layers in enumerate(self.random_layers(selection), 1):
                     plans[f"random_layers_{number}"] = EditPlan.for_layers(layers, coefficient=coefficient)
             else:
-                transform = FeatureProjection(bases=self.feature_bases(diagnosis, selection))
-                plans[arm] = EditPlan.for_layers(chosen, transform=transform)
+                plans[arm] = scalpel_plan(
+                    arm,
+                    self.found.task_vector,
+                    chosen,
+                    self.directions(diagnosis),
+                    features=self.projected_features,
+                    layers=[layer.layer for layer in diagnosis.layers],
+                    share=recipe.project.share,
+                    seed=recipe.seed,
+                )
         return plans
 
     def random_layers(self, selection: Selection) -> list[list[int]]:
@@ -518,14 +529,17 @@ class _Run:
             )
         return [list(layers) for layers in sorted(seen - {tuple(selection.layers)})]
 
-    def feature_bases(self, diagnosis: Diagnosis, selection: Selection) -> dict[int, Any]:
-        bases = {}
-        for layer in diagnosis.layers:
-            if layer.layer in selection.layers:
-                chosen = [found.feature for found in layer.features[: self.projected_features]]
-                sae = load_sae(self.found.saes[layer.layer])
-                bases[layer.layer] = feature_basis(sae.W_dec.detach()[chosen])
-        return bases
+    def directions(self, diagnosis: Diagnosis) -> Callable[[int], Any]:
+        """Loads a layer's decoder directions, all of them, those that differ most toward the target first."""
+        statistics = load_statistics(self.folder / "statistics.safetensors")
+        against = {layer.layer: layer.against for layer in diagnosis.layers}
+
+        def load(layer: int) -> Any:
+            ours, theirs = (statistics[name].layers[layer].mass for name in ("target", against[layer]))
+            order = np.argsort(theirs - ours, kind="stable")
+            return load_sae(self.found.saes[layer]).W_dec.detach()[order.tolist()]
+
+        return load
 
     def write(self, plans: dict[str, EditPlan | None]) -> None:
         provenance = self.provenance("base", "tuned", plans=_described(plans))
@@ -692,7 +706,10 @@ def judge_recipe(
     run = _Run(recipe, folder, reporter)
     folder.mkdir(parents=True, exist_ok=True)
     run.diagnose()
-    return run.judge(documents, random_sets, control)
+    made = run.judge(documents, random_sets, control)
+    if (folder / "comparison.json").exists():
+        render_report(folder)  # it shows this too
+    return made
 
 
 def identity_files(folder: Path) -> list[Path]:
