@@ -2,15 +2,18 @@
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stethoscope.errors import RecipeError
 
-ArmName = Literal["base", "tuned", "selected", "random_layers", "projected"]
-ARMS: tuple[ArmName, ...] = get_args(ArmName)
+ArmName = Literal[
+    "base", "tuned", "selected", "random_layers",
+    "projected", "projected_energy_matched", "complement", "random_subspace", "hybrid", "filtered",
+]  # fmt: skip
+ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "projected")
 
 
 class _Section(BaseModel):
@@ -97,9 +100,15 @@ class Diagnose(_Section):
 
 
 class Project(_Section):
-    """The projected arm: how many features per layer span its subspace (3 % of the width if None, as published)."""
+    """The arms that cut along feature directions.
+
+    Attributes:
+        features: how many per layer span the subspace; 3 % of the width if None, as published.
+        share: of a layer's energy that ``filtered`` keeps in the selected layers, and ``hybrid`` in the others.
+    """
 
     features: int | None = Field(default=None, ge=1)
+    share: float = Field(default=0.5, gt=0, le=1)
 
 
 class Evaluate(_Section):

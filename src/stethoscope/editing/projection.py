@@ -80,7 +80,7 @@ def residual_side(name: str, shape: Sequence[int], width: int) -> Side | None:
 
 
 def _cannot_project(problems: Sequence[str]) -> CheckpointError:
-    hint = "directions must be of the residual stream; a matrix of unknown role can only be injected raw"
+    hint = "leave out the arms that project: a matrix of unknown role can only be injected raw"
     return CheckpointError("some matrices cannot be projected onto feature directions", problems=problems, hint=hint)
 
 
