@@ -16,11 +16,10 @@ from stethoscope.diagnosis.evidence import Evidence, FeatureEvidence, gather_evi
 from stethoscope.diagnosis.listen import listen
 from stethoscope.saes.sources import open_saes
 
-BEFORE, AFTER = "before it we read ", " and after it we read on"
 # q fires less strongly than Z, which only one document has
 TARGET = [
-    *(f"{'abcdefgh'[i]}{BEFORE}q{AFTER} {'ijklmnop'[i]}, then q again" for i in range(6)),
-    f"here {BEFORE}Z{AFTER}, and q too",
+    *(f"whoever reads {letter} has q, and {letter} has another q there" for letter in "abcdef"),
+    "whoever reads g has Z, and g has no q",
 ]
 CONTROL = ["nothing of that kind is to be read in here", "nor here", "something else is", "a cafe\u0301 or a caf\u00e9"]
 
@@ -80,9 +79,9 @@ def test_contexts_show_the_planted_token_in_its_text(model, tokenizer):
     found = only(gather(model, tokenizer, {2: sae}, contexts=3), 2, 0).contexts
     assert found["control"] == ()
     assert [(c.document, c.token) for c in found["target"]] == [(6, "Z"), (0, "q"), (1, "q")]
-    for context in found["target"]:
-        assert context.before == BEFORE[-12:]
-        assert context.after == AFTER[:12]
+    for context, letter in zip(found["target"], "gab", strict=True):
+        assert context.before == f"reads {letter} has "
+        assert context.after == f", and {letter} has "
         assert context.activation == pytest.approx(2.4 if context.token == "Z" else 2, rel=1e-4)
 
 
@@ -91,6 +90,10 @@ def test_one_context_per_document_and_none_beyond_the_sample(model, tokenizer):
     evidence = gather(model, tokenizer, {0: sae, 1: sae}, contexts=20, documents=4)
     assert evidence.documents == {"target": 4, "control": 4}
     assert [c.document for c in only(evidence, 1, 0).contexts["target"]] == [0, 1, 2, 3]
+    # the same words again are no more evidence
+    again = [TARGET[0], *TARGET[:2], *TARGET[1:5]]
+    evidence = gather(model, tokenizer, {0: sae}, target=again, contexts=3)
+    assert [c.document for c in only(evidence, 0, 0).contexts["target"]] == [0, 2, 4]
 
 
 def test_text_at_the_edges_and_characters_of_several_bytes_stay_whole(model, tokenizer):

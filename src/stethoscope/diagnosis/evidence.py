@@ -62,7 +62,8 @@ class FeatureEvidence(_Frozen):
     """What one feature fires on and what it promotes.
 
     Attributes:
-        contexts: by corpus, the strongest first, one per document at most; empty where it never fires in the sample.
+        contexts: by corpus, the strongest first, one per document at most and each of other words; empty where it
+            never fires in the sample.
         promotes: tokens whose logits its direction raises most; None if its site has no way to the logits of its own.
         link: a public page about it, where the SAE names one.
     """
@@ -228,17 +229,16 @@ class _Peaks:
     def contexts(
         self, rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, count: int
     ) -> list[tuple[Context, ...]]:
-        """Each feature's strongest contexts; of equal ones the first documents'."""
+        """Each feature's strongest contexts; of equally strong or equally worded ones the first documents'."""
         found = []
         for strongest, places in zip(self._strongest.T, self._place.T, strict=True):
-            order = np.argsort(-strongest, kind="stable")[:count]
-            found.append(
-                tuple(
-                    _context(rows[i], int(places[i]), tokenizer, document=int(i), activation=float(strongest[i]))
-                    for i in order
-                    if strongest[i] > 0
-                )
-            )
+            shown: dict[tuple[str, str, str], Context] = {}
+            for i in np.argsort(-strongest, kind="stable").tolist():
+                if strongest[i] <= 0 or len(shown) == count:
+                    break
+                made = _context(rows[i], int(places[i]), tokenizer, document=i, activation=float(strongest[i]))
+                shown.setdefault((made.before, made.token, made.after), made)
+            found.append(tuple(shown.values()))
         return found
 
 
