@@ -11,8 +11,6 @@ import json
 import logging
 import random
 import re
-import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from stethoscope.artifacts import sha256_bytes, write_text
+from stethoscope.cli import ConsoleReporter
 from stethoscope.models import load_tokenizer
 from stethoscope.saes.health import health_rows
 from stethoscope.saes.training import TrainingSettings, load_for_training, train_saes
@@ -102,39 +101,28 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     model, tokenizer = load_for_training(options.base), load_tokenizer(options.base)
     documents, held_out = mixture(options.data, tokenizer, tokens=options.tokens, seed=options.seed)
-    start = time.monotonic()
-    first: list[int] = []  # what was done when the first step of this call was
-
-    def progress(done: int, total: int) -> None:
-        first.append(done)
-        pace = (done - first[0]) / (time.monotonic() - start) or 1.0
-        print(
-            f"{done:>9,} of {total:,} tokens, {pace:5.0f} a second, {(total - done) / pace / 60:5.1f} min left",
-            file=sys.stderr,
+    with ConsoleReporter().stage("Train SAEs") as advance:
+        train_saes(
+            model,
+            tokenizer,
+            documents,
+            options.out,
+            settings=TrainingSettings(
+                width=options.width,
+                k=options.k,
+                tokens=options.tokens,
+                batch=options.batch,
+                learning_rate=options.learning_rate,
+                seed=options.seed,
+                model_name=ORIGIN,
+            ),
+            held_out=held_out,
+            layers=options.layers,
+            overwrite=options.overwrite,
+            progress=advance,
         )
-
-    train_saes(
-        model,
-        tokenizer,
-        documents,
-        options.out,
-        settings=TrainingSettings(
-            width=options.width,
-            k=options.k,
-            tokens=options.tokens,
-            batch=options.batch,
-            learning_rate=options.learning_rate,
-            seed=options.seed,
-            model_name=ORIGIN,
-        ),
-        held_out=held_out,
-        layers=options.layers,
-        overwrite=options.overwrite,
-        progress=progress,
-    )
-    minutes = (time.monotonic() - start) / 60
     write_card(options.out)
-    print(health_table(options.out), f"{minutes:.0f} minutes in all", sep="\n\n")
+    print(health_table(options.out))
 
 
 def write_card(out: Path) -> None:
@@ -147,8 +135,9 @@ def write_card(out: Path) -> None:
 
 def health_table(out: Path) -> str:
     """The health of the SAEs in a folder, as a Markdown table."""
-    head, *rows = health_rows(json.loads((out / "health.json").read_text(encoding="utf-8"))["layers"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---:"] * len(head), *rows))
+    rows = health_rows(json.loads((out / "health.json").read_text(encoding="utf-8"))["layers"])
+    head, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|---:" * len(rows[0]) + "|", *lines])
 
 
 def mixture(

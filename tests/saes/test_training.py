@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from stethoscope.cli import main
 from stethoscope.errors import SAEError
 from stethoscope.saes.activations import ActivationStream
-from stethoscope.saes.health import HealthSums, measure_health
+from stethoscope.saes.health import HealthSums, health_rows, measure_health
 from stethoscope.saes.sources import check_fit, load_sae, open_saes
 from stethoscope.saes.training import TrainingSettings, _LeanBatchTopK, hold_out, train_saes
 
@@ -240,6 +240,16 @@ def test_what_cannot_be_trained_is_refused_at_once(training: Training, tmp_path:
     with pytest.raises(SAEError, match="one token"):
         training.run(tmp_path / "saes", documents=["a", "b"])
     assert not any(tmp_path.iterdir())
+
+
+def test_health_is_shown_by_kind_with_all_of_it_last() -> None:
+    whole = {"variance_explained": 0.9, "l0": 31.7, "dead": 0.125, "dense": None}
+    kinds = {"a": {"variance_explained": 0.25}, "all": whole, "b": {"variance_explained": None}}
+    assert health_rows({3: kinds}) == [
+        ["layer", "a", "b", "all", "L0", "dead, %", "dense, %"],
+        ["3", "0.250", "-", "0.900", "32", "12.5", "-"],
+    ]
+    assert health_rows({0: {"a": whole, "all": whole}})[0] == ["layer", "a", "L0", "dead, %", "dense, %"]
 
 
 def test_every_twentieth_document_is_held_out() -> None:

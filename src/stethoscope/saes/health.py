@@ -135,8 +135,8 @@ def measure_health(sae: Any, hidden: Float[Tensor, "tokens d_in"], *, chunk: int
 
 def health_rows(layers: Mapping[Any, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
     """Plain health by layer and kind of text, ``all`` among them, as rows of text with a header."""
-    kinds = list(next(iter(layers.values())))
-    kinds = kinds[:1] if len(kinds) == 2 else kinds  # one kind is all there is
+    kinds = [kind for kind in next(iter(layers.values())) if kind != "all"]
+    kinds += ["all"] if len(kinds) > 1 else []
 
     def shown(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
