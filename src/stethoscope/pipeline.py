@@ -129,8 +129,14 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
             sites=SITES,
             attn_width=heads.shape[1] if heads else None,
         )
-        if task_vector and set(recipe.arms) & set(SCALPEL_ARMS):
-            attempt(residual_sides, task_vector, saes, base.hidden_size)
+        if cut := [arm for arm in recipe.arms if arm in SCALPEL_ARMS]:
+            if task_vector:
+                attempt(residual_sides, task_vector, saes, base.hidden_size)
+            if any(sae.site == "attn_z" for sae in saes.values()):
+                problems.append(
+                    "the SAEs read what heads say before it is mixed into the residual stream, so nothing can be"
+                    f" projected onto them: leave out {', '.join(f'`{arm}`' for arm in cut)} of `arms`"
+                )
         if recipe.select.k is not None and recipe.select.k > len(saes):
             problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
     texts = {"target": recipe.target, **recipe.all_controls}

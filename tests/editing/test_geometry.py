@@ -18,7 +18,7 @@ from stethoscope.editing.energy import energy_curve
 from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
 from stethoscope.editing.projection import FeatureProjection, feature_basis, nested_basis, residual_sides
 from stethoscope.editing.spectrum import LinearChange, principal_angles
-from stethoscope.errors import StethoscopeError
+from stethoscope.errors import SAEError, StethoscopeError
 
 D, FEATURES = 16, 24
 
@@ -269,6 +269,12 @@ def test_a_change_elsewhere_is_said(tmp_path: Path) -> None:
     made = save_change(tmp_path, lambda _name, shape, _layer: torch.zeros(shape))
     with pytest.raises(StethoscopeError, match="changes no matrix"):
         measure_geometry(made, features(), provenance=Provenance(), draws=2)
+
+
+def test_features_of_something_else_are_refused(planted: TaskVector) -> None:
+    found = LayerFeatures(decoder=torch.randn(8, 12), encoder=torch.randn(8, 12), order=range(8), chosen=2)
+    with pytest.raises(SAEError, match="12 values to write and 12 to read, it has 16"):
+        measure_geometry(planted, {0: lambda: found}, provenance=Provenance(), draws=2)
 
 
 def test_nested_columns_are_the_chosen_subspace() -> None:

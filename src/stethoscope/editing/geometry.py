@@ -31,7 +31,7 @@ from stethoscope.editing.projection import (
     residual_sides,
 )
 from stethoscope.editing.spectrum import LinearChange, Spectrum, principal_angles
-from stethoscope.errors import StethoscopeError
+from stethoscope.errors import SAEError, StethoscopeError
 
 _FUNCTIONAL_DRAWS = 4
 Texts = Mapping[str, Sequence[TokenBatch]]
@@ -203,6 +203,13 @@ class _Layer:
     ) -> None:
         self.task_vector, self.layer, self.found = task_vector, layer, found
         self.leading, self.rng = leading, rng
+        width = task_vector.base.hidden_size
+        if {found.decoder.shape[1], found.encoder.shape[1]} != {width}:
+            raise SAEError(
+                f"the features of layer {layer} are no directions of the residual stream: they have"
+                f" {found.decoder.shape[1]} values to write and {found.encoder.shape[1]} to read, it has {width}",
+                hint="geometry needs SAEs of the residual stream, or of what attention or MLP add to it",
+            )
         self.ordered = found.decoder[list(found.order)]
         self.whole, self.came = nested_basis(self.ordered)
         chosen = self.came < found.chosen
