@@ -16,7 +16,6 @@ of processes that listen to few and to many tokens. Results: benchmarks/results/
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -183,7 +182,9 @@ def memory(base: Path, tokens: int) -> float:
     ids = torch.tensor([tokenizer(documents[0])["input_ids"]])
     saes = make_saes(model, list(range(20, 30)), 4608, ids)
     listen(model, tokenizer, saes, {"text": documents}, block_size=len(documents), health_tokens=0)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # rusage's peak would count the process that started this one
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _in(sae: SAE, dtype: torch.dtype) -> SAE:
