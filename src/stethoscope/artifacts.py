@@ -117,10 +117,14 @@ def _locked(folder: Path) -> int | None:
     return handle
 
 
-class Provenance(BaseModel):
-    """Where a result comes from: package version, seed, and the SHA-256 of each input by name."""
+class Frozen(BaseModel):
+    """A part of a result: it does not change, has no other fields, and holds no NaN (undefined is None)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Provenance(Frozen):
+    """Where a result comes from: package version, seed, and the SHA-256 of each input by name."""
 
     stethoscope: str = Field(default_factory=lambda: version("sae-stethoscope"))
     seed: int = 0
@@ -136,13 +140,11 @@ class Provenance(BaseModel):
 Saved = TypeVar("Saved", bound="Artifact")
 
 
-class Artifact(BaseModel):
+class Artifact(Frozen):
     """A stage's result: frozen, versioned, and saved as one JSON file.
 
     Subclasses name their file and raise ``SCHEMA`` when a field changes its meaning.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     SCHEMA: ClassVar[int] = 1
     FILE: ClassVar[str]

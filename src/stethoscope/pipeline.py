@@ -13,10 +13,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import yaml
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
+from stethoscope.artifacts import Artifact, Frozen, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
 from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, read_documents, tokenize
@@ -190,11 +189,7 @@ def _expected_edit(recipe: Recipe, base: Checkpoint, task_vector: TaskVector, fo
     return preview(base, task_vector, plan, folder / "edited", overwrite=True)
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LayerEnergy(_Frozen):
+class LayerEnergy(Frozen):
     """One layer's task vector: squared Frobenius norm, and its share of the whole."""
 
     layer: int
@@ -202,7 +197,7 @@ class LayerEnergy(_Frozen):
     share: float
 
 
-class ProjectedEnergy(_Frozen):
+class ProjectedEnergy(Frozen):
     """What a layer's feature projection keeps of its task vector, beside what random directions would."""
 
     layer: int

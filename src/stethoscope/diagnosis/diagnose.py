@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from pydantic import BaseModel, ConfigDict
 
-from stethoscope.artifacts import Artifact, Provenance
+from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.diagnosis.listen import Listening
 from stethoscope.diagnosis.scores import SCORES, positive_difference
 from stethoscope.diagnosis.statistics import FeatureStatistics
@@ -22,11 +21,7 @@ LEAST_VARIANCE_EXPLAINED = 0.5
 ATTRIBUTION = "attribution"
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FeatureDifference(_Frozen):
+class FeatureDifference(Frozen):
     """One feature's firing rate and share of activation mass on target and control text."""
 
     feature: int
@@ -36,7 +31,7 @@ class FeatureDifference(_Frozen):
     control_mass: float
 
 
-class LayerDiagnosis(_Frozen):
+class LayerDiagnosis(Frozen):
     """What one layer hears, and whether to believe it.
 
     Attributes:
@@ -72,7 +67,7 @@ class LayerDiagnosis(_Frozen):
     features: tuple[FeatureDifference, ...]
 
 
-class CorpusSummary(_Frozen):
+class CorpusSummary(Frozen):
     """Size of one corpus as listened to; sinks are the most that any layer left out."""
 
     documents: int

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy import ndarray
-from pydantic import BaseModel, ConfigDict
 from sae_lens import SAE
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import Artifact, Provenance
+from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.corpus import Document, Tokens, batches
 from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.diagnosis.listen import _countable, _loaded, _point, _Rows
@@ -39,11 +38,7 @@ PROMOTED = 8  # tokens of the logit lens that are shown
 _HEAD_ROWS = 16384  # of the head that are multiplied in float32 at once
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Context(_Frozen):
+class Context(Frozen):
     """A token on which a feature fires, in its text.
 
     Attributes:
@@ -58,7 +53,7 @@ class Context(_Frozen):
     activation: float
 
 
-class FeatureEvidence(_Frozen):
+class FeatureEvidence(Frozen):
     """What one feature fires on and what it promotes.
 
     Attributes:
@@ -74,7 +69,7 @@ class FeatureEvidence(_Frozen):
     link: str | None
 
 
-class LayerEvidence(_Frozen):
+class LayerEvidence(Frozen):
     """A layer's most specific features, in the diagnosis' order."""
 
     layer: int

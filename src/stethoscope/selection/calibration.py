@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Artifact, Provenance
+from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
@@ -26,7 +25,7 @@ COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_FORWARDS = 60.0
 
 
-class CalibrationPoint(BaseModel):
+class CalibrationPoint(Frozen):
     """One edit and its true effect on calibration text, in nats per token against the base.
 
     Attributes:
@@ -36,8 +35,6 @@ class CalibrationPoint(BaseModel):
         control_cost: by how much the control loss rises; ``control_increase`` is that as a share of the base's.
         on_front: no other point gains as much for less, or more for as little.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     coefficients: dict[int, float]
     threshold: float | None

@@ -15,11 +15,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from pydantic import BaseModel, ConfigDict
 from scipy.stats import binomtest, spearmanr
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Artifact, Provenance
+from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
@@ -31,11 +30,7 @@ Kind = Literal["sae", "rival", "truth"]
 Layers = tuple[int, ...]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Correlation(_Frozen):
+class Correlation(Frozen):
     """Spearman's rank correlation over layers, with a 95 % interval from layers drawn with replacement.
 
     All None where one of the two is constant.
@@ -46,7 +41,7 @@ class Correlation(_Frozen):
     high: float | None
 
 
-class SetEffect(_Frozen):
+class SetEffect(Frozen):
     """What a set of layers does when injected together, in nats per token against the base.
 
     Attributes:
@@ -64,7 +59,7 @@ class SetEffect(_Frozen):
         return self.target_gain - self.control_cost
 
 
-class Beaten(_Frozen):
+class Beaten(Frozen):
     """The share of random sets that a set's trade-off exceeds, with its exact 95 % interval."""
 
     share: float
@@ -72,7 +67,7 @@ class Beaten(_Frozen):
     high: float
 
 
-class SetHearing(_Frozen):
+class SetHearing(Frozen):
     """A score's best k layers, injected together.
 
     Attributes:
@@ -87,7 +82,7 @@ class SetHearing(_Frozen):
     beaten_matched: Beaten | None
 
 
-class ScoreHearing(_Frozen):
+class ScoreHearing(Frozen):
     """How well one score hears.
 
     Attributes:
@@ -105,7 +100,7 @@ class ScoreHearing(_Frozen):
     sets: dict[int, SetHearing]
 
 
-class RandomSets(_Frozen):
+class RandomSets(Frozen):
     """Random sets of one size; ``matched`` maps a score to sets of about the energy of its own best."""
 
     equal_size: tuple[SetEffect, ...]

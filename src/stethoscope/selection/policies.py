@@ -4,19 +4,15 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
-
-from stethoscope.artifacts import Artifact, Provenance
+from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.diagnosis.diagnose import Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import Select
 from stethoscope.selection.calibration import Calibration
 
 
-class LayerChoice(BaseModel):
+class LayerChoice(Frozen):
     """One layer's fate and the reason for it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layer: int
     chosen: bool
