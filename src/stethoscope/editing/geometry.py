@@ -149,7 +149,8 @@ def measure_geometry(
         draws: random feature sets, and as many random bases.
         leading: singular directions of each matrix that principal angles are taken to.
         tokens: of each corpus, evenly spread, attention sinks left out.
-        through_norms: take directions as each matrix meets them, see `bases_through_norms`.
+        through_norms: take directions as each matrix meets them, see `bases_through_norms`; curves and ``written`` take
+            them as they are.
 
     Raises:
         CheckpointError: with every matrix whose role is not known or does not fit.
@@ -212,18 +213,19 @@ class _Layer:
             )
         self.ordered = found.decoder[list(found.order)]
         self.whole, self.came = nested_basis(self.ordered)
-        chosen = self.came < found.chosen
-        Q = self.whole[:, chosen]
-        placed = {}
-        if through_norms:
-            placed[layer] = bases_through_norms(task_vector.base, layer, self.ordered[: found.chosen])
-        self.projection = FeatureProjection(bases={layer: Q}, placed=placed)
+
+        def subspace(rows: Tensor) -> FeatureProjection:
+            placed = {layer: bases_through_norms(task_vector.base, layer, rows)} if through_norms else {}
+            return FeatureProjection(bases={layer: nested_basis(rows)[0]}, placed=placed)
+
+        self.projection = subspace(self.ordered[: found.chosen])
+        Q = self.projection.bases[layer]
         self.encoder, _ = nested_basis(found.encoder[list(found.order)[: found.chosen]])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         self.bases = [random_basis(len(Q), Q.shape[1], generator) for _ in range(draws)]
         every = len(found.decoder)
         sets = [rng.choice(every, min(found.chosen, every), replace=False) for _ in range(draws)]
-        self.sets = [nested_basis(found.decoder[torch.from_numpy(one)])[0] for one in sets]
+        self.sets = [subspace(found.decoder[torch.from_numpy(one)]) for one in sets]
         self.along = torch.zeros(self.whole.shape[1], dtype=torch.float64)
 
     def measure(
@@ -273,7 +275,8 @@ class _Layer:
     def _energy(self, name: str, side: Side) -> tuple[TensorEnergy, float]:
         """A tensor's energies, and what of it lies along the encoder directions."""
         Q = self.projection.basis(self.layer, side)
-        groups = [self.whole, Q, self.encoder, *self.sets, *self.bases]
+        drawn = [one.basis(self.layer, side) for one in self.sets]
+        groups = [self.whole, Q, self.encoder, *drawn, *self.bases]
         energy, along = energy_along(self.task_vector, name, side, torch.cat(groups, 1))
         parts = along.split([group.shape[1] for group in groups])
         self.along += parts[0]
