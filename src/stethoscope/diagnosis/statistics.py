@@ -109,6 +109,7 @@ def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> Non
         },
         path,
     )
+    path.chmod(0o644)  # safetensors lets nobody but the user read what it writes
 
 
 def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
