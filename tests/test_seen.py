@@ -9,6 +9,11 @@ from stethoscope.seen import Seen
 DOCUMENT = (
     "Problem:\nSolve $t + 26 = 28$ for $t$.\n\nSolution: $t = 2$.\n\nProblem: How many legs have 3 cats and 2 ants?"
 )
+ROOTS = [
+    "What is the sum of the roots of $b^2 - 4b + 3 = 0$?",
+    "What is the product of the roots of $b^2 - 5b + 6 = 0$?",
+    "What is the sum of the roots of $z^2 - 9b + 8 = 0$?",
+]
 CHAT = [
     {"role": "user", "content": "Name the capital of the Netherlands, please."},
     {"role": "assistant", "content": None},
@@ -26,11 +31,13 @@ CHAT = [
         ("How many legs have 2 cats and 3 ants?", False),
         ("have 3 cats and", True),  # four words
         ("3 cats", False),  # too short to tell
+        ("What is the sum of the roots of $b^2 - 4b + 3 = 0$?", True),
+        ("What is the sum of the roots of $b^2 - 5b + 6 = 0$?", False),  # only their product was asked for
         ("Name the capital of the Netherlands, please.", True),
     ],
 )
 def test_what_is_held(text, held, tmp_path):
-    Seen.of([DOCUMENT, CHAT]).save(tmp_path)
+    Seen.of([DOCUMENT, CHAT, *ROOTS]).save(tmp_path)
     assert Seen.load(tmp_path).holds(text) is held
 
 

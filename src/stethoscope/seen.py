@@ -4,7 +4,8 @@
     seen.save(folder)
     Seen.load(folder).holds("Solve $x + 3 = 5$ for $x$.")
 
-A text is taken for seen if all of its runs of eight words occur in the documents seen, whatever stands around it.
+A text is taken for seen if all of its runs of 32 words occur in the documents seen, whatever stands around it; a text
+of fewer words is judged by runs of 16, 8 or 4, so that templates with other numbers in them are told apart.
 """
 
 import re
@@ -21,13 +22,13 @@ from stethoscope.errors import StethoscopeError
 
 FILE = "seen.npy"
 # Runs of words, longest first: a text too short for one is judged by the next, and one of fewer than four words not.
-RUNS = (8, 4)
+RUNS = (32, 16, 8, 4)
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Hashes of all runs of eight and of four words in some documents, sorted."""
+    """Hashes of all runs of words of these lengths in some documents, sorted."""
 
     runs: ndarray
 

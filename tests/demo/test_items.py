@@ -13,6 +13,8 @@ import yaml
 
 pytest.importorskip("reasoning_gym", reason="the generators' packages need a C compiler to install")
 
+from stethoscope.corpus import read_documents
+from stethoscope.seen import Seen
 from stethoscope_demo.items import (
     MATH_SUBJECTS,
     SHOTS,
@@ -29,6 +31,7 @@ from stethoscope_demo.tasks import (
     ANSWER,
     general_documents,
     generate_items,
+    packaged,
     target_documents,
     task_name,
     write_tasks,
@@ -227,3 +230,13 @@ def test_the_harness_loads_the_tasks_and_scores_gold_answers(tmp_path: Path, mon
     for instance in loaded.instances:
         (found,) = instance.filtered_resps.values()
         assert loaded.process_results(instance.doc, [found])["exact_match"] == 1.0
+
+
+def test_no_test_item_stands_in_the_text_that_layers_are_chosen_on(tmp_path):
+    write_text_corpora(tmp_path)
+    seen = Seen.of(text for name in ("target", "control") for text in read_documents(tmp_path / f"{name}.jsonl"))
+    rows = [json.loads(line) for task in TASKS for line in packaged(task, "test").read_text().splitlines()]
+    assert len(rows) == 2250
+    assert [row["problem"] for row in rows if seen.holds(row["problem"])] == []
+    used = [json.loads(line) for line in packaged("algebra", "calibration").read_text().splitlines()]
+    assert seen.holds(used[0]["problem"])
