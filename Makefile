@@ -14,7 +14,7 @@ demo-quick: $(INSTALLED)
 	$(BIN)/stethoscope demo --quick
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
