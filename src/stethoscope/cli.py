@@ -556,13 +556,7 @@ def _show(result: "RunResult", *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.summary(), indent=1))  # noqa: T201 - data goes to stdout
         return
-    rows = result.table()
-    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify, column.overflow = "right", "fold"
-    for row in rows[1:]:
-        table.add_row(*row)
-    _out.print(table)
+    _print_rows(result.table(), left=1)
     for line in result.verdicts():
         _out.print(line, highlight=False, markup=False, soft_wrap=True)
     _out.print(
