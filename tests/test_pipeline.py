@@ -36,11 +36,17 @@ class Recorder:
 
     def __init__(self) -> None:
         self.stages: list[str] = []
+        self.inside = False
 
     @contextmanager
     def stage(self, title: str) -> Iterator[Callable[[int, int], None]]:
+        assert not self.inside, f"`{title}` inside `{self.stages[-1]}`: a terminal shows one bar at a time"
         self.stages.append(title)
-        yield lambda _done, _total: None
+        self.inside = True
+        try:
+            yield lambda _done, _total: None
+        finally:
+            self.inside = False
 
     def note(self, text: str) -> None:
         self.stages.append(text)

@@ -294,6 +294,15 @@ class _Run:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.found.base.path)
 
+    def load_saes(self) -> dict[int, Any]:
+        """All SAEs at once, for as long as the caller keeps them."""
+        return {layer: load_sae(sae) for layer, sae in self.found.saes.items()}
+
+    @property
+    def place(self) -> SAEFolder:
+        """Any of the SAEs, for where they read: all read one site."""
+        return next(iter(self.found.saes.values()))
+
     def provenance(self, *inputs: str, **settings: Any) -> Provenance:
         chosen = {name: self.hashes[name] for name in inputs}
         chosen["settings"] = sha256_bytes(canonical_json(settings).encode())
@@ -307,11 +316,14 @@ class _Run:
             "base", "saes", *corpora, **edit, score=recipe.score, increments=recipe.increments,
             features=self.projected_features, **options.model_dump(exclude={"sae_memory_gb"}),
         )  # fmt: skip
+        self.hashes["diagnosis"] = provenance.key
+        texts = {name: self.found.texts[name] for name in corpora}
+        saved = Diagnosis.load_if_current(self.folder, provenance)
+        # a stage of its own: a terminal shows one bar at a time
+        worth = self.worth(texts) if recipe.score == ATTRIBUTION and not saved else None
         with self.reporter.stage("Diagnose: listen to every layer") as advance:
-            saved = Diagnosis.load_if_current(self.folder, provenance)
             if saved:
                 return saved
-            texts = {name: self.found.texts[name] for name in corpora}
             heard = listen(
                 self.model,
                 self.tokenizer,
@@ -323,7 +335,6 @@ class _Run:
                 memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
                 progress=advance,
             )
-            worth = self.worth(texts) if recipe.score == ATTRIBUTION else None
             save_statistics(self.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
             made = diagnose(
                 heard,
@@ -340,7 +351,6 @@ class _Run:
         return made
 
     def gather_evidence(self, diagnosis: Diagnosis) -> None:
-        self.hashes["diagnosis"] = diagnosis.provenance.key
         provenance = self.provenance("diagnosis")
         with self.reporter.stage("Evidence: what the features heard") as advance:
             if Evidence.load_if_current(self.folder, provenance):
@@ -359,10 +369,7 @@ class _Run:
 
     def worth(self, texts: Mapping[str, Sequence[Document]]) -> dict[str, FeatureStatistics]:
         """What each layer's own edit is worth, by feature."""
-        found = self.found
-        any_sae = next(iter(found.saes.values()))
-        edits = LayerEdits(self.model, found.task_vector)
-        saes = {layer: load_sae(sae) for layer, sae in found.saes.items()}
+        edits, saes = LayerEdits(self.model, self.found.task_vector), self.load_saes()
         with self.reporter.stage("Attribute each layer's edit to its features") as advance:
             parts = {name: self.batches(documents) for name, documents in texts.items()}
             total, before, worth = sum(map(len, parts.values())), 0, {}
@@ -372,8 +379,8 @@ class _Run:
                     edits,
                     saes,
                     part,
-                    site=any_sae.site,
-                    tap=any_sae.tap,
+                    site=self.place.site,
+                    tap=self.place.tap,
                     coefficient=self.recipe.edit.coefficient,
                     block_size=self.recipe.diagnose.block_size,
                     progress=lambda done, _, before=before: advance(before + done, total),  # type: ignore[misc]
@@ -397,18 +404,16 @@ class _Run:
         statistics = load_statistics(self.folder / "statistics.safetensors")
         edits = LayerEdits(self.model, found.task_vector)
         texts = {name: self.batches(found.texts[name][:documents]) for name in ("target", control)}
-        any_sae = next(iter(found.saes.values()))
         with self.reporter.stage("Score the layers in every way") as advance:
-            saes = {layer: load_sae(sae) for layer, sae in found.saes.items()}
             scores = text_scores(statistics, control=control, seed=recipe.seed) | edit_scores(
                 self.model,
                 edits,
-                saes,
+                self.load_saes(),
                 statistics,
                 texts,
                 control=control,
-                site=any_sae.site,
-                tap=any_sae.tap,
+                site=self.place.site,
+                tap=self.place.tap,
                 progress=advance,
             )
         with self.reporter.stage("Inject layers and sets of layers") as advance:
@@ -437,7 +442,6 @@ class _Run:
         if options is None:
             raise RecipeError("the recipe has no section `calibrate`", hint="it names target and control text")
         names = ("calibration target", "calibration control")
-        self.hashes["diagnosis"] = diagnosis.provenance.key
         settings = options.model_dump(exclude={"target", "control"}) | self.recipe.select.model_dump()
         provenance = self.provenance("base", "tuned", "diagnosis", *names, **settings)
         with self.reporter.stage("Calibrate: layers and coefficient") as advance:
@@ -462,7 +466,6 @@ class _Run:
 
     def select(self, diagnosis: Diagnosis) -> Selection:
         options = self.recipe.select
-        self.hashes["diagnosis"] = diagnosis.provenance.key
         if options.policy == "calibrated":
             calibration = self.calibrate(diagnosis)
             self.hashes["calibration"] = calibration.provenance.key
