@@ -1,0 +1,134 @@
+"""Commands that test and compare models, with or without a recipe."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, say, say_json, show_rows, warn
+from stethoscope.cli.values import labelled, parse_margin
+from stethoscope.errors import StethoscopeError
+
+if TYPE_CHECKING:
+    from stethoscope.evaluation.contrast import Comparison
+
+
+class Backend(StrEnum):
+    """What generates the responses."""
+
+    hf = "hf"
+    vllm = "vllm"
+
+
+class Correction(StrEnum):
+    """How p-values are corrected for their number."""
+
+    holm = "holm"
+    bh = "bh"
+
+
+def evaluate(
+    model: Annotated[list[str], typer.Option(metavar="PATH[=NAME]", help="A checkpoint; repeat for more arms.")],
+    tasks: Annotated[str, typer.Option(help="Harness tasks, groups or YAML files, with commas between.")],
+    out: Annotated[Path, typer.Option(help="Folder for outcomes and comparison; run again, it goes on there.")],
+    data: Annotated[Path | None, typer.Option(help="Local JSONL in the MATH schema for `minerva_math`.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder of further task YAMLs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many items of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 32,
+    backend: Annotated[Backend, typer.Option(help="What generates.")] = Backend.hf,
+    seed: Annotated[int, typer.Option(help="Of few-shot sampling and of the bootstrap.")] = 0,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Run harness tasks on checkpoints, item by item, and compare the others with the first."""
+    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.run import evaluate_checkpoints
+
+    arms = {name or Path(path).name: path for path, name in map(labelled, model)}
+    if len(arms) < len(model):
+        raise StethoscopeError("two models have the same name", hint="name them: `--model PATH=NAME`")
+    with ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
+        outcomes = evaluate_checkpoints(
+            arms,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            out=out,
+            backend=backend.value,
+            include_path=include_path,
+            data=data,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            progress=lambda done, total, _: advance(done, total),
+        )
+    found = compare_arms(outcomes, baseline=outcomes.arms[0], seed=seed)
+    found.save(out / "comparison.json")
+    show_comparison(found, as_json=as_json, everything=len(arms) == 2)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(metavar="A[=ARM]", help="Compared with: a log folder, a log, or a run.")],
+    b: Annotated[str, typer.Argument(metavar="B[=ARM]", help="Under test; ARM names a log or chooses a run's arm.")],
+    metric: Annotated[str | None, typer.Option(help="The metric that decides; each task's own if not given.")] = None,
+    margin: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SHARE|TASK=SHARE", help="Loss that would be accepted; 0.02 if absent."),
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Tasks corrected together; the others are controls.")] = None,
+    correction: Annotated[Correction, typer.Option(help="For the number of tests.")] = Correction.holm,
+    cluster: Annotated[str | None, typer.Option(metavar="FIELD", help="Field of a log's items: their source.")] = None,
+    shared_only: Annotated[bool, typer.Option("--shared-only", help="Leave out items that one arm lacks.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Also write the comparison to this file.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compare two arms item by item, from `lm_eval --log_samples` folders or from runs; no model is needed."""
+    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.samples import join, read_results
+
+    (path_a, arm_a), (path_b, arm_b) = labelled(a), labelled(b)
+    first = read_results(Path(path_a), arm=arm_a, source=cluster)
+    second = read_results(Path(path_b), arm=arm_b, source=cluster)
+    if first.arms == second.arms:
+        first, second = first.renamed(f"{first.arms[0]} (a)"), second.renamed(f"{second.arms[0]} (b)")
+    joined, left_out = join(first, second, shared_only=shared_only)
+    margins = dict(map(parse_margin, margin or ()))
+    common = margins.pop("", 0.02)
+    found = compare_arms(
+        joined,
+        baseline=first.arms[0],
+        pairs=[(first.arms[0], second.arms[0])],
+        family=family.split(",") if family else None,
+        metric=metric,
+        margin=common,
+        margins=margins,
+        adjustment=correction.value,
+        seed=seed,
+    )
+    if out:
+        found.save(out)
+    for line in left_out:
+        warn(f"left out: {line}")
+    show_comparison(found, as_json=as_json, everything=True)
+
+
+def show_comparison(found: "Comparison", *, as_json: bool, everything: bool) -> None:
+    from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise, notes
+
+    if as_json:
+        say_json(found.to_dict())
+        return
+    show_rows(accuracy_rows(found), left=2)
+    for line in noise(found):
+        say(f"noise: {line}")
+    for contrast in found.contrasts:
+        if everything:
+            show_rows(contrast_rows(contrast), left=2)
+            show_rows(bound_rows(contrast), left=1)
+            if len(gains := gain_rows(found, contrast)) > 1:
+                show_rows(gains, left=1)
+            for line in notes(contrast):
+                say(f"note: {line}")
+            for task in contrast.tasks:
+                say(f"{task.task}: {task.verdict}")
+        say(f"Verdict: {contrast.verdict}")

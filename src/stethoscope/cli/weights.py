@@ -1,0 +1,128 @@
+"""Commands on checkpoints alone: edit, take back, verify."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, say, say_json
+from stethoscope.cli.values import parse_layers
+from stethoscope.errors import StethoscopeError
+
+PatchFolder = Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")]
+
+
+class Modules(StrEnum):
+    """Which tensors of a layer an edit takes."""
+
+    all = "all"
+    attention = "attention"
+    mlp = "mlp"
+
+
+class OutputKind(StrEnum):
+    """What an edit is written as."""
+
+    checkpoint = "checkpoint"
+    patch = "patch"
+    adapter = "adapter"
+
+
+def edit(
+    base: Annotated[str, typer.Option(help="Base checkpoint: a folder or a hub id.")],
+    tuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint or PEFT adapter.")],
+    layers: Annotated[str, typer.Option(help="Layers to edit, such as `3,5-8`, or `all`.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    coefficient: Annotated[float, typer.Option(help="How much of the change; negative takes a skill away.")] = 1.0,
+    modules: Annotated[Modules, typer.Option(help="Which tensors of those layers.")] = Modules.all,
+    kind: Annotated[OutputKind, typer.Option(help="What to write.")] = OutputKind.checkpoint,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, from headers alone.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Put a fine-tune's raw weight change into some layers and write the result."""
+    from dataclasses import asdict
+
+    from stethoscope.checkpoints.checkpoint import open_checkpoint
+    from stethoscope.checkpoints.task_vector import open_task_vector
+    from stethoscope.editing.plan import EditPlan
+    from stethoscope.editing.preview import check_edit
+    from stethoscope.editing.writer import write_edit
+
+    if layers == "all":
+        plan = EditPlan.for_layers(range(open_checkpoint(base).layers), coefficient=coefficient, modules=modules.value)
+    else:
+        plan = EditPlan.for_layers(parse_layers(layers), coefficient=coefficient, modules=modules.value)
+    if dry_run:
+        found = check_edit(base, tuned, plan, out, kind=kind.value)
+        if as_json:
+            say_json(asdict(found))
+        elif not found.problems:
+            say(
+                f"would change {found.tensors} tensors of {len(found.layers)} layers"
+                f" ({found.bytes_changed / 1e6:,.1f} MB) and write {found.bytes_written / 1e6:,.1f} MB"
+                f" in about {found.seconds:.0f} s; {found.disk_needed / 1e9:.2f} GB of"
+                f" {found.disk_free / 1e9:.2f} GB free are needed"
+            )
+        if found.problems:
+            raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
+        return
+    opened = open_checkpoint(base)
+    with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
+        made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind.value, progress=advance)
+    if as_json:
+        say_json(made.manifest)
+    else:
+        say(f"wrote {out}: {made.tensors} tensors of {len(made.layers)} layers changed")
+
+
+def apply(
+    patch: PatchFolder,
+    base: Annotated[str, typer.Option(help="The checkpoint that the patch was made for.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the edited checkpoint to.")],
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Write the edited checkpoint that a patch and its base make."""
+    _patched("apply", patch, base, out, quiet=quiet, as_json=as_json)
+
+
+def undo(
+    patch: PatchFolder,
+    edited: Annotated[str, typer.Option(help="The edited checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the base to.")],
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Write the base again from an edited checkpoint and its patch, bit for bit."""
+    _patched("undo", patch, edited, out, quiet=quiet, as_json=as_json)
+
+
+def _patched(
+    direction: Literal["apply", "undo"], patch: Path, checkpoint: str, out: Path, *, quiet: bool, as_json: bool
+) -> None:
+    from stethoscope.editing.patch import apply_patch, undo_patch
+
+    turn = {"apply": apply_patch, "undo": undo_patch}[direction]
+    with ConsoleReporter(quiet=quiet).stage(f"{direction.capitalize()} the patch") as advance:
+        made = turn(patch, checkpoint, out, progress=advance)
+    if as_json:
+        say_json({"out": str(made)})
+        return
+    say(f"wrote {made}")
+
+
+def verify(
+    edited: Annotated[Path, typer.Argument(help="A folder that `edit` or `run` wrote.")],
+    base: Annotated[str | None, typer.Option(help="Compare untouched tensors with this base itself.")] = None,
+) -> None:
+    """Compare every tensor and file of an edit with its manifest."""
+    from stethoscope.checkpoints.checkpoint import open_checkpoint
+    from stethoscope.editing.verify import verify as verify_edit
+
+    with ConsoleReporter().stage("Verify") as advance:
+        found = verify_edit(edited, base=open_checkpoint(base) if base else None, progress=advance)
+    if not found.ok:
+        raise StethoscopeError(f"`{edited}` is not what its manifest says", problems=found.problems)
+    say(f"{found.tensors} tensors agree with the manifest, {found.untouched} of them are the base's")
