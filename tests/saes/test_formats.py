@@ -421,6 +421,19 @@ def llama_scope(root: Path) -> Case:
     )  # fmt: skip
 
 
+def qwen_scope(root: Path) -> Case:
+    w = weights()
+    repo, file = f"Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}", "layer7.sae.pt"
+    stored = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+    write(root / repo / file, stored)
+    sizes = {"d_in": D, "d_sae": W}
+    return Case(
+        path=root / repo / file, place=(7, "resid_post", "output"), architecture="topk",
+        encode=lambda x: top(x @ w["W_enc"] + w["b_enc"]), decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        loader=lambda: loaders.qwen_scope_sae_huggingface_loader(repo, file, cfg_overrides=sizes)[:2],
+    )  # fmt: skip
+
+
 CASES: dict[str, Callable[[Path], Case]] = {
     "sae_lens 6, standard": standard,
     "sae_lens 6, jumprelu": jumprelu,
@@ -455,6 +468,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "dictionary_learning, GatedAutoEncoder of norm 1": lambda root: dictionary(root, "GatedAutoEncoder", unit=True),
     "dictionary_learning, JumpReluAutoEncoder of norm 1": lambda r: dictionary(r, "JumpReluAutoEncoder", unit=True),
     "llama scope, jumprelu": llama_scope,
+    "qwen scope, topk": qwen_scope,
 }  # fmt: skip
 
 

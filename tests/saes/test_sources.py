@@ -300,6 +300,21 @@ def test_a_release_names_the_public_pages_of_its_features(hub: Callable[[str], P
     assert load_sae(saes[17]).cfg.d_sae == 10
 
 
+def test_saes_in_a_file_each_are_found_by_release_repository_and_folder(hub: Callable[[str], Path]) -> None:
+    repository = hub("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50")
+    for layer in range(28):
+        shapes = {"W_enc": (10, 6), "W_dec": (6, 10), "b_enc": (10,), "b_dec": (6,)}
+        torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, repository / f"layer{layer}.sae.pt")
+    saes = open_saes("qwen-scope-3-1.7b-base-w32k-l50", "layer{layer}")
+    assert list(saes) == list(range(28))
+    assert (saes[3].site, saes[3].model_name, saes[3].layout) == ("resid_post", "Qwen/Qwen3-1.7B-Base", "qwen_scope")
+    assert len({sae.sha256 for sae in saes.values()}) == 28
+    assert open_saes("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "layer{layer}.sae.pt") == saes
+    assert open_saes(repository) == saes
+    with pytest.raises(SAEError, match="does not say what it reads"):
+        open_saes({0: shutil.copytree(repository, repository.parents[3] / "renamed") / "layer0.sae.pt"})
+
+
 @pytest.mark.parametrize(
     ("source", "sae_id", "said"),
     [
@@ -311,7 +326,7 @@ def test_a_release_names_the_public_pages_of_its_features(hub: Callable[[str], P
             "there are: `layer_{layer}_width_16k_l0_small`",
         ),
         ("gemma-scope-2-4b-it-res-all", "layer_12_width_16k_l0_small", "no pattern"),
-        ("qwen-scope-3-8b-base-w64k-l50", None, "stored as `qwen_scope`, which is not supported"),
+        ("llama_scope_r1_distill", None, "stored as `llama_scope_r1_distill`, which is not supported"),
         ("someone/saes", None, "which SAEs of the hub repository `someone/saes`"),
         ("someone/saes", "layer_{layer}", "nor in the hub's cache, and the hub cannot be reached"),
         ("gpt2-small-mlp-out-v5-32k", None, "nor in the hub's cache"),

@@ -55,7 +55,7 @@ class SAEFolder:
     """One SAE on disk, unread.
 
     Attributes:
-        path: its folder.
+        path: its folder, or its file where one is a whole SAE.
         layout: how it is stored, a key of ``formats.LAYOUTS``.
         files: those of its files that hold configuration and weights.
         layer: the decoder block it reads, from 0.

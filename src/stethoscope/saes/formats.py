@@ -7,6 +7,7 @@ opens a gate. SAELens' own loaders ask the network for shapes (Gemma Scope 2), t
 module for the residual stream (sparsify), or leave out norms and biases (dictionary_learning).
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def _llama_scope(folder: SAEFolder) -> Converted:
     return _config(folder, "jumprelu", b_dec_to_input=False), state
 
 
+def _qwen_scope(folder: SAEFolder) -> Converted:
+    """The k largest of relu(z), k by the repository's name; b_dec is not subtracted, and matrices lie the other way."""
+    stored = _tensors(folder.path)
+    k = re.findall(r"SAE-Res-[^/]+-L0_(\d+)", folder.path.absolute().as_posix())[-1]
+    state = {name: value.T.contiguous() if name in ("W_enc", "W_dec") else value for name, value in stored.items()}
+    state = {name: state[name] for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+    return _config(folder, "topk", b_dec_to_input=False, k=int(k)), state
+
+
 CONVERTERS: dict[str, Callable[[SAEFolder], Converted]] = {
     "sae_lens": _sae_lens,
     "sparsify": _sparsify,
@@ -165,4 +175,5 @@ CONVERTERS: dict[str, Callable[[SAEFolder], Converted]] = {
     "gemma_scope": _gemma_scope,
     "dictionary_learning": _dictionary_learning,
     "llama_scope": _llama_scope,
+    "qwen_scope": _qwen_scope,
 }

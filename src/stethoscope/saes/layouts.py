@@ -37,7 +37,7 @@ class Layout:
     """One way of storing SAEs.
 
     Attributes:
-        marker: the file that tells it from others.
+        marker: the file that tells it from others; where one file is a whole SAE, how its name ends.
         files: those that hold configuration and weights; a missing configuration may be none.
         read: folder and overrides of its configuration -> claim; problems go into the list.
     """
@@ -48,7 +48,9 @@ class Layout:
 
 
 def layout_of(path: Path) -> str | None:
-    """The layout of a folder by the files in it, None if it holds no SAE."""
+    """The layout of a folder by the files in it, or of a file that is an SAE itself; None if there is no SAE."""
+    if path.name.endswith(LAYOUTS["qwen_scope"].marker) and path.is_file():
+        return "qwen_scope"
     return next((name for name, layout in LAYOUTS.items() if (path / layout.marker).is_file()), None)
 
 
@@ -56,7 +58,7 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFo
     """What the SAE of a folder is and reads.
 
     Args:
-        path: a folder with the files of one layout.
+        path: a folder with the files of one layout, or the one file of an SAE that needs no more.
         overrides: entries that replace the configuration's own.
 
     Raises:
@@ -320,6 +322,28 @@ def _llama_scope(path: Path, _overrides: Mapping[str, Any], problems: list[str])
     )
 
 
+def _qwen_scope(path: Path, _overrides: Mapping[str, Any], problems: list[str]) -> Claim:
+    """Qwen-Scope: a file per layer, without configuration; the repository's name says the rest."""
+    release = re.search(r"SAE-Res-([^/]+)-W\d+K-L0_\d+", path.absolute().as_posix())
+    layer = re.fullmatch(r"layer(\d+)\.sae\.pt", path.name)
+    if release is None or layer is None:
+        problems.append(
+            "its path does not say what it reads, as `SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer12.sae.pt` would"
+        )
+    shapes = _shapes(path, problems)
+    width, d_in = _sizes(shapes, "W_enc", path, problems)
+    return Claim(
+        hook_name=f"model.layers.{layer[1]}" if release and layer else "",
+        architecture="topk",
+        d_in=d_in,
+        width=width,
+        model_name=release and f"Qwen/{release[1]}",
+        wanted={"W_dec": (d_in, width), "b_enc": (width,), "b_dec": (d_in,)},
+        shapes=shapes,
+        problems=problems,
+    )
+
+
 # In the order of looking: sparsify's folders hold a `cfg.json` too.
 LAYOUTS = {
     "sparsify": Layout(read=_sparsify, marker="sae.safetensors", files=("cfg.json", "sae.safetensors")),
@@ -331,5 +355,6 @@ LAYOUTS = {
     "llama_scope": Layout(
         read=_llama_scope, marker="hyperparams.json", files=("hyperparams.json", "checkpoints/final.safetensors")
     ),
+    "qwen_scope": Layout(read=_qwen_scope, marker=".sae.pt", files=("",)),  # the path itself
     "sae_lens": Layout(read=_sae_lens, marker="cfg.json", files=("cfg.json", "sae_weights.safetensors")),
 }

@@ -29,9 +29,19 @@ __all__ = ["SITES", "SAEFolder", "check_fit", "load_sae", "open_saes"]
 log = logging.getLogger(__name__)
 
 # What SAELens' directory of releases calls the layouts that are read here; None is its own.
-_RELEASE_LAYOUTS = (None, "sae_lens", "gemma_3", "gemma_2", "llama_scope", "dictionary_learning_1", "sparsify")
+_RELEASE_LAYOUTS = (
+    None,
+    "sae_lens",
+    "gemma_3",
+    "gemma_2",
+    "llama_scope",
+    "dictionary_learning_1",
+    "sparsify",
+    "qwen_scope",
+)
 # The layer in the id of a release's SAE.
 _LAYER_IN_ID = re.compile(r"(?<=layer_)\d+|(?<=layers\.)\d+|(?<=blocks\.)\d+|(?<=layer)\d+|(?<=^l)\d+")
+ONE_FILE = LAYOUTS["qwen_scope"].marker  # what the name of an SAE in a single file ends with
 _DEPTH = 4  # folders below a folder of SAEs: Gemma Scope 1 has three
 
 
@@ -185,18 +195,23 @@ def _in_folder(folder: Path, sae_id: str | None) -> list[tuple[int | None, Path]
     if sae_id is None:
         if layout_of(folder):
             return [(None, folder)]
-        markers = {layout.marker for layout in LAYOUTS.values()}
+        markers = {layout.marker for layout in LAYOUTS.values()} - {ONE_FILE}
         below = (path for depth in range(1, _DEPTH + 1) for path in folder.glob("*/" * depth + "*"))
+        folders = {path.parent for path in below if path.name in markers}
         found: list[tuple[int | None, Path]] = [
-            (None, path) for path in sorted({path.parent for path in below if path.name in markers})
+            (None, path) for path in sorted(folders | {*folder.glob(f"*{ONE_FILE}")})
         ]
         if not found:
             files = ", ".join(f"`{name}`" for name in sorted(markers))
-            raise SAEError(f"no SAEs in `{folder}`", hint=f"a folder for each layer is expected, with one of {files}")
+            raise SAEError(
+                f"no SAEs in `{folder}`",
+                hint=f"a folder for each layer is expected, with one of {files}, or files `layer*{ONE_FILE}`",
+            )
         return found
     matches = _pattern(sae_id)
     glob = sae_id.replace("{layer}", "*")
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob(glob)) if path.is_dir()}
+    places = (path for path in sorted(folder.glob(glob)) if path.is_dir() or path.name.endswith(ONE_FILE))
+    names = {path.relative_to(folder).as_posix(): path for path in places}
     matched: list[tuple[int | None, Path]] = [
         (int(match[1]), path) for name, path in names.items() if (match := matches.fullmatch(name))
     ]
@@ -251,7 +266,7 @@ def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
         close = get_close_matches(sae_id or "", patterns, n=3, cutoff=0.3) or patterns
         raise SAEError(f"no SAE of the release `{name}` is called `{sae_id}`", hint=f"there are: {_some(close)}")
     paths = [str(sae["path"]) for sae in chosen]
-    root = _snapshot(release["repo_id"], [f"{path}/*" for path in paths])
+    root = _snapshot(release["repo_id"], paths)
     return {
         root / path: {
             **(release.get("config_overrides") or {}),
@@ -278,15 +293,16 @@ def _fetch_repository(name: str, sae_id: str | None) -> Path:
             hint="give their path in it as `sae_id`, such as `layer_{layer}`; a repository may hold terabytes of them",
         )
     _pattern(sae_id)
-    return _snapshot(name, [sae_id.replace("{layer}", "*") + "/*"])
+    return _snapshot(name, [sae_id.replace("{layer}", "*")])
 
 
 def _snapshot(repository: str, wanted: list[str]) -> Path:
-    """A folder with some files of a hub repository, from the cache or the network."""
+    """A folder with some SAEs of a hub repository, folders or files, from the cache or the network."""
     from huggingface_hub import snapshot_download
 
     try:
         with hub_errors(repository, None):
-            return Path(str(snapshot_download(repository, allow_patterns=wanted)))
+            patterns = [path if path.endswith(ONE_FILE) else f"{path}/*" for path in wanted]
+            return Path(str(snapshot_download(repository, allow_patterns=patterns)))
     except CheckpointError as error:
         raise SAEError(error.message, hint=error.hint) from error
