@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test lint types install clean
+.PHONY: demo demo-quick test lint types docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/stethoscope demo
@@ -23,6 +23,9 @@ lint: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 install: $(INSTALLED)
 
 # torch comes with its own dependencies, which differ between builds; all else is exactly what constraints.txt lists.
@@ -36,4 +39,4 @@ $(INSTALLED): constraints.txt pyproject.toml demo/pyproject.toml demo/constraint
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

@@ -87,7 +87,9 @@ class EditPlan:
             layers: layer numbers, or layer number -> coefficient. Layers that are not named stay the base's.
             coefficient: how much of the change the layers get; negative takes a skill away.
             modules: "all" takes norms with it, "attention" and "mlp" do not.
-            embeddings, head, final_norm: give these the coefficient too.
+            embeddings: give the embeddings the coefficient too.
+            head: and the head.
+            final_norm: and the norm behind the last layer.
             transform: see `Transform`.
         """
         if modules not in MODULE_KINDS:

@@ -106,8 +106,10 @@ def unpaired_z(k_a: int, n_a: int, k_b: int, n_b: int) -> UnpairedZ:
     """Compare two proportions, each standard error from the n - 1 variance as lm-evaluation-harness reports it.
 
     Args:
-        k_a, k_b: correct items of each arm.
-        n_a, n_b: items of each arm.
+        k_a: correct items of the first arm, of ``n_a``.
+        n_a: items of the first arm.
+        k_b: correct items of the second arm, of ``n_b``.
+        n_b: items of the second arm.
 
     Raises:
         EvaluationError: counts that cannot be.
@@ -160,7 +162,8 @@ def paired_difference(
     """Mean of b - a over items that both arms answered, with a confidence interval.
 
     Args:
-        a, b: results of the same items in the same order, shape [items].
+        a: results of one arm, shape [items].
+        b: results of the other on the same items in the same order, shape [items].
         method: ``bootstrap`` resamples items (whole clusters where given, within strata where given) and takes
             percentiles; ``score`` is Tango's interval (1998) for results of 0 and 1, which keeps its level where
             few items differ and exists where none does.
@@ -255,7 +258,8 @@ def non_inferiority(
     every item; all else the bootstrap, without a p-value.
 
     Args:
-        a, b: results of the same items in the same order, shape [items].
+        a: results of one arm, shape [items].
+        b: results of the other on the same items in the same order, shape [items].
         margin: the loss that would still be accepted, in the results' unit; positive.
         confidence: of the two-sided interval, so the one-sided level is (1 - confidence) / 2.
     """
