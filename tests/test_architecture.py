@@ -14,7 +14,7 @@ SOURCE = Path(stethoscope.__file__).parent
 ORDER = [
     {"cli"},
     {"pipeline"},
-    {"report"},
+    {"preflight"},
     {"scaling"},
     {"selection", "evaluation"},
     {"diagnosis"},
@@ -23,8 +23,9 @@ ORDER = [
     {"replay"},
     {"sites", "losses", "seen"},
     {"checkpoints", "corpus", "models", "recipe"},
+    {"report"},  # it reads saved values and no room that makes them, so a result can ask it for its picture
     {"artifacts"},
-    {"errors", "lazy"},
+    {"errors", "lazy", "shown"},
 ]
 
 

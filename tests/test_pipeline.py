@@ -17,10 +17,13 @@ from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.diagnosis.diagnose import Diagnosis
+from stethoscope.editing.geometry import Geometry
+from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.peeking import Claim
-from stethoscope.pipeline import Edits, preflight, run_recipe
+from stethoscope.pipeline import Edits, geometry_recipe, run_recipe
+from stethoscope.preflight import preflight
 from stethoscope.recipe import Recipe
 from stethoscope.seen import Seen
 from stethoscope.selection.calibration import Calibration
@@ -183,11 +186,65 @@ def get_merged(world: Path) -> dict[str, torch.Tensor]:
 
 
 def test_projection_energy_is_reported_beside_chance(finished):
-    edits = Edits.load(finished)
+    edits, geometry = Edits.load(finished), Geometry.load(finished)
     assert sum(layer.share for layer in edits.energy) == pytest.approx(1)
-    for kept in edits.projected:
-        assert kept.chance == pytest.approx(1 / HIDDEN)  # 3 % of 32 directions is 1
-        assert 0 < kept.energy_kept < 1
+    assert [layer.layer for layer in geometry.layers] == list(range(LAYERS))
+    for layer in geometry.layers:
+        assert layer.kept.chance == pytest.approx(1 / HIDDEN)  # 3 % of 32 directions is 1
+        assert 0 < layer.kept.share < 1
+        assert layer.curve.share[-1] == pytest.approx(1)  # these features span everything
+        assert set(layer.functional) == {"target", "control"}
+
+
+def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
+    arms = ["base", "selected", *SCALPEL_ARMS]
+    write_texts(tmp_path / "fresh.jsonl", "31+11=42 ")
+    path = changed(world, tmp_path, arms=arms, project={"features": 3, "draws": 20, "tokens": 64})
+    recipe = yaml.safe_load(path.read_text())
+    recipe["evaluate"] |= {"target": {"dataset": "fresh.jsonl"}, "control_tasks": [], "limit": 4}
+    path.write_text(yaml.safe_dump(recipe))
+    result = run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+    comparison = result.comparison
+    assert {row["arm"] for row in comparison.accuracy} == set(arms)
+    plans = Edits.load(tmp_path / "run").plans
+    assert set(plans["hybrid"]["layers"]) == {str(layer) for layer in range(LAYERS)}
+    for arm in set(SCALPEL_ARMS) - {"hybrid"}:
+        assert set(plans[arm]["layers"]) == {str(layer) for layer in result.selection.layers}, arm
+    assert comparison.contrast("projected_energy_matched", "projected").target_loss.n == 24
+    assert len({comparison.contrast(arm).target_loss.difference for arm in ("selected", *SCALPEL_ARMS)}) == 8
+    assert "target loss, change" in {row[0] for row in result.table()}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Is what was thrown away what worked?" in page
+    assert Geometry.load(tmp_path / "run").layers[0].features == 3
+
+
+def test_geometry_can_be_measured_by_itself(world, tmp_path):
+    path = changed(world, tmp_path, arms=["base", "selected"], project={"draws": 20})
+    made = geometry_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+    assert Geometry.load(tmp_path / "run") == made
+    reporter = Recorder()
+    run_recipe(Recipe.from_yaml(path), tmp_path / "other", reporter=reporter)
+    assert not (tmp_path / "other" / "geometry.json").exists()  # no arm cuts
+    assert not any("Geometry" in stage for stage in reporter.stages)
+
+
+def test_saes_that_read_heads_cannot_be_projected_onto(world, tmp_path):
+    for layer in range(LAYERS):
+        sae = StandardSAE(StandardSAEConfig(d_in=HIDDEN, d_sae=2 * HIDDEN, apply_b_dec_to_input=False))
+        sae.cfg.metadata.hook_name = f"blocks.{layer}.attn.hook_z"
+        sae.save_model(tmp_path / "saes" / f"layer_{layer}")
+    path = changed(world, tmp_path, saes=str(tmp_path / "saes"), arms=["base", "selected", "projected", "complement"])
+    with pytest.raises(RecipeError, match="leave out `projected`, `complement` of `arms`"):
+        preflight(Recipe.from_yaml(path), tmp_path / "run")
+
+
+def test_held_out_target_text_is_new(world, tmp_path):
+    path = changed(world, tmp_path)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["evaluate"]["target"] = recipe["target"]
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(RecipeError, match="held-out target text"):
+        preflight(Recipe.from_yaml(path), tmp_path / "run")
 
 
 def test_a_second_run_is_identical(world, finished, tmp_path):

@@ -3,11 +3,10 @@
 A stage whose inputs did not change is not run again; what it wrote is read instead.
 """
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -16,32 +15,30 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import Artifact, Frozen, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
-from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, read_documents, tokenize
+from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, tokenize
 from stethoscope.diagnosis.attribution import attribute
 from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
 from stethoscope.diagnosis.evidence import Evidence, gather_evidence
 from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.editing.apply import applied, prepare
+from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
-from stethoscope.editing.preview import Preview, preview
-from stethoscope.editing.projection import energy_kept, residual_sides
-from stethoscope.editing.scalpel import SCALPEL_ARMS, scalpel_plan
+from stethoscope.editing.scalpel import scalpel_plan
+from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
-from stethoscope.errors import RecipeError, StethoscopeError
+from stethoscope.errors import RecipeError
 from stethoscope.evaluation.comparison import Comparison, compare
 from stethoscope.evaluation.control import document_divergences, document_losses
 from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses
-from stethoscope.evaluation.peeking import Claim, refuse_seen, seen_items
-from stethoscope.evaluation.run import evaluate, load_tasks
+from stethoscope.evaluation.peeking import Claim
+from stethoscope.evaluation.run import evaluate
 from stethoscope.models import load_model, load_tokenizer
-from stethoscope.recipe import Recipe, Text
+from stethoscope.preflight import preflight
+from stethoscope.recipe import Recipe
 from stethoscope.report.render import render_report
-from stethoscope.saes.sources import SITES, SAEFolder, check_fit, load_sae, open_saes
-from stethoscope.seen import Seen
+from stethoscope.saes.sources import SAEFolder, load_sae
 from stethoscope.selection.calibration import Calibration, calibrate
 from stethoscope.selection.hearing import Hearing, judge_hearing
 from stethoscope.selection.policies import Selection, select, select_calibrated
@@ -50,6 +47,7 @@ from stethoscope.selection.scoring import edit_scores, text_scores
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
 PROJECTED_SHARE = 0.03
 INJECTED_TOKENS = 2048  # a batch's activations after every layer are held at once
+GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
 
 
 @runtime_checkable
@@ -63,147 +61,12 @@ class Reporter(Protocol):
         """One line on what a stage found or where it wrote."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preflight:
-    """What a recipe refers to, opened by headers alone and found to fit together."""
-
-    base: Checkpoint
-    task_vector: TaskVector
-    saes: dict[int, SAEFolder]
-    texts: dict[str, list[Document]]
-    tasks: list[str]
-    control_tasks: list[str]
-    edit: Preview
-    seen: Seen
-    seen_items: dict[str, tuple[int, ...]]
-
-    def describe(self) -> str:
-        """One line for a person."""
-        texts = ", ".join(f"{len(documents)} {name} documents" for name, documents in self.texts.items())
-        return (
-            f"{self.base.layers} layers of width {self.base.hidden_size}, {len(self.task_vector.names)} tensors in the"
-            f" task vector, SAEs for {len(self.saes)} layers, {texts},"
-            f" {len(self.tasks) + len(self.control_tasks)} tasks; the edited checkpoint changes"
-            f" {self.edit.tensors} tensors ({self.edit.bytes_changed / 1e6:,.1f} MB), writes"
-            f" {self.edit.bytes_written / 1e9:,.2f} GB in about {self.edit.seconds:.0f} s and needs"
-            f" {self.edit.disk_needed / 1e9:,.2f} GB of {self.edit.disk_free / 1e9:,.2f} GB free"
-        )
-
-
-def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Preflight:
-    """Open everything a recipe refers to, without reading a weight.
-
-    Args:
-        folder: where the run will lie.
-        headers_only: fetch no weights of hub models either; good for a look, not for a run.
-
-    Raises:
-        RecipeError: everything that is missing or does not fit, at once.
-    """
-    problems: list[str] = []
-
-    def attempt(open_it: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        try:
-            return open_it(*args, **options)
-        except StethoscopeError as error:
-            problems.append(str(error).replace("\n\n", "\n").replace("\n", "\n    "))
-            return None
-
-    def documents(text: Text) -> list[Document]:
-        return read_documents(text.dataset, field=text.field, limit=text.documents, split=text.split)
-
-    base: Checkpoint | None = attempt(open_checkpoint, recipe.base, headers_only=headers_only)
-    task_vector: TaskVector | None = (
-        attempt(open_task_vector, base, recipe.tuned, headers_only=headers_only) if base else None
-    )
-    saes = attempt(open_saes, recipe.saes, sae_id=recipe.sae_id)
-    if base and saes:
-        heads = base.entries.get("layers.0.self_attn.o_proj.weight")
-        attempt(
-            check_fit,
-            saes,
-            hidden_size=base.hidden_size,
-            num_layers=base.layers,
-            model_name=recipe.base,
-            sites=SITES,
-            attn_width=heads.shape[1] if heads else None,
-        )
-        if cut := [arm for arm in recipe.arms if arm in SCALPEL_ARMS]:
-            if task_vector:
-                attempt(residual_sides, task_vector, saes, base.hidden_size)
-            if any(sae.site == "attn_z" for sae in saes.values()):
-                problems.append(
-                    "the SAEs read what heads say before it is mixed into the residual stream, so nothing can be"
-                    f" projected onto them: leave out {', '.join(f'`{arm}`' for arm in cut)} of `arms`"
-                )
-        if recipe.select.k is not None and recipe.select.k > len(saes):
-            problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
-    texts = {"target": recipe.target, **recipe.all_controls}
-    if recipe.calibrate:
-        texts |= {"calibration target": recipe.calibrate.target, "calibration control": recipe.calibrate.control}
-    chosen_on = list(texts)
-    if recipe.evaluate.control:
-        texts["general"] = recipe.evaluate.control
-    read = {name: attempt(documents, text) for name, text in texts.items()}
-    where, data = recipe.evaluate.include_path, recipe.evaluate.data
-    tasks = attempt(load_tasks, recipe.evaluate.tasks, where, data=data, seed=recipe.seed)
-    controls = (
-        attempt(load_tasks, recipe.evaluate.control_tasks, where, data=data, seed=recipe.seed)
-        if recipe.evaluate.control_tasks
-        else {}
-    )
-    seen = Seen.of(document for name in chosen_on for document in read[name] or ())
-    peeked = seen_items({**(tasks or {}), **(controls or {})}, seen, limit=recipe.evaluate.limit)
-    if held := tuple(i for i, text in enumerate(read.get("general") or ()) if seen.holds(str(text))):
-        peeked["general text"] = held
-    if not recipe.evaluate.exploratory:
-        attempt(refuse_seen, peeked)
-    edit = Preview()
-    if base and task_vector:
-        edit = _expected_edit(recipe, base, task_vector, folder)
-        problems += edit.problems
-    if problems or base is None or task_vector is None:
-        raise RecipeError("the recipe cannot be run", problems=problems)
-    return Preflight(
-        base=base,
-        task_vector=task_vector,
-        saes=saes,
-        texts=read,
-        tasks=list(tasks),
-        control_tasks=list(controls),
-        edit=edit,
-        seen=seen,
-        seen_items=peeked,
-    )
-
-
-def _expected_edit(recipe: Recipe, base: Checkpoint, task_vector: TaskVector, folder: Path) -> Preview:
-    """What writing the edit will take, whichever layers are chosen: those that hold most bytes."""
-    size: Counter[int] = Counter()
-    for name in task_vector.names:
-        entry = base.entries[name]
-        if entry.layer is not None:
-            size[entry.layer] += entry.nbytes
-    layers = [layer for layer, _ in size.most_common(recipe.select.k)]  # all, where k is not known yet
-    plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
-    return preview(base, task_vector, plan, folder / "edited", overwrite=True)
-
-
 class LayerEnergy(Frozen):
     """One layer's task vector: squared Frobenius norm, and its share of the whole."""
 
     layer: int
     energy: float
     share: float
-
-
-class ProjectedEnergy(Frozen):
-    """What a layer's feature projection keeps of its task vector, beside what random directions would."""
-
-    layer: int
-    features: int
-    energy_kept: float
-    chance: float
 
 
 class Edits(Artifact):
@@ -213,7 +76,6 @@ class Edits(Artifact):
 
     plans: dict[str, dict[str, Any] | None]
     energy: tuple[LayerEnergy, ...]
-    projected: tuple[ProjectedEnergy, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,13 +122,20 @@ class RunResult:
             return [f"{100 * found[arm, task]:.1f}{'*' if (arm, task) in marked else ' '}" for arm in arms]
 
         means = [100 * np.mean([found[arm, task] for task in comparison.family]) for arm in arms]
-        losses = [contrasts[arm].loss if arm in contrasts else None for arm in arms]
+        found_losses = {
+            "target loss, change": [contrasts[arm].target_loss if arm in contrasts else None for arm in arms],
+            "general loss, change": [contrasts[arm].loss if arm in contrasts else None for arm in arms],
+        }
         return [
             ["accuracy, %", *arms],
             *[[task, *percent(task)] for task in comparison.family],
             ["mean of these", *[f"{mean:.1f} " for mean in means]],
             *[[task, *percent(task)] for task in comparison.controls],
-            ["general loss, change", *[f"{loss.difference:+.3f}" if loss else "" for loss in losses]],
+            *[
+                [name, *[f"{loss.difference:+.3f}" if loss else "" for loss in losses]]
+                for name, losses in found_losses.items()
+                if any(losses)
+            ],
         ]
 
 
@@ -401,7 +270,7 @@ class _Run:
         provenance = self.provenance(*names, hearing=[documents, random_sets, recipe.edit.coefficient])
         if saved := Hearing.load_if_current(folder, provenance):
             return saved
-        statistics = load_statistics(self.folder / "statistics.safetensors")
+        statistics = self.statistics
         edits = LayerEdits(self.model, found.task_vector)
         texts = {name: self.batches(found.texts[name][:documents]) for name in ("target", control)}
         with self.reporter.stage("Score the layers in every way") as advance:
@@ -490,7 +359,7 @@ class _Run:
 
     def plan_arms(self, diagnosis: Diagnosis, selection: Selection) -> dict[str, EditPlan | None]:
         """A plan for every arm; None leaves the base as it is."""
-        recipe = self.recipe
+        recipe, features = self.recipe, self.features(diagnosis)
         chosen = selection.coefficients or dict.fromkeys(selection.layers, recipe.edit.coefficient)
         coefficient = sum(chosen.values()) / len(chosen)
         plans: dict[str, EditPlan | None] = {}
@@ -509,9 +378,9 @@ class _Run:
                     arm,
                     self.found.task_vector,
                     chosen,
-                    self.directions(diagnosis),
+                    lambda layer: features[layer]().directions,
                     features=self.projected_features,
-                    layers=[layer.layer for layer in diagnosis.layers],
+                    layers=features,
                     share=recipe.project.share,
                     seed=recipe.seed,
                 )
@@ -533,17 +402,47 @@ class _Run:
             )
         return [list(layers) for layers in sorted(seen - {tuple(selection.layers)})]
 
-    def directions(self, diagnosis: Diagnosis) -> Callable[[int], Any]:
-        """Loads a layer's decoder directions, all of them, those that differ most toward the target first."""
-        statistics = load_statistics(self.folder / "statistics.safetensors")
-        against = {layer.layer: layer.against for layer in diagnosis.layers}
+    @cached_property
+    def statistics(self) -> dict[str, FeatureStatistics]:
+        return load_statistics(self.folder / "statistics.safetensors")
 
-        def load(layer: int) -> Any:
-            ours, theirs = (statistics[name].layers[layer].mass for name in ("target", against[layer]))
-            order = np.argsort(theirs - ours, kind="stable")
-            return load_sae(self.found.saes[layer]).W_dec.detach()[order.tolist()]
+    def features(self, diagnosis: Diagnosis) -> dict[int, Callable[[], LayerFeatures]]:
+        """Loads a layer's directions, those first that differ most toward the target."""
 
-        return load
+        def load(layer: int, against: str) -> LayerFeatures:
+            ours, theirs = (self.statistics[name].layers[layer].mass for name in ("target", against))
+            sae = load_sae(self.found.saes[layer])
+            return LayerFeatures(
+                decoder=sae.W_dec.detach(),
+                encoder=sae.W_enc.detach().T,
+                order=np.argsort(theirs - ours, kind="stable").tolist(),
+                chosen=self.projected_features,
+            )
+
+        return {layer.layer: partial(load, layer.layer, layer.against) for layer in diagnosis.layers}
+
+    def geometry(self, diagnosis: Diagnosis) -> Geometry:
+        options = self.recipe.project
+        corpora = ("target", *self.recipe.all_controls)
+        provenance = self.provenance(
+            "base", "tuned", "diagnosis", features=self.projected_features, draws=options.draws, tokens=options.tokens
+        )
+        with self.reporter.stage("Geometry: what features keep of it") as advance:
+            made = Geometry.load_if_current(self.folder, provenance)
+            if made is None:
+                made = measure_geometry(
+                    self.found.task_vector,
+                    self.features(diagnosis),
+                    provenance=provenance,
+                    model=self.model,
+                    texts={name: self.batches(self.found.texts[name][:GEOMETRY_DOCUMENTS]) for name in corpora},
+                    draws=options.draws,
+                    tokens=options.tokens,
+                    progress=advance,
+                )
+                made.save(self.folder)
+        self.reporter.note(made.verdict)
+        return made
 
     def write(self, plans: dict[str, EditPlan | None]) -> None:
         provenance = self.provenance("base", "tuned", plans=_described(plans))
@@ -555,17 +454,11 @@ class _Run:
                 write_edit(self.found.base, self.found.task_vector, selected, edited, overwrite=True, progress=advance)
             energy = self.found.task_vector.energy_by_layer()
             whole = sum(energy.values())
-            projected = plans.get("projected")
-            kept = energy_kept(self.found.task_vector, projected.transform) if projected else {}  # type: ignore[arg-type]
             Edits(
                 provenance=provenance,
                 plans=_described(plans),
                 energy=tuple(
                     LayerEnergy(layer=n, energy=e, share=e / whole if whole else 0.0) for n, e in energy.items()
-                ),
-                projected=tuple(
-                    ProjectedEnergy(layer=n, features=self.projected_features, energy_kept=share, chance=chance)
-                    for n, (share, chance) in kept.items()
                 ),
             ).save(self.folder)
         self.reporter.note(f"wrote {edited}")
@@ -593,13 +486,15 @@ class _Run:
                 keys=keys,
                 progress=lambda done, total, _: advance(done, total),
             )
-        losses = self.control_losses(arms, keys)
+        losses = self.losses("general", arms, keys)
+        target_losses = self.losses("held-out target", arms, keys)
         divergences = self.divergences(plans, keys)
         with self.reporter.stage("Compare: paired tests"):
             comparison = compare(
                 outcomes,
                 family=self.found.tasks,
                 losses=losses or None,
+                target_losses=target_losses or None,
                 divergences=divergences or None,
                 seed=recipe.seed,
                 inputs=self.hashes,
@@ -607,28 +502,33 @@ class _Run:
             comparison.save(self.folder / "comparison.json")
         return comparison
 
+    def report_again(self) -> None:
+        """The report of a run that is finished, which shows later findings too."""
+        if (self.folder / "comparison.json").exists():
+            render_report(self.folder)
+
     def arm(self, plan: EditPlan | None) -> Callable[[], AbstractContextManager[Any]]:
         if plan is None:
             return nullcontext
         return lambda: applied(self.model, self.found.task_vector, plan)
 
-    def control_losses(
-        self, arms: dict[str, Callable[[], AbstractContextManager[Any]]], keys: dict[str, str]
+    def losses(
+        self, text: str, arms: dict[str, Callable[[], AbstractContextManager[Any]]], keys: dict[str, str]
     ) -> dict[str, DocumentLosses]:
-        """Loss of every arm on each document of the general text; empty where the recipe names none."""
-        documents = self.found.texts.get("general")
+        """Loss of every arm on each document of a text; empty where the recipe names none."""
+        documents = self.found.texts.get(text)
         if not documents:
             return {}
         losses = {}
-        with self.reporter.stage("Evaluate: loss on general text") as advance:
+        with self.reporter.stage(f"Evaluate: loss on {text} text") as advance:
             for number, (name, arm) in enumerate(arms.items()):
-                provenance = self.provenance("general", arm=keys[name])
-                folder = self.folder / "losses" / name
-                saved = GeneralLoss.load_if_current(folder, provenance)
+                provenance = self.provenance(text, arm=keys[name])
+                folder = self.folder / "losses" / text.replace(" ", "-") / name
+                saved = TextLoss.load_if_current(folder, provenance)
                 if saved is None:
                     with arm():
                         measured = document_losses(self.model, tokenize(documents, self.tokenizer))
-                    saved = GeneralLoss.model_validate({"provenance": provenance, **measured.to_dict()})
+                    saved = TextLoss.model_validate({"provenance": provenance, **measured.to_dict()})
                     saved.save(folder)
                 losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})
                 advance(number + 1, len(arms))
@@ -667,13 +567,37 @@ class GeneralDivergence(Artifact):
     arms: dict[str, dict[str, tuple[float, ...]]]
 
 
-class GeneralLoss(Artifact):
-    """One arm's loss on each document of general text: sums in nats over predicted tokens."""
+class TextLoss(Artifact):
+    """One arm's loss on each document of a text: sums in nats over predicted tokens."""
 
-    FILE: ClassVar[str] = "general_loss.json"
+    FILE: ClassVar[str] = "loss.json"
 
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
+
+
+def diagnose_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Diagnosis:
+    """Listen to every layer; ``diagnosis.json``, statistics and evidence are written in the run folder.
+
+    Raises:
+        StethoscopeError: whatever is wrong with the recipe, before any long work.
+    """
+    run = _Run(recipe, folder, reporter)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = run.diagnose()
+    run.gather_evidence(made)
+    return made
+
+
+def select_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Selection:
+    """Choose layers by the recipe's policy, listening first where that is not done; ``selection.json`` is written.
+
+    Raises:
+        StethoscopeError: whatever is wrong with the recipe, before any long work; the policy chooses no layer.
+    """
+    run = _Run(recipe, folder, reporter)
+    folder.mkdir(parents=True, exist_ok=True)
+    return run.select(run.diagnose())
 
 
 def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Calibration:
@@ -685,6 +609,19 @@ def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Cal
     run = _Run(recipe, folder, reporter)
     folder.mkdir(parents=True, exist_ok=True)
     return run.calibrate(run.diagnose())
+
+
+def geometry_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Geometry:
+    """What SAE features keep of the task vector, beside chance; ``geometry.json`` is written in the run folder.
+
+    Raises:
+        StethoscopeError: whatever is wrong with the recipe, before any long work.
+    """
+    run = _Run(recipe, folder, reporter)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = run.geometry(run.diagnose())
+    run.report_again()
+    return made
 
 
 def judge_recipe(
@@ -711,8 +648,7 @@ def judge_recipe(
     folder.mkdir(parents=True, exist_ok=True)
     run.diagnose()
     made = run.judge(documents, random_sets, control)
-    if (folder / "comparison.json").exists():
-        render_report(folder)  # it shows this too
+    run.report_again()
     return made
 
 
@@ -733,6 +669,8 @@ def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> RunResult
     diagnosis = run.diagnose()
     run.gather_evidence(diagnosis)
     selection = run.select(diagnosis)
+    if set(recipe.arms) & set(SCALPEL_ARMS):
+        run.geometry(diagnosis)
     plans = run.plan_arms(diagnosis, selection)
     run.write(plans)
     comparison = run.evaluate(plans)

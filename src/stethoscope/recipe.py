@@ -11,7 +11,8 @@ from stethoscope.errors import RecipeError
 
 ArmName = Literal[
     "base", "tuned", "selected", "random_layers",
-    "projected", "projected_energy_matched", "complement", "random_subspace", "hybrid", "filtered",
+    "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
+    "hybrid", "filtered",
 ]  # fmt: skip
 ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "projected")
 
@@ -105,10 +106,14 @@ class Project(_Section):
     Attributes:
         features: how many per layer span the subspace; 3 % of the width if None, as published.
         share: of a layer's energy that ``filtered`` keeps in the selected layers, and ``hybrid`` in the others.
+        draws: random feature sets, and as many random bases, that the geometry is compared with.
+        tokens: of each corpus, on which functional energy is measured.
     """
 
     features: int | None = Field(default=None, ge=1)
     share: float = Field(default=0.5, gt=0, le=1)
+    draws: int = Field(default=100, ge=20)
+    tokens: int = Field(default=512, ge=1)
 
 
 class Evaluate(_Section):
@@ -121,6 +126,7 @@ class Evaluate(_Section):
         data: local files of ``minerva_math``'s items, a folder or one file.
         limit: items per task; None for all.
         control: text for the loss control.
+        target: held-out target text, on which every arm's loss is measured: finer than accuracy, though no task.
         exploratory: test on items that the choice of layers has seen, and say so in the report.
     """
 
@@ -131,6 +137,7 @@ class Evaluate(_Section):
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
     control: Text | None = None
+    target: Text | None = None
     exploratory: bool = False
 
 
@@ -170,7 +177,8 @@ class Recipe(_Section):
             raise ValueError("`arms` must hold `base`, which the others are compared with")
         if self.select.policy == "calibrated" and self.calibrate is None:
             raise ValueError("the policy `calibrated` needs a section `calibrate` with texts")
-        if taken := {"target", "control", "general", "calibration target", "calibration control"} & set(self.controls):
+        own = {"target", "control", "general", "held-out target", "calibration target", "calibration control"}
+        if taken := own & set(self.controls):
             raise ValueError(f"`controls` cannot be called {', '.join(f'`{name}`' for name in sorted(taken))}")
         return self
 
@@ -215,6 +223,7 @@ class Recipe(_Section):
                 "include_path": self.evaluate.include_path and folder / self.evaluate.include_path,
                 "data": self.evaluate.data and folder / self.evaluate.data,
                 "control": self.evaluate.control and there(self.evaluate.control),
+                "target": self.evaluate.target and there(self.evaluate.target),
             }
         )
         calibrate = self.calibrate and self.calibrate.model_copy(

@@ -16,7 +16,8 @@ from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.corpus import TokenBatch
 from stethoscope.editing.energy import energy_curve
 from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
-from stethoscope.editing.projection import FeatureProjection, feature_basis, nested_basis, residual_sides
+from stethoscope.editing.projection import FeatureProjection, feature_basis, nested_basis
+from stethoscope.editing.sides import residual_sides
 from stethoscope.editing.spectrum import LinearChange, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
 
@@ -255,14 +256,14 @@ def test_the_same_seed_gives_the_same_file_and_it_loads(measured: Geometry, plan
 
 def test_the_verdict_says_how_it_compares_with_chance(measured: Geometry) -> None:
     kept = measured.total
-    text = measured.verdict()
+    text = measured.verdict
+    assert text == kept.verdict
     assert f"keep {kept.share:.1%}" in text
     assert f"the {kept.chance:.1%} of random directions" in text
-    noise = measured.model_copy(update={"total": measured.layers[1].kept})
-    assert ", no more than the 25.0% of random" in noise.verdict()
-    whole = measured.model_copy(update={"total": measured.layers[0].kept})
-    assert ", more than the 25.0% of random" in whole.verdict()
-    assert "and more than as many random features" in whole.verdict()
+    whole, noise = (layer.kept.verdict for layer in measured.layers)
+    assert ", no more than the 25.0% of random" in noise
+    assert ", more than the 25.0% of random" in whole
+    assert "and more than as many random features" in whole
 
 
 def test_a_change_elsewhere_is_said(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ from stethoscope.editing.projection import (
     residual_side,
     residual_sides,
 )
-from stethoscope.editing.scalpel import SCALPEL_ARMS, scalpel_plan
+from stethoscope.editing.scalpel import scalpel_plan
+from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
 

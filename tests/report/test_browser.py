@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from made_choice import save_choice
+from made_geometry import make_geometry
 
 from stethoscope.report import render_report
 
@@ -163,4 +164,14 @@ def test_the_choices_pictures_draw(visit, results, tmp_path):
     assert "random sets of as many layers" in text
     assert seen.page.locator("#front svg .mark-symbol path").count() == 5
     assert seen.page.locator("#front svg .mark-line path").count() >= 1
+    assert seen.complaints == []
+
+
+def test_the_scalpels_pictures_draw(visit, results, tmp_path):
+    folder = results.save(tmp_path / "run")
+    make_geometry().save(folder)
+    seen = visit(render_report(folder), viewport={"width": 1280, "height": 900})
+    assert seen.page.locator("#energy svg .mark-symbol path").count() == 30
+    assert seen.page.locator("#curves svg .mark-line path").count() >= 60  # a line and its chance level per layer
+    assert seen.page.locator("#split-chart svg .mark-rect path").count() > 4
     assert seen.complaints == []

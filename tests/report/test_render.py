@@ -8,14 +8,16 @@ from html.parser import HTMLParser
 
 import pytest
 from made_choice import save_choice
+from made_geometry import CHOSEN, WIDTH, make_cuts, make_geometry
 from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
 from stethoscope.artifacts import Provenance
 from stethoscope.errors import StethoscopeError
-from stethoscope.report import layer_profile, render_report, trade_off, words
+from stethoscope.report import gains, layer_profile, render_report, trade_off, words
 from stethoscope.report.profile import profile_rows
 from stethoscope.report.render import _ticks
-from stethoscope.report.results import Comparison, Diagnosis, Edits, Selection
+from stethoscope.report.results import Comparison, Diagnosis, Edits, Geometry, Selection
+from stethoscope.report.scalpel import answers, energy_by_layer, energy_curves, geometry_rows
 
 ONE = {"algebra": 0.3}
 
@@ -226,12 +228,10 @@ def test_edits_say_which_layers_the_arms_change(run_folder, results):
         "provenance": Provenance().model_dump(),
         "plans": {"base": None, "random_layers_1": {"layers": {"9": {"mlp": 1.0}, "2": {"mlp": 1.0}}, "default": 0.0}},
         "energy": [{"layer": d.layer, "energy": 1.0, "share": 0.02} for d in results.diagnosis.layers],
-        "projected": [{"layer": 17, "features": 17, "energy_kept": 0.031, "chance": 0.0294}],
     }
     (run_folder / "edits.json").write_text(json.dumps(edits))
     text = Page(render_report(run_folder).read_text(encoding="utf-8")).text
     assert "layers 2, 9" in text
-    assert "It keeps 3.1 % of the selected layers' energy; as many random directions would keep 2.9 %" in text
 
 
 def test_the_manifest_is_shown(run_folder):
@@ -293,7 +293,7 @@ def test_many_random_sets_are_named_once():
 
 
 def test_a_far_fine_tune_does_not_hide_the_edits(page, results):
-    assert set(page.data()["charts"]) == {"profile", "trade-off", "near"}
+    assert set(page.data()["charts"]) == {"profile", "trade-off", "near", "split-chart"}
     near = trade_off(results.comparison, without=["tuned"]).to_dict()["datasets"]["arms"]
     assert [row["arm"] for row in near] == ["base", "selected", "random_layers_1", "random_layers_2", "projected"]
 
@@ -340,3 +340,93 @@ def test_an_exploratory_claim_is_said(run_folder):
     page = Page(render_report(run_folder).read_text(encoding="utf-8"))
     assert "exploratory: some test items were seen in the choice (2 of algebra)" in page.text
     assert "confirmatory" not in page.text
+
+
+def test_the_geometry_is_shown_with_its_chance_level(run_folder, results):
+    made = make_geometry()
+    made.save(run_folder)
+    page = Page(render_report(run_folder).read_text(encoding="utf-8"))
+    assert {"energy", "curves"} <= set(page.data()["charts"])
+    assert made.verdict in page.text
+    assert dict(words.findings(Comparison.of(results.comparison), Geometry.of(made)))["Projected"].endswith(
+        made.verdict
+    )
+    row = geometry_rows(Geometry.of(made))[0]
+    assert row["chance"] == f"{100 * CHOSEN / WIDTH:.1f}"
+    assert row["features for 50, 90, 99 %"].split(" / ")[0] == str(made.layers[0].curve.needed["50"])
+    assert geometry_rows(Geometry.of(made))[-1]["kept, %"] == f"{100 * made.total.share:.1f}"
+
+
+def test_energy_curves_hold_every_layer_and_chance():
+    made = make_geometry(layers=3)
+    rows = energy_curves(made, [1]).to_dict()["datasets"]["curves"]
+    mine = [row for row in rows if row["layer"] == 1]
+    assert [row["features"] for row in mine] == list(made.layers[1].curve.features)
+    assert mine[-1]["kept"] == pytest.approx(100)
+    assert {row["layer"] for row in rows if row["selected"]} == {1}
+    dots = energy_by_layer(made, [1]).to_dict()["datasets"]["layers"]
+    assert [dot["kept"] for dot in dots] == pytest.approx([100 * layer.kept.share for layer in made.layers])
+
+
+WHY, THROWN, HYBRID = range(3)
+
+
+@pytest.mark.parametrize(
+    ("number", "changed", "says"),
+    [
+        (WHY, {}, "Both. Raw gains +0.398"),
+        (WHY, {}, "75% of raw. As many random directions at that norm give 25%"),
+        (WHY, {"projected_energy_matched": (0.4, 0.05)}, "Because it is small."),
+        (WHY, {"projected_energy_matched": (0.04, 0.05)}, "Because its direction is wrong."),
+        (WHY, {"projected": (0.4, 0.05)}, "It is not shown to be weak"),
+        (WHY, {"selected": (0.0, 0.0)}, "Not answered: the raw edit itself has no clear gain"),
+        (THROWN, {}, "In part: without the features' directions the edit gains"),
+        (THROWN, {"complement": (0.4, 0.05)}, "Yes: "),
+        (THROWN, {"complement": (0.0, 0.0)}, "No: "),
+        (HYBRID, {}, "`hybrid` is worse than raw injection"),
+        (HYBRID, {"hybrid": (0.5, 0.2)}, "`hybrid` trades gain against cost"),
+        (HYBRID, {"filtered": (0.4, 0.0)}, "`filtered` beats raw injection"),
+        (HYBRID, {"filtered": (0.4, 0.05)}, "`filtered` is not clearly better or worse"),
+    ],
+)
+def test_the_three_questions_are_answered_from_the_arms(number, changed, says):
+    found = answers(Comparison.of(make_cuts(**changed)))
+    assert len(found) == 3
+    assert says in found[number][1]
+
+
+def test_without_target_text_the_questions_are_answered_by_accuracy():
+    cuts = ("base", "selected", "projected", "projected_energy_matched")
+    arms = dict(zip(cuts, ((0.0, 0.0), (0.4, 0.0), (0.0, 0.0), (0.4, 0.0)), strict=True))
+    (only,) = answers(Comparison.of(make_comparison(arms=arms, subjects=ONE, items=200, pairs=None)))
+    assert "Because it is small" in only[1]
+    assert "points" in only[1]
+    assert answers(Comparison.of(make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)}))) == []
+
+
+def test_arms_are_described_by_their_whole_name():
+    assert words.describe_arm("random_subspace", None) != words.describe_arm("random_layers_2", None) != ""
+    assert words.describe_arm("projected_energy_matched", None) != words.describe_arm("projected", None)
+    assert words.describe_arm("complement", None)
+
+
+def test_gains_are_split_by_cause_and_add_up(page, results):
+    comparison = Comparison.of(results.comparison)
+    rows = gains.gain_rows(comparison)
+    selected = {row["task"]: row for row in rows if row["arm"] == "selected"}
+    for task in comparison.contrast("selected").tasks:
+        assert selected[task.task]["net, points"] == words.signed(100 * (task.accuracy_b - task.accuracy_a))
+    whole = selected["all target items"]
+    assert whole["net, points"] == words.signed(100 * comparison.contrast("selected").pooled.difference)
+    assert whole["no answer found"].startswith("+")
+    bars = gains.gain_split(comparison).to_dict()["datasets"]["gains"]
+    mine = sum(bar["points"] for bar in bars if bar["arm"] == "selected")
+    assert mine == pytest.approx(100 * comparison.contrast("selected").pooled.difference)
+    assert "Where the gain comes from" in page.text
+
+
+def test_losses_on_held_out_target_text_are_in_the_table(tmp_path, results):
+    folder = Results(results.diagnosis, results.selection, make_cuts(), results.recipe).save(tmp_path / "run")
+    text = " ".join(Page(render_report(folder).read_text(encoding="utf-8")).text.split())
+    assert "loss on held-out text" in text
+    assert "target loss -0.398" in text.replace("\u2212", "-")

@@ -18,7 +18,8 @@ DATA = Path(str(files("stethoscope_demo"))) / "data"
 PACKAGED = ("test", "calibration", "shots")
 TEST_ITEMS = 250
 CALIBRATION_ITEMS = 150
-TARGET_DOCUMENTS = 210  # five problems each use every calibration item once
+TARGET_DOCUMENTS = 210
+HELD_OUT_DOCUMENTS = 140  # with those above, of three problems each, every calibration item is used once
 MATH_GROUP = "stethoscope_math"
 CONTROL_GROUP = "stethoscope_control"
 ANSWER = r"The final answer is \$(.*?)\$"
@@ -117,9 +118,11 @@ def general_documents(split: Literal["calibration", "test"]) -> Iterator[dict[st
 
 
 def write_text_corpora(folder: Path) -> None:
-    """Writes `target.jsonl` and `control.jsonl` for the diagnosis, `general.jsonl` to judge the cost by."""
+    """Writes `target.jsonl` and `control.jsonl` for the diagnosis, `held_out.jsonl` and `general.jsonl` to judge by."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_lines(folder / "target.jsonl", target_documents(TARGET_DOCUMENTS))
+    target = list(target_documents(TARGET_DOCUMENTS + HELD_OUT_DOCUMENTS))
+    _write_lines(folder / "target.jsonl", target[:TARGET_DOCUMENTS])
+    _write_lines(folder / "held_out.jsonl", target[TARGET_DOCUMENTS:])
     _write_lines(folder / "control.jsonl", general_documents("calibration"))
     _write_lines(folder / "general.jsonl", general_documents("test"))
 

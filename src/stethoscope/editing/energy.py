@@ -5,16 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64, Int
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+
+from stethoscope.artifacts import Frozen
 
 NEEDED = (0.5, 0.9, 0.99)
 _POINTS = 128  # of a curve that are saved
 _RESAMPLES = 1000
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Draws(Frozen):
@@ -47,6 +44,19 @@ class Kept(Frozen):
     over_chance: float
     interval: tuple[float, float] | None
     p: float
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: do the features keep more than chance, and than other features would?"""
+        drawn = self.random_features
+        low, high = self.interval or (self.over_chance, self.over_chance)
+        against = "more than" if low > 1 else "less than" if high < 1 else "no more than"
+        other = "more than" if self.share > drawn.high else "less than" if self.share < drawn.low else "as much as"
+        return (
+            f"The features' directions keep {self.share:.1%} of the task vector's energy, {against} the"
+            f" {self.chance:.1%} of random directions ({self.over_chance:.2f} times, 95 % interval {low:.2f} to"
+            f" {high:.2f}), and {other} as many random features of the same SAEs ({drawn.low:.1%} to {drawn.high:.1%})."
+        )
 
 
 class Curve(Frozen):

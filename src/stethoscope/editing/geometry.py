@@ -1,7 +1,7 @@
 """How a task vector lies to SAE features: what their span keeps of it beside what chance keeps, and what that does.
 
     made = measure_geometry(task_vector, features, provenance=provenance, model=model, texts=texts)
-    print(made.verdict())
+    print(made.verdict)
 
 One pass over the weights per layer: every subspace is a group of unit directions, and energy along them adds up.
 """
@@ -11,27 +11,28 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Artifact, Provenance
+from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.corpus import TokenBatch
-from stethoscope.editing.energy import Curve, Frozen, Kept, TensorEnergy, energy_curve, sum_energies
+from stethoscope.editing.energy import Curve, Kept, TensorEnergy, energy_curve, sum_energies
 from stethoscope.editing.inputs import matrix_inputs
 from stethoscope.editing.projection import (
     FeatureProjection,
-    Side,
     bases_through_norms,
     energy_along,
     nested_basis,
     random_basis,
-    residual_sides,
 )
+from stethoscope.editing.sides import Side, residual_sides
 from stethoscope.editing.spectrum import LinearChange, Spectrum, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.shown import Shown
 
 _FUNCTIONAL_DRAWS = 4
 Texts = Mapping[str, Sequence[TokenBatch]]
@@ -51,6 +52,11 @@ class LayerFeatures:
     encoder: Float[Tensor, "features d"]
     order: Sequence[int]
     chosen: int
+
+    @property
+    def directions(self) -> Float[Tensor, "features d"]:
+        """Decoder directions, most specific first."""
+        return self.decoder[list(self.order)]
 
 
 class TensorGeometry(Frozen):
@@ -100,8 +106,13 @@ class LayerGeometry(Frozen):
     tensors: tuple[TensorGeometry, ...]
 
 
-class Geometry(Artifact):
-    """Every layer's task vector against its features; ``tokens`` is how many each corpus lent."""
+class Geometry(Shown, Artifact):
+    """Every layer's task vector against its features.
+
+    Attributes:
+        tokens: how many each corpus lent.
+        verdict: one sentence: do the features keep more than chance, and more than other features would?
+    """
 
     FILE: ClassVar[str] = "geometry.json"
 
@@ -112,18 +123,64 @@ class Geometry(Artifact):
     layers: tuple[LayerGeometry, ...]
     kinds: dict[str, Kept]
     total: Kept
+    verdict: str
 
-    def verdict(self) -> str:
-        """One sentence: do the features keep more of the task vector than chance, and than other features would?"""
-        kept, drawn = self.total, self.total.random_features
-        low, high = kept.interval or (kept.over_chance, kept.over_chance)
-        against = "more than" if low > 1 else "less than" if high < 1 else "no more than"
-        other = "more than" if kept.share > drawn.high else "less than" if kept.share < drawn.low else "as much as"
-        return (
-            f"The features' directions keep {kept.share:.1%} of the task vector's energy, {against} the"
-            f" {kept.chance:.1%} of random directions ({kept.over_chance:.2f} times, 95 % interval {low:.2f} to"
-            f" {high:.2f}), and {other} as many random features of the same SAEs ({drawn.low:.1%} to {drawn.high:.1%})."
+    def to_frame(self) -> pd.DataFrame:
+        """A row per layer: shares of energy kept beside chance, and on each corpus the functional ones."""
+        return pd.DataFrame(
+            [
+                {
+                    "layer": layer.layer,
+                    "features": layer.features,
+                    "rank": layer.rank,
+                    "energy": layer.kept.energy,
+                    "kept": layer.kept.share,
+                    "chance": layer.kept.chance,
+                    "over_chance": layer.kept.over_chance,
+                    "random_low": layer.kept.random_features.low,
+                    "random_high": layer.kept.random_features.high,
+                    "p": layer.kept.p,
+                    "unprojected": layer.unprojected,
+                    **{f"functional_{corpus}": share for corpus, share in layer.functional.items()},
+                    **{f"functional_chance_{corpus}": share for corpus, share in layer.functional_chance.items()},
+                }
+                for layer in self.layers
+            ]
         )
+
+    def table(self) -> list[list[str]]:
+        """A row per layer and one for all as text, in percent, with a header row, for a terminal."""
+        corpora = list(self.tokens)
+        rows = [["layer", "features", "kept, %", "chance", "times", "random features", *(f"on {c}" for c in corpora)]]
+        for name, kept, layer in [*((str(one.layer), one.kept, one) for one in self.layers), ("all", self.total, None)]:
+            drawn, functional = kept.random_features, layer.functional if layer else {}
+            rows.append(
+                [
+                    name,
+                    str(layer.features) if layer else "",
+                    f"{100 * kept.share:.1f}",
+                    f"{100 * kept.chance:.1f}",
+                    f"{kept.over_chance:.2f}",
+                    f"{100 * drawn.low:.1f} to {100 * drawn.high:.1f}",
+                    *(f"{100 * functional[c]:.1f}" if c in functional else "" for c in corpora),
+                ]
+            )
+        return rows
+
+    def plot(self, selection: Any = None, *, width: int = 640) -> Any:
+        """What each layer's features keep of its change, an Altair chart, beside random features and directions.
+
+        Args:
+            selection: a `Selection`, whose layers are marked.
+            width: of the plotting area in pixels.
+        """
+        from stethoscope.report.scalpel import energy_by_layer
+
+        return energy_by_layer(self, selection.layers if selection else (), width=width)
+
+    def _shown(self) -> tuple[str, pd.DataFrame]:
+        columns = ["layer", "features", "rank", "kept", "chance", "over_chance", "random_low", "random_high", "p"]
+        return self.verdict, self.to_frame()[columns]
 
 
 def measure_geometry(
@@ -178,6 +235,7 @@ def measure_geometry(
             progress(number + 1, len(features))
     if not energies:
         raise StethoscopeError("the task vector changes no matrix of the layers that have SAEs")
+    total = sum_energies(energies, rng)
     kinds = {kind: [one for one in energies if one.kind == kind] for kind in sorted({one.kind for one in energies})}
     return Geometry(
         provenance=provenance,
@@ -187,7 +245,8 @@ def measure_geometry(
         tokens={corpus: found.tokens for corpus, found in inputs.items()},
         layers=tuple(layers),
         kinds={kind: sum_energies(several, rng) for kind, several in kinds.items()},
-        total=sum_energies(energies, rng),
+        total=total,
+        verdict=total.verdict,
     )
 
 
@@ -211,7 +270,7 @@ class _Layer:
                 f" {found.decoder.shape[1]} values to write and {found.encoder.shape[1]} to read, it has {width}",
                 hint="geometry needs SAEs of the residual stream, or of what attention or MLP add to it",
             )
-        self.ordered = found.decoder[list(found.order)]
+        self.ordered = found.directions
         self.whole, self.came = nested_basis(self.ordered)
 
         def subspace(rows: Tensor) -> FeatureProjection:

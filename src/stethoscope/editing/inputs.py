@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.corpus import TokenBatch
-from stethoscope.editing.projection import READERS
+from stethoscope.editing.sides import READERS
 from stethoscope.sites import HookPoint, hear, hook_point
 
 _SINK = 10.0  # times the median residual norm: an attention sink, which statistics leave out too

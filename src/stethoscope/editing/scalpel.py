@@ -8,7 +8,6 @@ it is cut along the wrong directions (`random_subspace`), or because what worked
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Float64
@@ -22,12 +21,9 @@ from stethoscope.editing.projection import (
     feature_basis,
     nested_basis,
     random_basis,
-    residual_sides,
 )
+from stethoscope.editing.sides import ScalpelArm, residual_sides
 from stethoscope.errors import StethoscopeError
-
-ScalpelArm = Literal["projected", "projected_energy_matched", "complement", "random_subspace", "hybrid", "filtered"]
-SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
 
 
 def smallest_basis(
@@ -66,7 +62,7 @@ def energy_matched(task_vector: TaskVector, projection: FeatureProjection) -> Fe
     if empty := [layer for layer, factor in scale.items() if not factor]:
         raise StethoscopeError(
             f"the projected change is zero in layers {', '.join(map(str, empty))}: no factor gives it the raw norm",
-            hint="leave out the arm `projected_energy_matched`, or project onto more features",
+            hint="leave out the energy-matched arms, or project onto more features",
         )
     return replace(projection, scale=scale)
 
@@ -86,9 +82,9 @@ def scalpel_plan(
 
     Args:
         arm: ``projected`` onto the first features; ``projected_energy_matched``, that at the raw edit's norm per
-            layer; ``complement``, what ``projected`` throws away; ``random_subspace`` of equal rank; ``filtered``, the
-            fewest features that keep ``share`` of each layer's energy; ``hybrid``, raw in the selected layers and
-            ``filtered`` in the others, at the selected ones' mean coefficient.
+            layer; ``complement``, what ``projected`` throws away; ``random_subspace`` of equal rank, and that at the
+            raw edit's norm; ``filtered``, the fewest features that keep ``share`` of each layer's energy; ``hybrid``,
+            raw in the selected layers and ``filtered`` in the others, at the selected ones' mean coefficient.
         coefficients: of the selected layers.
         directions: a layer's feature directions, most specific first.
         features: how many span the subspace.
@@ -109,11 +105,11 @@ def scalpel_plan(
         bases = {layer: smallest_basis(task_vector, layer, directions(layer), share) for layer in coefficients}
     else:
         bases = {layer: feature_basis(directions(layer)[:features]) for layer in coefficients}
-    if arm == "random_subspace":
+    if arm.startswith("random_subspace"):
         generator = torch.Generator().manual_seed(seed)
         bases = {layer: random_basis(len(Q), Q.shape[1], generator) for layer, Q in sorted(bases.items())}
     residual_sides(task_vector, bases, len(next(iter(bases.values()))))
     transform = FeatureProjection(bases=bases, complement=arm == "complement")
-    if arm == "projected_energy_matched":
+    if arm.endswith("_energy_matched"):
         transform = energy_matched(task_vector, transform)
     return EditPlan.for_layers(coefficients, transform=transform)

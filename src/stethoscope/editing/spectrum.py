@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.projection import Side
+from stethoscope.editing.sides import Side
 
 
 @dataclass(frozen=True, kw_only=True)

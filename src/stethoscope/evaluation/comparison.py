@@ -35,6 +35,7 @@ def compare(
     family: Sequence[str] | None = None,
     pairs: Sequence[tuple[str, str]] | None = None,
     losses: Mapping[str, DocumentLosses] | None = None,
+    target_losses: Mapping[str, DocumentLosses] | None = None,
     divergences: Mapping[str, DocumentDivergences] | None = None,
     metric: str | None = None,
     alpha: float = 0.05,
@@ -56,6 +57,7 @@ def compare(
         pairs: arms to compare, as (a, b) with b under test. If not given: every arm against the baseline, every edit
             against ``tuned``, and ``selected`` against every other edit.
         losses: control loss per document of each arm, on the same documents.
+        target_losses: the same on held-out target text.
         divergences: divergence from the base per document of each arm, on the same documents; the base's is zero.
         metric: the metric that decides; each task's own (`Outcomes.metric_of`) if not given.
         alpha: level of every test; intervals have confidence 1 - alpha.
@@ -109,11 +111,12 @@ def compare(
             for entry, p in zip(found, adjusted, strict=True):
                 verdict = task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
                 compared.append(TaskContrast(**entry, in_family=in_family, p_adjusted=p, verdict=verdict))
-        cost = {
+        on_text = {
             "loss": _compare_documents(losses, a, b, alpha, seed),
             "divergence": _compare_documents(divergences, a, b, alpha, seed),
+            "target_loss": _compare_documents(target_losses, a, b, alpha, seed),
         }
-        contrasts.append(_conclude(outcomes, a, b, compared, cost, alpha, margin, seed))
+        contrasts.append(_conclude(outcomes, a, b, compared, on_text, alpha, margin, seed))
     return Comparison(
         seed=seed,
         inputs=dict(inputs or {}),
@@ -186,6 +189,7 @@ def _default_pairs(arms: Sequence[str], baseline: str) -> list[tuple[str, str]]:
         pairs += [("tuned", arm) for arm in edits]
     if "selected" in edits:
         pairs += [(arm, "selected") for arm in edits if arm != "selected"]
+    pairs += [(arm, f"{arm}_energy_matched") for arm in edits if f"{arm}_energy_matched" in edits]
     return pairs
 
 
@@ -292,7 +296,7 @@ def _conclude(
     a: str,
     b: str,
     tasks: list[TaskContrast],
-    cost: dict[str, PairedDifference | None],
+    on_text: dict[str, PairedDifference | None],
     alpha: float,
     margin: float,
     seed: int,
@@ -318,6 +322,6 @@ def _conclude(
         "improved": [t.task for t in significant if t.difference.difference > 0],
         "worsened": [t.task for t in significant if t.difference.difference < 0],
         "not_degraded": [t.task for t in tasks if t.non_inferiority.shown],
-        **cost,
+        **on_text,
     }
     return Contrast(**contrast, verdict=overall_verdict(**contrast, margin=margin, alpha=alpha))

@@ -1,6 +1,7 @@
 """What a comparison found: arm against arm by task, pooled, and what it cost; as frames, and as `comparison.json`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,7 @@ import pandas as pd
 from stethoscope.artifacts import write_json
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.inference import McNemar, NonInferiority, PairedDifference, UnpairedZ
+from stethoscope.shown import Shown
 
 SCHEMA = 1
 CAUSES = ("format", "truncation", "correctness")
@@ -60,6 +62,7 @@ class Contrast:
     ``pooled`` weighs items equally and resamples within tasks; ``improved``, ``worsened`` and ``not_degraded`` name
     tasks. On control text, in nats per token, positive where b is worse: ``loss`` is the change of loss,
     ``divergence`` how much further from the base b is than a (Kullback-Leibler; from zero where a is the base).
+    ``target_loss`` is the change of loss on held-out target text, negative where b is better.
     """
 
     a: str
@@ -73,6 +76,7 @@ class Contrast:
     loss: PairedDifference | None
     verdict: str
     divergence: PairedDifference | None = None
+    target_loss: PairedDifference | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +101,8 @@ class NoiseFloor:
     responses: int | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Shown):
     """Every contrast that was asked for, with the settings and the inputs (hashes by name) that it rests on.
 
     ``accuracy`` has a row per task and arm; its ``metrics`` are the means of all the task's metrics, not only of the
@@ -193,6 +197,29 @@ class Comparison:
         counts = {"gained": "Int64", "lost": "Int64", "net": "Int64", "points": "Float64"}
         return pd.DataFrame(rows, columns=columns).astype(counts)
 
+    @property
+    def verdict(self) -> str:
+        """The sentence on the ``selected`` arm against the baseline, or on the first contrast if there is none."""
+        chosen = [c for c in self.contrasts if (c.a, c.b) == (self.baseline, "selected")] or self.contrasts
+        return chosen[0].verdict if chosen else "Nothing was compared."
+
+    def plot(self, *, without: Sequence[str] = (), width: int = 640) -> Any:
+        """The trade-off, an Altair chart: what each arm gains on the target tasks against what it costs.
+
+        Args:
+            without: arms to leave out: the whole fine-tune is often so far away that the edits cannot be told apart.
+            width: of the plotting area in pixels.
+        """
+        from stethoscope.report.trade import trade_off
+
+        return trade_off(self, without=without, width=width)
+
+    def _shown(self) -> tuple[str, pd.DataFrame]:
+        frame = self.to_frame()
+        pooled = frame[frame["task"] == "pooled"] if len(frame) else frame
+        columns = {"a": "from", "b": "to", "n": "items", "difference": "difference", "low": "low", "high": "high"}
+        return self.verdict, pooled[[*columns, "p_mcnemar"]].rename(columns=columns) if len(frame) else pooled
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, as in ``comparison.json``."""
         return {"schema": SCHEMA, "stethoscope": version("sae-stethoscope"), **asdict(self)}
@@ -236,6 +263,7 @@ def _contrast(value: dict[str, Any]) -> Contrast:
         "pooled_mcnemar": McNemar,
         "loss": PairedDifference,
         "divergence": PairedDifference,
+        "target_loss": PairedDifference,
     }
 
     def build(entry: dict[str, Any]) -> dict[str, Any]:

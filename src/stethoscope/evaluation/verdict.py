@@ -16,6 +16,7 @@ def overall_verdict(
     not_degraded: list[str],
     loss: PairedDifference | None,
     divergence: PairedDifference | None,
+    target_loss: PairedDifference | None,
     margin: float,
     alpha: float,
 ) -> str:
@@ -46,7 +47,8 @@ def overall_verdict(
     bound = f"a loss of {100 * margin:g} points" if everywhere else "a loss of its margin"
     where = "every task" if len(not_degraded) == len(tasks) else f"{len(not_degraded)} of {len(tasks)} tasks"
     words += f"; {bound} or more is ruled out in {where}"
-    for change, what in ((loss, "control loss"), (divergence, "divergence from the base")):
+    measured = {"target loss": target_loss, "control loss": loss, "divergence from the base": divergence}
+    for what, change in measured.items():
         if change is not None:
             words += f"; {what} {change.difference:+.3f} nats per token"
             if change.low is not None and change.high is not None:

@@ -19,6 +19,7 @@ from stethoscope.artifacts import write_text
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import tables, words
 from stethoscope.report.choice import calibration_front, calibration_rows, hearing_plane, hearing_rows
+from stethoscope.report.gains import gain_rows, gain_split
 from stethoscope.report.look import COLOURS, FONT
 from stethoscope.report.profile import layer_profile
 from stethoscope.report.results import (
@@ -28,10 +29,12 @@ from stethoscope.report.results import (
     Diagnosis,
     Edits,
     Evidence,
+    Geometry,
     Hearing,
     Selection,
     read_json,
 )
+from stethoscope.report.scalpel import answers, energy_by_layer, energy_curves, geometry_rows
 from stethoscope.report.trade import is_crowded, trade_off
 
 # What replaces each colour of the charts on a dark screen; the page's own colours stand in the style sheet.
@@ -53,8 +56,8 @@ def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
-    ``edits.json``, ``claim.json``, ``calibration.json``, ``hearing/*/hearing.json``, ``recipe.yaml`` and
-    ``edited/manifest.json``.
+    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``hearing/*/hearing.json``,
+    ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -65,9 +68,6 @@ def render_report(run_dir: Path) -> Path:
     diagnosis = Diagnosis.load(run_dir / "diagnosis.json")
     selection = Selection.load(run_dir / "selection.json")
     comparison = Comparison.load(run_dir / "comparison.json")
-    edits = Edits.load(run_dir / "edits.json") if (run_dir / "edits.json").exists() else None
-    evidence = Evidence.load(run_dir / "evidence.json") if (run_dir / "evidence.json").exists() else None
-    claim = Claim.load(run_dir / "claim.json") if (run_dir / "claim.json").exists() else None
     calibration = None
     if selection.policy == "calibrated":  # one that was only tried is not this selection's
         calibration = Calibration.load(run_dir / "calibration.json")
@@ -75,17 +75,27 @@ def render_report(run_dir: Path) -> Path:
     recipe = _recipe(run_dir / "recipe.yaml")
     manifest = run_dir / "edited" / "manifest.json"
     changed = tables.scalars(read_json(manifest)) if manifest.exists() else []
-    judged = _Judged(claim=claim, calibration=calibration, hearing=heard)
-    page = _page(diagnosis, selection, comparison, edits, evidence, judged, recipe=recipe, manifest=changed)
+    more = _More(
+        evidence=Evidence.find(run_dir / "evidence.json"),
+        edits=Edits.find(run_dir / "edits.json"),
+        geometry=Geometry.find(run_dir / "geometry.json"),
+        claim=Claim.find(run_dir / "claim.json"),
+        calibration=calibration,
+        hearing=heard,
+    )
+    page = _page(diagnosis, selection, comparison, more, recipe=recipe, manifest=changed)
     path = run_dir / "report.html"
     write_text(path, page)
     return path
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Judged:
-    """What says how good the choice of layers was; ``hearing`` is by control."""
+class _More:
+    """What a run may have written beside its three results; ``hearing`` is by control."""
 
+    evidence: Evidence | None
+    edits: Edits | None
+    geometry: Geometry | None
     claim: Claim | None
     calibration: Calibration | None
     hearing: dict[str, Hearing]
@@ -95,9 +105,7 @@ def _page(
     diagnosis: Diagnosis,
     selection: Selection,
     comparison: Comparison,
-    edits: Edits | None,
-    evidence: Evidence | None,
-    judged: _Judged,
+    more: _More,
     *,
     recipe: str | None,
     manifest: list[tables.Row],
@@ -107,10 +115,15 @@ def _page(
     charts: dict[str, Any] = {"profile": layer_profile(diagnosis, selection), "trade-off": trade_off(comparison)}
     if is_crowded(comparison):
         charts["near"] = trade_off(comparison, without=["tuned"])
-    if judged.calibration:
-        charts["front"] = calibration_front(judged.calibration)
+    if split := gain_split(comparison):
+        charts["split-chart"] = split
+    if more.geometry:
+        charts["energy"] = energy_by_layer(more.geometry, selection.layers)
+        charts["curves"] = energy_curves(more.geometry, selection.layers)
+    if more.calibration:
+        charts["front"] = calibration_front(more.calibration)
     hearing = []
-    for number, (control, heard) in enumerate(judged.hearing.items()):
+    for number, (control, heard) in enumerate(more.hearing.items()):
         k = heard.size(len(selection.layers))
         charts[f"hearing-{number}"] = hearing_plane(heard, k)
         hearing.append({"control": control, "k": k, "rows": hearing_rows(heard, k), "documents": heard.documents})
@@ -131,28 +144,32 @@ def _page(
         diagnosis=diagnosis,
         selection=selection,
         comparison=comparison,
-        claim=judged.claim,
-        calibration=judged.calibration,
-        front=calibration_rows(judged.calibration) if judged.calibration else [],
+        claim=more.claim,
+        calibration=more.calibration,
+        front=calibration_rows(more.calibration) if more.calibration else [],
+        geometry=more.geometry,
+        geometry_rows=geometry_rows(more.geometry) if more.geometry else [],
+        answers=answers(comparison),
+        gains=gain_rows(comparison),
         hearing=hearing,
         strongest=strongest,
         settings=_settings(recipe),
         recipe=recipe,
         manifest=manifest,
         headline=words.headline(comparison),
-        findings=words.findings(comparison, edits),
+        findings=words.findings(comparison, more.geometry),
         notices=words.notices(diagnosis, comparison),
-        arms=[(arm, words.describe_arm(arm, edits)) for arm in comparison.arms],
+        arms=[(arm, words.describe_arm(arm, more.edits)) for arm in comparison.arms],
         results=tables.results(comparison),
         tests=tables.tests(comparison),
-        layers=tables.layers(diagnosis, selection, edits),
+        layers=tables.layers(diagnosis, selection, more.edits),
         costs=tables.costs(comparison),
         feature_rows=[tables.feature_row(f) for f in strongest.features],
         facts={layer.layer: words.layer_facts(layer, diagnosis) for layer in diagnosis.layers},
         health={layer.layer: tables.health(layer) for layer in diagnosis.layers},
-        evidence=tables.evidence(evidence, diagnosis) if evidence else {},
-        searched=evidence.documents if evidence else {},
-        provenance=tables.provenance(diagnosis, evidence, selection, edits, comparison),
+        evidence=tables.evidence(more.evidence, diagnosis) if more.evidence else {},
+        searched=more.evidence.documents if more.evidence else {},
+        provenance=tables.provenance(diagnosis, more.evidence, selection, more.geometry, more.edits, comparison),
         data=data,
         style=Markup(_style()),
         scripts=[Markup(script) for script in scripts],

@@ -66,6 +66,11 @@ class _File(_Shown):
             problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
             raise StethoscopeError(f"`{path}` does not have the expected form", problems=problems) from error
 
+    @classmethod
+    def find(cls: type[_AnyFile], path: Path) -> _AnyFile | None:
+        """As `load`, and None where there is no such file."""
+        return cls.load(path) if path.exists() else None
+
 
 class Health(_Shown):
     variance_explained: float | None
@@ -250,17 +255,62 @@ class LayerEnergy(_Shown):
     share: float
 
 
-class ProjectedEnergy(_Shown):
-    layer: int
-    features: int
-    energy_kept: float
-    chance: float
-
-
 class Edits(_File):
     plans: dict[str, Plan | None]
     energy: tuple[LayerEnergy, ...] = ()
-    projected: tuple[ProjectedEnergy, ...] = ()
+
+
+class Draws(_Shown):
+    low: float
+    high: float
+
+
+class Kept(_Shown):
+    share: float
+    chance: float
+    random_features: Draws
+    over_chance: float
+    interval: tuple[float, float] | None
+
+
+class Curve(_Shown):
+    features: tuple[int, ...]
+    share: tuple[float, ...]
+    chance: tuple[float, ...]
+    needed: dict[str, int | None]
+
+
+class Written(_Shown):
+    share: float
+    chance: float
+
+
+class TensorGeometry(_Shown):
+    overlap: float | None
+    effective_rank: float | None
+
+
+class LayerGeometry(_Shown):
+    layer: int
+    features: int
+    rank: int
+    kept: Kept
+    functional: dict[str, float]
+    functional_chance: dict[str, float]
+    curve: Curve
+    written: Written | None
+    tensors: tuple[TensorGeometry, ...]
+
+
+class Geometry(_File):
+    """What features' directions keep of the task vector, beside chance."""
+
+    layers: tuple[LayerGeometry, ...]
+    kinds: dict[str, Kept]
+    total: Kept
+    tokens: dict[str, int]
+    draws: int
+    verdict: str
 
 
 class Difference(_Shown):
@@ -323,6 +373,7 @@ class Contrast(_Shown):
     pooled: Difference
     pooled_mcnemar: McNemar | None
     loss: Difference | None
+    target_loss: Difference | None = None
     verdict: str
 
     def task(self, name: str) -> TaskContrast | None:
@@ -362,4 +413,4 @@ class Comparison(_File):
 
 def is_random(arm: str) -> bool:
     """Whether an arm is one of the random layer sets."""
-    return arm.startswith("random")
+    return arm.startswith("random_layers")

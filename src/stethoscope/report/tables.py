@@ -9,6 +9,7 @@ from stethoscope.report.results import (
     Edits,
     Evidence,
     Feature,
+    Geometry,
     Layer,
     McNemar,
     Selection,
@@ -57,12 +58,17 @@ def results(comparison: Comparison) -> list[dict[str, Any]]:
     groups = [{"title": "Target: accuracy, %", "rows": [*map(of_task, comparison.family), pooled()]}]
     if comparison.controls:
         groups.append({"title": "Control: accuracy, %", "rows": list(map(of_task, comparison.controls))})
-    losses = {arm: contrast.loss if contrast else None for arm, contrast in contrasts.items()}
-    if any(losses.values()):
-        documents = {str(loss.n) for loss in losses.values() if loss}
-        cells = [_loss(arm == comparison.baseline, loss) for arm, loss in losses.items()]
-        row = {"name": "loss on control text", "n": "/".join(sorted(documents)), "cells": cells, "kind": "loss"}
-        groups.append({"title": "Control: change of loss, nats per token", "rows": [row]})
+    measured = {
+        "Target: change of loss, nats per token": ("loss on held-out text", "target_loss"),
+        "Control: change of loss, nats per token": ("loss on control text", "loss"),
+    }
+    for heading, (name, field) in measured.items():
+        losses = {arm: getattr(contrast, field) if contrast else None for arm, contrast in contrasts.items()}
+        if any(losses.values()):
+            documents = {str(loss.n) for loss in losses.values() if loss}
+            cells = [_loss(arm == comparison.baseline, loss) for arm, loss in losses.items()]
+            row = {"name": name, "n": "/".join(sorted(documents)), "cells": cells, "kind": "loss"}
+            groups.append({"title": heading, "rows": [row]})
     return groups
 
 
@@ -143,7 +149,6 @@ def layers(diagnosis: Diagnosis, selection: Selection, edits: Edits | None) -> l
     """A row per layer; several numbers are one per corpus, and those in brackets are chance."""
     reasons = {choice.layer: choice.reason for choice in selection.choices}
     energy = {e.layer: percent(e.share) for e in edits.energy} if edits else {}
-    kept = {e.layer: f"{percent(e.energy_kept)} ({percent(e.chance)})" for e in edits.projected} if edits else {}
     rows = []
     for layer in diagnosis.layers:
         healths = [layer.health[name] for name in diagnosis.corpora if name in layer.health]
@@ -168,7 +173,6 @@ def layers(diagnosis: Diagnosis, selection: Selection, edits: Edits | None) -> l
         }
         if edits:
             row["energy of the change, %"] = energy.get(layer.layer, NONE)
-            row["projection keeps, %"] = kept.get(layer.layer, NONE)
         rows.append({**row, "fate": reasons.get(layer.layer, "")})
     return rows
 
@@ -260,7 +264,7 @@ def _one_line(text: str) -> str:
     return text.replace("\r", "").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
 
 
-def provenance(*results: Diagnosis | Evidence | Selection | Edits | Comparison | None) -> list[Row]:
+def provenance(*results: Diagnosis | Evidence | Selection | Geometry | Edits | Comparison | None) -> list[Row]:
     """What each result says of where it comes from."""
     rows = []
     for result in results:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from stethoscope.report.results import Comparison, Contrast, Diagnosis, Difference, Edits, Layer, is_random
+from stethoscope.report.results import Comparison, Contrast, Diagnosis, Difference, Edits, Geometry, Layer, is_random
 
 # Fewer items than this per task leave intervals of about 14 points or more.
 SMALL_SAMPLE = 200
@@ -12,15 +12,20 @@ _ARMS = {
     "base": "the base model, unchanged",
     "tuned": "the whole fine-tune: every layer's weight change",
     "selected": "the raw weight change in the selected layers only",
-    "random": "the raw weight change in as many layers, drawn at random",
-    "projected_energy_matched": "the projected edit, rescaled to the raw edit's norm",
+    "random_layers": "the raw weight change in as many layers, drawn at random",
     "projected": "the weight change in the selected layers, projected onto their top features' directions",
+    "projected_energy_matched": "the projected edit, rescaled in each layer to the raw edit's norm",
+    "complement": "what the projection throws away: the weight change less its projection",
+    "random_subspace": "the weight change projected onto as many random directions",
+    "random_subspace_energy_matched": "that, rescaled in each layer to the raw edit's norm",
+    "hybrid": "raw in the selected layers; in the others projected onto the fewest features that keep the share",
+    "filtered": "in the selected layers, projected onto the fewest features that keep the recipe's share of energy",
 }
 
 
 def describe_arm(arm: str, edits: Edits | None) -> str:
     """What an arm is, by its name, and which layers it changes; empty for one of the user's own without a plan."""
-    text = next((text for name, text in _ARMS.items() if arm.startswith(name)), "")
+    text = _ARMS.get("random_layers" if is_random(arm) else arm, "")
     plan = edits.plans.get(arm) if edits else None
     if plan is None or not plan.layers or plan.default:
         return text
@@ -45,7 +50,7 @@ def headline(comparison: Comparison) -> tuple[str, str]:
     return first.rstrip(".") + ".", rest[:1].upper() + rest[1:]
 
 
-def findings(comparison: Comparison, edits: Edits | None) -> list[tuple[str, str]]:
+def findings(comparison: Comparison, geometry: Geometry | None) -> list[tuple[str, str]]:
     """What else the arms show, as pairs of a heading and sentences."""
     found = []
     if rivals := _against_random(comparison):
@@ -54,8 +59,8 @@ def findings(comparison: Comparison, edits: Edits | None) -> list[tuple[str, str
         contrast = comparison.contrast(arm)
         if contrast and arm.startswith("tuned"):
             found.append(("The whole fine-tune", contrast.verdict + _share_kept(comparison, contrast)))
-        elif contrast and arm.startswith("projected"):
-            found.append(("Projected" if arm == "projected" else f"`{arm}`", contrast.verdict + _energy_kept(edits)))
+        elif contrast and arm == "projected":
+            found.append(("Projected", f"{contrast.verdict} {geometry.verdict if geometry else ''}".strip()))
     return found
 
 
@@ -94,21 +99,6 @@ def _share_kept(comparison: Comparison, tuned: Contrast) -> str:
     if tuned.loss and selected.loss and all(x.clear and x.difference > 0 for x in (selected.loss, tuned.loss)):
         words += f" and {selected.loss.difference / tuned.loss.difference:.0%} of its control loss"
     return words + "."
-
-
-def _energy_kept(edits: Edits | None) -> str:
-    """What the projection keeps, beside what as many random directions would."""
-    if edits is None or not edits.projected:
-        return ""
-    kept = [layer.energy_kept for layer in edits.projected]
-    chance = [layer.chance for layer in edits.projected]
-    words = f" It keeps {_range(kept)} of the selected layers' energy; as many random directions would keep"
-    return f"{words} {_range(chance)}."
-
-
-def _range(shares: Sequence[float]) -> str:
-    low, high = f"{100 * min(shares):.1f}", f"{100 * max(shares):.1f}"
-    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 def _significant(contrast: Contrast, alpha: float) -> bool:

@@ -1,0 +1,90 @@
+"""How tensors touch the residual stream, and the arms that cut along directions in it; without torch."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from stethoscope.checkpoints.names import parse_name
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.errors import CheckpointError
+
+ScalpelArm = Literal[
+    "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
+    "hybrid", "filtered",
+]  # fmt: skip
+SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
+
+# The last module of a canonical name -> the axis of the stored weight that is the residual stream's.
+READERS = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"), 1),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"), 1),
+    **dict.fromkeys(("gate", "shared_expert_gate"), 1),  # which expert a token goes to
+    **dict.fromkeys(("c_attn", "c_fc"), 0),  # GPT-2's Conv1D stores (in, out)
+}
+WRITERS = {
+    **dict.fromkeys(("o_proj", "down_proj", "dense", "fc2", "dense_4h_to_h"), 0),
+    **dict.fromkeys(("c_proj",), 1),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """How a tensor touches the residual stream: which way, along which axis, and in which part of the block."""
+
+    writes: bool
+    axis: int
+    place: str
+
+
+def residual_side(name: str, shape: Sequence[int], width: int) -> Side | None:
+    """How a layer's tensor touches a residual stream of some width; None for norms and readers' biases.
+
+    Args:
+        name: stored or canonical.
+        shape: the stored tensor's.
+
+    Raises:
+        CheckpointError: the matrix' role is not known, or its shape is not that of its role.
+    """
+    parsed = parse_name(name)
+    *_, module, part = ("", *parsed.canonical.split("."))
+    writes = module in WRITERS
+    place = f"{parsed.kind}.{'writes' if writes else 'reads'}"
+    if len(shape) < 2:
+        return Side(writes=True, axis=0, place=place) if writes and part == "bias" else None
+    axis = (WRITERS if writes else READERS).get(module) if part == "weight" and len(shape) == 2 else None
+    if axis is None:
+        raise _cannot_project([f"`{parsed.canonical}`: not known to read or to write the residual stream"])
+    if shape[axis] != width:
+        role = "writes to" if writes else "reads from"
+        raise _cannot_project([
+            f"`{parsed.canonical}` of shape {list(shape)} {role} the residual stream along axis {axis},"
+            f" but the directions have {width} values"
+        ])  # fmt: skip
+    return Side(writes=writes, axis=axis, place=place)
+
+
+def _cannot_project(problems: Sequence[str]) -> CheckpointError:
+    hint = "leave out the arms that project: a matrix of unknown role can only be injected raw"
+    return CheckpointError("some matrices cannot be projected onto feature directions", problems=problems, hint=hint)
+
+
+def residual_sides(task_vector: TaskVector, layers: Iterable[int], width: int) -> dict[str, Side | None]:
+    """`residual_side` of every tensor that a task vector changes in some layers, by canonical name.
+
+    Raises:
+        CheckpointError: with every matrix whose role is not known or does not fit.
+    """
+    sides: dict[str, Side | None] = {}
+    problems: list[str] = []
+    wanted = set(layers)
+    for name in task_vector.names:
+        entry = task_vector.base.entries[name]
+        if entry.layer in wanted and entry.kind != "buffer":
+            try:
+                sides[name] = residual_side(name, entry.shape, width)
+            except CheckpointError as error:
+                problems += error.problems
+    if problems:
+        raise _cannot_project(problems)
+    return sides
