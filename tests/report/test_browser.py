@@ -162,6 +162,11 @@ def test_the_choices_pictures_draw(visit, results, tmp_path):
     text = seen.page.text_content("#hearing-0 svg") or ""
     assert "mass_shift" in text
     assert "random sets of as many layers" in text
+    bars = seen.page.locator("#scores-0 svg .mark-rect path")
+    assert bars.count() == 30
+    assert "score: norm" not in (bars.first.get_attribute("aria-label") or "")
+    seen.page.locator("#scores-0 select").select_option(label="norm")
+    seen.page.wait_for_function("document.querySelector('#scores-0 svg .mark-rect path').ariaLabel.includes('norm')")
     assert seen.page.locator("#front svg .mark-symbol path").count() == 5
     assert seen.page.locator("#front svg .mark-line path").count() >= 1
     assert seen.complaints == []

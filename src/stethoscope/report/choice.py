@@ -1,6 +1,6 @@
 """Was the choice of layers a good one? The hearing test's cloud of layer sets, and the calibration's front."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
@@ -57,6 +57,60 @@ def hearing_plane(hearing: Any, k: int, *, width: int = 640) -> alt.LayerChart:
     _label_apart(rows)
     chart = alt.layer(points, labels)
     return configured(chart.properties(width=width, height=380, title=title(_GAIN), datasets={"sets": rows}))
+
+
+def score_profiles(hearing: Any, *, picked: str = "", width: int = 640) -> alt.LayerChart:
+    """One score's layers, chosen from a list, beside the true gain of injecting each layer alone.
+
+    Scores have units of their own, so each is drawn as a share of its largest layer.
+
+    Args:
+        hearing: a `Hearing`, or what was saved of one.
+        picked: the score shown first; the first of all if not given.
+        width: of the plotting area in pixels.
+    """
+    seen = Hearing.of(hearing)
+    truth = next(found for found in seen.scores.values() if found.kind == "truth")
+    names = [name for name, found in seen.scores.items() if found.kind != "truth"]
+    rows = [
+        {
+            "score": name,
+            "kind": _KINDS[found.kind][0],
+            "layer": layer,
+            "value": value,
+            "share": value / _largest(found.values),
+            "truth": truth.values[layer] / _largest(truth.values),
+            "gain": truth.values[layer],
+        }
+        for name, found in seen.scores.items()
+        if found.kind != "truth"
+        for layer, value in found.values.items()
+    ]
+    shown = alt.param(
+        name="shown",
+        value=picked if picked in names else names[0],
+        bind=alt.binding_select(options=names, name="score "),
+    )
+    base = (
+        alt.Chart(alt.NamedData(name="scores"))
+        .transform_filter("datum.score === shown")
+        .encode(
+            x=alt.X("layer:Q", title="layer", axis=axis("d"), scale=alt.Scale(nice=False, padding=12)),
+            tooltip=[
+                alt.Tooltip("layer:Q"),
+                alt.Tooltip("score:N"),
+                alt.Tooltip("kind:N"),
+                alt.Tooltip("value:Q", format=".4~g"),
+                alt.Tooltip("gain:Q", format="+.4f", title="true gain, nats per token"),
+            ],
+        )
+    )
+    y: dict[str, Any] = {"title": None, "axis": y_axis(".0%")}
+    bars = base.mark_bar(color=COLOURS["selected"], width=8).encode(y=alt.Y("share:Q", **y))
+    line = base.mark_line(color=COLOURS["edit"], strokeWidth=1.5, point=alt.OverlayMarkDef(color=COLOURS["edit"]))
+    chart = alt.layer(bars, line.encode(y=alt.Y("truth:Q", **y))).add_params(shown)
+    heading = title("score (bars), true gain (line); shares of the largest")
+    return configured(chart.properties(width=width, height=200, title=heading, datasets={"scores": rows}))
 
 
 def calibration_front(calibration: Any, *, width: int = 640) -> alt.LayerChart:
@@ -142,6 +196,10 @@ def _row(name: str, kind: str, effect: SetEffect) -> dict[str, Any]:
         "gain": effect.target_gain,
         "cost": effect.control_cost,
     }
+
+
+def _largest(values: Mapping[int, float]) -> float:
+    return max(map(abs, values.values())) or 1.0
 
 
 def _label_apart(rows: Sequence[dict[str, Any]]) -> None:

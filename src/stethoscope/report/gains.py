@@ -69,7 +69,7 @@ def gain_split(comparison: Any, *, width: int = 640) -> alt.LayerChart | None:
     )
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=COLOURS["muted"]).encode(x="zero:Q")
     height = 24 * len({row["arm"] for row in rows}) + 12
-    heading = title("items mended less items broken, in points, by what was wrong with the failed response")
+    heading = title("items mended less items broken, in points")
     return configured(
         alt.layer(bars, zero).properties(width=width, height=height, title=heading, datasets={"gains": rows})
     )

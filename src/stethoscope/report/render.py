@@ -18,7 +18,13 @@ from markupsafe import Markup, escape
 from stethoscope.artifacts import write_text
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import tables, words
-from stethoscope.report.choice import calibration_front, calibration_rows, hearing_plane, hearing_rows
+from stethoscope.report.choice import (
+    calibration_front,
+    calibration_rows,
+    hearing_plane,
+    hearing_rows,
+    score_profiles,
+)
 from stethoscope.report.gains import gain_rows, gain_split
 from stethoscope.report.look import COLOURS, FONT
 from stethoscope.report.profile import layer_profile
@@ -126,6 +132,7 @@ def _page(
     for number, (control, heard) in enumerate(more.hearing.items()):
         k = heard.size(len(selection.layers))
         charts[f"hearing-{number}"] = hearing_plane(heard, k)
+        charts[f"scores-{number}"] = score_profiles(heard, picked=diagnosis.score)
         hearing.append({"control": control, "k": k, "rows": hearing_rows(heard, k), "documents": heard.documents})
     data = {
         "charts": {name: _transparent(chart.to_dict()) for name, chart in charts.items()},

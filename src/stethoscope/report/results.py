@@ -208,6 +208,7 @@ class Correlation(_Shown):
 
 class ScoreHearing(_Shown):
     kind: str
+    values: dict[int, float]
     gain: Correlation
     trade_off: Correlation
     sets: dict[int, SetHearing]
