@@ -23,6 +23,7 @@ ORDER = [
     {"replay"},
     {"sites", "losses", "seen"},
     {"checkpoints", "corpus", "models", "recipe"},
+    {"documents"},
     {"report"},  # it reads saved values and no room that makes them, so a result can ask it for its picture
     {"artifacts"},
     {"errors", "lazy", "shown"},

@@ -6,164 +6,38 @@ counted = counted_tokens(documents, tokenizer, tokens="assistant")
 for batch in batches(rows, tokenizer, counted=counted): ...
 """
 
-import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, sha256_bytes
+from stethoscope.documents import Chat, Document, documents_hash, read_documents
 from stethoscope.errors import StethoscopeError
+
+__all__ = [
+    "Document",
+    "TokenBatch",
+    "Tokens",
+    "batches",
+    "counted_tokens",
+    "documents_hash",
+    "read_documents",
+    "tokenize",
+]
 
 log = logging.getLogger(__name__)
 
-Chat = Sequence[Mapping[str, Any]]
-Document = str | Chat
 Tokens = Literal["all", "assistant", "last"]
 
-_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^/]+))?")
-_SHOWN = 10  # bad rows that are named
 # Around each message's number: stands for its content in a template, where neither may occur by itself.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _TAG = re.compile(r"(</?\w+>)")
-
-
-def read_documents(
-    path: Path | str, *, field: str = "text", limit: int | None = None, split: str | None = None
-) -> list[Any]:
-    """Read documents: texts, or chats where the field holds messages.
-
-    Args:
-        path: a file that ends in ``.jsonl``, ``.parquet`` or ``.txt`` (one document); a folder that
-            `datasets.Dataset.save_to_disk` wrote; or a dataset on the hub, ``owner/name`` or ``owner/name/config``,
-            with ``:split`` behind it or not.
-        field: what holds the document in each row: a text, or a list of messages with ``role`` and ``content``.
-        limit: at most this many documents, from the top.
-        split: of a dataset that has several; ``train`` if nothing else is said.
-
-    Returns:
-        a str, or a list of messages, per document; all of one kind.
-
-    Raises:
-        StethoscopeError: the data is missing, empty, malformed, or lacks the field; every bad row is named.
-    """
-    path = Path(path)
-    if path.suffix == ".txt":
-        text = _text(path)
-        return [text] if text.strip() else _none(path)
-    read = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix)
-    rows = read(path, field, limit) if read else _dataset(path, field, limit, split)
-    documents: list[Any] = []
-    problems: list[str] = []
-    for where, row in rows:
-        value = row.get(field) if isinstance(row, dict) else None
-        if isinstance(row, ValueError):
-            problems.append(f"{where}: not JSON ({row})")
-        elif isinstance(value, str) and value.strip():
-            documents.append(value)
-        elif isinstance(value, list) and value:
-            problems += [f"{where}: {problem}" for problem in _unsound(value)]
-            documents.append(value)
-        else:
-            have = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
-            problems.append(f"{where}: no text in field `{field}` (it has: {have})")
-    if len({type(document) for document in documents}) > 1:
-        problems.append(f"field `{field}` holds a text in some rows and a chat in others")
-    if problems:
-        more = [f"and {len(problems) - _SHOWN} more rows"] if len(problems) > _SHOWN else []
-        raise StethoscopeError(f"`{path}` has unusable rows", problems=[*problems[:_SHOWN], *more], hint="set `field`")
-    if documents and not isinstance(documents[0], str):
-        # tables fill in what a message lacks, which a file of lines does not
-        documents = [[{k: v for k, v in m.items() if v is not None} for m in chat] for chat in documents]
-    return documents[:limit] or _none(path)
-
-
-def _none(path: Path) -> list[Any]:
-    raise StethoscopeError(f"`{path}` holds no documents")
-
-
-def _unsound(chat: list[Any]) -> list[str]:
-    return [
-        f"message {number} is no table with `role` and `content`, both text"
-        for number, message in enumerate(chat, 1)
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content"))
-    ]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StethoscopeError(f"the text `{path}` cannot be read: {error}") from error
-
-
-def _jsonl(path: Path, _field: str, _limit: int | None) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: strings may hold other line ends
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                yield f"line {number}", error
-
-
-def _parquet(path: Path, field: str, limit: int | None) -> list[tuple[str, Any]]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        names = parquet.read_schema(path).names
-        values = parquet.read_table(path, columns=[field])[field].slice(0, limit) if field in names else None
-    except (OSError, ArrowException) as error:
-        raise StethoscopeError(f"the table `{path}` cannot be read: {error}") from error
-    return _column(path, field, names, values and values.to_pylist())
-
-
-def _dataset(path: Path, field: str, limit: int | None, split: str | None) -> list[tuple[str, Any]]:
-    """Rows of a dataset in a folder, or by its name from the hub library's cache or the network."""
-    hub = _HUB.fullmatch(path.as_posix())
-    if not path.is_dir() and (path.exists() or hub is None):
-        raise StethoscopeError(
-            f"there is no text `{path}` that can be read",
-            hint="give a .jsonl, .parquet or .txt file, the folder of a saved dataset, or a dataset on the hub",
-        )
-    import datasets
-
-    try:
-        if path.is_dir():
-            found = datasets.load_from_disk(str(path))
-        else:
-            assert hub is not None
-            split = split or hub["split"]
-            found = datasets.load_dataset(hub["name"], hub["config"])
-    except (OSError, ValueError) as error:
-        raise StethoscopeError(
-            f"the dataset `{path}` cannot be read: {error}",
-            hint="a dataset on the hub is `owner/name/config:split`; without a network it must be in the cache",
-        ) from error
-    if isinstance(found, datasets.DatasetDict):
-        split = split or (next(iter(found)) if len(found) == 1 else "train")
-        if split not in found:
-            raise StethoscopeError(f"the dataset `{path}` has no split `{split}`", hint=f"it has: {', '.join(found)}")
-        found = found[split]
-    names = found.column_names
-    return _column(path, field, names, found[field][:limit] if field in names else None)
-
-
-def _column(path: Path, field: str, names: list[str], values: list[Any] | None) -> list[tuple[str, Any]]:
-    if values is None:
-        raise StethoscopeError(f"`{path}` has no field `{field}` (it has: {', '.join(names)})", hint="set `field`")
-    return [(f"row {number}", {field: value}) for number, value in enumerate(values, 1)]
-
-
-def documents_hash(documents: Iterable[Document]) -> str:
-    """One content hash of a list of documents, order included."""
-    return sha256_bytes(canonical_json(list(documents)).encode())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,11 +85,13 @@ def counted_tokens(
     *,
     max_tokens: int = 1024,
     tokens: Tokens = "all",
+    may_be_none: bool = False,
 ) -> list[list[bool]]:
     """Which tokens of each row of `tokenize` statistics count; special tokens and those of a chat template never.
 
     Args:
         tokens: ``all`` others; those of the ``assistant``'s messages; or the ``last`` one of each document.
+        may_be_none: the documents are a part of a corpus, which may have nothing to count.
 
     Returns:
         per document a list as long as its row of token ids.
@@ -239,7 +115,7 @@ def counted_tokens(
             last = len(mask) - 1 - mask[::-1].index(True)
             mask = [place == last for place in range(len(mask))]
         counted.append(mask)
-    if without := sum(True not in mask for mask in counted):
+    if (without := sum(True not in mask for mask in counted)) and not may_be_none:
         log.warning("%d of %d documents have no tokens to count", without, len(counted))
         if without == len(counted):
             raise StethoscopeError("no document has a token to count", hint="raise `max_tokens`, or count `all` tokens")

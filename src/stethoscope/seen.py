@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from stethoscope.corpus import Document
+from stethoscope.documents import Document
 from stethoscope.errors import StethoscopeError
 
 FILE = "seen.npy"

@@ -1,39 +1,61 @@
 """The command line: arguments in, progress and tables out; no mathematics.
 
-Data goes to stdout, progress and messages to stderr. Exit codes: 0 done, 1 a fault of this program, 2 something the
-user can mend, 130 interrupted. Nothing heavy is imported before a command needs it.
+Nothing heavy is imported before a command needs it.
 """
 
 import logging
 import os
+import re
 import sys
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import ConsoleReporter, err, warn
+from stethoscope.cli.console import ConsoleReporter, command_line, warn
 from stethoscope.cli.proof import compare, evaluate
 from stethoscope.cli.saes import train_saes
-from stethoscope.cli.stages import cache_folder, calibrate, check, demo, hearing, report, run
+from stethoscope.cli.stages import (
+    cache_folder,
+    calibrate,
+    check,
+    demo,
+    diagnose,
+    geometry,
+    hearing,
+    report,
+    run,
+    select,
+)
 from stethoscope.cli.weights import apply, edit, undo, verify
 from stethoscope.errors import StethoscopeError
 
 __all__ = ["ConsoleReporter", "app", "cache_folder", "main"]
 
-INTERRUPTED = 130
+USER_ERROR, INTERRUPTED = 2, 130
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a fault of this program, with a traceback; 2 something that you can mend, with a message"
+    " and a hint; 130 interrupted. A verdict of no benefit is a result, and exits with 0."
+)
+PANELS: dict[str, tuple[Callable[..., None], ...]] = {
+    "A recipe, end to end": (run, demo, check, report),
+    "One stage of a recipe": (diagnose, select, geometry, calibrate, hearing),
+    "Weights": (edit, apply, undo, verify),
+    "Proof": (evaluate, compare),
+    "SAEs": (train_saes,),
+}
+# Commands that go on where they stopped; the others write nothing before they are done.
+RESUMED = {"run", "demo", "diagnose", "select", "geometry", "calibrate", "hearing", "evaluate", "train-saes"}
 
 app = typer.Typer(
     help="Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for command in (
-    run, demo, check, report, calibrate, hearing,
-    edit, apply, undo, verify,
-    evaluate, compare,
-    train_saes,
-):  # fmt: skip
-    app.command()(command)
+for panel, commands in PANELS.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 @app.callback()
@@ -49,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     for variable in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(variable, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    argv: list[Any] = sys.argv[1:] if arguments is None else arguments
+    argv = sys.argv[1:] if arguments is None else arguments
     try:
         # Typer hands back an exit code in place of Ctrl-C; a command that ends well gives None.
         code = app(argv, standalone_mode=False)
@@ -61,14 +83,18 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in argv:
             raise
         warn(f"error: {error}")
-        sys.exit(2)
+        sys.exit(USER_ERROR)
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        err.print("\ninterrupted: run the same command again to go on where it stopped", highlight=False)
+        kept = RESUMED & set(argv[:2])
+        warn("\ninterrupted: " + ("finished work is kept; go on with" if kept else "nothing was written; again with"))
+        warn(f"  {command_line(*argv)}")
         sys.exit(INTERRUPTED)
     except Exception as error:
-        if not hasattr(error, "show"):  # what typer raises for a wrong command or option, from a private module
+        if not hasattr(error, "format_message"):  # what typer raises for a wrong command, from a private module
             raise
-        error.show()
-        sys.exit(2)
+        about = getattr(getattr(error, "ctx", None), "command_path", "stethoscope")
+        said = re.sub(r"'([^']*)'", r"`\1`", error.format_message()).rstrip(".")
+        warn(f"error: {said[:1].lower()}{said[1:]}\n\nhint: `{about} --help` lists what there is")
+        sys.exit(USER_ERROR)

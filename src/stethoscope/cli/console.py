@@ -1,27 +1,57 @@
-"""What a person sees: a bar per stage, tables and lines; data goes to stdout, everything else to stderr."""
+"""What a person sees: a bar per stage, and at a command's end a table, a verdict, what was written and what comes next.
+
+Data goes to stdout, everything else to stderr.
+"""
 
 import json
+import logging
+import shlex
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
-out = Console()
-err = Console(stderr=True)
+_out = Console()
+_err = Console(stderr=True)
+
+LINE_SECONDS = 60.0  # between lines on a stage that goes on, where there is no terminal to draw a bar on
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """No warning of any library, by whichever way it warns; errors stay."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            logging.captureWarnings(True)
+            yield
+    finally:
+        logging.captureWarnings(False)
+        logging.disable(before)
+
+
+def _hush(context: typer.Context, quiet: bool) -> bool:
+    if quiet and not context.resilient_parsing:
+        context.with_resource(_hushed())
+    return quiet
+
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to run.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; `runs/RECIPE` if not given.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="No progress and no warnings: only the result.")]
 
 
 class ConsoleReporter:
-    """One bar with the time left per stage on a terminal; one plain line per stage elsewhere."""
+    """One bar with the time left per stage on a terminal; plain lines elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -29,9 +59,10 @@ class ConsoleReporter:
     @contextmanager
     def stage(self, title: str) -> Iterator[Callable[[int, int], None]]:
         start = time.perf_counter()
-        if self.quiet or not err.is_terminal:
+        if self.quiet:
             yield lambda _done, _total: None
-        else:
+            return
+        if _err.is_terminal:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
@@ -40,25 +71,83 @@ class ConsoleReporter:
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=err, transient=True) as bar:
+            with Progress(*columns, console=_err, transient=True) as bar:
                 task = bar.add_task(title, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
-        if not self.quiet:
-            err.print(f"{title:<34} {time.perf_counter() - start:6.1f} s", highlight=False)
+        else:
+            yield _lines(title, start)
+        _err.print(f"{title:<34} {time.perf_counter() - start:6.1f} s", highlight=False)
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            err.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+            warn(f"  {text}")
+
+
+def _lines(title: str, start: float) -> Callable[[int, int], None]:
+    """Says now and then how far a stage is and how long it will take."""
+    said = start
+
+    def advance(done: int, total: int) -> None:
+        nonlocal said
+        now = time.perf_counter()
+        if now - said >= LINE_SECONDS and 0 < done < total:
+            said = now
+            left = (now - start) * (total - done) / done
+            warn(f"{title:<34} {now - start:6.1f} s, {done} of {total}, about {_duration(left)} left")
+
+    return advance
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def conclude(
+    value: Any,
+    *,
+    as_json: bool,
+    rows: Sequence[Sequence[str]] = (),
+    left: int = 1,
+    says: Sequence[str] = (),
+    wrote: Sequence[Path] = (),
+    then: str = "",
+) -> None:
+    """A command's end: the value as JSON, or a table, sentences, the paths written and the next command.
+
+    Args:
+        rows: the table, its header first; its ``left`` first columns stand to the left.
+        then: a command line, from `command_line`.
+    """
+    if as_json:
+        say_json(value)
+        return
+    if rows:
+        show_rows(rows, left=left)
+    for sentence in says:
+        say(sentence)
+    if wrote or then:
+        say("")
+    for path in wrote:
+        say(f"wrote {path}")
+    if then:
+        say(f"next: {then}")
+
+
+def command_line(*words: object) -> str:
+    """What to type for a command of this program."""
+    return shlex.join(["stethoscope", *map(str, words)])
 
 
 def say(text: str) -> None:
     """A line on stdout as it stands: not folded, coloured or read as markup."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    _out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """The same on stderr."""
-    err.print(text, highlight=False, markup=False, soft_wrap=True)
+    _err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def say_json(value: Any) -> None:
@@ -66,11 +155,11 @@ def say_json(value: Any) -> None:
     print(json.dumps(value, indent=1))  # noqa: T201 - the one place that prints
 
 
-def show_rows(rows: list[list[str]], *, left: int) -> None:
+def show_rows(rows: Sequence[Sequence[str]], *, left: int) -> None:
     """A table with its first columns to the left and numbers to the right, as wide as it is, and an empty line."""
-    table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+    table = Table(*map(Column, map(Text, rows[0])), box=None, pad_edge=False, header_style="bold")
     for column in table.columns[left:]:
         column.justify = "right"
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # task names are no markup
     Console(width=240).print(table, "")  # at its own width: folded numbers cannot be read

@@ -1,12 +1,23 @@
 """Commands that test and compare models, with or without a recipe."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, say, say_json, show_rows, warn
+from stethoscope.cli.console import (
+    AsJSON,
+    ConsoleReporter,
+    Quiet,
+    command_line,
+    conclude,
+    say,
+    say_json,
+    show_rows,
+    warn,
+)
 from stethoscope.cli.values import labelled, parse_margin
 from stethoscope.errors import StethoscopeError
 
@@ -63,7 +74,14 @@ def evaluate(
         )
     found = compare_arms(outcomes, baseline=outcomes.arms[0], seed=seed)
     found.save(out / "comparison.json")
-    show_comparison(found, as_json=as_json, everything=len(arms) == 2)
+    a, b, *more = [*outcomes.arms, "", ""]
+    show_comparison(
+        found,
+        as_json=as_json,
+        everything=len(arms) == 2,
+        wrote=[out / "outcomes.parquet", out / "comparison.json"],
+        then=command_line("compare", f"{out}={a}", f"{out}={b}") if any(more) else "",
+    )
 
 
 def compare(
@@ -109,10 +127,13 @@ def compare(
         found.save(out)
     for line in left_out:
         warn(f"left out: {line}")
-    show_comparison(found, as_json=as_json, everything=True)
+    show_comparison(found, as_json=as_json, everything=True, wrote=[out] if out else [])
 
 
-def show_comparison(found: "Comparison", *, as_json: bool, everything: bool) -> None:
+def show_comparison(
+    found: "Comparison", *, as_json: bool, everything: bool, wrote: Sequence[Path] = (), then: str = ""
+) -> None:
+    """Accuracies and verdicts, and where ``everything`` is wanted all tests of every contrast."""
     from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise, notes
 
     if as_json:
@@ -132,3 +153,4 @@ def show_comparison(found: "Comparison", *, as_json: bool, everything: bool) -> 
             for task in contrast.tasks:
                 say(f"{task.task}: {task.verdict}")
         say(f"Verdict: {contrast.verdict}")
+    conclude({}, as_json=False, wrote=wrote, then=then)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, say, say_json, show_rows
+from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, conclude
 from stethoscope.cli.values import labelled, parse_layers
 
 
@@ -74,8 +74,10 @@ def train_saes(
             progress=advance,
         )
     found = json.loads((out / "health.json").read_text(encoding="utf-8"))
-    if as_json:
-        say_json({"out": str(out), **found})
-        return
-    show_rows(health_rows(found["layers"]), left=1)
-    say(f"Variance explained by kind of text; L0, dead and dense features over all of it.\nwrote {out}")
+    conclude(
+        {"out": str(out), **found},
+        as_json=as_json,
+        rows=health_rows(found["layers"]),
+        says=["Variance explained by kind of text; L0, dead and dense features over all of it."],
+        wrote=[out],
+    )

@@ -1,12 +1,23 @@
 """Commands on a recipe and its run folder."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, RecipePath, RunFolder, say, say_json, show_rows
+from stethoscope.cli.console import (
+    AsJSON,
+    ConsoleReporter,
+    Quiet,
+    RecipePath,
+    RunFolder,
+    command_line,
+    conclude,
+    say_json,
+)
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
@@ -16,24 +27,26 @@ if TYPE_CHECKING:
 def run(
     recipe: RecipePath,
     out: RunFolder = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same as `check`.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only what a run does first: `check`, build the tasks, look at items.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
     """Run all stages of a recipe; run again, it goes on where it stopped."""
+    if dry_run:
+        _rehearse(recipe, out, quiet=quiet, as_json=as_json)
+        return
     from stethoscope.pipeline import run_recipe
     from stethoscope.recipe import Recipe
 
-    folder = out or Path("runs") / recipe.stem
-    if dry_run:
-        check(recipe, out=folder)
-        return
-    _show(run_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet)), as_json=as_json)
+    result = run_recipe(Recipe.from_yaml(recipe), _folder(recipe, out), reporter=ConsoleReporter(quiet=quiet))
+    _show(result, as_json=as_json)
 
 
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Few items, under two minutes; small-sample numbers.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; `runs/demo` if not given.")] = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -58,39 +71,109 @@ def demo(
 def check(
     recipe: RecipePath,
     out: RunFolder = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="The recipe's form only: take on trust what lies on the hub.")
+    ] = False,
+    as_json: AsJSON = False,
 ) -> None:
-    """Say everything that is wrong with a recipe, or what it will take; from configs and headers alone."""
-    from stethoscope.preflight import preflight
+    """Say everything that is wrong with a recipe, or what it will take; from names, configs and headers alone."""
+    from stethoscope.preflight import check_recipe
     from stethoscope.recipe import Recipe
 
-    found = preflight(Recipe.from_yaml(recipe), out or Path("runs") / recipe.stem, headers_only=True)
-    say(f"`{recipe}` can be run: {found.describe()}")
+    with _problems_as_json(as_json):
+        found = check_recipe(Recipe.from_yaml(recipe), _folder(recipe, out), offline=offline)
+    conclude(
+        {"ok": True, **found.summary()},
+        as_json=as_json,
+        rows=found.table(),
+        left=2,
+        says=[
+            f"`{recipe}` has no mistake in its form."
+            if offline
+            else f"`{recipe}` can be run, as far as names and headers tell; `run --dry-run` also builds the tasks and"
+            " looks for items that the texts have shown."
+        ],
+        then=_then("check" if offline else "run", recipe, out) + ("" if offline else " --dry-run"),
+    )
 
 
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: AsJSON = False
+) -> None:
     """Write a run's report again, from what the run saved."""
     from stethoscope.report import render_report
 
-    say(f"report: {render_report(run)}")
+    path = render_report(run)
+    conclude({"report": str(path)}, as_json=as_json, wrote=[path])
 
 
-def calibrate(
-    recipe: RecipePath,
-    out: RunFolder = None,
-    quiet: Quiet = False,
-    as_json: AsJSON = False,
-) -> None:
+def diagnose(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
+    """Listen to every layer through its SAE: how specific it is to the target, beside chance, and what it heard."""
+    from stethoscope.pipeline import diagnose_recipe
+    from stethoscope.recipe import Recipe
+
+    folder = _folder(recipe, out)
+    found = diagnose_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    conclude(
+        found.model_dump(mode="json"),
+        as_json=as_json,
+        rows=found.table(),
+        says=[found.verdict, *(f"warning: {warning}" for warning in found.warnings)],
+        wrote=[folder / name for name in (found.FILE, "statistics.safetensors", "evidence.json")],
+        then=_then("select", recipe, out),
+    )
+
+
+def select(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
+    """Choose layers by the recipe's policy, with the reason for each."""
+    from stethoscope.pipeline import select_recipe
+    from stethoscope.recipe import Recipe
+
+    folder = _folder(recipe, out)
+    found = select_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    conclude(
+        found.model_dump(mode="json"),
+        as_json=as_json,
+        rows=found.table(),
+        left=2,
+        says=[found.verdict],
+        wrote=[folder / found.FILE],
+        then=_then("run", recipe, out),
+    )
+
+
+def geometry(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
+    """What SAE features keep of the task vector, layer by layer, beside random features and random directions."""
+    from stethoscope.pipeline import geometry_recipe
+    from stethoscope.recipe import Recipe
+
+    folder = _folder(recipe, out)
+    found = geometry_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    conclude(
+        found.model_dump(mode="json"),
+        as_json=as_json,
+        rows=found.table(),
+        says=[found.verdict],
+        wrote=[folder / found.FILE],
+        then=_then("run", recipe, out),
+    )
+
+
+def calibrate(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """Find layers and coefficient on the recipe's calibration text: target loss gained per control loss paid."""
     from stethoscope.pipeline import calibrate_recipe
     from stethoscope.recipe import Recipe
 
-    folder = out or Path("runs") / recipe.stem
+    folder = _folder(recipe, out)
     found = calibrate_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
-    if as_json:
-        say_json(found.model_dump(mode="json"))
-        return
-    show_rows(found.table(), left=1)
-    say(f"{found.rule}\n{found.reason}\n\nall figures: {folder / found.FILE}")
+    conclude(
+        found.model_dump(mode="json"),
+        as_json=as_json,
+        rows=found.table(),
+        says=[found.rule, found.reason],
+        wrote=[folder / found.FILE],
+        then=_then("run", recipe, out),
+    )
 
 
 def hearing(
@@ -109,7 +192,7 @@ def hearing(
     from stethoscope.pipeline import judge_recipe
     from stethoscope.recipe import Recipe
 
-    chosen, folder = Recipe.from_yaml(recipe), out or Path("runs") / recipe.stem
+    chosen, folder = Recipe.from_yaml(recipe), _folder(recipe, out)
     found = judge_recipe(
         chosen,
         folder,
@@ -118,15 +201,16 @@ def hearing(
         random_sets=random_sets,
         reporter=ConsoleReporter(quiet=quiet),
     )
-    if as_json:
-        say_json(found.model_dump(mode="json"))
-        return
     sizes = next(iter(found.scores.values())).sets
     size = k if k in sizes else min(sizes, key=lambda other: abs(other - k))
-    show_rows(found.table(size), left=1)
-    for score in dict.fromkeys((chosen.score, "attribution")):
-        say(found.verdict(score, size))
-    say(f"\nall figures: {folder / 'hearing' / control / found.FILE}")
+    conclude(
+        found.model_dump(mode="json"),
+        as_json=as_json,
+        rows=found.table(size),
+        says=[found.verdict(score, size) for score in dict.fromkeys((chosen.score, "attribution"))],
+        wrote=[folder / "hearing" / control / found.FILE],
+        then=_then("run", recipe, out),
+    )
 
 
 def cache_folder() -> Path:
@@ -137,11 +221,50 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else user_cache_path("stethoscope")
 
 
+def _rehearse(recipe: Path, out: Path | None, *, quiet: bool, as_json: bool) -> None:
+    from stethoscope.preflight import preflight
+    from stethoscope.recipe import Recipe
+
+    with _problems_as_json(as_json), ConsoleReporter(quiet=quiet).stage("Check the recipe"):
+        found = preflight(Recipe.from_yaml(recipe), _folder(recipe, out), headers_only=True)
+    tasks = {"tasks": found.tasks, "control_tasks": found.control_tasks}
+    rows = [[name.replace("_", " "), ", ".join(names) or "none"] for name, names in tasks.items()]
+    conclude(
+        {"ok": True, **found.look.summary(), **tasks, "seen_items": found.seen_items},
+        as_json=as_json,
+        rows=[*found.look.table(), *rows],
+        left=2,
+        says=[f"`{recipe}` can be run: all it names is here and fits together."],
+        then=_then("run", recipe, out),
+    )
+
+
+@contextmanager
+def _problems_as_json(as_json: bool) -> Iterator[None]:
+    try:
+        yield
+    except StethoscopeError as error:
+        if as_json:
+            say_json({"ok": False, "problems": list(error.problems or [error.message])})
+        raise
+
+
+def _folder(recipe: Path, out: Path | None) -> Path:
+    return out or Path("runs") / recipe.stem
+
+
+def _then(command: str, recipe: Path, out: Path | None) -> str:
+    return command_line(command, recipe, *(["--out", out] if out else []))
+
+
 def _show(result: "RunResult", *, as_json: bool) -> None:
-    if as_json:
-        say_json(result.summary())
-        return
-    show_rows(result.table(), left=1)
-    for line in result.verdicts():
-        say(line)
-    say(f"\nreport: {result.report}\nedited model: {result.edited}")
+    found = result.comparison
+    rivals = [c for c in found.contrasts if c.b == "selected" and c.a.startswith((found.baseline, "random_layers"))]
+    conclude(
+        result.summary(),
+        as_json=as_json,
+        rows=result.table(),
+        says=[contrast.verdict for contrast in rivals or found.contrasts],
+        wrote=[result.report, result.edited],
+        then=command_line("verify", result.edited),
+    )

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, say, say_json
+from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, command_line, conclude
 from stethoscope.cli.values import parse_layers
 from stethoscope.errors import StethoscopeError
 
@@ -50,20 +50,20 @@ def edit(
     from stethoscope.editing.preview import check_edit
     from stethoscope.editing.writer import write_edit
 
-    if layers == "all":
-        plan = EditPlan.for_layers(range(open_checkpoint(base).layers), coefficient=coefficient, modules=modules.value)
-    else:
-        plan = EditPlan.for_layers(parse_layers(layers), coefficient=coefficient, modules=modules.value)
+    wanted = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers)
+    plan = EditPlan.for_layers(wanted, coefficient=coefficient, modules=modules.value)
     if dry_run:
         found = check_edit(base, tuned, plan, out, kind=kind.value)
-        if as_json:
-            say_json(asdict(found))
-        elif not found.problems:
-            say(
-                f"would change {found.tensors} tensors of {len(found.layers)} layers"
-                f" ({found.bytes_changed / 1e6:,.1f} MB) and write {found.bytes_written / 1e6:,.1f} MB"
-                f" in about {found.seconds:.0f} s; {found.disk_needed / 1e9:.2f} GB of"
-                f" {found.disk_free / 1e9:.2f} GB free are needed"
+        if as_json or not found.problems:
+            conclude(
+                asdict(found),
+                as_json=as_json,
+                says=[
+                    f"would change {found.tensors} tensors of {len(found.layers)} layers"
+                    f" ({found.bytes_changed / 1e6:,.1f} MB) and write {found.bytes_written / 1e6:,.1f} MB"
+                    f" in about {found.seconds:.0f} s; {found.disk_needed / 1e9:.2f} GB of"
+                    f" {found.disk_free / 1e9:.2f} GB free are needed"
+                ],
             )
         if found.problems:
             raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
@@ -71,10 +71,13 @@ def edit(
     opened = open_checkpoint(base)
     with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
         made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind.value, progress=advance)
-    if as_json:
-        say_json(made.manifest)
-    else:
-        say(f"wrote {out}: {made.tensors} tensors of {len(made.layers)} layers changed")
+    conclude(
+        made.manifest,
+        as_json=as_json,
+        says=[f"{made.tensors} tensors of {len(made.layers)} layers changed"],
+        wrote=[out],
+        then=command_line("verify", out, *(["--base", base] if kind is OutputKind.checkpoint else [])),
+    )
 
 
 def apply(
@@ -104,25 +107,37 @@ def _patched(
 ) -> None:
     from stethoscope.editing.patch import apply_patch, undo_patch
 
-    turn = {"apply": apply_patch, "undo": undo_patch}[direction]
+    turn, made, then = {
+        "apply": (apply_patch, "The edited checkpoint", command_line("verify", out, "--base", checkpoint)),
+        "undo": (undo_patch, "The base, bit for bit", ""),
+    }[direction]
     with ConsoleReporter(quiet=quiet).stage(f"{direction.capitalize()} the patch") as advance:
-        made = turn(patch, checkpoint, out, progress=advance)
-    if as_json:
-        say_json({"out": str(made)})
-        return
-    say(f"wrote {made}")
+        path = turn(patch, checkpoint, out, progress=advance)
+    said = f"{made}: every tensor was checked against its hash before it changed and after"
+    conclude({"out": str(path)}, as_json=as_json, says=[said], wrote=[path], then=then)
 
 
 def verify(
     edited: Annotated[Path, typer.Argument(help="A folder that `edit` or `run` wrote.")],
     base: Annotated[str | None, typer.Option(help="Compare untouched tensors with this base itself.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Compare every tensor and file of an edit with its manifest."""
     from stethoscope.checkpoints.checkpoint import open_checkpoint
     from stethoscope.editing.verify import verify as verify_edit
 
-    with ConsoleReporter().stage("Verify") as advance:
+    with ConsoleReporter(quiet=quiet).stage("Verify") as advance:
         found = verify_edit(edited, base=open_checkpoint(base) if base else None, progress=advance)
+    value = {
+        "ok": found.ok,
+        "kind": found.kind,
+        "tensors": found.tensors,
+        "untouched": found.untouched,
+        "problems": list(found.problems),
+    }
+    if as_json or found.ok:
+        said = f"{found.tensors} tensors agree with the manifest, {found.untouched} of them are the base's"
+        conclude(value, as_json=as_json, says=[said])
     if not found.ok:
         raise StethoscopeError(f"`{edited}` is not what its manifest says", problems=found.problems)
-    say(f"{found.tensors} tensors agree with the manifest, {found.untouched} of them are the base's")

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float64
 from numpy import ndarray
 
@@ -15,10 +16,13 @@ from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.errors import StethoscopeError
 from stethoscope.saes.health import SAEHealth
+from stethoscope.shown import Shown
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
 ATTRIBUTION = "attribution"
+ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
+NAMED = 8  # layers that the verdict names
 
 
 class FeatureDifference(Frozen):
@@ -76,7 +80,7 @@ class CorpusSummary(Frozen):
     sinks: int
 
 
-class Diagnosis(Artifact):
+class Diagnosis(Shown, Artifact):
     """Every layer's specificity for the target, in order of depth."""
 
     FILE: ClassVar[str] = "diagnosis.json"
@@ -86,6 +90,77 @@ class Diagnosis(Artifact):
     corpora: dict[str, CorpusSummary]
     layers: tuple[LayerDiagnosis, ...]
     warnings: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: which layers are specific to the target beyond chance, and which are not believed."""
+        found = [layer for layer in self.layers if layer.flag is None and layer.p_familywise <= ALPHA]
+        found.sort(key=lambda layer: layer.rank)
+        whole = f"{len(self.layers)} layers"
+        if found:
+            names = ", ".join(str(layer.layer) for layer in found[:NAMED])
+            names += f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+            said = f"{len(found)} of {whole} stand out from chance by `{self.score}`, strongest first: {names}"
+        else:
+            said = f"No evidence by `{self.score}` that any of {whole} is specific to the target"
+        flagged = sum(layer.flag is not None for layer in self.layers)
+        return f"{said}; {flagged} are not believed." if flagged else f"{said}."
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per layer, with ``variance_explained`` and ``l0`` of every corpus in columns of their own."""
+        return pd.DataFrame(
+            [
+                {
+                    **layer.model_dump(exclude={"interval", "health", "features", "flag"}),
+                    "low": layer.interval[0],
+                    "high": layer.interval[1],
+                    **{
+                        f"variance_explained_{name}": health.variance_explained for name, health in layer.health.items()
+                    },
+                    **{f"l0_{name}": health.l0 for name, health in layer.health.items()},
+                    "flag": layer.flag or "",
+                }
+                for layer in self.layers
+            ]
+        )
+
+    def table(self) -> list[list[str]]:
+        """A row per layer as text, with a header row, for a terminal."""
+        rows = [["layer", "excess", "95 % interval", "z", "p, all layers", "rank", "stability", "explained", "L0", ""]]
+        for layer in self.layers:
+            health = layer.health["target"]
+            low, high = layer.interval
+            explained = health.variance_explained
+            rows.append(
+                [
+                    str(layer.layer),
+                    f"{layer.excess:+.3f}",
+                    f"{low:+.3f} to {high:+.3f}",
+                    f"{layer.z:.1f}",
+                    f"{layer.p_familywise:.3f}",
+                    str(layer.rank),
+                    f"{layer.stability:.0%}",
+                    "-" if explained is None else f"{explained:.2f}",
+                    "-" if health.l0 is None else f"{health.l0:.0f}",
+                    "not believed" if layer.flag else "",
+                ]
+            )
+        return rows
+
+    def plot(self, selection: Any = None, *, width: int = 640) -> Any:
+        """The layer profile, an Altair chart: excess over chance per layer, and the SAEs' health below.
+
+        Args:
+            selection: a `Selection`, whose layers are marked.
+            width: of the plotting area in pixels.
+        """
+        from stethoscope.report.profile import layer_profile
+
+        return layer_profile(self, selection or {"policy": "", "layers": (), "choices": ()}, width=width)
+
+    def _shown(self) -> tuple[str, pd.DataFrame]:
+        columns = ["layer", "excess", "low", "high", "z", "p_familywise", "rank", "stability", "flag"]
+        return self.verdict, self.to_frame()[columns]
 
 
 def diagnose(

@@ -19,9 +19,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from scipy import stats
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.inference import PairedDifference, ratio_difference
+from stethoscope.shown import Shown
 
 SCHEMA = 1
 KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
@@ -30,8 +32,8 @@ SOURCE = "source"
 _PREFERRED = ("exact_match", "math_verify", "acc")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcomes:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcomes(Shown):
     """Results of several arms on the same items.
 
     Attributes:
@@ -154,6 +156,46 @@ class Outcomes:
             )
         return pd.DataFrame(table)
 
+    def to_frame(self) -> pd.DataFrame:
+        """A row per arm, task and item: a copy of ``frame``."""
+        return self.frame.copy()
+
+    def plot(self, *, metric: str | None = None, width: int = 480) -> Any:
+        """Accuracy of every arm on each task with an exact 95 % interval, an Altair chart.
+
+        Args:
+            metric: as for `accuracy`.
+            width: of the plotting area in pixels.
+        """
+        import altair as alt
+
+        from stethoscope.report.look import COLOURS, configured, title
+
+        table = self.accuracy(metric)
+        bounds = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]
+        percent: dict[str, Any] = {
+            "accuracy": 100 * table["accuracy"],
+            "low": [100 * low for low, _ in bounds],
+            "high": [100 * high for _, high in bounds],
+        }
+        known = {arm: next((k for k in COLOURS if arm.startswith(k)), "other") for arm in self.arms}
+        scale = alt.Scale(domain=self.arms, range=[COLOURS[name] for name in known.values()])
+        arm = {"y": alt.Y("arm:N", sort=None, title=None), "color": alt.Color("arm:N", scale=scale, legend=None)}
+        x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])}
+        base = alt.Chart(table.assign(**percent)).encode(**arm)
+        rule = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("low:Q", **x), x2="high:Q")
+        tips = [*("task:N", "arm:N", "metric:N", "n:Q"), *(alt.Tooltip(f"{name}:Q", format=".1f") for name in percent)]
+        point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tips)
+        rows = alt.Row("task:N", sort=self.tasks, title=None, header=alt.Header(labelAngle=0, labelAlign="left"))
+        heading = title("accuracy with its exact 95 % interval")
+        return configured(alt.layer(rule, point).properties(width=width).facet(row=rows).properties(title=heading))
+
+    def _shown(self) -> tuple[str, pd.DataFrame]:
+        table = self.accuracy().assign(accuracy=lambda rows: (100 * rows["accuracy"]).round(1))
+        wide = table.pivot(index="task", columns="arm", values="accuracy").loc[self.tasks, self.arms]
+        counts = f"{len(self.arms)} arms on {len(self.tasks)} tasks, {len(self.frame)} results; accuracy in percent:"
+        return counts, wide.rename_axis(columns=None).reset_index()
+
     def save(self, path: Path) -> None:
         """Write one parquet file, whole or not at all."""
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
@@ -237,6 +279,14 @@ class DocumentDivergences(PerDocument):
         zero = np.zeros(int(used.sum()))
         rng = np.random.default_rng(seed)
         return ratio_difference(zero, self.sums[used], self.tokens[used], confidence=confidence, rng=rng)
+
+
+def _exact_interval(correct: float, n: int) -> tuple[float, float]:
+    """Clopper and Pearson's, as shares; the share itself twice where items have parts of a point."""
+    if correct != round(correct):
+        return correct / n, correct / n
+    found = stats.binomtest(round(correct), n).proportion_ci()
+    return float(found.low), float(found.high)
 
 
 def _items(numbers: Sequence[int]) -> str:

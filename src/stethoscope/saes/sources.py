@@ -6,12 +6,10 @@ check_fit(saes, hidden_size=2560, num_layers=34)
 sae = load_sae(saes[12])                                                    # a sae_lens SAE
 """
 
-import importlib.util
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +17,7 @@ from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.errors import CheckpointError, SAEError
 from stethoscope.saes.folder import SITES, SAEFolder
 from stethoscope.saes.layouts import LAYOUTS, layout_of, read_folder
+from stethoscope.saes.releases import releases as _releases
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +72,27 @@ def open_saes(source: str | Path | Mapping[int, str | Path], sae_id: str | None 
         overrides = _fetch_release(str(source), sae_id)
         found = [(None, path) for path in overrides]
     else:
-        found = _in_folder(_fetch_repository(str(source), sae_id), sae_id)
+        pattern = _check_repository(str(source), sae_id)
+        found = _in_folder(_snapshot(str(source), [pattern.replace("{layer}", "*")]), pattern)
     return _read_all(found, overrides)
+
+
+def check_source(source: str, sae_id: str | None = None) -> dict[int, SAEFolder]:
+    """What `open_saes` finds in a folder; of a release or a hub repository only its name and ``sae_id`` are checked.
+
+    Returns:
+        the SAEs of a folder by layer, else none.
+
+    Raises:
+        SAEError: as from `open_saes`, but for what only the hub can tell.
+    """
+    if Path(source).is_dir():
+        return open_saes(source, sae_id)
+    if "/" not in source and source in _releases():
+        _chosen(source, sae_id)
+    else:
+        _check_repository(source, sae_id)
+    return {}
 
 
 def _read_all(
@@ -232,21 +250,8 @@ def _pattern(sae_id: str) -> re.Pattern[str]:
     return re.compile(rf"{first}(\d+)" + r"\1".join(rest))
 
 
-@cache
-def _releases() -> dict[str, dict[str, Any]]:
-    """SAELens' directory of releases, from its own file; importing SAELens would bring torch."""
-    import yaml
-
-    spec = importlib.util.find_spec("sae_lens")
-    assert spec is not None
-    assert spec.origin is not None
-    text = (Path(spec.origin).parent / "pretrained_saes.yaml").read_text(encoding="utf-8")
-    directory: dict[str, dict[str, Any]] = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return directory
-
-
-def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
-    """The folders of the chosen SAEs of a release, with what its directory corrects in each."""
+def _chosen(name: str, sae_id: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A release, and those of its SAEs that are meant, as its directory has them."""
     release = _releases()[name]
     if (layout := release.get("conversion_func")) not in _RELEASE_LAYOUTS:
         raise SAEError(
@@ -265,6 +270,12 @@ def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
     if not chosen:
         close = get_close_matches(sae_id or "", patterns, n=3, cutoff=0.3) or patterns
         raise SAEError(f"no SAE of the release `{name}` is called `{sae_id}`", hint=f"there are: {_some(close)}")
+    return release, chosen
+
+
+def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
+    """The folders of the chosen SAEs of a release, with what its directory corrects in each."""
+    release, chosen = _chosen(name, sae_id)
     paths = [str(sae["path"]) for sae in chosen]
     root = _snapshot(release["repo_id"], paths)
     return {
@@ -281,7 +292,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _fetch_repository(name: str, sae_id: str | None) -> Path:
+def _check_repository(name: str, sae_id: str | None) -> str:
+    """The pattern of the SAEs that are meant in a hub repository."""
     if not HUB_ID.fullmatch(name) or "/" not in name:
         close = [] if "/" in name else get_close_matches(name, _releases(), n=3)
         hint = f"did you mean {' or '.join(f'`{known}`' for known in close)}?" if close else None
@@ -293,7 +305,7 @@ def _fetch_repository(name: str, sae_id: str | None) -> Path:
             hint="give their path in it as `sae_id`, such as `layer_{layer}`; a repository may hold terabytes of them",
         )
     _pattern(sae_id)
-    return _snapshot(name, [sae_id.replace("{layer}", "*")])
+    return sae_id
 
 
 def _snapshot(repository: str, wanted: list[str]) -> Path:

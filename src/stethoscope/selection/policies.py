@@ -33,6 +33,16 @@ class Selection(Artifact):
     coefficients: dict[int, float] | None = None
     choices: tuple[LayerChoice, ...]
 
+    @property
+    def verdict(self) -> str:
+        """One sentence: how many layers by which policy, and which."""
+        layers = ", ".join(map(str, self.layers))
+        return f"`{self.policy}` chooses {len(self.layers)} of {len(self.choices)} layers: {layers}."
+
+    def table(self) -> list[list[str]]:
+        """A row per layer with the reason for its fate, and a header row, for a terminal."""
+        return [["layer", "reason"], *([str(choice.layer), choice.reason] for choice in self.choices)]
+
 
 Ranked = Sequence[LayerDiagnosis]
 Policy = Callable[[Ranked, Select], Ranked]
