@@ -11,7 +11,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
@@ -104,13 +104,15 @@ def train_documents(count: int, *, seed: int = 0, problems: int = 5) -> Iterator
     return (join_items(group) for group in train_groups(count, seed=seed, problems=problems))
 
 
-def train_groups(count: int, *, seed: int = 0, problems: int = 5) -> Iterator[list[Item]]:
+def train_groups(
+    count: int, *, seed: int = 0, problems: int = 5, subjects: Sequence[str] = MATH_SUBJECTS
+) -> Iterator[list[Item]]:
     """Groups of training items of one subject each; the subjects take turns in a shuffled order."""
-    streams = {subject: stream(subject, "train", seed=seed) for subject in MATH_SUBJECTS}
+    streams = {subject: stream(subject, "train", seed=seed) for subject in subjects}
     order = random.Random(f"order/{seed}")
     made = 0
     while made < count:
-        for subject in order.sample(MATH_SUBJECTS, len(MATH_SUBJECTS))[: count - made]:
+        for subject in order.sample(subjects, len(subjects))[: count - made]:
             yield list(islice(streams[subject], problems))
             made += 1
 
