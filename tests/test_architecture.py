@@ -26,7 +26,7 @@ ORDER = [
     {"documents"},
     {"report"},  # it reads saved values and no room that makes them, so a result can ask it for its picture
     {"artifacts"},
-    {"errors", "lazy", "shown"},
+    {"errors", "lazy", "shown", "work"},
 ]
 
 

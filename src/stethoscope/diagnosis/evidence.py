@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.corpus import Document, Tokens, batches
 from stethoscope.diagnosis.diagnose import Diagnosis
-from stethoscope.diagnosis.listen import _countable, _loaded, _point, _Rows
+from stethoscope.diagnosis.listener import Rows, countable, loaded, point_of
 from stethoscope.models import decoder_layers
 from stethoscope.saes.sources import SAEFolder
 from stethoscope.sites import hear
@@ -124,8 +124,8 @@ def gather_evidence(
         progress: called with documents done and in all.
     """
     chosen = {found.layer: [f.feature for f in found.features[:features]] for found in diagnosis.layers}
-    rows = {name: _Rows.of(some[:documents], tokenizer, max_tokens, tokens) for name, some in corpora.items()}
-    points = {layer: _point(model, layer, saes[layer], site) for layer in sorted(saes)}
+    rows = {name: Rows.of(some[:documents], tokenizer, max_tokens, tokens) for name, some in corpora.items()}
+    points = {layer: point_of(model, layer, saes[layer], site) for layer in sorted(saes)}
     parts: dict[int, _Part] = {}
     for layer, wanted in chosen.items():
         if wanted:
@@ -142,7 +142,7 @@ def gather_evidence(
         for name, some in rows.items():
             peaks = {layer: _Peaks(len(some.ids), len(chosen[layer])) for layer in layers}
             for batch in batches(some.ids, tokenizer, counted=some.counted):
-                heard, counted, _ = _countable(hear(model, points, batch.input_ids), batch)
+                heard, counted, _ = countable(hear(model, points, batch.input_ids), batch)
                 for layer, encode in encoders.items():
                     values = encode(heard[layer][counted])
                     spread = values.new_zeros(*counted.shape, values.shape[1])
@@ -193,7 +193,7 @@ class _Part:
         *,
         in_residual: bool,
     ) -> "_Part":
-        sae = _loaded(source)
+        sae = loaded(source)
         known = source.overrides if isinstance(source, SAEFolder) else {}  # of a release
         name = known.get("neuronpedia_id") or sae.cfg.metadata.neuronpedia_id
         return cls(
@@ -205,7 +205,7 @@ class _Part:
 
     def encoder(self, source: SAE | SAEFolder, device: torch.device) -> Callable[[Tensor], Tensor]:
         """Activations of the features, in float32, on some tokens' hidden states."""
-        sae = (_loaded(source) if self.sae is None else self.sae).to(device=str(device))
+        sae = (loaded(source) if self.sae is None else self.sae).to(device=str(device))
         columns = self.features if self.sae is None else slice(None)
         return lambda hidden: sae.encode(hidden.to(sae.dtype))[:, columns].float()
 

@@ -98,6 +98,25 @@ class FeatureStatistics:
         return FeatureStatistics(layers={n: gathered(layer) for n, layer in self.layers.items()})
 
 
+class StatisticsTable:
+    """The statistics of so many blocks, filled in block by block in any order; takes no memory beside them."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self.layers: dict[int, LayerStatistics] = {}
+
+    def put(self, number: int, block: FeatureStatistics) -> None:
+        """Copy one block's statistics of some layers to its place."""
+        for layer, found in block.layers.items():
+            if layer not in self.layers:
+                arrays = {n: getattr(found, n) for n in _NAMES}
+                self.layers[layer] = LayerStatistics(
+                    **{n: np.zeros((self.blocks, *array.shape[1:]), array.dtype) for n, array in arrays.items()}
+                )
+            for name in _NAMES:
+                getattr(self.layers[layer], name)[number] = getattr(found, name)[0]
+
+
 def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
     """Write the statistics of named corpora to one safetensors file."""
     save_file(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_text
-from stethoscope.evaluation.decoding import agrees, can_share, common_prefix, decode_greedily, encode_prefix
+from stethoscope.evaluation.decoding import Prefix, agrees, can_share, common_prefix, decode_greedily, encode_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,27 @@ class Generation:
     truncated: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Prompts that are decoded together; any worker with the same model gives them the same responses.
+
+    Attributes:
+        prompts: token ids by key; see `SharedPrefixLM.generation`.
+        contexts: the prompts' texts by key.
+        settings: the items' generation settings.
+        prefix: the tokens that all prompts of the task begin with, those of other batches too.
+        probe: the last tokens of the longest of them, on which shared-prefix decoding is tried.
+        longest: the most tokens that a sequence may come to.
+    """
+
+    prompts: Mapping[str, list[int]]
+    contexts: Mapping[str, str]
+    settings: Mapping[str, Any]
+    prefix: list[int]
+    probe: list[int]
+    longest: int
+
+
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """HFLM whose greedy generation encodes what a task's prompts share once, and resumes batch by batch.
 
@@ -57,85 +78,107 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         self.journal: Path | None = None
         self.on_items: Callable[[int], None] = lambda _: None
         self.shares = shares
-        self._checked: bool | None = None
         self._generations: dict[str, Generation] = {}
         self._raw: dict[tuple[int, ...], list[int]] = {}
+        self._prefix: Prefix | None = None
+        self._warned = False
+        self.weights_changed()
 
     def generation(self, context: str, settings: dict[str, Any]) -> Generation | None:
         """What was generated for a prompt under an item's generation settings, if it was."""
         return self._generations.get(_key(context, settings))
 
+    def weights_changed(self) -> None:
+        """Forget what was computed with the model's weights as they were."""
+        self._prefix, self._checked = None, dict[tuple[int, ...], bool]()
+
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Responses of the requests, in their order; equal prompts are generated once unless sampled."""
+        if any(request.args[1].get("do_sample") for request in requests):
+            return super().generate_until(requests, disable_tqdm=True)
+        self.weights_changed()
+        self._generations = read_journal(self.journal) if self.journal else {}
+        batches = self.batches(requests)
+        todo = [batch for batch in batches if any(k not in self._generations for k in batch.prompts)]
+        for batch in batches:
+            if batch not in todo:
+                self.on_items(len(batch.prompts))
+        for batch in todo:
+            made = self.generate(batch)
+            self._generations.update(made)
+            if self.journal:
+                write_journal(self.journal, made)
+            self.on_items(len(batch.prompts))
+        return [self._generations[_key(*request.args)].response for request in requests]
+
+    def batches(self, requests: list[Instance]) -> list[Batch]:
+        """How the requests are decoded: by generation settings, longest first, as the harness does."""
         groups: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
         for request in requests:
             context, settings = request.args
             groups.setdefault(canonical_json(settings), {})[_key(context, settings)] = (context, settings)
-        if any(settings.get("do_sample") for group in groups.values() for _, settings in group.values()):
-            return super().generate_until(requests, disable_tqdm=True)
-        self._generations = self._read_journal()
+        found = []
         for group in groups.values():
-            self._generate_group(group)
-        return [self._generations[_key(*request.args)].response for request in requests]
-
-    def _generate_group(self, group: dict[str, tuple[str, dict[str, Any]]]) -> None:
-        settings = next(iter(group.values()))[1]
-        kwargs = normalize_gen_kwargs(settings, self.max_gen_toks)
-        limit = kwargs.pop("max_gen_toks")
-        stops = handle_stop_sequences(kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, False))
-        ids, mask = self.tok_batch_encode(
-            [context for context, _ in group.values()],
-            left_truncate_len=self.max_length - limit,
-            truncation=self.truncation,
-        )
-        prompts = {k: row[keep.bool()].tolist() for k, row, keep in zip(group, ids, mask, strict=True)}
-        # Longest first, as the harness does: the first batch is the largest.
-        order = sorted(group, key=lambda k: (-len(prompts[k]), group[k][0]))
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        todo = [batch for batch in batches if any(k not in self._generations for k in batch)]
-        for batch in batches:
-            if batch not in todo:
-                self.on_items(len(batch))
-        plain = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("temperature")
-        shares = plain and todo and self._shares(list(prompts.values()), limit)
-        prefix = encode_prefix(self.model, common_prefix(list(prompts.values()))) if shares else None
-        for batch in todo:
-            if prefix is not None:
-                end = _Stop(self, stops)
-                tokens = decode_greedily(
-                    self.model, [prompts[k] for k in batch], prefix, max_new_tokens=limit, stop=end
+            settings = next(iter(group.values()))[1]
+            limit, _ = self._decoding(settings)
+            ids, mask = self.tok_batch_encode(
+                [context for context, _ in group.values()],
+                left_truncate_len=self.max_length - limit,
+                truncation=self.truncation,
+            )
+            prompts = {k: row[keep.bool()].tolist() for k, row, keep in zip(group, ids, mask, strict=True)}
+            order = sorted(group, key=lambda k: (-len(prompts[k]), group[k][0]))
+            longest, prefix = prompts[order[0]], common_prefix(list(prompts.values()))
+            found += [
+                Batch(
+                    prompts={k: prompts[k] for k in order[i : i + self.batch_size]},
+                    contexts={k: group[k][0] for k in order[i : i + self.batch_size]},
+                    settings=settings,
+                    prefix=prefix,
+                    probe=longest[-64:],
+                    longest=len(longest) + limit,
                 )
-                made = {
-                    k: Generation(
-                        response=postprocess_generated_text(self.tok_decode(new), stops, None),
-                        tokens=len(new),
-                        truncated=i not in end.ended,
-                    )
-                    for i, (k, new) in enumerate(zip(batch, tokens, strict=True))
-                }
-            else:
-                made = self._generate_plainly(batch, group, prompts, stops, limit)
-            self._generations.update(made)
-            self._write_journal(made)
-            self.on_items(len(batch))
+                for i in range(0, len(order), self.batch_size)
+            ]
+        return found
 
-    def _generate_plainly(
-        self,
-        batch: list[str],
-        group: dict[str, tuple[str, dict[str, Any]]],
-        prompts: dict[str, list[int]],
-        stops: list[str],
-        limit: int,
-    ) -> dict[str, Generation]:
+    def generate(self, batch: Batch) -> dict[str, Generation]:
+        """What the model writes for a batch, by key."""
+        limit, kwargs = self._decoding(batch.settings)
+        stops = handle_stop_sequences(kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, False))
+        plain = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("temperature")
+        if not plain or not self._shares(batch):
+            return self._generate_plainly(batch, stops, limit)
+        if self._prefix is None or self._prefix.tokens != batch.prefix:
+            self._prefix = encode_prefix(self.model, batch.prefix)
+        end = _Stop(self, stops)
+        prompts = list(batch.prompts.values())
+        tokens = decode_greedily(self.model, prompts, self._prefix, max_new_tokens=limit, stop=end)
+        return {
+            k: Generation(
+                response=postprocess_generated_text(self.tok_decode(new), stops, None),
+                tokens=len(new),
+                truncated=i not in end.ended,
+            )
+            for i, (k, new) in enumerate(zip(batch.prompts, tokens, strict=True))
+        }
+
+    def _decoding(self, settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+        """The most tokens to generate, and the other settings as the harness reads them."""
+        kwargs = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
+        return kwargs.pop("max_gen_toks"), kwargs
+
+    def _generate_plainly(self, batch: Batch, stops: list[str], limit: int) -> dict[str, Generation]:
         requests = [
-            Instance(request_type="generate_until", doc={}, arguments=group[k], idx=i) for i, k in enumerate(batch)
+            Instance(request_type="generate_until", doc={}, arguments=(context, dict(batch.settings)), idx=i)
+            for i, context in enumerate(batch.contexts.values())
         ]
         self._raw = {}
         texts = super().generate_until(requests, disable_tqdm=True)
         made = {}
-        for key, text in zip(batch, texts, strict=True):
+        for (key, prompt), text in zip(batch.prompts.items(), texts, strict=True):
             end = _Stop(self, stops)
-            new = self._raw[tuple(prompts[key])]
+            new = self._raw[tuple(prompt)]
             count = next((i + 1 for i in range(len(new)) if end(0, new[: i + 1])), len(new))
             made[key] = Generation(response=text, tokens=count, truncated=not end.ended and count == limit)
         return made
@@ -146,39 +189,41 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             self._raw[tuple(row[mask.bool()].tolist())] = new
         return out
 
-    def _shares(self, prompts: list[list[int]], limit: int) -> bool:
-        config = self.model.generation_config
-        changed = {name for name, value in config.to_diff_dict().items() if value} - HARMLESS
-        longest = max(map(len, prompts)) + limit
-        if not self.shares or changed or not can_share(self.model, longest):
+    def _shares(self, batch: Batch) -> bool:
+        changed = {name for name, value in self.model.generation_config.to_diff_dict().items() if value} - HARMLESS
+        if not self.shares or changed or not can_share(self.model, batch.longest):
             return False
-        if self._checked is None:
-            longest_prompt = max(prompts, key=len)
-            self._checked = len(longest_prompt) > 3 and agrees(self.model, longest_prompt[-64:])
-            if not self._checked:
+        probe = tuple(batch.probe)
+        if probe not in self._checked:
+            self._checked[probe] = len(probe) > 3 and agrees(self.model, batch.probe)
+            if not self._checked[probe] and not self._warned:
                 logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
-        return self._checked
+                self._warned = True
+        return self._checked[probe]
 
-    def _read_journal(self) -> dict[str, Generation]:
-        if self.journal is None or not self.journal.exists():
-            return {}
-        found = {}
-        lines = self.journal.read_text(encoding="utf-8").splitlines(keepends=True)
-        for line in lines:
-            if not line.endswith("\n"):  # the interruption came while this line was written
-                write_text(self.journal, "".join(lines[:-1]))
-                break
-            entry = json.loads(line)
-            key = entry.pop("key")
-            found[key] = Generation(**entry)
-        return found
 
-    def _write_journal(self, made: dict[str, Generation]) -> None:
-        if self.journal is not None:
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"key": key, **asdict(generation)}) + "\n" for key, generation in made.items()]
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+def read_journal(path: Path) -> dict[str, Generation]:
+    """What was generated so far, by key; a line cut short by an interruption is dropped from the file."""
+    if not path.exists():
+        return {}
+    found = {}
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
+        if not line.endswith("\n"):  # the interruption came while this line was written
+            write_text(path, "".join(lines[:-1]))
+            break
+        entry = json.loads(line)
+        key = entry.pop("key")
+        found[key] = Generation(**entry)
+    return found
+
+
+def write_journal(path: Path, made: Mapping[str, Generation]) -> None:
+    """Append what was generated."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"key": key, **asdict(generation)}) + "\n" for key, generation in made.items()]
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
 class _Stop:

@@ -27,9 +27,11 @@ from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.outcomes import Outcomes
+from stethoscope.evaluation.relay import Answerer, Cell, RelayLM, Score, ask_workers
 from stethoscope.evaluation.samples import Sample, to_rows
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
-from stethoscope.models import load_model, load_tokenizer, preferred_dtype
+from stethoscope.models import load_model, load_skeleton, load_tokenizer, preferred_dtype
+from stethoscope.work import Run, Spread
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 
@@ -52,6 +54,7 @@ def evaluate(
     batch_size: int = 32,
     seed: int = 0,
     keys: Mapping[str, str] | None = None,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Outcomes:
     """Evaluate every state of a live model on every task, item by item; no model is loaded.
@@ -67,6 +70,7 @@ def evaluate(
         batch_size: prompts decoded together.
         seed: of few-shot sampling.
         keys: a hash for each arm's state; arms without one are identified by hashing the model's weights in that state.
+        spread: where the work is done; here if None. Workers have arms of their own by the same names.
         progress: called with items done, items in all, and what is running.
 
     Returns:
@@ -92,7 +96,9 @@ def evaluate(
             "tokenizer": _tokenizer_hash(tokenizer, built),
         }
         states = {arm: functools.partial(entered, arm) for arm in arms}
-        return _run(states, built, settings, out=out, limit=limit, seed=seed, progress=progress)
+        run = spread(functools.partial(Answerer, batch_size=batch_size)) if spread else None
+        relay = (run, RelayLM(model, tokenizer, batch_size=batch_size)) if run else None
+        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=relay, progress=progress)
 
 
 def evaluate_checkpoints(
@@ -107,6 +113,7 @@ def evaluate_checkpoints(
     batch_size: int = 32,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Outcomes:
     """Evaluate checkpoints on disk on every task, item by item; one is loaded at a time, and only if it has work left.
@@ -116,6 +123,7 @@ def evaluate_checkpoints(
         backend: ``hf`` decodes as `evaluate` does; ``vllm`` is the harness' own class, which does not tell how many
             tokens a response has or whether it was cut off.
         dtype: of the weights; the hardware's preferred one if not given.
+        spread: where the work is done, by ``hf``; here if None.
 
     Others and the return value: as for `evaluate`.
 
@@ -161,7 +169,12 @@ def evaluate_checkpoints(
             "tokenizer": next(iter(tokenizers.values())),
         }
         states = {arm: functools.partial(entered, folder) for arm, folder in folders.items()}
-        return _run(states, built, settings, out=out, limit=limit, seed=seed, progress=progress)
+        relay = None
+        if spread:
+            first = next(iter(folders.values()))
+            lm = RelayLM(load_skeleton(first, dtype=dtype), load_tokenizer(first), batch_size=batch_size)
+            relay = spread(functools.partial(Answerer, batch_size=batch_size)), lm
+        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=relay, progress=progress)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -181,20 +194,39 @@ def _run(
     out: Path,
     limit: int | None,
     seed: int,
+    relay: tuple[Run, RelayLM] | None,
     progress: Progress | None,
 ) -> Outcomes:
-    """Every arm on every task; what is stored already is read instead."""
+    """Every arm on every task; what is stored already is read instead, the rest asked of workers if there are any."""
     versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
     settings = {**settings, **versions, "limit": limit, "seed": seed}
     prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
     sizes = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in tasks.items()}
     done, total = 0, len(states) * sum(sizes.values())
     parts: list[pd.DataFrame] = []
+
+    def place(arm: str, state: str, name: str) -> tuple[str, Path]:
+        key = sha256_bytes(canonical_json([settings, prompts[name], arm, state]).encode())
+        return key, out / "parts" / f"{_safe(arm)}.{_safe(name)}.{key[:16]}.parquet"
+
+    scores: dict[Cell, dict[Any, Score]] = {}
+    if relay:
+        states = {arm: functools.partial(_relayed, _state(entered), relay[1]) for arm, entered in states.items()}
+        cells = {(arm, name): place(arm, _state(states[arm]), name)[1] for arm in states for name in tasks}
+        answered = {(arm, name): sizes[name] if path.exists() else 0 for (arm, name), path in cells.items()}
+
+        def tell(items: int, cell: Cell) -> None:
+            answered[cell] = min(answered[cell] + items, sizes[cell[1]])
+            if progress:
+                progress(sum(answered.values()), total, f"{cell[0]}: {cell[1]}")
+
+        journals = {cell: path.with_suffix(".jsonl") for cell, path in cells.items() if not path.exists()}
+        scores = ask_workers(*relay, journals, tasks, limit=limit, seed=seed, on_items=tell)
+    show = None if relay else progress  # what is left then is to look at the answers
     for arm, entered in states.items():
         with entered() as (state, load):
             for name, task in tasks.items():
-                key = sha256_bytes(canonical_json([settings, prompts[name], arm, state]).encode())
-                stored = out / "parts" / f"{_safe(arm)}.{_safe(name)}.{key[:16]}.parquet"
+                key, stored = place(arm, state, name)
                 if stored.exists():
                     parts.append(Outcomes.load(stored).frame)
                 else:
@@ -203,12 +235,14 @@ def _run(
                     def advance(items: int, start: int = start, name: str = name, said: str = said) -> None:
                         nonlocal done
                         done = min(done + items, start + sizes[name])
-                        if progress:
-                            progress(done, total, said)
+                        if show:
+                            show(done, total, said)
 
                     if isinstance(lm, SharedPrefixLM):
                         lm.on_items = advance
                         lm.journal = stored.with_suffix(".jsonl")
+                    if isinstance(lm, RelayLM):
+                        lm.scores = scores[arm, name]
                     part = _run_cell(lm, arm, name, task, limit, seed)
                     Outcomes(frame=part, provenance={"key": key}).save(stored)
                     stored.with_suffix(".jsonl").unlink(missing_ok=True)
@@ -216,13 +250,24 @@ def _run(
                     done = start
                     del lm
                 done += sizes[name]
-                if progress:
-                    progress(done, total, f"{arm}: {name}")
+                if show:
+                    show(done, total, f"{arm}: {name}")
     provenance = {**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
     outcomes = Outcomes(frame=pd.concat(parts, ignore_index=True), provenance=provenance)
     outcomes.check_comparable()
     outcomes.save(out / "outcomes.parquet")
     return outcomes
+
+
+def _state(entered: Callable[[], AbstractContextManager[_Entered]]) -> str:
+    with entered() as (state, _):
+        return state
+
+
+@contextmanager
+def _relayed(state: str, lm: RelayLM) -> Iterator[_Entered]:
+    """An arm that workers have been in."""
+    yield state, lambda: lm
 
 
 def _run_cell(lm: LM, arm: str, name: str, task: Task, limit: int | None, seed: int) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
 from stethoscope.selection.rivals import Gains, Texts, forwards, injection, measure
+from stethoscope.work import Spread
 
 RESAMPLES = 1000
 CANDIDATES = 4000  # random sets that those of equal energy are picked from
@@ -173,6 +174,7 @@ def judge_hearing(
     ks: Sequence[int] = (1, 3, 5, 8),
     random_sets: int = 50,
     coefficient: float = 1.0,
+    spread: Spread | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Hearing:
     """Judge scores of layers by what injecting the layers truly does.
@@ -184,6 +186,7 @@ def judge_hearing(
         matched: scores whose best layers are compared with sets of equal energy as well.
         ks: sizes of sets; half of the layers is added. Sizes of all layers or more are left out.
         random_sets: of each size and kind.
+        spread: where the work is done; here if None.
         progress: called with steps done and in all.
 
     Raises:
@@ -200,7 +203,7 @@ def judge_hearing(
     def advance(offset: int) -> Callable[[int, int], None]:
         return lambda done, _: progress(offset + done, steps) if progress else None
 
-    alone = injection(model, edits, both, coefficient=coefficient, layers=layers, progress=advance(0))
+    alone = injection(model, edits, both, coefficient=coefficient, layers=layers, spread=spread, progress=advance(0))
     gain, cost = alone.mean("target"), -alone.mean("control")
     judged: dict[str, tuple[Kind, Mapping[int, float]]] = {
         **scores,
@@ -221,7 +224,7 @@ def judge_hearing(
         | {layers for named in alike.values() for sets in named.values() for layers in sets}
     )
     changes = [dict.fromkeys(found, coefficient) for found in wanted]
-    joint = measure(model, edits, both, changes, progress=advance(steps // 2))
+    joint = measure(model, edits, both, changes, spread=spread, progress=advance(steps // 2))
     effects = dict(zip(wanted, _effects(wanted, joint), strict=True))
     random = {
         k: RandomSets(

@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 from stethoscope.corpus import TokenBatch
 from stethoscope.diagnosis.attribution import own_changes
 from stethoscope.editing.layers import LayerEdits
+from stethoscope.errors import StethoscopeError
 from stethoscope.losses import token_losses
 from stethoscope.models import decoder_layers
 from stethoscope.replay import Recording
 from stethoscope.sites import hook_point
+from stethoscope.work import Alone, Lost, Piece, Spread
 
 Texts = Mapping[str, Sequence[TokenBatch]]
 Change = Mapping[int, float]  # layer -> coefficient
@@ -77,6 +79,7 @@ def injection(
     *,
     coefficient: float = 1.0,
     layers: Collection[int] | None = None,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Gains:
     """The truth: each layer edited alone, in memory, and the loss measured; a forward restarts at the edited layer.
@@ -84,50 +87,91 @@ def injection(
     Args:
         texts: corpus -> batches; see `stethoscope.corpus.batches`.
         layers: all if None.
+        spread: as for `measure`.
 
     Returns:
         per document; ``changes`` are the layers in order.
     """
     chosen = range(len(decoder_layers(model))) if layers is None else sorted(layers)
-    return measure(model, edits, texts, [{layer: coefficient} for layer in chosen], progress=progress)
+    return measure(model, edits, texts, [{layer: coefficient} for layer in chosen], spread=spread, progress=progress)
 
 
-@torch.no_grad()
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Some changes to be tried on a batch of text."""
+
+    batch: TokenBatch
+    changes: Sequence[Change]
+
+
+class Injector:
+    """A model, and what is put into it."""
+
+    def __init__(self, model: PreTrainedModel, edits: LayerEdits) -> None:
+        self.model, self.edits = model, edits
+
+    @torch.no_grad()
+    def inject(self, trial: Trial) -> tuple[Float64[np.ndarray, " rows"], Float64[np.ndarray, "rows changes"]]:
+        """The base's loss of every row, and by how much each change lowers it; a forward restarts where it changes."""
+        depth = len(decoder_layers(self.model))
+        starts = [_start(change, depth) for change in trial.changes]
+        recording = Recording(self.model, trial.batch.input_ids, starts=set(starts) - {depth})
+        losses = _loss(self.model, recording.output, trial.batch)
+        gains = np.zeros((len(losses), len(starts)))
+        for i, (change, start) in enumerate(zip(trial.changes, starts, strict=True)):
+            if start < depth:
+                with self.edits.entered({n: c for n, c in change.items() if c}):
+                    gains[:, i] = losses - _loss(self.model, recording.replay(start), trial.batch)
+        return losses, gains
+
+
 def measure(
     model: PreTrainedModel,
     edits: LayerEdits,
     texts: Texts,
     changes: Sequence[Change],
     *,
+    spread: Spread | None = None,
     progress: Progress | None = None,
 ) -> Gains:
     """The truth about any sets of layers, each at any coefficients; see `forwards` for what it costs.
 
     Args:
+        spread: where the work is done; here if None. Where batches are fewer than workers, several share the changes
+            to a batch, each with a forward of the base of its own.
         progress: called with batches done and in all.
 
     Returns:
         per document.
+
+    Raises:
+        StethoscopeError: a batch ends whoever works on it.
     """
-    depth = len(decoder_layers(model))
-    starts = [_start(change, depth) for change in changes]
+    run = spread(Injector) if spread else Alone(Injector(model, edits))
     # Neighbours share edited layers, so that few are read again where not all fit in memory.
-    order = sorted((i for i, start in enumerate(starts) if start < depth), key=lambda i: sorted(changes[i].items()))
+    order = sorted(range(len(changes)), key=lambda i: sorted(changes[i].items()))
+    total = sum(map(len, texts.values()))
+    parts = 1 if run.workers == 1 else min(len(order), -(-2 * run.workers // total))
+    chosen = [part.tolist() for part in np.array_split(np.array(order, dtype=int), max(1, parts))]
+    trials = [(name, batch, number) for name, text in texts.items() for batch in text for number in range(len(chosen))]
+
+    def piece(name: str, batch: TokenBatch, number: int) -> Piece:
+        trial = Trial(batch=batch, changes=[changes[i] for i in chosen[number]])
+        said = f"documents {', '.join(map(str, batch.documents))} of `{name}`"
+        return Piece(name=said, key=number, load=lambda: trial)
+
     sums = {name: np.zeros((_documents(text), len(changes))) for name, text in texts.items()}
     losses = {name: np.zeros(len(found)) for name, found in sums.items()}
-    done, total = 0, sum(map(len, texts.values()))
-    for name, text in texts.items():
-        for batch in text:
-            rows = list(batch.documents)
-            recording = Recording(model, batch.input_ids, starts=set(starts) - {depth})
-            losses[name][rows] = _loss(model, recording.output, batch)
-            for i in order:
-                with edits.entered({n: c for n, c in changes[i].items() if c}):
-                    output = recording.replay(starts[i])
-                sums[name][rows, i] = losses[name][rows] - _loss(model, output, batch)
-            done += 1
-            if progress:
-                progress(done, total)
+    pieces = [piece(*trial) for trial in trials]
+    for done, (at, found) in enumerate(run(Injector.inject, pieces), 1):
+        if isinstance(found, Lost):
+            raise StethoscopeError(f"{pieces[at].name} end every worker: {found.why}", hint="is its memory enough?")
+        name, batch, number = trials[at]
+        rows = list(batch.documents)
+        losses[name][rows] = found[0]
+        sums[name][np.ix_(rows, chosen[number])] = found[1]
+        if progress:
+            progress(done // len(chosen), total)
     tokens = {name: _tokens(text) for name, text in texts.items()}
     return Gains(changes=tuple(map(dict, changes)), sums=sums, losses=losses, tokens=tokens)
 

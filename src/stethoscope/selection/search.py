@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.selection.rivals import Progress, Texts, forwards, measure, standard_error
+from stethoscope.work import Spread
 
 Key = tuple[tuple[int, float], ...]  # layers in order, each with its coefficient
 EMPTY: Key = ()
@@ -28,11 +29,12 @@ class Search:
         depth: int,
         budget: float | None,
         most: float,
+        spread: Spread | None,
         progress: Progress | None,
     ) -> None:
         self.depth, self.budget, self.most = depth, budget, most
         self.spent = 0.0
-        self._measure = lambda changes: measure(model, edits, texts, changes)
+        self._measure = lambda changes: measure(model, edits, texts, changes, spread=spread)
         self._progress = progress
         self.gains: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = {}
 
