@@ -141,6 +141,24 @@ class Evaluate(_Section):
     exploratory: bool = False
 
 
+class Ray(_Section):
+    """A Ray cluster that shares the work; the results are the same to the bit.
+
+    Attributes:
+        address: of a running cluster; ``auto`` finds one here or starts one on this machine.
+        workers: how many; as many as the cluster has room for if None, and 0 for none: all in this process.
+        threads: CPUs of each; if None as many as PyTorch uses here, with which the results are the same.
+        gpus: of each, a share if less than one; without, workers compute on CPUs.
+        split: what workers share of the listening, see `diagnosis.listen.listen`.
+    """
+
+    address: str = "auto"
+    workers: int | None = Field(default=None, ge=0)
+    threads: int | None = Field(default=None, ge=1)
+    gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    split: Literal["auto", "documents", "layers"] = "auto"
+
+
 class Recipe(_Section):
     """One experiment, from two models and a set of SAEs to a verdict.
 
