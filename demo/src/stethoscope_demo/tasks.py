@@ -39,15 +39,19 @@ def write_tasks(folder: Path) -> list[str]:
 
     The configurations name the packaged items by absolute paths, which `datasets` needs.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     for task in TASKS:
-        data = {split: str(packaged(task, split)) for split in PACKAGED}
-        _write_yaml(folder / f"{task}.yaml", _configuration(task, data))
+        write_task(folder, task, {split: str(packaged(task, split)) for split in PACKAGED})
     for group, tasks in ((MATH_GROUP, MATH_SUBJECTS), (CONTROL_GROUP, CONTROL_TASKS)):
         mean = {"metric": "exact_match", "aggregation": "mean", "weight_by_size": False, "filter_list": "answer"}
         members = [task_name(task) for task in tasks]
         _write_yaml(folder / f"{group}.yaml", {"group": group, "task": members, "aggregate_metric_list": [mean]})
     return [task_name(task) for task in TASKS]
+
+
+def write_task(folder: Path, task: str, data: dict[str, str]) -> None:
+    """Writes one task's configuration; ``data`` names the files of its splits, `test` and `shots` among them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_yaml(folder / f"{task}.yaml", _configuration(task, data))
 
 
 def generate_items() -> Iterator[tuple[Path, str]]:
