@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import ConsoleReporter, command_line, warn
-from stethoscope.cli.proof import compare, evaluate
+from stethoscope.cli.console import ConsoleReporter, command_line, for_this_command, warn
+from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.saes import train_saes
 from stethoscope.cli.stages import (
     cache_folder,
@@ -41,7 +41,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "A recipe, end to end": (run, demo, check, report),
     "One stage of a recipe": (diagnose, select, geometry, calibrate, hearing),
     "Weights": (edit, apply, undo, verify),
-    "Proof": (evaluate, compare),
+    "Proof": (evaluate, compare, logs),
     "SAEs": (train_saes,),
 }
 # Commands that go on where they stopped; the others write nothing before they are done.
@@ -74,7 +74,8 @@ def main(arguments: list[str] | None = None) -> None:
     argv = sys.argv[1:] if arguments is None else arguments
     try:
         # Typer hands back an exit code in place of Ctrl-C; a command that ends well gives None.
-        code = app(argv, standalone_mode=False)
+        with for_this_command:
+            code = app(argv, standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         if code:

@@ -9,7 +9,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from rich.text import Text
 _out = Console()
 _err = Console(stderr=True)
 
+for_this_command = ExitStack()  # closed when the command ends
 LINE_SECONDS = 60.0  # between lines on a stage that goes on, where there is no terminal to draw a bar on
 
 
@@ -38,9 +39,9 @@ def _hushed() -> Iterator[None]:
         logging.disable(before)
 
 
-def _hush(context: typer.Context, quiet: bool) -> bool:
-    if quiet and not context.resilient_parsing:
-        context.with_resource(_hushed())
+def _hush(quiet: bool) -> bool:
+    if quiet:
+        for_this_command.enter_context(_hushed())
     return quiet
 
 

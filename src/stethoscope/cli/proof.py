@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -128,6 +128,52 @@ def compare(
     for line in left_out:
         warn(f"left out: {line}")
     show_comparison(found, as_json=as_json, everything=True, wrote=[out] if out else [])
+
+
+def logs(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or what `evaluate` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, with a folder in it for each arm.")],
+    arm: Annotated[list[str] | None, typer.Option(help="Only this arm; repeat for more.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Write a run's outcomes as `lm_eval --log_samples` would have, for other tools."""
+    from stethoscope.evaluation.logs import write_logs
+    from stethoscope.evaluation.outcomes import Outcomes
+
+    outcomes = Outcomes.load(run / "outcomes.parquet")
+    with ConsoleReporter(quiet=quiet).stage("Build the tasks"):
+        tasks, seed = _tasks_of(run)
+    written = write_logs(outcomes, out, tasks, arms=arm, seed=seed)
+    folders = sorted({path.parent for path in written})
+    named = {path.name: path for path in folders}
+    first, second, *_ = [*folders, "", ""]
+    conclude(
+        {name: str(path) for name, path in named.items()},
+        as_json=as_json,
+        says=[
+            f"{len(written)} logs of {len(folders)} arms" + ("" if tasks else ", without the items' fields and prompts")
+        ],
+        wrote=folders,
+        then=command_line("compare", first, second) if second else "",
+    )
+
+
+def _tasks_of(run: Path) -> tuple[dict[str, Any], int]:
+    """The tasks of a run as its recipe names them, and its seed; none where there is no recipe or they are not here."""
+    from stethoscope.evaluation.tasks import load_tasks
+    from stethoscope.recipe import Recipe
+
+    if not (run / "recipe.yaml").exists():
+        return {}, 0
+    recipe = Recipe.from_yaml(run / "recipe.yaml")
+    options = recipe.evaluate
+    try:
+        names = [*options.tasks, *options.control_tasks]
+        return load_tasks(names, options.include_path, data=options.data, seed=recipe.seed), recipe.seed
+    except StethoscopeError as error:
+        warn(f"warning: {error}")
+        return {}, recipe.seed
 
 
 def show_comparison(

@@ -24,7 +24,7 @@ def unknown_tasks(names: Sequence[str], include_path: Path | None = None) -> dic
     starts = {"benchmarks", *(re.split(r"[_-]", name)[0] for name in missing)}
     near = {folder for start in starts for folder in _harness().glob(f"{start}*") if start.isalnum()}
     for folders in (set(), near, {_harness()}):
-        known |= _named(path for folder in folders for path in folder.rglob("*yaml"))
+        known |= _named(path for folder in folders for path in folder.rglob("*"))
         missing = [name for name in missing if name not in known]
         if not missing:
             break
@@ -41,6 +41,8 @@ def _harness() -> Path:
 def _named(files: Iterable[Path]) -> set[str]:
     found: set[str] = set()
     for path in files:
+        if path.suffix not in ("", ".yaml") or not path.is_file():  # what tasks include often has no ending
+            continue
         text = path.read_text(encoding="utf-8", errors="replace")
         found.update(_PLAIN.findall(text))
         for inline, below in _LIST.findall(text):

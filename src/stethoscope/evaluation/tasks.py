@@ -1,6 +1,5 @@
 """Harness tasks, built once for all arms: by name, group or YAML file, Minerva Math also on local files."""
 
-import difflib
 import functools
 import json
 import logging
@@ -16,6 +15,7 @@ from lm_eval.tasks import TaskManager
 from stethoscope.artifacts import sha256_bytes
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.minerva import TEMPLATES, is_minerva, local_tasks
+from stethoscope.evaluation.names import unknown_tasks
 
 
 def load_tasks(
@@ -40,20 +40,15 @@ def load_tasks(
             hint="`--data` is for `minerva_math` and its subjects; another task's YAML names its own files",
         )
     given = [name for name in names if data is None or not is_minerva(name)]
-    manager = TaskManager(include_path=[TEMPLATES, *local] if data else local, include_defaults=False)
-
-    def unknown() -> list[str]:
-        return [name for name in given if name not in manager.all_tasks and not Path(name).is_file()]
-
-    if unknown():
-        manager = TaskManager(include_path=local)
-    if missing := unknown():
-        near = {name: difflib.get_close_matches(name, manager.all_tasks, n=3) for name in missing}
+    if missing := unknown_tasks(given, include_path):
         raise EvaluationError(
             "these tasks are not known",
-            problems=[f"`{n}`" + (f" (like {', '.join(m)}?)" if m else "") for n, m in near.items()],
+            problems=[f"`{n}`" + (f" (like {', '.join(m)}?)" if m else "") for n, m in missing.items()],
             hint="a task is a name or group of lm-evaluation-harness, or a YAML file",
         )
+    manager = TaskManager(include_path=[TEMPLATES, *local] if data else local, include_defaults=False)
+    if any(name not in manager.all_tasks and not Path(name).is_file() for name in given):
+        manager = TaskManager(include_path=local)
     wanted: dict[str, Any] = {name: name for name in given}
     if data is not None:
         wanted["minerva_math"] = local_tasks([name for name in names if is_minerva(name)], data)
