@@ -24,7 +24,7 @@ from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics,
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
 from stethoscope.editing.layers import LayerEdits
-from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.scalpel import scalpel_plan
 from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
@@ -540,19 +540,35 @@ class _Run:
         if not documents:
             return {}
         provenance = self.provenance("general", arms=keys)
-        with self.reporter.stage("Evaluate: divergence from the base"):
+        with self.reporter.stage("Evaluate: divergence from the base") as advance:
             saved = GeneralDivergence.load_if_current(self.folder, provenance)
             if saved is None:
-                arms = {
-                    name: prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
-                    for name, plan in plans.items()
-                }
-                found = document_divergences(self.model, arms, tokenize(documents, self.tokenizer))
+                rows, found = tokenize(documents, self.tokenizer), dict[str, DocumentDivergences]()
+                for group in self.held_together(plans):
+                    arms = {
+                        name: prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
+                        for name, plan in group.items()
+                    }
+                    found |= document_divergences(self.model, arms, rows)
+                    advance(len(found), len(plans))
                 saved = GeneralDivergence.model_validate(
                     {"provenance": provenance, "arms": {name: one.to_dict() for name, one in found.items()}}
                 )
                 saved.save(self.folder)
         return {name: DocumentDivergences.from_dict(dict(values)) for name, values in saved.arms.items()}
+
+    def held_together(self, plans: dict[str, EditPlan | None]) -> list[dict[str, EditPlan | None]]:
+        """The arms in groups whose changed tensors take no more memory than the model itself."""
+        task_vector, groups, held = self.found.task_vector, [dict[str, EditPlan | None]()], 0
+        for name, plan in plans.items():
+            changed = coefficients(task_vector, plan) if plan else ()
+            size = sum(task_vector.base.entries[tensor].nbytes for tensor in changed)
+            if groups[-1] and held + size > task_vector.base.nbytes:
+                groups.append({})
+                held = 0
+            groups[-1][name] = plan
+            held += size
+        return groups
 
 
 def _described(plans: dict[str, EditPlan | None]) -> dict[str, dict[str, Any] | None]:
