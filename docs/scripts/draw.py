@@ -44,9 +44,9 @@ def method() -> str:
     )
     head = '<marker id="a" viewBox="0 0 6 6" refX="5" refY="3" markerWidth="6" markerHeight="6" orient="auto">'
     return (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 770 320" width="770" height="320" role="img">'
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 320" width="800" height="320" role="img">'
         f'<style>{style}</style><defs>{head}<path d="M0 0L6 3L0 6z" fill="#0072b2"/></marker></defs>'
-        f'<rect width="770" height="320" fill="#ffffff"/>{"".join(parts)}</svg>\n'
+        f'<rect width="800" height="320" fill="#ffffff"/>{"".join(parts)}</svg>\n'
     )
 
 

@@ -34,27 +34,49 @@ def command_line() -> str:
 def recipe_keys() -> str:
     """A table of keys for the recipe and each section."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    parts = [_table("Recipe", schema)]
-    parts += [_table(name, section) for name, section in schema["$defs"].items()]
-    return "\n".join(parts)
+    keys = {_section(field): key for key, field in schema["properties"].items()} | {"Text": "a text"}
+    sections = sorted(schema["$defs"].items(), key=lambda item: list(keys).index(item[0]))
+    return "\n".join([_table("recipe", schema), *(_table(keys[name], section) for name, section in sections)])
 
 
 def _table(name: str, section: dict[str, Any]) -> str:
-    rows = ["", f"### {name}", "", section["description"], "", "| key | value | if left out | |", "|---|---|---|---|"]
+    rows = [
+        "",
+        f"### {name}",
+        "",
+        section["description"],
+        "",
+        "| key | what | value | if left out |",
+        "|---|---|---|---|",
+    ]
     for key, field in section["properties"].items():
         needed = key in section.get("required", ())
-        default = "needed" if needed else f"`{json.dumps(field['default'])}`" if "default" in field else ""
-        rows.append(f"| `{key}` | {_kind(field)} | {default} | {field.get('description', '')} |".replace("``", "`"))
+        default = "needed" if needed else _default(field["default"])
+        text = field.get("description", "").replace("``", "`")
+        rows.append(f"| `{key}` | {text} | {_kind(field)} | {default} |")
     return "\n".join([*rows, ""])
+
+
+def _section(field: dict[str, Any]) -> str:
+    """The name of the section that a field holds, empty for others."""
+    return str((field.get("anyOf") or [field])[0].get("$ref", "")).rsplit("/", 1)[-1]
+
+
+def _default(value: Any) -> str:
+    if value is None or value in ({}, []):
+        return "none"
+    if isinstance(value, dict):
+        return "below"
+    return ", ".join(f"`{one}`" for one in value) if isinstance(value, list) else f"`{json.dumps(value)}`"
 
 
 def _kind(field: dict[str, Any]) -> str:
     if "$ref" in field:
-        return field["$ref"].rsplit("/", 1)[-1]
+        return "a text" if _section(field) == "Text" else "a section"
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "anyOf" in field:
-        return " or ".join(_kind(option) for option in field["anyOf"])
+        return _kind(field["anyOf"][0])
     if field.get("type") == "array":
         return f"list of {_kind(field['items'])}"
     if field.get("type") == "object":
