@@ -1,5 +1,6 @@
 """What to run, as validated data: a YAML file whose paths are relative to itself, every mistake reported at once."""
 
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +26,10 @@ class Text(_Section):
     """Documents: a file, a saved dataset or one on the hub; what to read of it, and how many from the top.
 
     Attributes:
+        dataset: a .jsonl, .parquet or .txt file, a saved dataset's folder, or ``owner/name/config:split`` on the hub.
         field: holds each document: a text, or a chat as a list of messages.
         split: of a dataset that has several.
+        documents: at most so many.
     """
 
     dataset: str
@@ -65,6 +68,8 @@ class Calibrate(_Section):
     """The search for layers and coefficient on the loss of texts that nothing is claimed on.
 
     Attributes:
+        target: other text that uses the skill.
+        control: other text that does not.
         budget: the share by which control loss may rise; without one, a nat of control weighs a nat of target.
         coefficients: those tried.
         per_layer: go on with one layer's coefficient at a time.
@@ -78,7 +83,11 @@ class Calibrate(_Section):
 
 
 class EditOptions(_Section):
-    """How the task vector goes into the selected layers."""
+    """How the task vector goes into the selected layers.
+
+    Attributes:
+        coefficient: how much of the change; negative takes the skill away.
+    """
 
     coefficient: float = Field(default=1.0, allow_inf_nan=False)
 
@@ -87,8 +96,12 @@ class Diagnose(_Section):
     """How the listening is done; blocks are what permutations relabel.
 
     Attributes:
+        block_size: documents to a block.
+        max_tokens: documents are cut here.
         tokens: which count, of target and control alike: all, those that an assistant says in chats, or each
             document's last.
+        permutations: relabellings that chance is judged by; the smallest p is 1 / (permutations + 1).
+        resamples: draws of blocks, for intervals and the stability of ranks.
         sae_memory_gb: encoders that do not fit wait for another forward over the text; no limit by default.
     """
 
@@ -125,6 +138,7 @@ class Evaluate(_Section):
         include_path: a folder with task definitions of your own.
         data: local files of ``minerva_math``'s items, a folder or one file.
         limit: items per task; None for all.
+        batch_size: prompts decoded together.
         control: text for the loss control.
         target: held-out target text, on which every arm's loss is measured: finer than accuracy, though no task.
         exploratory: test on items that the choice of layers has seen, and say so in the report.
@@ -163,9 +177,24 @@ class Recipe(_Section):
     """One experiment, from two models and a set of SAEs to a verdict.
 
     Attributes:
+        base: the model that is edited: a folder or a hub id.
+        tuned: its fine-tune: a checkpoint of the same shapes, or a PEFT adapter.
+        saes: one for each layer of the base: a folder, a SAELens release or a hub id.
+        sae_id: picks among several: their id or path, with ``{layer}`` for the number.
+        target: text that uses the skill.
         control: text that lacks the target's skill; a layer must stand out against it.
         controls: further such texts by name, against each of which a layer must stand out too.
+        score: how layers are judged, see `diagnosis.scores`; or ``attribution``.
         increments: judge what each layer adds to the one before it, for SAEs that read the residual stream.
+        diagnose: how the listening is done.
+        select: how scores become layers.
+        calibrate: the search that the policy ``calibrated`` rests on.
+        edit: how the change goes into the selected layers.
+        project: the arms that cut along feature directions.
+        arms: the models that answer the items.
+        random_sets: arms of layers drawn at random.
+        evaluate: the proof.
+        seed: of permutations, resamples, random layers and few-shot sampling.
     """
 
     base: str
@@ -269,7 +298,9 @@ def _problem(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] != "extra_forbidden":
         given = "" if error["type"] in ("missing", "value_error") else f" (given: `{error['input']}`)"
-        return f"{place or 'recipe'}: {error['msg']}{given}"
+        known = re.findall(r"'([^']+)'", str(error.get("ctx", {}).get("expected", "")))
+        close = get_close_matches(str(error["input"]), known, n=1)
+        return f"{place or 'recipe'}: {error['msg']}{given}" + (f"; did you mean `{close[0]}`?" if close else "")
     section: type[BaseModel] = Recipe
     for part in error["loc"][:-1]:
         if str(part) in section.model_fields:  # else the name of an entry of `controls`
