@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import jsonschema
 import lm_eval.tasks
 import pytest
 import yaml
-from pages import ROOT
+from pages import ROOT, blocks
 from tiny_world import make_world
 
 from stethoscope.cli import main
@@ -80,23 +79,32 @@ def test_tasks_are_the_harness_own(path):
             assert any(re.search(rf"^(?:task|group): {task}$", p.read_text(), re.M) for p in known), task
 
 
-def test_the_recipe_for_an_own_model_runs(
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_passes_the_check_of_its_form(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["check", "--offline", str(path)])
+    assert "no mistake in its form" in capsys.readouterr().out
+
+
+def test_the_recipe_for_an_own_model_runs_where_its_names_are_folders(
     tmp_path: Path, llama: Callable, tokenizer: object, capsys: pytest.CaptureFixture[str]
 ):
-    """Beside tiny models: as the file says, but for the names of its data."""
     world = make_world(tmp_path, llama(layers=4), tokenizer)
-    names = {"target": "math", "control": "code"}
-    names |= {"calibration-target": "calibration-math", "calibration-control": "calibration-general"}
-    for name, made in names.items():
-        shutil.copy(world / "data" / f"{made}.jsonl", world / "data" / f"{name}.jsonl")
-    task = {"task": "my_task", "dataset_path": "json", "test_split": "test", "output_type": "generate_until",
-            "dataset_kwargs": {"data_files": {"test": str(world / "tasks/sums.jsonl")}},
-            "doc_to_text": "{{problem}}=", "doc_to_target": "{{answer}}",
-            "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}]}  # fmt: skip
+    task = yaml.safe_load(
+        next(block.text for block in blocks(ROOT / "docs/quickstart.md") if "task: my_" in block.text)
+    )
+    task["dataset_kwargs"]["data_files"]["test"] = str(world / "tasks/sums.jsonl")
     (world / "tasks/my_task.yaml").write_text(yaml.safe_dump(task))
-    recipe = shutil.copy(FOLDER / "own-model.yaml", world)
-    main(["check", str(recipe), "--out", str(world / "run")])
+    recipe = yaml.safe_load((FOLDER / "own-model.yaml").read_text())
+    recipe |= {"base": "./base", "tuned": "./tuned", "saes": "./saes", "diagnose": {"block_size": 4}}
+    recipe |= {side: {"dataset": f"data/{name}.jsonl"} for side, name in (("target", "math"), ("control", "general"))}
+    for side, name in (("target", "math"), ("control", "general")):
+        recipe["calibrate"][side] = {"dataset": f"data/calibration-{name}.jsonl"}
+    recipe["evaluate"] |= {"tasks": ["my_task"], "include_path": "tasks", "control": {"dataset": "data/other.jsonl"}}
+    path = world / "own.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    for options in (["--offline"], []):
+        main(["check", str(path), *options, "--out", str(world / "run")])
     assert "can be run" in capsys.readouterr().out
-    main(["calibrate", str(recipe), "--out", str(world / "run"), "--json"])
+    main(["calibrate", str(path), "--out", str(world / "run"), "--json"])
     assert json.loads(capsys.readouterr().out)["budget"] == 0.01
