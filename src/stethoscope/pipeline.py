@@ -24,6 +24,7 @@ from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics,
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
 from stethoscope.editing.layers import LayerEdits
+from stethoscope.editing.manifest import write_results
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.scalpel import scalpel_plan
 from stethoscope.editing.sides import SCALPEL_ARMS
@@ -690,6 +691,8 @@ def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> RunResult
     plans = run.plan_arms(diagnosis, selection)
     run.write(plans)
     comparison = run.evaluate(plans)
+    if "selected" in plans:
+        write_results(folder / "edited", comparison.contrast("selected").summary())
     with reporter.stage("Report"):
         render_report(folder)
     return RunResult(folder=folder, selection=selection, comparison=comparison)

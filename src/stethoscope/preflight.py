@@ -111,14 +111,16 @@ class Preflight:
 def check_recipe(recipe: Recipe, folder: Path, *, offline: bool = False) -> Look:
     """Look at everything that a recipe refers to, by names, configs and headers.
 
+    Of the hub only the headers of the models are read: SAEs and texts there are taken by their names.
+
     Args:
         folder: where the run will lie.
-        offline: take on trust what lies on the hub, by its name.
+        offline: take models on the hub by their names, too.
 
     Raises:
         RecipeError: everything that is missing or does not fit, at once.
     """
-    found = _look(recipe, folder, headers_only=True, offline=offline)
+    found = _look(recipe, folder, headers_only=True, hub_texts=False, offline=offline)
     options = recipe.evaluate
     names = [*options.tasks, *options.control_tasks]
     if options.include_path is not None and not options.include_path.is_dir():
@@ -149,7 +151,7 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     from stethoscope.evaluation.peeking import refuse_seen, seen_items
     from stethoscope.evaluation.tasks import load_tasks
 
-    found = _look(recipe, folder, headers_only=headers_only, offline=False)
+    found = _look(recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     options = recipe.evaluate
     where: dict[str, Any] = {"include_path": options.include_path, "data": options.data, "seed": recipe.seed}
     tasks = found.attempt(load_tasks, options.tasks, **where) or {}
@@ -178,7 +180,7 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     )
 
 
-def _look(recipe: Recipe, folder: Path, *, headers_only: bool, offline: bool) -> Look:
+def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, offline: bool) -> Look:
     found = Look()
     _look_at_weights(found, recipe, headers_only=headers_only, offline=offline)
     _look_at_score(found, recipe)
@@ -188,7 +190,8 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, offline: bool) ->
     held_out = {GENERAL: recipe.evaluate.control, HELD_OUT: recipe.evaluate.target}
     texts |= {name: text for name, text in held_out.items() if text}
     for name, text in texts.items():
-        if offline and not Path(text.dataset).is_absolute():  # a recipe's own paths are absolute once it is read
+        # a recipe's own paths are absolute once it is read
+        if not hub_texts and not Path(text.dataset).is_absolute():
             found.unseen[f"{name} text"] = text.dataset
         elif documents := found.attempt(_documents, text):
             found.texts[name] = documents

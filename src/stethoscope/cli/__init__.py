@@ -27,7 +27,7 @@ from stethoscope.cli.stages import (
     run,
     select,
 )
-from stethoscope.cli.weights import apply, edit, undo, verify
+from stethoscope.cli.weights import apply, edit, push, undo, verify
 from stethoscope.errors import StethoscopeError
 
 __all__ = ["ConsoleReporter", "app", "cache_folder", "main"]
@@ -40,7 +40,7 @@ EXIT_CODES = (
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "A recipe, end to end": (run, demo, check, report),
     "One stage of a recipe": (diagnose, select, geometry, calibrate, hearing),
-    "Weights": (edit, apply, undo, verify),
+    "Weights": (edit, apply, undo, verify, push),
     "Proof": (evaluate, compare, logs),
     "SAEs": (train_saes,),
 }
@@ -62,7 +62,10 @@ for panel, commands in PANELS.items():
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an expected failure.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR, stream=sys.stderr)
+    level = logging.DEBUG if debug else logging.ERROR
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)  # some libraries set their loggers' levels themselves
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def main(arguments: list[str] | None = None) -> None:

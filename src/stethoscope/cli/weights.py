@@ -1,12 +1,13 @@
 """Commands on checkpoints alone: edit, take back, verify."""
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, command_line, conclude
+from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, command_line, conclude, warn
 from stethoscope.cli.values import parse_layers
 from stethoscope.errors import StethoscopeError
 
@@ -141,3 +142,34 @@ def verify(
         conclude(value, as_json=as_json, says=[said])
     if not found.ok:
         raise StethoscopeError(f"`{edited}` is not what its manifest says", problems=found.problems)
+
+
+def push(
+    edited: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or one that `edit` wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub; made if there is none.")],
+    public: Annotated[bool, typer.Option("--public", help="For a new repository; private otherwise.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Send an edit and its card to the hub, after comparing it with its manifest and asking."""
+    from stethoscope.editing.publish import files_of, publish
+    from stethoscope.editing.verify import verify as verify_edit
+
+    folder = edited / "edited" if (edited / "edited").is_dir() else edited
+    size = sum(path.stat().st_size for path in files_of(folder) if path.exists())
+    if not yes and not sys.stdin.isatty():
+        raise StethoscopeError("nothing was sent: there is no terminal to ask on", hint="`--yes` sends without asking")
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage("Verify") as advance:
+        found = verify_edit(folder, progress=advance)
+    if not found.ok:
+        raise StethoscopeError(f"`{folder}` is not what its manifest says", problems=found.problems)
+    kind = "public" if public else "private"
+    asked = f"Send `{folder}` ({size / 1e6:,.1f} MB) to `{repository}`, a {kind} repository if it is new?"
+    if not yes and not typer.confirm(asked, err=True):
+        warn("nothing was sent")
+        return
+    with reporter.stage("Send"):
+        address = publish(folder, repository, private=not public)
+    conclude({"commit": address}, as_json=as_json, says=[f"sent to {address}"])

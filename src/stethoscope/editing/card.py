@@ -61,6 +61,9 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         metadata["library_name"] = "transformers"
     elif kind == "adapter":
         metadata["library_name"] = "peft"
+    name, results = f"{base}, edited", manifest.get("results")
+    if results:
+        metadata["model-index"] = _model_index(name, results)
     what = {
         "checkpoint": f"`{base}` with weights of `{tuned}` in some layers; all others are the base's, byte for byte.",
         "patch": f"The difference, base XOR edited, between `{base}` and an edit of it with `{tuned}`. "
@@ -78,12 +81,52 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         "transform": f"`{transform.get('kind', 'see manifest.json')}`" if transform else "none, the raw change",
         "made by": f"stethoscope {manifest['stethoscope']}",
     }
-    lines = ["---", yaml.safe_dump(metadata, sort_keys=True).strip(), "---", "", f"# {base}, edited", "", what, ""]
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=True).strip(), "---", "", f"# {name}", "", what, ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    if results:
+        lines += ["## Results", "", results["verdict"], "", *_result_rows(results), ""]
     lines += ["`manifest.json` has the plan and the hash of every tensor; `stethoscope verify` checks them."]
     if manifest.get("mergekit"):
         lines += ["", "The same edit for mergekit:", "", "```yaml", manifest["mergekit"].rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _model_index(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Results in the hub's metadata format, which fills in the table beside a model's card."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    return eval_results_to_model_index(
+        name,
+        [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=row["task"],
+                dataset_name=row["task"],
+                dataset_args={"items": row["items"]},
+                metric_type=row["metric"],
+                metric_value=row["accuracy"],
+            )
+            for row in results["tasks"]
+        ],
+    )
+
+
+def _result_rows(results: Mapping[str, Any]) -> list[str]:
+    head = ["task", "metric", "items", f"{results['baseline']}, %", "edited, %", "change", "adjusted p"]
+    rows = [
+        [
+            row["task"],
+            row["metric"],
+            str(row["items"]),
+            f"{100 * row['baseline']:.1f}",
+            f"{100 * row['accuracy']:.1f}",
+            f"{100 * (row['accuracy'] - row['baseline']):+.1f}",
+            "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.2g}",
+        ]
+        for row in results["tasks"]
+    ]
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * 2 + ["---:"] * 5, *rows)]
 
 
 def _at(about: Mapping[str, Any]) -> str:

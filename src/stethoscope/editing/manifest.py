@@ -74,6 +74,22 @@ def write_generated(manifest: dict[str, Any], config: Mapping[str, Any], folder:
     write_json(folder / MANIFEST, manifest)
 
 
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Put what an evaluation found into an edit's card and manifest; no weight is touched, and `verify` still passes.
+
+    Args:
+        results: from `Contrast.summary`.
+
+    Raises:
+        CheckpointError: the folder is no edit.
+    """
+    manifest = read_manifest(folder) | {"results": dict(results)}
+    card = model_card(manifest, read_json_object(folder / "config.json", hint="write the edit again"))
+    manifest["files"][CARD] = hash_bytes(card.encode(), manifest["hash"])
+    write_text(folder / CARD, card)
+    write_json(folder / MANIFEST, manifest)
+
+
 def copy_side_files(source: Path, folder: Path, *, undo: bool = False) -> None:
     """Config, tokenizer, index and whatever else is not weights; the base's card under another name, or back."""
     for path in sorted(source.iterdir()):
@@ -95,8 +111,13 @@ def copy_side_files(source: Path, folder: Path, *, undo: bool = False) -> None:
 
 def hash_file(path: Path, algorithm: str) -> str:
     """The hash of a small file."""
+    return hash_bytes(path.read_bytes(), algorithm)
+
+
+def hash_bytes(data: bytes, algorithm: str) -> str:
+    """The hash of what a small file holds."""
     digest = new_digest(algorithm)
-    digest.update(path.read_bytes())
+    digest.update(data)
     return digest.hexdigest()
 
 

@@ -78,6 +78,21 @@ class Contrast:
     divergence: PairedDifference | None = None
     target_loss: PairedDifference | None = None
 
+    def summary(self) -> dict[str, Any]:
+        """The verdict and each task's accuracies in plain values, as a model's card has them."""
+        tasks = [
+            {
+                "task": t.task,
+                "metric": t.metric,
+                "items": t.n,
+                "baseline": t.accuracy_a,
+                "accuracy": t.accuracy_b,
+                "p_adjusted": t.p_adjusted,
+            }
+            for t in self.tasks
+        ]
+        return {"verdict": self.verdict, "baseline": self.a, "tasks": tasks}
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFloor:
