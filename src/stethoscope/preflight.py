@@ -20,7 +20,7 @@ from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.sides import SCALPEL_ARMS, residual_sides
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.names import unknown_tasks
-from stethoscope.recipe import Recipe, Text
+from stethoscope.recipe import FEWEST_BLOCKS, Recipe, Text
 from stethoscope.saes.sources import SITES, SAEFolder, check_fit, check_source, open_saes
 from stethoscope.seen import Seen
 
@@ -195,10 +195,25 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, 
             found.unseen[f"{name} text"] = text.dataset
         elif documents := found.attempt(_documents, text):
             found.texts[name] = documents
+    _look_at_blocks(found, recipe)
     if found.base and found.task_vector:
         found.edit = _expected_edit(recipe, found.base, found.task_vector, folder)
         found.problems += found.edit.problems
     return found
+
+
+def _look_at_blocks(found: Look, recipe: Recipe) -> None:
+    """Each text that layers are judged on needs enough blocks to tell a difference from chance."""
+    size = recipe.diagnose.block_size
+    for name in ("target", *recipe.all_controls):
+        count = len(found.texts.get(name, ()))
+        if count and (blocks := -(-count // size)) < FEWEST_BLOCKS:
+            largest = count // FEWEST_BLOCKS
+            hint = f"set `diagnose.block_size` to {largest} or less, or give more" if largest else "give more"
+            found.problems.append(
+                f"the {count} documents of the {name} text are {blocks} blocks of up to {size}; {FEWEST_BLOCKS} blocks"
+                f" or more are needed to tell a difference from chance\n    hint: {hint}"
+            )
 
 
 def _documents(text: Text) -> list[Document]:

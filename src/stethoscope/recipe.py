@@ -15,6 +15,8 @@ ArmName = Literal[
     "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
     "hybrid", "filtered",
 ]  # fmt: skip
+# Of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
+FEWEST_BLOCKS = 4
 ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "projected")
 
 

@@ -13,9 +13,8 @@ from numpy import ndarray
 from stethoscope.diagnosis.scores import Blocks, Score
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import StethoscopeError
+from stethoscope.recipe import FEWEST_BLOCKS
 
-# Fewer blocks have so few relabellings that no layer could ever be significant at 5 %.
-FEWEST_BLOCKS = 4
 LABELLED_ELEMENTS = 1 << 23  # labellings x features held at a time
 
 
