@@ -168,7 +168,10 @@ class _Pass:
 
     def todo(self) -> list[_Part]:
         """The parts not heard, or heard with documents that turned out broken for another group of layers."""
-        return [part for part in self._parts if self._heard.get(part) != self._sound(part)]
+        nothing = frozenset[int]()  # which a block without sound documents needs no hearing for, and a sample does
+        return [
+            part for part in self._parts if self._heard.get(part, nothing if part.corpus else None) != self._sound(part)
+        ]
 
     def piece(self, part: _Part) -> Piece:
         """A part as work for anyone."""

@@ -1,0 +1,498 @@
+"""The same answers from any number of workers, whatever befalls them, on a real local Ray cluster."""
+
+import ast
+import copy
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+import stethoscope
+from stethoscope.artifacts import Provenance
+from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.corpus import batches, tokenize
+from stethoscope.diagnosis.listen import Listening, listen
+from stethoscope.diagnosis.listener import Block, Listener
+from stethoscope.editing.layers import LayerEdits
+from stethoscope.editing.plan import EditPlan
+from stethoscope.errors import StethoscopeError
+from stethoscope.evaluation.run import evaluate, evaluate_checkpoints
+from stethoscope.models import load_model
+from stethoscope.recipe import Ray
+from stethoscope.saes.sources import open_saes
+from stethoscope.scaling import Bench, Crew
+from stethoscope.scaling.bench import versions
+from stethoscope.scaling.crew import AHEAD, CrewRun, _Member, _Queue
+from stethoscope.selection.calibration import calibrate
+from stethoscope.selection.hearing import judge_hearing
+from stethoscope.work import Alone, Lost, Piece
+
+ray = pytest.importorskip("ray")
+
+LAYERS, HIDDEN, WIDTH = 4, 32, 96
+WORKERS = pytest.mark.parametrize("workers", [1, 2, 4])
+TEXTS = {
+    "target": [f"{i}+{i + 1}={2 * i + 1}; " * (2 + i % 3) for i in range(23)],
+    "control": [f"the cat {i} sat on the mat " * (1 + i % 4) for i in range(14)],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, llama, tokenizer) -> Path:
+    """A base, its fine-tune, SAEs, and two tasks: one that generates and one that scores."""
+    folder = tmp_path_factory.mktemp("world")
+    model = llama(layers=LAYERS, hidden=HIDDEN)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(8)  # a random model this loud writes different things
+        model.save_pretrained(folder / "base")
+        for weight in model.parameters():
+            weight.add_(0.05 * torch.randn_like(weight))
+        model.save_pretrained(folder / "tuned")
+    for name in ("base", "tuned"):
+        tokenizer.save_pretrained(folder / name)
+    for layer in range(LAYERS):
+        sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=HIDDEN, d_sae=WIDTH))
+        for parameter in sae.parameters():
+            parameter.data = 0.3 * torch.randn_like(parameter)
+        sae.threshold.data = torch.rand(WIDTH)
+        sae.cfg.metadata.hook_name = f"model.layers.{layer}"
+        sae.save_model(folder / "saes" / f"layer_{layer}")
+    (folder / "tasks").mkdir()
+    rows = [{"problem": f"{a}+{b}", "answer": a + b, "choices": ["1", "22", "x"]} for a in range(5) for b in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+        "doc_to_text": "Say {{problem}}=",
+    }
+    sums = {
+        "task": "sums",
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "do_sample": False, "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+    picks = {"task": "picks", "output_type": "multiple_choice", "doc_to_target": 1, "doc_to_choice": "{{choices}}"}
+    for task in (sums, picks):
+        (folder / "tasks" / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crew(world) -> Iterator[Crew]:
+    """Four workers."""
+    threads = torch.get_num_threads()
+    ray.init(num_cpus=8 * threads, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+    with Crew(Ray(workers=4), Bench(base=world / "base", tuned=world / "tuned", dtype=torch.float32)) as made:
+        yield made
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(world):
+    return load_model(world / "base", dtype=torch.float32)
+
+
+def few(crew: Crew, workers: int) -> Crew:
+    """The same crew with fewer workers."""
+    some = copy.copy(crew)
+    some._members = crew._members[:workers]
+    return some
+
+
+def assert_same(ours: dict[str, Listening], theirs: dict[str, Listening]) -> None:
+    assert list(ours) == list(theirs)
+    for name, heard in ours.items():
+        assert heard.health == theirs[name].health
+        assert heard.broken == theirs[name].broken
+        for layer, found in heard.statistics.layers.items():
+            for array in ("sums", "fired", "maxima", "tokens", "sinks"):
+                one, other = getattr(found, array), getattr(theirs[name].statistics.layers[layer], array)
+                assert one.dtype == other.dtype
+                assert np.array_equal(one, other), (name, layer, array)
+
+
+@pytest.fixture(scope="module")
+def saes(world):
+    return open_saes(world / "saes")
+
+
+@pytest.fixture(scope="module")
+def heard(model, tokenizer, saes) -> dict[str, Listening]:
+    """What one process hears."""
+    found = listen(model, tokenizer, saes, TEXTS, block_size=4)
+    assert found["target"].statistics.layers[2].fired.sum() > 1000
+    return found
+
+
+@WORKERS
+def test_statistics_and_health_are_the_same(crew, workers, model, tokenizer, saes, heard):
+    found = listen(model, tokenizer, saes, TEXTS, block_size=4, spread=few(crew, workers).listening)
+    assert_same(found, heard)
+
+
+@pytest.mark.parametrize("split", ["auto", "documents", "layers"])
+def test_layers_on_several_workers_are_the_same(crew, split, model, tokenizer, saes, heard, caplog):
+    caplog.set_level("INFO")
+    memory = None if split == "layers" else 2 * HIDDEN * WIDTH * 4  # two encoders
+    options = {"block_size": 4, "memory": memory, "split": split}
+    found = listen(model, tokenizer, saes, TEXTS, spread=few(crew, 2).listening, **options)
+    assert_same(found, heard)
+    assert "2 groups of layers" in caplog.text
+    assert_same(listen(model, tokenizer, saes, TEXTS, **options), heard)
+
+
+@pytest.fixture(scope="module")
+def judged(world, model, tokenizer) -> Callable[[Any], tuple[Any, Any]]:
+    """Calibration and hearing, wherever the work is done."""
+    edits = LayerEdits(model, open_task_vector(open_checkpoint(world / "base"), world / "tuned"))
+    texts = {n: list(batches(tokenize(some, tokenizer), tokenizer, batch_tokens=128)) for n, some in TEXTS.items()}
+    z = {layer: float(layer * (3 - layer)) for layer in range(LAYERS)}
+    scores = {"given": ("sae", {layer: float(layer % 3) for layer in range(LAYERS)})}
+    seen = dict.fromkeys(texts, "0" * 64)
+
+    def both(spread: Any) -> tuple[Any, Any]:
+        options = {"provenance": Provenance(), "spread": spread}
+        found = calibrate(model, edits, texts, z, seen=seen, coefficients=(0.5, 1.0), most_forwards=12.0, **options)
+        return found, judge_hearing(model, edits, scores, texts, random_sets=4, matched=(), **options)
+
+    return both
+
+
+@pytest.fixture(scope="module")
+def judged_alone(judged) -> tuple[Any, Any]:
+    return judged(None)
+
+
+@WORKERS
+def test_calibration_and_hearing_are_the_same(crew, workers, judged, judged_alone):
+    assert judged(few(crew, workers).injecting) == judged_alone
+
+
+def plans() -> dict[str, EditPlan | None]:
+    return {"base": None, "tuned": EditPlan.everything(), "some": EditPlan.for_layers({1: 0.5, 2: 1.0})}
+
+
+@pytest.fixture(scope="module")
+def outcomes(world, model, tokenizer, tmp_path_factory) -> pd.DataFrame:
+    """What one process finds."""
+    bench = Bench(base=world / "base", tuned=world / "tuned", dtype=torch.float32)
+    arms = {name: (lambda plan=plan: bench.entered(plan)) for name, plan in plans().items()}
+    out = tmp_path_factory.mktemp("alone")
+    frame = evaluate(bench.model, tokenizer, arms, ["sums", "picks"], out=out, **asked(world)).frame
+    assert frame["response"].dropna().nunique() > 10
+    assert len(frame) == 3 * 2 * 20
+    return frame
+
+
+def asked(world: Path) -> dict[str, Any]:
+    return {"include_path": world / "tasks", "batch_size": 3, "keys": {name: name for name in plans()}}
+
+
+def ask(crew: Crew, world: Path, model: Any, tokenizer: Any, out: Path, **options: Any) -> pd.DataFrame:
+    arms = dict.fromkeys(plans(), nullcontext)
+    given = asked(world) | {"spread": crew.answering(plans()), "out": out} | options
+    return evaluate(model, tokenizer, arms, ["sums", "picks"], **given).frame
+
+
+@WORKERS
+def test_outcomes_are_the_same(crew, workers, world, model, tokenizer, outcomes, tmp_path):
+    seen: list[tuple[int, int, str]] = []
+    frame = ask(few(crew, workers), world, model, tokenizer, tmp_path, progress=lambda *now: seen.append(now))
+    pd.testing.assert_frame_equal(frame, outcomes, check_exact=True)
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1][:2] == (120, 120)
+
+
+def test_checkpoints_are_evaluated_the_same(crew, world, tmp_path):
+    folders = {name: world / name for name in ("base", "tuned")}
+    options = {"include_path": world / "tasks", "batch_size": 3, "limit": 7, "dtype": torch.float32}
+    alone = evaluate_checkpoints(folders, ["picks", "sums"], out=tmp_path / "alone", **options)
+    spread = few(crew, 2).answering_from(folders)
+    found = evaluate_checkpoints(folders, ["picks", "sums"], out=tmp_path / "workers", spread=spread, **options)
+    pd.testing.assert_frame_equal(found.frame, alone.frame, check_exact=True)
+    assert found.provenance == alone.provenance
+
+
+def test_an_evaluation_whose_driver_ended_goes_on(crew, world, model, tokenizer, outcomes, tmp_path):
+    """What was answered is asked of nobody again, by workers or alone, and the answers are the same."""
+
+    def stop(done: int, *_: Any) -> None:
+        if done >= 50:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ask(few(crew, 2), world, model, tokenizer, tmp_path, progress=stop)
+    kept = sum(len(path.read_text().splitlines()) for path in (tmp_path / "parts").glob("*.jsonl"))
+    assert kept > 20
+    counted: list[int] = []
+    again = Counting(crew, counted)
+    frame = ask(again, world, model, tokenizer, tmp_path)
+    pd.testing.assert_frame_equal(frame, outcomes, check_exact=True)
+    generated = sum(len(batch.prompts) for batch in counted if hasattr(batch, "prompts"))
+    assert generated == 60 - kept
+    assert not list((tmp_path / "parts").glob("*.jsonl"))
+
+
+class Counting:
+    """A crew that notes what it is asked."""
+
+    def __init__(self, crew: Crew, asked: list[Any]) -> None:
+        self.crew, self.asked = crew, asked
+
+    def answering(self, plans: Any) -> Callable[[Any], Any]:
+        def spread(make: Any) -> Any:
+            run = self.crew.answering(plans)(make)
+
+            def noted(task: Any, pieces: Sequence[Piece]) -> Any:
+                self.asked += [piece.load().asked for piece in pieces]
+                return run(task, pieces)
+
+            noted.workers = run.workers
+            return noted
+
+        return spread
+
+
+def letters(tool: Any, document: str) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and sums, as a stage makes them of a document."""
+    counts = np.bincount(np.frombuffer(document.encode(), dtype=np.uint8), minlength=128)
+    return counts, np.sqrt(counts) / 3
+
+
+def light(crew: Crew) -> CrewRun:
+    """Work that needs no model."""
+    return CrewRun(crew, lambda bench: None)
+
+
+def by_value(task: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of this file as workers can get it: they do not have this file."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    return task
+
+
+def kill(pids: Sequence[int]) -> bool:
+    try:
+        os.kill(random.choice(pids), signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_twenty_workers_killed_at_random_lose_nothing_and_count_nothing_twice(crew):
+    documents = [f"{i} " * (i % 7) + chr(97 + i % 26) * (i % 11) for i in range(2000)]
+    pieces = [Piece(name=f"document {i}", load=lambda i=i: documents[i]) for i in range(len(documents))]
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    some = few(crew, 2)
+    kills, last = 0, time.monotonic()
+    while kills < 20:  # a round is as long as it takes
+        found.clear()
+        for number, result in light(some)(by_value(letters), pieces):
+            assert number not in found
+            found[number] = result
+            if kills < 20 and some.pids and time.monotonic() - last > 0.3:
+                kills += kill(some.pids)
+                last = time.monotonic()
+        assert sorted(found) == list(range(len(documents)))
+        for place in (0, 1):
+            ours = np.cumsum([found[i][place] for i in range(len(documents))], axis=0)[-1]
+            theirs = np.cumsum([letters(None, text)[place] for text in documents], axis=0)[-1]
+            assert np.array_equal(ours, theirs)
+
+
+def test_a_worker_killed_while_it_listens_changes_nothing(crew, model, tokenizer, saes, heard):
+    some = few(crew, 2)
+    killed: list[bool] = []
+
+    def once(done: int, _: int) -> None:
+        if not killed:
+            killed.append(kill(some.pids))
+
+    found = listen(model, tokenizer, saes, TEXTS, block_size=2, spread=some.listening, progress=once)
+    assert killed == [True]
+    assert_same(found, listen(model, tokenizer, saes, TEXTS, block_size=2))
+
+
+def deadly(tool: Any, document: str) -> str:
+    if document == "deadly":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if document == "broken":
+        raise StethoscopeError("no such thing", hint="mend it")
+    return document.upper()
+
+
+def test_a_piece_that_ends_every_worker_is_given_up_and_the_others_are_done(crew, monkeypatch):
+    monkeypatch.setattr("stethoscope.scaling.crew.DEATHS", 2)
+    documents = ["a", "deadly", *"bcdefgh"]
+    pieces = [Piece(name=f"document {i}", load=lambda i=i: documents[i]) for i in range(len(documents))]
+    found = dict(light(few(crew, 2))(by_value(deadly), pieces))
+    lost = found.pop(1)
+    assert isinstance(lost, Lost)
+    assert "2 workers died with it" in lost.why
+    assert found == {i: text.upper() for i, text in enumerate(documents) if i != 1}
+
+
+def test_what_a_worker_raises_is_raised_here_with_its_hint(crew):
+    with pytest.raises(StethoscopeError, match="no such thing") as caught:
+        list(light(crew)(by_value(deadly), [Piece(name="broken", load=lambda: "broken")]))
+    assert caught.value.hint == "mend it"
+
+
+def test_few_pieces_are_out_at_a_time(crew):
+    """Documents are loaded when their turn comes: a consumer that is slow holds up the reading, not the memory."""
+    loaded: list[int] = []
+    pieces = [Piece(name=str(i), load=lambda i=i: loaded.append(i) or str(i)) for i in range(200)]
+    for taken, _ in enumerate(light(crew)(by_value(deadly), pieces), 1):
+        assert len(loaded) - taken <= AHEAD * 4
+    assert loaded == list(range(200))
+
+
+class DyingAlone(Alone):
+    """One process that says `Lost` where a worker would have died."""
+
+    def __call__(self, task: Callable[[Any, Any], Any], pieces: Sequence[Piece]) -> Iterator[tuple[int, Any]]:
+        for number, piece in enumerate(pieces):
+            work = piece.load()
+            deadly = isinstance(work, Block) and any("deadly" in text for text in work.documents.values())
+            yield number, Lost(why="killed") if deadly else task(self.tool, work)
+
+
+def test_broken_and_deadly_documents_are_named_and_left_out_if_asked(model, tokenizer, saes):
+    """Document 5 has no tokens, 9 ends its worker; without them the sums are those of the others, in every group."""
+    texts = {"target": list(TEXTS["target"]), "control": TEXTS["control"]}
+    texts["target"][5] = ""
+    with pytest.raises(StethoscopeError, match="some documents cannot be heard") as caught:
+        listen(model, tokenizer, saes, texts, block_size=4)
+    assert caught.value.problems == ("document 5 of `target`: some documents have no tokens",)
+    assert "--skip-broken" in str(caught.value)
+    texts["target"][9] = "deadly"
+
+    def spread(make: Any) -> DyingAlone:
+        return DyingAlone(make(model, tokenizer))
+
+    with pytest.raises(StethoscopeError, match="document 3 of `target`: killed"):
+        listen(model, tokenizer, saes, texts | {"target": texts["target"][6:]}, spread=spread, block_size=4)
+    options = {"spread": spread, "memory": 2 * HIDDEN * WIDTH * 4, "skip_broken": True}
+    found = listen(model, tokenizer, saes, texts, block_size=4, **options)["target"]
+    assert found.broken == {5: "some documents have no tokens", 9: "killed"}
+    blocks = [[n for n in range(i, min(i + 4, 23)) if n not in (5, 9)] for i in range(0, 23, 4)]
+    for number, places in enumerate(blocks):
+        alone = listen(model, tokenizer, saes, {"block": [texts["target"][n] for n in places]}, health_tokens=0)
+        for layer, found_there in found.statistics.layers.items():
+            expected = alone["block"].statistics.layers[layer]
+            assert np.array_equal(found_there.sums[number], expected.sums[0])
+            assert found_there.tokens[number] == expected.tokens[0]
+    one_by_one = listen(model, tokenizer, saes, texts, block_size=1, **options)["target"]
+    assert one_by_one.statistics.blocks == 21
+
+
+def test_a_document_broken_for_one_group_of_layers_counts_for_none(model, tokenizer, saes):
+    """Layer 3 overflows on a document; the group of layers that was heard before is heard again without it."""
+    document = 7
+
+    class Choosy(Listener):
+        def _hear(self, documents: Any) -> Any:
+            if 3 in self._encoders and TEXTS["target"][document] in documents.values():
+                raise FloatingPointError("overflow")
+            return super()._hear(documents)
+
+    def spread(make: Any) -> Alone:
+        return Alone(Choosy(model, tokenizer, **make.keywords))
+
+    options = {"memory": 2 * HIDDEN * WIDTH * 4, "skip_broken": True, "block_size": 4}
+    found = listen(model, tokenizer, saes, TEXTS, spread=spread, **options)["target"]
+    assert found.broken == {document: "overflow"}
+    tokens = [layer.tokens.tolist() for layer in found.statistics.layers.values()]
+    assert tokens[0] == tokens[3]
+
+
+def test_a_worker_keeps_to_its_key_and_changes_to_the_one_with_fewest():
+    queue = _Queue([Piece(name=str(i), key=i % 2, load=int) for i in range(8)])
+    first, second = (_Member(actor=None, greeting=None) for _ in range(2))
+    taken = []
+    for member in (first, second, first, second, first, first, first):
+        taken.append(queue.take(member, [first, second]))
+        member.flying = [object()]
+    assert taken == [0, 1, 2, 3, 4, 6, 5]
+    queue.put_back(4)
+    assert len(queue) == 2
+    assert queue.take(second, [first, second]) == 7
+
+
+DRIVER = """
+import sys, time
+from stethoscope.recipe import Ray
+from stethoscope.scaling import Bench, Crew
+from stethoscope.scaling.crew import CrewRun
+from stethoscope.work import Alone, Lost, Piece
+
+def main():
+    def forever(tool, loaded):
+        import os, time
+        time.sleep(600 if loaded else 0)
+        return os.getpid()
+
+    with Crew(Ray(address=sys.argv[1], workers=2), Bench()) as crew:
+        pieces = [Piece(name=str(i), load=lambda i=i: i) for i in range(9)]
+        for _, pid in CrewRun(crew, lambda bench: None)(forever, pieces):
+            print(*crew.pids, flush=True)
+main()
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
+def test_the_workers_end_with_the_driver(crew, end):
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", DRIVER, address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        assert pids
+        driver.send_signal(end)
+        driver.wait(timeout=20)
+    end_of_wait = time.monotonic() + 15
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < end_of_wait, "its workers are still there"
+        time.sleep(0.1)
+
+
+def test_workers_with_other_versions_are_refused(crew, monkeypatch):
+    monkeypatch.setattr("stethoscope.scaling.crew.versions", lambda: versions() | {"torch": "1.0"})
+    member = copy.copy(crew._members[0])
+    member.greeting = member.actor.introduce.remote()
+    with pytest.raises(StethoscopeError, match="has other versions than this one"):
+        few(crew, 1)._welcome(member)
+
+
+def test_without_ray_workers_are_refused_in_one_line_and_nothing_else_needs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(StethoscopeError) as caught:
+        Crew(Ray(), Bench())
+    assert str(caught.value) == 'workers need Ray: `pip install "sae-stethoscope[ray]"`'
+    source = Path(stethoscope.__file__).parent
+    imported = {
+        (path.relative_to(source).as_posix(), name.split(".")[0])
+        for path in source.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [*(alias.name for alias in node.names), getattr(node, "module", None) or ""]
+    }
+    assert {path for path, name in imported if name == "ray"} == {"scaling/crew.py"}
