@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
     from stethoscope.diagnosis.listen import listen
     from stethoscope.editing.apply import applied
+    from stethoscope.editing.geometry import Geometry, measure_geometry
     from stethoscope.editing.plan import EditPlan
     from stethoscope.editing.writer import write_edit
     from stethoscope.errors import StethoscopeError
@@ -30,6 +31,7 @@ _MODULES = {
     "diagnosis.diagnose": ["Diagnosis", "diagnose"],
     "diagnosis.listen": ["listen"],
     "editing.apply": ["applied"],
+    "editing.geometry": ["Geometry", "measure_geometry"],
     "editing.plan": ["EditPlan"],
     "editing.writer": ["write_edit"],
     "errors": ["StethoscopeError"],
@@ -46,8 +48,8 @@ _HOME = {name: f"stethoscope.{module}" for module, names in _MODULES.items() for
 
 __all__ = [  # noqa: RUF022 - in the order in which a run uses them
     "Recipe", "run_recipe", "open_checkpoint", "open_task_vector", "open_saes", "load_sae", "listen", "diagnose",
-    "Diagnosis", "select", "Selection", "EditPlan", "applied", "write_edit", "evaluate", "Outcomes", "compare",
-    "Comparison", "render_report", "StethoscopeError",
+    "Diagnosis", "select", "Selection", "measure_geometry", "Geometry", "EditPlan", "applied", "write_edit",
+    "evaluate", "Outcomes", "compare", "Comparison", "render_report", "StethoscopeError",
 ]  # fmt: skip
 
 
