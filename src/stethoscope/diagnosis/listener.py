@@ -95,6 +95,8 @@ class Listener:
             SAEError: an SAE gave values that are not finite.
             Exception: whatever keeps all of the documents from being heard, or only keeps them together.
         """
+        if not block.documents:
+            return HeardBlock(statistics=None)
         if tuple(self._encoders) != block.layers:
             self._encoders = {}  # before the next are loaded
             self._encoders = {layer: self._encoder(loaded(self.saes[layer])) for layer in block.layers}
