@@ -194,3 +194,9 @@ def test_only_the_tokens_asked_for_count(llama, tokenizer):
     heard = listen(llama(layers=2), tokenizer, {1: exact_sae(32)}, {"all": TEXTS}, tokens="last", block_size=4)["all"]
     assert heard.statistics.layers[1].tokens.tolist() == [4, 4, 4, 4, 4, 3]
     assert heard.health[1].tokens == len(TEXTS)
+
+
+def test_chats_that_cannot_be_rendered_are_refused_for_that(llama, tokenizer):
+    chats = [[{"role": "user", "content": f"question {i}"}] for i in range(4)]
+    with pytest.raises(StethoscopeError, match="has no chat template"):
+        listen(llama(layers=1), tokenizer, {0: exact_sae(32)}, {"target": chats})

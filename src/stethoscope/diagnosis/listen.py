@@ -280,21 +280,23 @@ def _opening(
     """The first documents of a corpus that hold so many tokens which count, those that cannot be read left out.
 
     Raises:
-        StethoscopeError: none of the documents has such a token.
+        StethoscopeError: none of the documents has such a token, or can be read.
     """
     found: list[Document] = []
     held = 0
+    refused: Exception | None = None
     for document in documents:
         if held >= max(wanted, 1):
             break
         try:
             (counted,) = counted_tokens([document], tokenizer, max_tokens=max_tokens, tokens=tokens, may_be_none=True)
-        except Exception:
+        except Exception as error:
+            refused = error
             continue  # its block says so, by name
         found.append(document)
         held += sum(counted)
     if not held:
-        raise _nothing(name)
+        raise refused if isinstance(refused, StethoscopeError) else _nothing(name)
     return found if wanted else []
 
 
