@@ -35,8 +35,8 @@ def recipe_keys() -> str:
     """A table of keys for the recipe and each section."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     keys = {_section(field): key for key, field in schema["properties"].items()} | {"Text": "a text"}
-    sections = sorted(schema["$defs"].items(), key=lambda item: list(keys).index(item[0]))
-    return "\n".join([_table("recipe", schema), *(_table(keys[name], section) for name, section in sections)])
+    tables = [_table(key, schema["$defs"][name]) for name, key in keys.items() if name]
+    return "\n".join([_table("recipe", schema), *tables])
 
 
 def _table(name: str, section: dict[str, Any]) -> str:
