@@ -23,7 +23,7 @@ from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.pipeline import Edits, geometry_recipe, run_recipe
-from stethoscope.preflight import preflight
+from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.seen import Seen
 from stethoscope.selection.calibration import Calibration
@@ -437,6 +437,18 @@ def test_check_reads_headers_only_and_says_what_the_edit_will_take(world, tmp_pa
     assert "4 layers of width 32" in shown
     assert "changes 14 tensors" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_check_names_texts_that_no_layer_can_be_judged_on(world, tmp_path):
+    chats = [{"messages": [{"role": "user", "content": f"question {i}"}]} for i in range(24)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    target = {"dataset": str(tmp_path / "chats.jsonl"), "field": "messages"}
+    path = changed(world, tmp_path, target=target, diagnose={"block_size": 8})
+    with pytest.raises(RecipeError) as error:
+        check_recipe(Recipe.from_yaml(path), tmp_path / "run")
+    assert "no chat template, so the target text cannot be rendered" in str(error.value)
+    assert "the 24 documents of the control text are 3 blocks of up to 8" in str(error.value)
+    assert "set `diagnose.block_size` to 6 or less" in str(error.value)
 
 
 def test_check_names_an_output_that_cannot_be_written(world, tmp_path):

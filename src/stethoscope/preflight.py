@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.hub import HUB_ID
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.documents import Document, read_documents
@@ -196,6 +197,7 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, 
         elif documents := found.attempt(_documents, text):
             found.texts[name] = documents
     _look_at_blocks(found, recipe)
+    _look_at_chats(found)
     if found.base and found.task_vector:
         found.edit = _expected_edit(recipe, found.base, found.task_vector, folder)
         found.problems += found.edit.problems
@@ -214,6 +216,21 @@ def _look_at_blocks(found: Look, recipe: Recipe) -> None:
                 f"the {count} documents of the {name} text are {blocks} blocks of up to {size}; {FEWEST_BLOCKS} blocks"
                 f" or more are needed to tell a difference from chance\n    hint: {hint}"
             )
+
+
+def _look_at_chats(found: Look) -> None:
+    """Chats need a template, which the base's files hold if they are here."""
+    chats = [name for name, documents in found.texts.items() if not isinstance(documents[0], str)]
+    settings = found.base.path / "tokenizer_config.json" if found.base else None
+    if not chats or settings is None or not settings.is_file():
+        return
+    templates = (settings.with_name(f"chat_template.{suffix}") for suffix in ("jinja", "json"))
+    config = found.attempt(read_json_object, settings, hint="it belongs to the base's tokenizer")
+    if config is not None and "chat_template" not in config and not any(path.is_file() for path in templates):
+        found.problems.append(
+            f"the base's tokenizer has no chat template, so the {', '.join(chats)} text cannot be rendered\n"
+            "    hint: give texts, or an instruction-tuned model"
+        )
 
 
 def _documents(text: Text) -> list[Document]:
