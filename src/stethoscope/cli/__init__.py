@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         # Typer hands back an exit code in place of Ctrl-C; a command that ends well gives None.
         with for_this_command:
-            code = app(argv, standalone_mode=False)
+            code = app(argv, prog_name="stethoscope", standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         if code:
@@ -99,6 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong command, from a private module
             raise
         about = getattr(getattr(error, "ctx", None), "command_path", "stethoscope")
-        said = re.sub(r"'([^']*)'", r"`\1`", error.format_message()).rstrip(".")
+        said, _, near = error.format_message().partition(" (Possible options: ")
+        said = re.sub(r"'([^']*)'|(--[\w-]+)", r"`\1\2`", said).rstrip(".")
+        if near:
+            said += f"; did you mean {' or '.join(f'`{name}`' for name in near.rstrip(')').split(', '))}?"
         warn(f"error: {said[:1].lower()}{said[1:]}\n\nhint: `{about} --help` lists what there is")
         sys.exit(USER_ERROR)

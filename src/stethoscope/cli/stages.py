@@ -22,6 +22,7 @@ from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
     from stethoscope.pipeline import RunResult
+    from stethoscope.recipe import Recipe
 
 
 def run(
@@ -37,11 +38,10 @@ def run(
     if dry_run:
         _rehearse(recipe, out, quiet=quiet, as_json=as_json)
         return
+    chosen, folder = _read(recipe, out)
     from stethoscope.pipeline import run_recipe
-    from stethoscope.recipe import Recipe
 
-    result = run_recipe(Recipe.from_yaml(recipe), _folder(recipe, out), reporter=ConsoleReporter(quiet=quiet))
-    _show(result, as_json=as_json)
+    _show(run_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet)), as_json=as_json)
 
 
 def demo(
@@ -77,11 +77,11 @@ def check(
     as_json: AsJSON = False,
 ) -> None:
     """Say everything that is wrong with a recipe, or what it will take; from names, configs and headers alone."""
-    from stethoscope.preflight import check_recipe
-    from stethoscope.recipe import Recipe
-
     with _problems_as_json(as_json):
-        found = check_recipe(Recipe.from_yaml(recipe), _folder(recipe, out), offline=offline)
+        chosen, folder = _read(recipe, out)
+        from stethoscope.preflight import check_recipe
+
+        found = check_recipe(chosen, folder, offline=offline)
     conclude(
         {"ok": True, **found.summary()},
         as_json=as_json,
@@ -109,11 +109,10 @@ def report(
 
 def diagnose(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """Listen to every layer through its SAE: how specific it is to the target, beside chance, and what it heard."""
+    chosen, folder = _read(recipe, out)
     from stethoscope.pipeline import diagnose_recipe
-    from stethoscope.recipe import Recipe
 
-    folder = _folder(recipe, out)
-    found = diagnose_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    found = diagnose_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -126,11 +125,10 @@ def diagnose(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as
 
 def select(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """Choose layers by the recipe's policy, with the reason for each."""
+    chosen, folder = _read(recipe, out)
     from stethoscope.pipeline import select_recipe
-    from stethoscope.recipe import Recipe
 
-    folder = _folder(recipe, out)
-    found = select_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    found = select_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -144,11 +142,10 @@ def select(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_j
 
 def geometry(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """What SAE features keep of the task vector, layer by layer, beside random features and random directions."""
+    chosen, folder = _read(recipe, out)
     from stethoscope.pipeline import geometry_recipe
-    from stethoscope.recipe import Recipe
 
-    folder = _folder(recipe, out)
-    found = geometry_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    found = geometry_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -161,11 +158,10 @@ def geometry(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as
 
 def calibrate(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """Find layers and coefficient on the recipe's calibration text: target loss gained per control loss paid."""
+    chosen, folder = _read(recipe, out)
     from stethoscope.pipeline import calibrate_recipe
-    from stethoscope.recipe import Recipe
 
-    folder = _folder(recipe, out)
-    found = calibrate_recipe(Recipe.from_yaml(recipe), folder, reporter=ConsoleReporter(quiet=quiet))
+    found = calibrate_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -189,10 +185,9 @@ def hearing(
     as_json: AsJSON = False,
 ) -> None:
     """Does the stethoscope hear right? Every score of the layers against what injecting them truly does."""
+    chosen, folder = _read(recipe, out)
     from stethoscope.pipeline import judge_recipe
-    from stethoscope.recipe import Recipe
 
-    chosen, folder = Recipe.from_yaml(recipe), _folder(recipe, out)
     found = judge_recipe(
         chosen,
         folder,
@@ -222,11 +217,11 @@ def cache_folder() -> Path:
 
 
 def _rehearse(recipe: Path, out: Path | None, *, quiet: bool, as_json: bool) -> None:
-    from stethoscope.preflight import preflight
-    from stethoscope.recipe import Recipe
-
     with _problems_as_json(as_json), ConsoleReporter(quiet=quiet).stage("Check the recipe"):
-        found = preflight(Recipe.from_yaml(recipe), _folder(recipe, out), headers_only=True)
+        chosen, folder = _read(recipe, out)
+        from stethoscope.preflight import preflight
+
+        found = preflight(chosen, folder, headers_only=True)
     tasks = {"tasks": found.tasks, "control_tasks": found.control_tasks}
     rows = [[name.replace("_", " "), ", ".join(names) or "none"] for name, names in tasks.items()]
     conclude(
@@ -249,8 +244,11 @@ def _problems_as_json(as_json: bool) -> Iterator[None]:
         raise
 
 
-def _folder(recipe: Path, out: Path | None) -> Path:
-    return out or Path("runs") / recipe.stem
+def _read(recipe: Path, out: Path | None) -> "tuple[Recipe, Path]":
+    """The recipe and its run folder: first of all, since what runs it takes seconds to import."""
+    from stethoscope.recipe import Recipe
+
+    return Recipe.from_yaml(recipe), out or Path("runs") / recipe.stem
 
 
 def _then(command: str, recipe: Path, out: Path | None) -> str:

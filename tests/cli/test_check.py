@@ -1,0 +1,150 @@
+"""What a user runs first: `check` from names and headers, fast and all at once, and the rehearsal of a run."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_pipeline import changed, world  # noqa: F401 - a fixture
+
+from stethoscope.cli import main
+from stethoscope.diagnosis.scores import SCORES
+from stethoscope.errors import RecipeError, SAEError
+from stethoscope.evaluation.names import unknown_tasks
+from stethoscope.preflight import check_recipe
+from stethoscope.recipe import Recipe
+from stethoscope.saes.releases import releases
+from stethoscope.saes.sources import check_source
+
+HEAVY = ("torch", "transformers", "lm_eval", "datasets", "pandas", "sae_lens", "peft", "pyarrow")
+ON_THE_HUB = {
+    "base": "google/gemma-3-4b-it",
+    "tuned": "me/gemma-3-4b-it-math",
+    "saes": "gemma-scope-2-4b-it-res-all",
+    "sae_id": "layer_{layer}_width_16k_l0_small",
+    "target": {"dataset": "me/math:train"},
+    "control": {"dataset": "me/general:train"},
+    "select": {"policy": "top_k", "k": 5},
+    "arms": ["base", "selected", "projected"],
+    "evaluate": {"tasks": ["minerva_math", "gsm8k"], "control_tasks": ["mmlu"]},
+}
+
+
+def write(folder: Path, **changes: object) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(ON_THE_HUB | changes))
+    return path
+
+
+def test_check_imports_nothing_heavy(world, tmp_path):  # noqa: F811
+    code = (
+        "import sys; from stethoscope.cli import main;"
+        f" main(['check', {str(world / 'recipe.yaml')!r}, '--out', {str(tmp_path / 'run')!r}, '--json']);"
+        f" print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    found = json.loads(done.stdout)
+    assert found["ok"] is True
+    assert (found["layers"], found["hidden_size"], found["saes"]) == (4, 32, [0, 1, 2, 3])
+    assert found["texts"] == {"target": 24, "control": 24, "general": 24}
+    assert found["edit"]["tensors"] == 14
+
+
+def test_offline_takes_what_lies_on_the_hub_by_its_name(tmp_path, capsys):
+    main(["check", "--offline", str(write(tmp_path))])
+    shown = capsys.readouterr().out
+    assert "google/gemma-3-4b-it: on the hub, not looked at" in shown
+    assert "has no mistake in its form" in shown
+    assert f"next: stethoscope check {tmp_path / 'recipe.yaml'}" in shown
+
+
+def test_offline_says_all_that_names_tell(tmp_path):
+    path = write(
+        tmp_path,
+        base="google gemma",
+        sae_id="layer_{layer}_width_17k",
+        target={"dataset": "data/math.jsonl"},
+        score="mass_shft",
+        evaluate={"tasks": ["minerva_mth"], "include_path": None, "data": "MATH"},
+    )
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(Recipe.from_yaml(path), tmp_path / "run", offline=True)
+    said = "\n".join(caught.value.problems)
+    for part in (
+        "there is no folder `google gemma`",
+        "no SAE of the release `gemma-scope-2-4b-it-res-all` is called `layer_{layer}_width_17k`",
+        "math.jsonl` cannot be read",
+        "unknown score `mass_shft`; did you mean `mass_shift`?",
+        "the task `minerva_mth` is not known; did you mean `minerva_math`",
+        "MATH` does not exist",
+    ):
+        assert part in said
+
+
+def test_values_are_guessed_too(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean `top_k`"):
+        Recipe.from_yaml(write(tmp_path, select={"policy": "topk", "k": 5}))
+
+
+def test_sources_on_the_hub_are_checked_by_name():
+    assert check_source("gemma-scope-2-4b-it-res-all", "layer_{layer}_width_16k_l0_small") == {}
+    assert check_source("me/saes", "layer_{layer}") == {}
+    with pytest.raises(SAEError, match="has several SAEs for a layer"):
+        check_source("gemma-scope-2-4b-it-res-all")
+    with pytest.raises(SAEError, match="is not said"):
+        check_source("me/saes")
+    with pytest.raises(SAEError) as caught:
+        check_source("gemma-scope-2-4b-it-res-al")
+    assert "gemma-scope-2-4b-it-res-all" in caught.value.hint
+
+
+def test_a_release_parsed_alone_is_the_same():
+    spec = importlib.util.find_spec("sae_lens")
+    text = (Path(spec.origin).parent / "pretrained_saes.yaml").read_text(encoding="utf-8")
+    whole = yaml.load(text, Loader=yaml.CSafeLoader)
+    found = releases()
+    assert list(found) == list(whole)
+    assert all(found[name] == release for name, release in whole.items())
+
+
+def test_tasks_are_known_by_name(tmp_path):
+    """Names of every kind that the harness has: tasks, groups, tags, and what included files without an ending tag."""
+    own = tmp_path / "tasks"
+    own.mkdir()
+    (own / "mine.yaml").write_text("task: mine\ntag: [ours, 'theirs']\n")
+    (own / "quoted.yaml").write_text('"task": "quoted"\n"tag":\n- listed\n- "below"\n')
+    known = ["minerva_math", "minerva_math_algebra", "gsm8k", "mmlu", "mmlu_stem_tasks", "arc_easy", "ai2_arc"]
+    known += ["leaderboard", "acp_bench_hard", "truthfulqa_mc2", "winogrande", str(own / "mine.yaml")]
+    assert unknown_tasks(known) == {}
+    assert unknown_tasks(["mine", "ours", "theirs", "quoted", "listed", "below", "gsm8k"], own) == {}
+    assert "gsm8k" in unknown_tasks(["gsm8kk"])["gsm8kk"]
+    assert list(unknown_tasks(["mine"])) == ["mine"]
+
+
+def test_scores_of_ones_own_are_known(tmp_path, monkeypatch):
+    path = write(tmp_path, score="my_score")
+    with pytest.raises(RecipeError, match="unknown score"):
+        check_recipe(Recipe.from_yaml(path), tmp_path, offline=True)
+    monkeypatch.setitem(SCORES, "my_score", SCORES["lift"])
+    assert check_recipe(Recipe.from_yaml(path), tmp_path, offline=True).unseen["saes"] == ON_THE_HUB["saes"]
+
+
+def test_a_rehearsal_builds_the_tasks_starts_nothing_and_can_be_really_quiet(world, tmp_path, capsys):  # noqa: F811
+    """In a process of its own: libraries ask at import whether they may draw bars."""
+    command = [sys.executable, "-m", "stethoscope.cli", "run", str(world / "recipe.yaml"), "--dry-run"]
+    command += ["--out", str(tmp_path / "run"), "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["tasks"] == ["tiny_sum"]
+    assert found["control_tasks"] == ["tiny_and"]
+    assert found["seen_items"] == {}
+    assert done.stderr == ""
+    assert not (tmp_path / "run").exists()
+    path = changed(world, tmp_path, score="loudness")
+    with pytest.raises(SystemExit):
+        main(["run", str(path), "--out", str(tmp_path / "run"), "--dry-run"])
+    assert "unknown score `loudness`" in capsys.readouterr().err

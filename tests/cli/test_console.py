@@ -1,0 +1,165 @@
+"""What a person at a terminal meets: help, errors, quiet, progress, Ctrl-C, completion; each as the program does it."""
+
+import json
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from stethoscope.cli import app, console, main
+from stethoscope.cli.console import ConsoleReporter
+from stethoscope.errors import StethoscopeError
+
+PROGRAM = [sys.executable, "-m", "stethoscope.cli"]
+
+
+def run_program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_help_groups_the_commands_and_says_the_exit_codes():
+    done = run_program("--help", COLUMNS="200")
+    assert done.returncode == 0
+    for panel in ("A recipe, end to end", "One stage of a recipe", "Weights", "Proof"):
+        assert panel in done.stdout
+    for code in ("0 done", "1 a fault of this program", "2 something that you can mend", "130 interrupted"):
+        assert code in done.stdout
+
+
+def test_every_command_that_reports_has_json_and_every_long_one_quiet():
+    options = {
+        command.name or command.callback.__name__.replace("_", "-"): set(command.callback.__annotations__)
+        for command in app.registered_commands
+    }
+    assert {name for name, given in options.items() if "as_json" not in given} == set()
+    assert {name for name, given in options.items() if "quiet" not in given} == {"check", "report", "compare"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "hint"),
+    [
+        (["sing"], "error: no such command `sing`", "`stethoscope --help`"),
+        (["run"], "error: missing argument `RECIPE.yaml`", "`stethoscope run --help`"),
+        (["check", "x.yaml", "--offlin"], "did you mean `--offline`?", "`stethoscope check --help`"),
+        (["check", "nowhere.yaml"], "error: the recipe `nowhere.yaml` cannot be read", ""),
+    ],
+)
+def test_wrong_usage_is_said_as_any_other_error(arguments, said, hint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    shown = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert shown.out == ""
+    assert said in shown.err
+    assert hint in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_quiet_hushes_libraries_until_the_command_ends(monkeypatch, capfd):
+    library = logging.getLogger("some.library")
+    handler = logging.StreamHandler(sys.stderr)  # as transformers has one of its own
+    library.addHandler(handler)
+
+    def report(_: Path) -> Path:
+        library.warning("a warning by logging")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("a warning by warnings", stacklevel=1)
+        with ConsoleReporter(quiet=True).stage("Stage"):
+            pass
+        raise StethoscopeError("what matters")
+
+    monkeypatch.setattr("stethoscope.checkpoints.checkpoint.open_checkpoint", report)
+    try:
+        with pytest.raises(SystemExit):
+            main(["edit", "--base", "x", "--tuned", "x", "--layers", "all", "--out", "y", "--quiet"])
+        assert capfd.readouterr().err == "error: what matters\n"
+        library.warning("after it")
+        assert capfd.readouterr().err == "after it\n"
+    finally:
+        library.removeHandler(handler)
+
+
+def test_one_plain_line_a_stage_where_there_is_no_terminal(monkeypatch, capsys):
+    seconds = iter(range(0, 10_000, 45))
+    monkeypatch.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
+    with ConsoleReporter().stage("Listen") as advance:
+        for done in range(1, 5):
+            advance(done, 4)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "Listen                               90.0 s, 2 of 4, about 2 min left",
+        "Listen                              225.0 s",
+    ]
+
+
+def test_one_bar_with_the_time_left_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(console, "_err", Console(stderr=True, force_terminal=True, width=100))
+    with ConsoleReporter().stage("Listen") as advance:
+        advance(1, 4)
+    shown = capsys.readouterr().err
+    assert "1/4" in shown
+    assert "-:--:--" in shown  # time left, which one step cannot tell
+    assert "Listen" in shown.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["run", "a b.yaml", "--out", "runs/x"], "go on with"), (["verify", "edited"], "nothing was written")],
+)
+def test_ctrl_c_says_the_exact_command(arguments, word, monkeypatch, capsys):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stethoscope.recipe.Recipe.from_yaml", interrupt)
+    monkeypatch.setattr("stethoscope.editing.verify.verify", interrupt)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 130
+    shown = capsys.readouterr().err
+    assert word in shown
+    assert shlex.split(shown.splitlines()[-1]) == ["stethoscope", *arguments]
+
+
+def test_task_names_and_paths_are_no_markup(capsys):
+    console.show_rows([["[b]task[/b]", "n"], ["[red]x[/red]", "1"]], left=1)
+    console.say("runs/[demo]/report.html")
+    shown = capsys.readouterr().out
+    assert "[red]x[/red]" in shown
+    assert "[b]task[/b]" in shown
+    assert "runs/[demo]/report.html" in shown
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="completion is tried in bash")
+def test_the_shell_completes_commands_and_options(tmp_path):
+    """Installed as a user would, then asked as the shell asks."""
+    program = Path(sys.executable).parent
+    here = {"HOME": str(tmp_path), "PATH": f"{program}{os.pathsep}{os.environ['PATH']}"}
+
+    def bash(script: str) -> str:
+        command = ["bash", "--norc", "-c", script]
+        return subprocess.run(command, env=here, capture_output=True, text=True, check=True).stdout
+
+    bash("stethoscope --install-completion bash")
+    ask = f"source {tmp_path}/.bash_completions/stethoscope.sh; COMP_WORDS=(stethoscope {{}}); COMP_CWORD={{}};"
+    ask += " _stethoscope_completion stethoscope; echo ${{COMPREPLY[@]}}"
+    assert bash(ask.format("cal", 1)).split() == ["calibrate"]
+    assert bash(ask.format("check --of", 2)).split() == ["--offline"]
+
+
+def test_json_is_all_that_stdout_has(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("base: x\n")
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "bad.yaml"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert any("tuned" in problem for problem in found["problems"])

@@ -1,0 +1,88 @@
+"""Each stage as a command: table, verdict, paths, next command; interrupted and gone on with; and what a run leaves."""
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from test_pipeline import finished, interrupt, world  # noqa: F401 - fixtures
+
+from stethoscope.cli import main
+from stethoscope.diagnosis.diagnose import Diagnosis
+from stethoscope.editing.geometry import Geometry
+from stethoscope.editing.manifest import read_manifest
+from stethoscope.editing.verify import verify
+from stethoscope.evaluation.comparison import Comparison
+from stethoscope.selection.policies import Selection
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:  # noqa: F811
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def lines_of(capsys) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_diagnose_ends_with_table_verdict_paths_and_next(world, run, capsys):  # noqa: F811
+    main(["diagnose", str(world / "recipe.yaml"), "--out", str(run)])
+    shown = lines_of(capsys)
+    diagnosis = Diagnosis.load(run)
+    assert shown[0].split()[:2] == ["layer", "excess"]
+    assert [line.split()[0] for line in shown[1:5]] == ["0", "1", "2", "3"]
+    assert diagnosis.verdict in shown
+    assert f"wrote {run / 'diagnosis.json'}" in shown
+    after = shlex.split(shown[-1].removeprefix("next: "))
+    assert after == ["stethoscope", "select", str(world / "recipe.yaml"), "--out", str(run)]
+    main([*after[1:], "--json"])  # it is one
+    assert json.loads(capsys.readouterr().out)["layers"] == list(Selection.load(run).layers)
+
+
+def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):  # noqa: F811
+    main(["select", str(world / "recipe.yaml"), "--out", str(run)])
+    shown = lines_of(capsys)
+    selection = Selection.load(run)
+    for choice in selection.choices:
+        assert any(line.split()[0] == str(choice.layer) and choice.reason in line for line in shown[1:5])
+    assert selection.verdict in shown
+    (run / Geometry.FILE).unlink(missing_ok=True)
+    main(["geometry", str(world / "recipe.yaml"), "--out", str(run)])
+    shown = lines_of(capsys)
+    geometry = Geometry.load(run)
+    assert shown[5].split()[0] == "all"
+    assert geometry.verdict in shown
+    assert f"{100 * geometry.total.share:.1f}" in shown[5].split()
+
+
+def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+    arguments = ["run", str(world / "recipe.yaml"), "--out", str(tmp_path / "a run")]
+    with monkeypatch.context() as patched:
+        patched.setattr("stethoscope.pipeline.compare", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+    assert stopped.value.code == 130
+    command = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert command == ["stethoscope", *arguments]
+    monkeypatch.setattr("stethoscope.pipeline.listen", None)  # it is not done again
+    main(command[1:])
+    shown = capsys.readouterr()
+    assert f"wrote {tmp_path / 'a run' / 'report.html'}" in shown.out
+    assert shlex.split(shown.out.splitlines()[-1].removeprefix("next: "))[1] == "verify"
+    verdicts = [line for line in shown.out.splitlines() if line.startswith(("No evidence", "`selected`", "Mixed"))]
+    assert len(verdicts) == 3  # against the base and two random sets
+
+
+def test_the_edited_folder_has_the_results_on_its_card_and_still_verifies(finished):  # noqa: F811
+    edited = finished / "edited"
+    contrast = Comparison.load(finished / "comparison.json").contrast("selected")
+    card = (edited / "README.md").read_text(encoding="utf-8")
+    metadata = yaml.safe_load(card.split("---")[1])
+    (index,) = metadata["model-index"]
+    found = {result["dataset"]["type"]: result["metrics"][0] for result in index["results"]}
+    assert found == {t.task: {"type": t.metric, "value": t.accuracy_b} for t in contrast.tasks}
+    assert contrast.verdict in card
+    assert verify(edited).ok
+    assert read_manifest(edited)["results"]["verdict"] == contrast.verdict
