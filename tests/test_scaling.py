@@ -31,9 +31,11 @@ from stethoscope.diagnosis.listener import Block, Listener
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
+from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints
 from stethoscope.models import load_model
-from stethoscope.recipe import Ray
+from stethoscope.pipeline import run_recipe
+from stethoscope.recipe import Ray, Recipe
 from stethoscope.saes.sources import open_saes
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
@@ -101,14 +103,14 @@ def crew(world) -> Iterator[Crew]:
     """Four workers."""
     threads = torch.get_num_threads()
     ray.init(num_cpus=8 * threads, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-    with Crew(Ray(workers=4), Bench(base=world / "base", tuned=world / "tuned", dtype=torch.float32)) as made:
+    with Crew(Ray(workers=4), Bench(base=world / "base", tuned=world / "tuned")) as made:
         yield made
     ray.shutdown()
 
 
 @pytest.fixture(scope="module")
 def model(world):
-    return load_model(world / "base", dtype=torch.float32)
+    return load_model(world / "base")
 
 
 def few(crew: Crew, workers: int) -> Crew:
@@ -143,6 +145,11 @@ def heard(model, tokenizer, saes) -> dict[str, Listening]:
     return found
 
 
+def two_encoders(model: Any) -> int:
+    """Their bytes."""
+    return 2 * HIDDEN * WIDTH * model.dtype.itemsize
+
+
 @WORKERS
 def test_statistics_and_health_are_the_same(crew, workers, model, tokenizer, saes, heard):
     found = listen(model, tokenizer, saes, TEXTS, block_size=4, spread=few(crew, workers).listening)
@@ -152,7 +159,7 @@ def test_statistics_and_health_are_the_same(crew, workers, model, tokenizer, sae
 @pytest.mark.parametrize("split", ["auto", "documents", "layers"])
 def test_layers_on_several_workers_are_the_same(crew, split, model, tokenizer, saes, heard, caplog):
     caplog.set_level("INFO")
-    memory = None if split == "layers" else 2 * HIDDEN * WIDTH * 4  # two encoders
+    memory = None if split == "layers" else two_encoders(model)
     options = {"block_size": 4, "memory": memory, "split": split}
     found = listen(model, tokenizer, saes, TEXTS, spread=few(crew, 2).listening, **options)
     assert_same(found, heard)
@@ -194,7 +201,7 @@ def plans() -> dict[str, EditPlan | None]:
 @pytest.fixture(scope="module")
 def outcomes(world, model, tokenizer, tmp_path_factory) -> pd.DataFrame:
     """What one process finds."""
-    bench = Bench(base=world / "base", tuned=world / "tuned", dtype=torch.float32)
+    bench = Bench(base=world / "base", tuned=world / "tuned")
     arms = {name: (lambda plan=plan: bench.entered(plan)) for name, plan in plans().items()}
     out = tmp_path_factory.mktemp("alone")
     frame = evaluate(bench.model, tokenizer, arms, ["sums", "picks"], out=out, **asked(world)).frame
@@ -224,7 +231,7 @@ def test_outcomes_are_the_same(crew, workers, world, model, tokenizer, outcomes,
 
 def test_checkpoints_are_evaluated_the_same(crew, world, tmp_path):
     folders = {name: world / name for name in ("base", "tuned")}
-    options = {"include_path": world / "tasks", "batch_size": 3, "limit": 7, "dtype": torch.float32}
+    options = {"include_path": world / "tasks", "batch_size": 3, "limit": 7}
     alone = evaluate_checkpoints(folders, ["picks", "sums"], out=tmp_path / "alone", **options)
     spread = few(crew, 2).answering_from(folders)
     found = evaluate_checkpoints(folders, ["picks", "sums"], out=tmp_path / "workers", spread=spread, **options)
@@ -250,6 +257,45 @@ def test_an_evaluation_whose_driver_ended_goes_on(crew, world, model, tokenizer,
     generated = sum(len(batch.prompts) for batch in counted if hasattr(batch, "prompts"))
     assert generated == 60 - kept
     assert not list((tmp_path / "parts").glob("*.jsonl"))
+
+
+def test_a_recipe_gives_the_same_artefacts(crew, world, monkeypatch, tmp_path):
+    """Diagnosis, calibration and outcomes, as a run writes them; the section `ray` leaves no trace in their keys."""
+    for name, documents in TEXTS.items():
+        (world / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    texts = {name: {"dataset": f"{name}.jsonl"} for name in TEXTS}
+    recipe = texts | {
+        "base": "base",
+        "tuned": "tuned",
+        "saes": "saes",
+        "diagnose": {"block_size": 4, "permutations": 19, "resamples": 19},
+        "select": {"policy": "calibrated", "include_flagged": True},
+        "calibrate": texts | {"coefficients": [0.5, 1.0]},
+        "arms": ["base", "tuned", "projected"],
+        "evaluate": {"tasks": ["sums"], "include_path": "tasks", "exploratory": True},
+    }
+    (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr("stethoscope.pipeline.Crew", lambda options, bench: nullcontext(few(crew, options.workers)))
+    alone = Recipe.from_yaml(world / "recipe.yaml")
+    for folder, chosen in {"alone": alone, "workers": alone.model_copy(update={"ray": Ray(workers=2)})}.items():
+        run_recipe(chosen, tmp_path / folder, reporter=Silent())
+    for name in (
+        *("diagnosis.json", "statistics.safetensors", "evidence.json", "calibration.json", "selection.json"),
+        *("edits.json", "comparison.json"),
+    ):
+        assert (tmp_path / "workers" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
+    ours, theirs = (Outcomes.load(tmp_path / name / "outcomes.parquet") for name in ("workers", "alone"))
+    pd.testing.assert_frame_equal(ours.frame, theirs.frame, check_exact=True)
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def stage(self, title: str) -> Any:
+        return nullcontext(lambda _done, _total: None)
+
+    def note(self, text: str) -> None:
+        pass
 
 
 class Counting:
@@ -340,13 +386,13 @@ def deadly(tool: Any, document: str) -> str:
 
 
 def test_a_piece_that_ends_every_worker_is_given_up_and_the_others_are_done(crew, monkeypatch):
-    monkeypatch.setattr("stethoscope.scaling.crew.DEATHS", 2)
+    monkeypatch.setattr("stethoscope.scaling.crew.DEATHS", 1)
     documents = ["a", "deadly", *"bcdefgh"]
     pieces = [Piece(name=f"document {i}", load=lambda i=i: documents[i]) for i in range(len(documents))]
     found = dict(light(few(crew, 2))(by_value(deadly), pieces))
     lost = found.pop(1)
     assert isinstance(lost, Lost)
-    assert "2 workers died with it" in lost.why
+    assert "1 workers died with it" in lost.why
     assert found == {i: text.upper() for i, text in enumerate(documents) if i != 1}
 
 
@@ -390,7 +436,7 @@ def test_broken_and_deadly_documents_are_named_and_left_out_if_asked(model, toke
 
     with pytest.raises(StethoscopeError, match="document 3 of `target`: killed"):
         listen(model, tokenizer, saes, texts | {"target": texts["target"][6:]}, spread=spread, block_size=4)
-    options = {"spread": spread, "memory": 2 * HIDDEN * WIDTH * 4, "skip_broken": True}
+    options = {"spread": spread, "memory": two_encoders(model), "skip_broken": True}
     found = listen(model, tokenizer, saes, texts, block_size=4, **options)["target"]
     assert found.broken == {5: "some documents have no tokens", 9: "killed"}
     blocks = [[n for n in range(i, min(i + 4, 23)) if n not in (5, 9)] for i in range(0, 23, 4)]
@@ -417,7 +463,7 @@ def test_a_document_broken_for_one_group_of_layers_counts_for_none(model, tokeni
     def spread(make: Any) -> Alone:
         return Alone(Choosy(model, tokenizer, **make.keywords))
 
-    options = {"memory": 2 * HIDDEN * WIDTH * 4, "skip_broken": True, "block_size": 4}
+    options = {"memory": two_encoders(model), "skip_broken": True, "block_size": 4}
     found = listen(model, tokenizer, saes, TEXTS, spread=spread, **options)["target"]
     assert found.broken == {document: "overflow"}
     tokens = [layer.tokens.tolist() for layer in found.statistics.layers.values()]

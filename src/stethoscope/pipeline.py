@@ -3,8 +3,8 @@
 A stage whose inputs did not change is not run again; what it wrote is read instead.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,11 +35,13 @@ from stethoscope.evaluation.control import document_divergences, document_losses
 from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.run import evaluate
-from stethoscope.models import load_model, load_tokenizer
+from stethoscope.models import load_model, load_tokenizer, preferred_dtype
 from stethoscope.preflight import preflight
 from stethoscope.recipe import Recipe
 from stethoscope.report.render import render_report
 from stethoscope.saes.sources import SAEFolder, load_sae
+from stethoscope.scaling.bench import Bench
+from stethoscope.scaling.crew import Crew, import_ray
 from stethoscope.selection.calibration import Calibration, calibrate
 from stethoscope.selection.hearing import Hearing, judge_hearing
 from stethoscope.selection.policies import Selection, select, select_calibrated
@@ -145,7 +147,10 @@ class _Run:
         self.recipe = recipe
         self.folder = folder
         self.reporter = reporter
+        self.open = ExitStack()
         with reporter.stage("Check the recipe"):
+            if recipe.ray:
+                import_ray()
             self.found = preflight(recipe, folder)
             self.hashes = {
                 "base": sha256_files(identity_files(self.found.base.path)),
@@ -158,11 +163,21 @@ class _Run:
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        return load_model(self.found.base.path)
+        on_gpus = self.recipe.ray and self.recipe.ray.gpus
+        return load_model(self.found.base.path, dtype=preferred_dtype("cuda") if on_gpus else None)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.found.base.path)
+
+    @cached_property
+    def crew(self) -> Crew | None:
+        """Workers, if the recipe asks for any; they come when they are first needed."""
+        options = self.recipe.ray
+        if options is None or options.workers == 0:
+            return None
+        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.model.dtype)
+        return self.open.enter_context(Crew(options, bench))
 
     def load_saes(self) -> dict[int, Any]:
         """All SAEs at once, for as long as the caller keeps them."""
@@ -179,6 +194,16 @@ class _Run:
         return Provenance(seed=self.recipe.seed, inputs=chosen)
 
     def diagnose(self) -> Diagnosis:
+        """Listen; what could not be heard is left out of all that follows too."""
+        made = self.listened()
+        for name, corpus in made.corpora.items():
+            if corpus.broken:
+                self.found.texts[name] = [
+                    document for n, document in enumerate(self.found.texts[name]) if n not in corpus.broken
+                ]
+        return made
+
+    def listened(self) -> Diagnosis:
         recipe, options = self.recipe, self.recipe.diagnose
         corpora = ("target", *recipe.all_controls)
         edit = {"edit": self.hashes["tuned"], "by": recipe.edit.coefficient} if recipe.score == ATTRIBUTION else {}
@@ -194,6 +219,9 @@ class _Run:
         with self.reporter.stage("Diagnose: listen to every layer") as advance:
             if saved:
                 return saved
+            memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
+            if self.crew:
+                memory = memory or self.crew.sae_memory(self.found.base.nbytes)
             heard = listen(
                 self.model,
                 self.tokenizer,
@@ -202,7 +230,10 @@ class _Run:
                 block_size=options.block_size,
                 max_tokens=options.max_tokens,
                 tokens=options.tokens,
-                memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
+                memory=memory,
+                skip_broken=options.skip_broken,
+                split=recipe.ray.split if recipe.ray else "auto",
+                spread=self.crew.listening if self.crew else None,
                 progress=advance,
             )
             save_statistics(self.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
@@ -297,6 +328,7 @@ class _Run:
                 matched=(recipe.score, "attribution"),
                 random_sets=random_sets,
                 coefficient=recipe.edit.coefficient,
+                spread=self.crew.injecting if self.crew else None,
                 progress=advance,
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -328,6 +360,7 @@ class _Run:
                     coefficients=options.coefficients,
                     budget=options.budget,
                     per_layer=options.per_layer,
+                    spread=self.crew.injecting if self.crew else None,
                     progress=advance,
                 )
                 made.save(self.folder)
@@ -476,7 +509,7 @@ class _Run:
             outcomes = evaluate(
                 self.model,
                 self.tokenizer,
-                arms,
+                dict.fromkeys(arms, nullcontext) if self.crew else arms,  # workers have their own
                 [*options.tasks, *options.control_tasks],
                 out=self.folder,
                 include_path=options.include_path,
@@ -485,6 +518,7 @@ class _Run:
                 batch_size=options.batch_size,
                 seed=recipe.seed,
                 keys=keys,
+                spread=self.crew.answering(plans) if self.crew else None,
                 progress=lambda done, total, _: advance(done, total),
             )
         losses = self.losses("general", arms, keys)
@@ -593,17 +627,25 @@ class TextLoss(Artifact):
     tokens: tuple[int, ...]
 
 
+@contextmanager
+def _running(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[_Run]:
+    """A run in its folder; workers that it asked for are let go at the end, however it ends."""
+    run = _Run(recipe, folder, reporter)
+    folder.mkdir(parents=True, exist_ok=True)
+    with run.open:
+        yield run
+
+
 def diagnose_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Diagnosis:
     """Listen to every layer; ``diagnosis.json``, statistics and evidence are written in the run folder.
 
     Raises:
         StethoscopeError: whatever is wrong with the recipe, before any long work.
     """
-    run = _Run(recipe, folder, reporter)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = run.diagnose()
-    run.gather_evidence(made)
-    return made
+    with _running(recipe, folder, reporter) as run:
+        made = run.diagnose()
+        run.gather_evidence(made)
+        return made
 
 
 def select_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Selection:
@@ -612,9 +654,8 @@ def select_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Select
     Raises:
         StethoscopeError: whatever is wrong with the recipe, before any long work; the policy chooses no layer.
     """
-    run = _Run(recipe, folder, reporter)
-    folder.mkdir(parents=True, exist_ok=True)
-    return run.select(run.diagnose())
+    with _running(recipe, folder, reporter) as run:
+        return run.select(run.diagnose())
 
 
 def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Calibration:
@@ -623,9 +664,8 @@ def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Cal
     Raises:
         StethoscopeError: whatever is wrong with the recipe, before any long work.
     """
-    run = _Run(recipe, folder, reporter)
-    folder.mkdir(parents=True, exist_ok=True)
-    return run.calibrate(run.diagnose())
+    with _running(recipe, folder, reporter) as run:
+        return run.calibrate(run.diagnose())
 
 
 def geometry_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Geometry:
@@ -634,11 +674,10 @@ def geometry_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Geom
     Raises:
         StethoscopeError: whatever is wrong with the recipe, before any long work.
     """
-    run = _Run(recipe, folder, reporter)
-    folder.mkdir(parents=True, exist_ok=True)
-    made = run.geometry(run.diagnose())
-    run.report_again()
-    return made
+    with _running(recipe, folder, reporter) as run:
+        made = run.geometry(run.diagnose())
+        run.report_again()
+        return made
 
 
 def judge_recipe(
@@ -661,12 +700,11 @@ def judge_recipe(
     Raises:
         StethoscopeError: whatever is wrong with the recipe, before any long work.
     """
-    run = _Run(recipe, folder, reporter)
-    folder.mkdir(parents=True, exist_ok=True)
-    run.diagnose()
-    made = run.judge(documents, random_sets, control)
-    run.report_again()
-    return made
+    with _running(recipe, folder, reporter) as run:
+        run.diagnose()
+        made = run.judge(documents, random_sets, control)
+        run.report_again()
+        return made
 
 
 def identity_files(folder: Path) -> list[Path]:
@@ -680,19 +718,18 @@ def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> RunResult
     Raises:
         StethoscopeError: whatever is wrong with the recipe, before any long work.
     """
-    run = _Run(recipe, folder, reporter)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    diagnosis = run.diagnose()
-    run.gather_evidence(diagnosis)
-    selection = run.select(diagnosis)
-    if set(recipe.arms) & set(SCALPEL_ARMS):
-        run.geometry(diagnosis)
-    plans = run.plan_arms(diagnosis, selection)
-    run.write(plans)
-    comparison = run.evaluate(plans)
-    if "selected" in plans:
-        write_results(folder / "edited", comparison.contrast("selected").summary())
-    with reporter.stage("Report"):
-        render_report(folder)
-    return RunResult(folder=folder, selection=selection, comparison=comparison)
+    with _running(recipe, folder, reporter) as run:
+        write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        diagnosis = run.diagnose()
+        run.gather_evidence(diagnosis)
+        selection = run.select(diagnosis)
+        if set(recipe.arms) & set(SCALPEL_ARMS):
+            run.geometry(diagnosis)
+        plans = run.plan_arms(diagnosis, selection)
+        run.write(plans)
+        comparison = run.evaluate(plans)
+        if "selected" in plans:
+            write_results(folder / "edited", comparison.contrast("selected").summary())
+        with reporter.stage("Report"):
+            render_report(folder)
+        return RunResult(folder=folder, selection=selection, comparison=comparison)

@@ -105,6 +105,7 @@ class Diagnose(_Section):
         permutations: relabellings that chance is judged by; the smallest p is 1 / (permutations + 1).
         resamples: draws of blocks, for intervals and the stability of ranks.
         sae_memory_gb: encoders that do not fit wait for another forward over the text; no limit by default.
+        skip_broken: leave out documents that cannot be heard, instead of ending with their names.
     """
 
     block_size: int = Field(default=64, ge=1)
@@ -113,6 +114,7 @@ class Diagnose(_Section):
     permutations: int = Field(default=200, ge=19)
     resamples: int = Field(default=200, ge=19)
     sae_memory_gb: float | None = Field(default=None, gt=0)
+    skip_broken: bool = False
 
 
 class Project(_Section):
@@ -196,6 +198,7 @@ class Recipe(_Section):
         arms: the models that answer the items.
         random_sets: arms of layers drawn at random.
         evaluate: the proof.
+        ray: a cluster that shares the work; without, all is done in this process.
         seed: of permutations, resamples, random layers and few-shot sampling.
     """
 
@@ -216,6 +219,7 @@ class Recipe(_Section):
     arms: tuple[ArmName, ...] = ARMS
     random_sets: int = Field(default=2, ge=1)
     evaluate: Evaluate
+    ray: Ray | None = None
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -72,12 +72,18 @@ class LayerDiagnosis(Frozen):
 
 
 class CorpusSummary(Frozen):
-    """Size of one corpus as listened to; sinks are the most that any layer left out."""
+    """Size of one corpus as listened to.
+
+    Attributes:
+        sinks: the most that any layer left out.
+        broken: places of documents that could not be heard and do not count among ``documents``.
+    """
 
     documents: int
     blocks: int
     tokens: int
     sinks: int
+    broken: tuple[int, ...] = ()
 
 
 class Diagnosis(Shown, Artifact):
@@ -302,14 +308,25 @@ def _features(
 def _summary(heard: Listening, documents: int) -> CorpusSummary:
     layers = heard.statistics.layers.values()
     return CorpusSummary(
-        documents=documents,
+        documents=documents - len(heard.broken),
         blocks=heard.statistics.blocks,
         tokens=int(max((layer.tokens + layer.sinks).sum() for layer in layers)),
         sinks=int(max(layer.sinks.sum() for layer in layers)),
+        broken=tuple(heard.broken),
     )
 
 
 def _warnings(corpora: Mapping[str, CorpusSummary]) -> tuple[str, ...]:
+    left_out = (
+        f"{len(corpus.broken)} {name} documents could not be heard and were left out, counted from 0:"
+        f" {', '.join(map(str, corpus.broken))}"
+        for name, corpus in corpora.items()
+        if corpus.broken
+    )
+    return (*left_out, *_lengths(corpora))
+
+
+def _lengths(corpora: Mapping[str, CorpusSummary]) -> tuple[str, ...]:
     lengths = {name: corpus.tokens / corpus.documents for name, corpus in corpora.items()}
     return tuple(
         f"target documents have {lengths['target']:.0f} tokens on average and {name} documents {length:.0f}:"

@@ -25,14 +25,14 @@ class Bench:
 
     Attributes:
         base: the model's folder, as every node sees it.
-        tuned: its fine-tune's, or an adapter's.
+        tuned: its fine-tune's, an adapter's, or a hub id.
         dtype: of the model; the device's preferred one if None.
         device: ``cpu`` or ``cuda``.
         threads: that PyTorch computes with on a CPU; sums depend on it.
     """
 
     base: Path | None = None
-    tuned: Path | None = None
+    tuned: Path | str | None = None
     dtype: torch.dtype | None = None
     device: str = "cpu"
     threads: int = 1
