@@ -193,8 +193,9 @@ class Outcomes(Shown):
     def _shown(self) -> tuple[str, pd.DataFrame]:
         table = self.accuracy().assign(accuracy=lambda rows: (100 * rows["accuracy"]).round(1))
         wide = table.pivot(index="task", columns="arm", values="accuracy").loc[self.tasks, self.arms]
-        counts = f"{len(self.arms)} arms on {len(self.tasks)} tasks, {len(self.frame)} results; accuracy in percent:"
-        return counts, wide.rename_axis(columns=None).reset_index()
+        counts = {"arm": len(self.arms), "task": len(self.tasks), "result": len(self.frame)}
+        said = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
+        return f"{said}; accuracy in percent:", wide.rename_axis(columns=None).reset_index()
 
     def save(self, path: Path) -> None:
         """Write one parquet file, whole or not at all."""

@@ -1,0 +1,89 @@
+"""push: the program itself against a hub on this machine, over HTTP."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from local_hub import local_hub
+
+from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.cli import main
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.writer import write_edit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, llama) -> Path:
+    """A run's folder with an edit, and beside its files one that is none of its own."""
+    folder = tmp_path_factory.mktemp("push")
+    llama(layers=3).save_pretrained(folder / "base")
+    llama(layers=3, seed=1).save_pretrained(folder / "tuned")
+    base = open_checkpoint(folder / "base")
+    write_edit(base, open_task_vector(base, folder / "tuned"), EditPlan.for_layers([1]), folder / "run" / "edited")
+    (folder / "run" / "edited" / "notes.txt").write_text("mine")
+    return folder / "run"
+
+
+def push(hub: str, token: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # without Xet, large files go over plain HTTP
+    here = {"HF_ENDPOINT": hub, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "stethoscope.cli", "push", *arguments]
+    return subprocess.run(
+        command, env={**os.environ, **here}, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+
+
+def test_an_edit_is_sent_with_its_own_files_to_a_private_repository(run):
+    with local_hub() as hub:
+        done = push(hub.address, hub.token, str(run), "me/edited", "--yes", "--quiet", "--json")
+        assert done.returncode == 0
+        assert json.loads(done.stdout) == {"commit": f"{hub.address}/me/edited/commit/1"}
+        assert done.stderr == ""
+        sent = hub.repositories["me/edited"]
+        assert sent["private"] is True
+        own = {path.name: path.read_bytes() for path in (run / "edited").iterdir() if path.name != "notes.txt"}
+        assert sent["files"] == own
+        refused = push(hub.address, "hf_other", str(run), "me/edited", "--yes")
+    assert refused.returncode == 2
+    assert "could not be sent to `me/edited`" in refused.stderr
+    assert "hf auth login" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_nothing_is_sent_without_a_yes_or_if_the_edit_is_not_sound(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("stethoscope.editing.publish.publish", None)  # would fail if called
+    for arguments, said in (
+        ([str(run), "me/edited"], "there is no terminal to ask on"),
+        ([str(tmp_path), "me/edited", "--yes"], "manifest.json"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["push", *arguments])
+        assert stopped.value.code == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked = []
+    monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text) or False)
+    main(["push", str(run / "edited"), "me/edited", "--public"])
+    assert "nothing was sent" in capsys.readouterr().err
+    assert "`me/edited`, a public repository if it is new?" in asked[0]
+    damaged = bytearray((run / "edited" / "model.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    copy = tmp_path / "damaged"
+    copy.mkdir()
+    for path in (run / "edited").iterdir():
+        (copy / path.name).write_bytes(damaged if path.name == "model.safetensors" else path.read_bytes())
+    with pytest.raises(SystemExit):
+        main(["push", str(copy), "me/edited", "--yes"])
+    assert "is not what its manifest says" in capsys.readouterr().err
+
+
+def test_no_hub_is_said(run):
+    with local_hub() as hub:
+        address = hub.address
+    done = push(address, "hf_local", str(run), "me/edited", "--yes")
+    assert done.returncode == 2
+    assert "could not be sent" in done.stderr
