@@ -428,7 +428,7 @@ def test_broken_and_deadly_documents_are_named_and_left_out_if_asked(model, toke
     with pytest.raises(StethoscopeError, match="some documents cannot be heard") as caught:
         listen(model, tokenizer, saes, texts, block_size=4)
     assert caught.value.problems == ("document 5 of `target`: some documents have no tokens",)
-    assert "--skip-broken" in str(caught.value)
+    assert "skip_broken: true" in str(caught.value)
     texts["target"][9] = "deadly"
 
     def spread(make: Any) -> DyingAlone:

@@ -48,6 +48,12 @@ def _hush(quiet: bool) -> bool:
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to run.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; `runs/RECIPE` if not given.")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+RayAddress = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="auto|ADDRESS", help="Share the work on a Ray cluster; `auto` starts one here."),
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Of the cluster; as many as it has room for if not given.")]
+GPUs = Annotated[float | None, typer.Option("--gpus", min=0, help="Of each worker; 0.5 for half a GPU, 0 for CPUs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="No progress and no warnings: only the result.")]
 
 
@@ -67,8 +73,8 @@ class ConsoleReporter:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn("{task.description:<34}"),
-                BarColumn(),
+                TextColumn("{task.description:<34}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=20),  # a line of 80 holds it all
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
             )

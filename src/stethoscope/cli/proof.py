@@ -1,6 +1,7 @@
 """Commands that test and compare models, with or without a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,10 @@ import typer
 from stethoscope.cli.console import (
     AsJSON,
     ConsoleReporter,
+    GPUs,
     Quiet,
+    RayAddress,
+    Workers,
     command_line,
     conclude,
     say,
@@ -23,6 +27,7 @@ from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
     from stethoscope.evaluation.contrast import Comparison
+    from stethoscope.scaling import Crew
 
 
 class Backend(StrEnum):
@@ -49,6 +54,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 32,
     backend: Annotated[Backend, typer.Option(help="What generates.")] = Backend.hf,
     seed: Annotated[int, typer.Option(help="Of few-shot sampling and of the bootstrap.")] = 0,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    gpus: GPUs = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -59,7 +67,7 @@ def evaluate(
     arms = {name or Path(path).name: path for path, name in map(labelled, model)}
     if len(arms) < len(model):
         raise StethoscopeError("two models have the same name", hint="name them: `--model PATH=NAME`")
-    with ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
+    with _crew(ray, workers, gpus) as crew, ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
         outcomes = evaluate_checkpoints(
             arms,
             [name.strip() for name in tasks.split(",") if name.strip()],
@@ -70,6 +78,8 @@ def evaluate(
             limit=limit,
             batch_size=batch_size,
             seed=seed,
+            dtype=crew.dtype if crew else None,
+            spread=crew.answering_from(arms) if crew else None,
             progress=lambda done, total, _: advance(done, total),
         )
     found = compare_arms(outcomes, baseline=outcomes.arms[0], seed=seed)
@@ -82,6 +92,18 @@ def evaluate(
         wrote=[out / "outcomes.parquet", out / "comparison.json"],
         then=command_line("compare", f"{out}={a}", f"{out}={b}") if any(more) else "",
     )
+
+
+@contextmanager
+def _crew(ray: str | None, workers: int | None, gpus: float | None) -> "Iterator[Crew | None]":
+    if workers == 0 or (ray, workers, gpus) == (None, None, None):
+        yield None
+        return
+    from stethoscope.recipe import Ray
+    from stethoscope.scaling import Bench, Crew
+
+    with Crew(Ray(address=ray or "auto", workers=workers, gpus=gpus or 0.0), Bench()) as crew:
+        yield crew
 
 
 def compare(

@@ -11,9 +11,12 @@ import typer
 from stethoscope.cli.console import (
     AsJSON,
     ConsoleReporter,
+    GPUs,
     Quiet,
+    RayAddress,
     RecipePath,
     RunFolder,
+    Workers,
     command_line,
     conclude,
     say_json,
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from stethoscope.pipeline import RunResult
     from stethoscope.recipe import Recipe
 
+START = "Start: import the libraries"  # PyTorch, Transformers and the harness take seconds
+
 
 def run(
     recipe: RecipePath,
@@ -31,6 +36,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only what a run does first: `check`, build the tasks, look at items.")
     ] = False,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    gpus: GPUs = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -38,10 +46,12 @@ def run(
     if dry_run:
         _rehearse(recipe, out, quiet=quiet, as_json=as_json)
         return
-    chosen, folder = _read(recipe, out)
-    from stethoscope.pipeline import run_recipe
+    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage(START):
+        from stethoscope.pipeline import run_recipe
 
-    _show(run_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet)), as_json=as_json)
+    _show(run_recipe(chosen, folder, reporter=reporter), as_json=as_json)
 
 
 def demo(
@@ -57,10 +67,12 @@ def demo(
         raise StethoscopeError(
             f"the demo's package is not installed: {error}", hint="`make install`, or `pip install -e demo`"
         ) from error
-    from stethoscope.pipeline import run_recipe
     from stethoscope.recipe import Recipe
 
     reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage(START):
+        from stethoscope.pipeline import run_recipe
+
     recipe = prepare_demo(cache_folder(), quick=quick, reporter=reporter)
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     if quick:
@@ -107,12 +119,22 @@ def report(
     conclude({"report": str(path)}, as_json=as_json, wrote=[path])
 
 
-def diagnose(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
+def diagnose(
+    recipe: RecipePath,
+    out: RunFolder = None,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    gpus: GPUs = None,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
     """Listen to every layer through its SAE: how specific it is to the target, beside chance, and what it heard."""
-    chosen, folder = _read(recipe, out)
-    from stethoscope.pipeline import diagnose_recipe
+    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage(START):
+        from stethoscope.pipeline import diagnose_recipe
 
-    found = diagnose_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
+    found = diagnose_recipe(chosen, folder, reporter=reporter)
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -126,9 +148,11 @@ def diagnose(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as
 def select(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """Choose layers by the recipe's policy, with the reason for each."""
     chosen, folder = _read(recipe, out)
-    from stethoscope.pipeline import select_recipe
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage(START):
+        from stethoscope.pipeline import select_recipe
 
-    found = select_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
+    found = select_recipe(chosen, folder, reporter=reporter)
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -143,9 +167,11 @@ def select(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_j
 def geometry(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
     """What SAE features keep of the task vector, layer by layer, beside random features and random directions."""
     chosen, folder = _read(recipe, out)
-    from stethoscope.pipeline import geometry_recipe
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage(START):
+        from stethoscope.pipeline import geometry_recipe
 
-    found = geometry_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
+    found = geometry_recipe(chosen, folder, reporter=reporter)
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -156,12 +182,22 @@ def geometry(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as
     )
 
 
-def calibrate(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
+def calibrate(
+    recipe: RecipePath,
+    out: RunFolder = None,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    gpus: GPUs = None,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
     """Find layers and coefficient on the recipe's calibration text: target loss gained per control loss paid."""
-    chosen, folder = _read(recipe, out)
-    from stethoscope.pipeline import calibrate_recipe
+    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage(START):
+        from stethoscope.pipeline import calibrate_recipe
 
-    found = calibrate_recipe(chosen, folder, reporter=ConsoleReporter(quiet=quiet))
+    found = calibrate_recipe(chosen, folder, reporter=reporter)
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -181,20 +217,20 @@ def hearing(
     documents: Annotated[int, typer.Option(min=2, help="Target and control documents to measure the truth on.")] = 32,
     random_sets: Annotated[int, typer.Option(min=10, help="Random layer sets of each size to beat.")] = 50,
     k: Annotated[int, typer.Option(min=1, help="Size of set that the table is about.")] = 5,
+    ray: RayAddress = None,
+    workers: Workers = None,
+    gpus: GPUs = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
     """Does the stethoscope hear right? Every score of the layers against what injecting them truly does."""
-    chosen, folder = _read(recipe, out)
-    from stethoscope.pipeline import judge_recipe
+    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage(START):
+        from stethoscope.pipeline import judge_recipe
 
     found = judge_recipe(
-        chosen,
-        folder,
-        control=control,
-        documents=documents,
-        random_sets=random_sets,
-        reporter=ConsoleReporter(quiet=quiet),
+        chosen, folder, control=control, documents=documents, random_sets=random_sets, reporter=reporter
     )
     sizes = next(iter(found.scores.values())).sets
     size = k if k in sizes else min(sizes, key=lambda other: abs(other - k))
@@ -244,11 +280,24 @@ def _problems_as_json(as_json: bool) -> Iterator[None]:
         raise
 
 
-def _read(recipe: Path, out: Path | None) -> "tuple[Recipe, Path]":
-    """The recipe and its run folder: first of all, since what runs it takes seconds to import."""
-    from stethoscope.recipe import Recipe
+def _read(
+    recipe: Path,
+    out: Path | None,
+    ray: str | None = None,
+    workers: int | None = None,
+    gpus: float | None = None,
+) -> "tuple[Recipe, Path]":
+    """The recipe and its run folder: first of all, since what runs it takes seconds to import.
 
-    return Recipe.from_yaml(recipe), out or Path("runs") / recipe.stem
+    What the command line says of workers stands in place of what the recipe does.
+    """
+    from stethoscope.recipe import Ray, Recipe
+
+    chosen = Recipe.from_yaml(recipe)
+    said = {"address": ray, "workers": workers, "gpus": gpus}
+    if asked := {name: value for name, value in said.items() if value is not None}:
+        chosen = chosen.model_copy(update={"ray": (chosen.ray or Ray()).model_copy(update=asked)})
+    return chosen, out or Path("runs") / recipe.stem
 
 
 def _then(command: str, recipe: Path, out: Path | None) -> str:

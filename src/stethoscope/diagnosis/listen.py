@@ -225,7 +225,7 @@ class _Pass:
             raise StethoscopeError(
                 "some documents cannot be heard",
                 problems=problems,
-                hint="mend them, or leave them out with `--skip-broken`",
+                hint="mend them, or leave them out with `diagnose: {skip_broken: true}` in the recipe",
             )
 
     def listening(self, name: str, layers: Sequence[int]) -> Listening:

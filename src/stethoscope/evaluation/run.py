@@ -132,6 +132,8 @@ def evaluate_checkpoints(
         CheckpointError: a checkpoint cannot be opened.
     """
     _check(checkpoints, limit)
+    if backend == "vllm" and spread:
+        raise EvaluationError("workers decode by `hf`", hint="vLLM spreads over GPUs itself: leave out `--ray`")
     if backend == "vllm" and find_spec("vllm") is None:
         raise EvaluationError("vLLM is not installed", hint=f"pip install 'lm_eval[vllm]=={version('lm_eval')}'")
     folders = {arm: open_checkpoint(path).path for arm, path in checkpoints.items()}

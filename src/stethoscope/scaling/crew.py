@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
 from stethoscope.lazy import torch
@@ -132,8 +133,16 @@ class Crew:
             self, lambda bench: make({arm: partial(bench.entered, plan) for arm, plan in plans.items()})
         )
 
-    def answering_from(self, folders: Mapping[str, Path]) -> Spread:
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the workers compute."""
+        from stethoscope.models import preferred_dtype
+
+        return self._bench.dtype or preferred_dtype(self._bench.device)
+
+    def answering_from(self, checkpoints: Mapping[str, str | Path]) -> Spread:
         """For `evaluate_checkpoints`."""
+        folders = {arm: open_checkpoint(path).path for arm, path in checkpoints.items()}
         return lambda make: CrewRun(
             self, lambda bench: make({arm: partial(bench.opened, folder) for arm, folder in folders.items()})
         )
