@@ -1,29 +1,59 @@
-"""Results that show themselves: a sentence and a table, as text at a prompt and as HTML in a notebook."""
+"""Results that show themselves: a sentence and a table, for a terminal, at a prompt and as HTML in a notebook."""
 
+from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-ROWS = 40  # of a longer table the middle is left out
+Rows = list[list[str]]
+NONE = "-"  # not defined, or not known
 
 
 class Shown:
-    """A result's ``repr`` and its look in a notebook, from `_shown`."""
+    """A result's table, ``repr`` and look in a notebook, from `_shown`."""
 
-    def _shown(self) -> "tuple[str, pd.DataFrame]":
-        """One sentence on the result, and the table below it."""
+    def _shown(self) -> tuple[str, Rows]:
+        """One sentence on the result, and a table as text, its header first."""
         raise NotImplementedError
 
+    def table(self) -> Rows:
+        """The result as a table of text, its header first."""
+        return self._shown()[1]
+
     def __repr__(self) -> str:
-        sentence, frame = self._shown()
-        table = frame.to_string(index=False, max_rows=ROWS, float_format="{:.4g}".format, na_rep="")
-        return f"{type(self).__name__}: {sentence}\n{table}"
+        sentence, rows = self._shown()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(n) for c, n in zip(row[1:], widths[1:], strict=True))]
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([f"{type(self).__name__}: {sentence}", *lines])
 
     __str__ = __repr__
 
     def _repr_html_(self) -> str:
-        sentence, frame = self._shown()
-        table = frame.to_html(index=False, max_rows=ROWS, float_format="{:.4g}".format, na_rep="", border=0)
-        return f"<p>{escape(sentence)}</p>\n{table}"
+        sentence, (head, *body) = self._shown()
+        lines = [_line(head, "th"), *(_line(row, "td") for row in body)]
+        return f"<p>{escape(sentence)}</p>\n<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def text_rows(records: Sequence[Mapping[Any, Any]], columns: Mapping[str, tuple[str, str]]) -> Rows:
+    """Some columns of a frame's records as text.
+
+    Args:
+        columns: heading -> the column and its format; what is missing is ``-``.
+    """
+    # NaN is the one value that differs from itself
+    body = [
+        [
+            NONE if (value := record[name]) is None or value != value else format(value, form)
+            for name, form in columns.values()
+        ]
+        for record in records
+    ]
+    return [list(columns), *body]
+
+
+def _line(cells: Sequence[str], kind: str) -> str:
+    return "<tr>" + "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in cells) + "</tr>"

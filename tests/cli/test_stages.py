@@ -54,7 +54,7 @@ def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):  # noqa:
     geometry = Geometry.load(run)
     assert shown[5].split()[0] == "all"
     assert geometry.verdict in shown
-    assert f"{100 * geometry.total.share:.1f}" in shown[5].split()
+    assert f"{geometry.total.share:.1%}" in shown[5].split()
 
 
 def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -16,13 +16,27 @@ from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.errors import StethoscopeError
 from stethoscope.saes.health import SAEHealth
-from stethoscope.shown import Shown
+from stethoscope.shown import Rows, Shown, text_rows
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
 ATTRIBUTION = "attribution"
 ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
 NAMED = 8  # layers that the verdict names
+# Of the frame, those that a table shows, by heading and with their formats.
+_COLUMNS = {
+    "layer": ("layer", "d"),
+    "excess": ("excess", "+.3f"),
+    "from": ("low", "+.3f"),
+    "to": ("high", "+.3f"),
+    "z": ("z", ".1f"),
+    "p, all layers": ("p_familywise", ".3f"),
+    "rank": ("rank", "d"),
+    "stability": ("stability", ".0%"),
+    "explained": ("variance_explained_target", ".2f"),
+    "L0": ("l0_target", ".0f"),
+    "not believed": ("flag", "s"),
+}
 
 
 class FeatureDifference(Frozen):
@@ -130,29 +144,6 @@ class Diagnosis(Shown, Artifact):
             ]
         )
 
-    def table(self) -> list[list[str]]:
-        """A row per layer as text, with a header row, for a terminal."""
-        rows = [["layer", "excess", "95 % interval", "z", "p, all layers", "rank", "stability", "explained", "L0", ""]]
-        for layer in self.layers:
-            health = layer.health["target"]
-            low, high = layer.interval
-            explained = health.variance_explained
-            rows.append(
-                [
-                    str(layer.layer),
-                    f"{layer.excess:+.3f}",
-                    f"{low:+.3f} to {high:+.3f}",
-                    f"{layer.z:.1f}",
-                    f"{layer.p_familywise:.3f}",
-                    str(layer.rank),
-                    f"{layer.stability:.0%}",
-                    "-" if explained is None else f"{explained:.2f}",
-                    "-" if health.l0 is None else f"{health.l0:.0f}",
-                    "not believed" if layer.flag else "",
-                ]
-            )
-        return rows
-
     def plot(self, selection: Any = None, *, width: int = 640) -> Any:
         """The layer profile, an Altair chart: excess over chance per layer, and the SAEs' health below.
 
@@ -164,9 +155,8 @@ class Diagnosis(Shown, Artifact):
 
         return layer_profile(self, selection or {"policy": "", "layers": (), "choices": ()}, width=width)
 
-    def _shown(self) -> tuple[str, pd.DataFrame]:
-        columns = ["layer", "excess", "low", "high", "z", "p_familywise", "rank", "stability", "flag"]
-        return self.verdict, self.to_frame()[columns]
+    def _shown(self) -> tuple[str, Rows]:
+        return self.verdict, text_rows(self.to_frame().to_dict("records"), _COLUMNS)
 
 
 def diagnose(

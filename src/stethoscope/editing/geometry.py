@@ -32,9 +32,19 @@ from stethoscope.editing.projection import (
 from stethoscope.editing.sides import Side, residual_sides
 from stethoscope.editing.spectrum import LinearChange, Spectrum, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
-from stethoscope.shown import Shown
+from stethoscope.shown import Rows, Shown, text_rows
 
 _FUNCTIONAL_DRAWS = 4
+# Of the frame, those that a table shows, by heading and with their formats.
+_COLUMNS = {
+    "layer": ("layer", "d"),
+    "features": ("features", "d"),
+    "kept": ("kept", ".1%"),
+    "chance": ("chance", ".1%"),
+    "times": ("over_chance", ".2f"),
+    "random features from": ("random_low", ".1%"),
+    "to": ("random_high", ".1%"),
+}
 Texts = Mapping[str, Sequence[TokenBatch]]
 
 
@@ -133,13 +143,7 @@ class Geometry(Shown, Artifact):
                     "layer": layer.layer,
                     "features": layer.features,
                     "rank": layer.rank,
-                    "energy": layer.kept.energy,
-                    "kept": layer.kept.share,
-                    "chance": layer.kept.chance,
-                    "over_chance": layer.kept.over_chance,
-                    "random_low": layer.kept.random_features.low,
-                    "random_high": layer.kept.random_features.high,
-                    "p": layer.kept.p,
+                    **_kept_columns(layer.kept),
                     "unprojected": layer.unprojected,
                     **{f"functional_{corpus}": share for corpus, share in layer.functional.items()},
                     **{f"functional_chance_{corpus}": share for corpus, share in layer.functional_chance.items()},
@@ -147,25 +151,6 @@ class Geometry(Shown, Artifact):
                 for layer in self.layers
             ]
         )
-
-    def table(self) -> list[list[str]]:
-        """A row per layer and one for all as text, in percent, with a header row, for a terminal."""
-        corpora = list(self.tokens)
-        rows = [["layer", "features", "kept, %", "chance", "times", "random features", *(f"on {c}" for c in corpora)]]
-        for name, kept, layer in [*((str(one.layer), one.kept, one) for one in self.layers), ("all", self.total, None)]:
-            drawn, functional = kept.random_features, layer.functional if layer else {}
-            rows.append(
-                [
-                    name,
-                    str(layer.features) if layer else "",
-                    f"{100 * kept.share:.1f}",
-                    f"{100 * kept.chance:.1f}",
-                    f"{kept.over_chance:.2f}",
-                    f"{100 * drawn.low:.1f} to {100 * drawn.high:.1f}",
-                    *(f"{100 * functional[c]:.1f}" if c in functional else "" for c in corpora),
-                ]
-            )
-        return rows
 
     def plot(self, selection: Any = None, *, width: int = 640) -> Any:
         """What each layer's features keep of its change, an Altair chart, beside random features and directions.
@@ -178,9 +163,23 @@ class Geometry(Shown, Artifact):
 
         return energy_by_layer(self, selection.layers if selection else (), width=width)
 
-    def _shown(self) -> tuple[str, pd.DataFrame]:
-        columns = ["layer", "features", "rank", "kept", "chance", "over_chance", "random_low", "random_high", "p"]
-        return self.verdict, self.to_frame()[columns]
+    def _shown(self) -> tuple[str, Rows]:
+        on = {f"on {corpus}": (f"functional_{corpus}", ".1%") for corpus in self.tokens}
+        rows = text_rows(self.to_frame().to_dict("records"), _COLUMNS | on)
+        whole = text_rows([_kept_columns(self.total)], {k: v for k, v in _COLUMNS.items() if k not in rows[0][:2]})[1]
+        return self.verdict, [*rows, ["all", "", *whole, *("" for _ in on)]]
+
+
+def _kept_columns(kept: Kept) -> dict[str, float]:
+    return {
+        "energy": kept.energy,
+        "kept": kept.share,
+        "chance": kept.chance,
+        "over_chance": kept.over_chance,
+        "random_low": kept.random_features.low,
+        "random_high": kept.random_features.high,
+        "p": kept.p,
+    }
 
 
 def measure_geometry(

@@ -12,9 +12,19 @@ import pandas as pd
 from stethoscope.artifacts import write_json
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.inference import McNemar, NonInferiority, PairedDifference, UnpairedZ
-from stethoscope.shown import Shown
+from stethoscope.shown import Rows, Shown, text_rows
 
 SCHEMA = 1
+# Of the frame, those that a table of all contrasts shows, by heading and with their formats.
+_COLUMNS = {
+    "from": ("a", "s"),
+    "to": ("b", "s"),
+    "items": ("n", "d"),
+    "gain, points": ("difference", "+.1f"),
+    "at least": ("low", "+.1f"),
+    "at most": ("high", "+.1f"),
+    "p exact": ("p_mcnemar", ".2g"),
+}
 CAUSES = ("format", "truncation", "correctness")
 
 
@@ -229,11 +239,10 @@ class Comparison(Shown):
 
         return trade_off(self, without=without, width=width)
 
-    def _shown(self) -> tuple[str, pd.DataFrame]:
-        frame = self.to_frame()
-        pooled = frame[frame["task"] == "pooled"] if len(frame) else frame
-        columns = {"a": "from", "b": "to", "n": "items", "difference": "difference", "low": "low", "high": "high"}
-        return self.verdict, pooled[[*columns, "p_mcnemar"]].rename(columns=columns) if len(frame) else pooled
+    def _shown(self) -> tuple[str, Rows]:
+        frame = self.to_frame().query("task == 'pooled'") if self.contrasts else self.to_frame()
+        points = {name: 100 * frame[name].astype(float) for name in ("difference", "low", "high") if len(frame)}
+        return self.verdict, text_rows(frame.assign(**points).to_dict("records"), _COLUMNS)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, as in ``comparison.json``."""

@@ -23,7 +23,7 @@ from scipy import stats
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.inference import PairedDifference, ratio_difference
-from stethoscope.shown import Shown
+from stethoscope.shown import Rows, Shown, text_rows
 
 SCHEMA = 1
 KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
@@ -190,12 +190,12 @@ class Outcomes(Shown):
         heading = title("accuracy with its exact 95 % interval")
         return configured(alt.layer(rule, point).properties(width=width).facet(row=rows).properties(title=heading))
 
-    def _shown(self) -> tuple[str, pd.DataFrame]:
-        table = self.accuracy().assign(accuracy=lambda rows: (100 * rows["accuracy"]).round(1))
-        wide = table.pivot(index="task", columns="arm", values="accuracy").loc[self.tasks, self.arms]
+    def _shown(self) -> tuple[str, Rows]:
         counts = {"arm": len(self.arms), "task": len(self.tasks), "result": len(self.frame)}
         said = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-        return f"{said}; accuracy in percent:", wide.rename_axis(columns=None).reset_index()
+        wide = self.accuracy().pivot(index="task", columns="arm", values="accuracy").loc[self.tasks].reset_index()
+        columns = {"accuracy": ("task", "s"), **{arm: (arm, ".1%") for arm in self.arms}}
+        return f"{said}.", text_rows(wide.to_dict("records"), columns)
 
     def save(self, path: Path) -> None:
         """Write one parquet file, whole or not at all."""
