@@ -324,7 +324,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     with pytest.raises(SystemExit) as caught:
         main(["train-saes", "--base", "a", "--text", "b", "--out", "c"])
     assert caught.value.code == 130
-    assert "run the same command again" in capsys.readouterr().err
+    assert "go on with\n  stethoscope train-saes --base a --text b --out c\n" in capsys.readouterr().err
 
 
 def test_a_lean_step_is_sae_lens_batch_top_k() -> None:

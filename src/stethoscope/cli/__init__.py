@@ -45,7 +45,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "SAEs": (train_saes,),
 }
 # Commands that go on where they stopped; the others write nothing before they are done.
-RESUMED = {"run", "demo", "diagnose", "select", "geometry", "calibrate", "hearing", "evaluate", "train-saes"}
+RESUMED = {"push", "run", "demo", "diagnose", "select", "geometry", "calibrate", "hearing", "evaluate", "train-saes"}
 
 app = typer.Typer(
     help="Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.",

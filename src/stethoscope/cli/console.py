@@ -134,7 +134,7 @@ def conclude(
         show_rows(rows, left=left)
     for sentence in says:
         say(sentence)
-    if wrote or then:
+    if (rows or says) and (wrote or then):
         say("")
     for path in wrote:
         say(f"wrote {path}")

@@ -167,17 +167,17 @@ def logs(
     with ConsoleReporter(quiet=quiet).stage("Build the tasks"):
         tasks, seed = _tasks_of(run)
     written = write_logs(outcomes, out, tasks, arms=arm, seed=seed)
-    folders = sorted({path.parent for path in written})
+    folders = list(dict.fromkeys(path.parent for path in written))
     named = {path.name: path for path in folders}
-    first, second, *_ = [*folders, "", ""]
+    first, *others = folders
+    second = named.get("selected", others[0] if others else first)
+    said = f"{len(written)} logs of {len(folders)} arms" + ("" if tasks else ", without the items' fields and prompts")
     conclude(
         {name: str(path) for name, path in named.items()},
         as_json=as_json,
-        says=[
-            f"{len(written)} logs of {len(folders)} arms" + ("" if tasks else ", without the items' fields and prompts")
-        ],
+        says=[said],
         wrote=folders,
-        then=command_line("compare", first, second) if second else "",
+        then=command_line("compare", first, second) if second != first else "",
     )
 
 
@@ -220,5 +220,4 @@ def show_comparison(
                 say(f"note: {line}")
             for task in contrast.tasks:
                 say(f"{task.task}: {task.verdict}")
-        say(f"Verdict: {contrast.verdict}")
-    conclude({}, as_json=False, wrote=wrote, then=then)
+    conclude({}, as_json=False, says=[f"Verdict: {c.verdict}" for c in found.contrasts], wrote=wrote, then=then)
