@@ -164,6 +164,7 @@ def test_layers_on_several_workers_are_the_same(crew, split, model, tokenizer, s
     found = listen(model, tokenizer, saes, TEXTS, spread=few(crew, 2).listening, **options)
     assert_same(found, heard)
     assert "2 groups of layers" in caplog.text
+    assert ("one after another" in caplog.text) == (split == "documents")
     assert_same(listen(model, tokenizer, saes, TEXTS, **options), heard)
 
 

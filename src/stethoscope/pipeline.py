@@ -19,7 +19,7 @@ from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, to
 from stethoscope.diagnosis.attribution import attribute
 from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
 from stethoscope.diagnosis.evidence import Evidence, gather_evidence
-from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.listen import encoder_dtype, how_shared, listen
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
@@ -220,8 +220,13 @@ class _Run:
             if saved:
                 return saved
             memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
+            split = recipe.ray.split if recipe.ray else "auto"
             if self.crew:
                 memory = memory or self.crew.sae_memory(self.found.base.nbytes)
+                dtype, workers = encoder_dtype(self.model), self.crew.workers
+                self.reporter.note(
+                    how_shared(self.found.saes, dtype=dtype, memory=memory, split=split, workers=workers)
+                )
             heard = listen(
                 self.model,
                 self.tokenizer,
@@ -232,7 +237,7 @@ class _Run:
                 tokens=options.tokens,
                 memory=memory,
                 skip_broken=options.skip_broken,
-                split=recipe.ray.split if recipe.ray else "auto",
+                split=split,
                 spread=self.crew.listening if self.crew else None,
                 progress=advance,
             )

@@ -92,13 +92,12 @@ def listen(
         SAEError: an SAE gave values that are not finite, or does not fit its site.
         StethoscopeError: documents that cannot be heard, by name; a corpus has no token to count.
     """
-    dtype = dtype or (torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
+    dtype = dtype or encoder_dtype(model)
     make = partial(Listener, saes=saes, site=site, max_tokens=max_tokens, tokens=tokens, dtype=dtype)
     run = spread(make) if spread else Alone(make(model, tokenizer))
     groups = _groups(saes, dtype, memory, run.workers if split == "layers" else 1)
     if run.workers > 1:
-        how = "one after another" if split == "documents" else "each kept by a worker while there is work for it"
-        log.info("%d workers share the documents; %d groups of layers, %s", run.workers, len(groups), how)
+        log.info(how_shared(saes, dtype=dtype, memory=memory, split=split, workers=run.workers))
     opening = {
         name: _opening(name, some, tokenizer, max_tokens, tokens, health_tokens) for name, some in corpora.items()
     }
@@ -123,6 +122,27 @@ def listen(
         if not skip_broken:
             heard.refuse_broken()
     return {name: heard.listening(name, sorted(saes)) for name in corpora}
+
+
+def encoder_dtype(model: PreTrainedModel) -> torch.dtype:
+    """Of the encoders' products if nothing else is said: bfloat16 if the model computes in it, else float32."""
+    return torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+
+
+def how_shared(
+    saes: Mapping[int, SAE | SAEFolder], *, dtype: torch.dtype, memory: int | None, split: Split, workers: int
+) -> str:
+    """One sentence on what workers share in `listen`, and why."""
+    groups = _groups(saes, dtype, memory, workers if split == "layers" else 1)
+    size = sum(_bytes(sae, dtype) for sae in saes.values()) / 1e9
+    room = "no limit" if memory is None else f"room for {memory / 1e9:.2f} GB"
+    if len(groups) == 1:
+        how = "each holds all and hears a part of the documents"
+    elif split == "documents":
+        how = f"all go through {len(groups)} groups of layers, one after another"
+    else:
+        how = f"{len(groups)} groups of layers, each kept by a worker while there is work for it"
+    return f"{workers} workers, encoders of {size:.2f} GB, {room} on each: {how}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,10 +328,7 @@ def _groups(
     Args:
         least: so many groups, of about as many bytes each, if there are as many layers.
     """
-    sizes = {
-        layer: dtype.itemsize * (sae.width * sae.d_in if isinstance(sae, SAEFolder) else sae.cfg.d_sae * sae.cfg.d_in)
-        for layer, sae in sorted(saes.items())
-    }
+    sizes = {layer: _bytes(sae, dtype) for layer, sae in sorted(saes.items())}
     share = -(-sum(sizes.values()) // max(least, 1))
     limit = share if memory is None else min(memory, share)
     groups: list[list[int]] = [[]]
@@ -323,3 +340,9 @@ def _groups(
         groups[-1].append(layer)
         used += size
     return [tuple(group) for group in groups]
+
+
+def _bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
+    """Of an encoder."""
+    values = sae.width * sae.d_in if isinstance(sae, SAEFolder) else int(sae.cfg.d_sae) * int(sae.cfg.d_in)
+    return values * dtype.itemsize

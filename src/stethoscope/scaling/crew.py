@@ -102,6 +102,11 @@ class Crew:
             self._ray.shutdown()
 
     @property
+    def workers(self) -> int:
+        """How many there are, those that have yet to start included."""
+        return len(self._members)
+
+    @property
     def pids(self) -> list[int]:
         """The workers' processes, as far as they are known."""
         return [member.introduction.pid for member in self._members if member.introduction]
@@ -281,7 +286,7 @@ class CrewRun:
 
     def __init__(self, crew: Crew, make: Callable[[Bench], Any]) -> None:
         self._crew, self._make = crew, make
-        self.workers = len(crew._members)
+        self.workers = crew.workers
 
     def __call__(self, task: Callable[[Any, Any], Any], pieces: Sequence[Piece]) -> Iterator[tuple[int, Any]]:
         """See `stethoscope.work.Run`."""

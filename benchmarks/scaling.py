@@ -1,0 +1,330 @@
+"""Listening on the workers of a Ray cluster: is the time what its parts say, and does memory stay flat?
+
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--documents 256] [--rounds 1]
+
+A Llama of 8 layers and SAEs of 4096 features, both with random weights, hear generated text in this process and with
+one and two workers, in turn; every sum is compared. The model of the time is
+
+    start + load + work / workers + pieces * handling + finish
+
+with nothing fitted: `start` is a worker's start, `load` its model and SAEs, `handling` what a piece costs that comes
+back at once with as many bytes, `finish` what the driver does before and after; `work` is what this process takes
+for the pieces. Then memory is watched while a corpus of ten times the budget passes through. One thread everywhere.
+Results: benchmarks/results/scaling.json. About three minutes on two quiet cores.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import numpy as np
+import psutil
+import torch
+from sae_lens import StandardSAE, StandardSAEConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from stethoscope.artifacts import write_json
+from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.listener import Listener
+from stethoscope.models import load_model, load_tokenizer
+from stethoscope.recipe import Ray
+from stethoscope.saes.sources import open_saes
+from stethoscope.scaling import Bench, Crew
+from stethoscope.scaling.bench import versions
+from stethoscope.scaling.crew import CrewRun, import_ray
+from stethoscope.work import Alone, Piece, Run
+
+RESULTS = Path(__file__).parent / "results" / "scaling.json"
+LAYERS, HIDDEN, WIDTH = 8, 512, 4096
+BLOCK = 16
+BUDGET = 24 << 20  # bytes that documents on their way may take; the corpus has ten times as many
+LENGTH = 16384  # bytes of a document of that corpus
+LINES = 48  # tokens of it that are heard
+
+
+def make_world(folder: Path) -> None:
+    """Model, tokenizer and SAEs on disk."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    built = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=built, **special).save_pretrained(folder / "base")
+    for layer in range(LAYERS):
+        sae = StandardSAE(StandardSAEConfig(d_in=HIDDEN, d_sae=WIDTH))
+        sae.W_enc.data = torch.randn_like(sae.W_enc) / HIDDEN**0.5
+        sae.cfg.metadata.hook_name = f"model.layers.{layer}"
+        sae.save_model(folder / "saes" / f"layer_{layer}")
+
+
+def make_texts(count: int) -> list[str]:
+    """Words in any order, 120 to 360 bytes."""
+    rng = np.random.default_rng(0)
+    words = np.array(["river", "stone", "cloud", "maple", "ember", "seven", "twelve", "adds", "to", "makes"])
+    return [" ".join(rng.choice(words, int(n))) for n in rng.integers(24, 72, size=count)]
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    found = work()
+    return time.perf_counter() - start, found
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """All arrays of all layers, bit for bit, and the SAEs' health."""
+    names = ("sums", "fired", "maxima", "tokens", "sinks")
+    return all(
+        one.health == theirs[corpus].health
+        and np.array_equal(getattr(found, name), getattr(theirs[corpus].statistics.layers[layer], name))
+        for corpus, one in ours.items()
+        for layer, found in one.statistics.layers.items()
+        for name in names
+    )
+
+
+class Clocked:
+    """This process, with the time that the pieces take by themselves."""
+
+    def __init__(self, tool: Any) -> None:
+        self.run, self.workers = Alone(tool), 1
+        self.seconds: list[float] = []
+        self.result: Any = None
+
+    def __call__(self, task: Callable[[Any, Any], Any], pieces: Any) -> Iterator[tuple[int, Any]]:
+        def clocked(tool: Any, loaded: Any) -> Any:
+            seconds, self.result = timed(lambda: task(tool, loaded))
+            self.seconds.append(seconds)
+            return self.result
+
+        return self.run(clocked, pieces)
+
+
+def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
+    """Each part of the model, and the whole with one and two workers."""
+    model, tokenizer, saes = load_model(world / "base"), load_tokenizer(world / "base"), open_saes(world / "saes")
+    texts = {"text": make_texts(documents)}
+    pieces = -(-documents // BLOCK)
+    hear = partial(listen, model, tokenizer, saes, texts, block_size=BLOCK)
+    rows: list[dict[str, Any]] = []
+    expected: Any = None
+    for number in range(rounds):
+        clock: list[Clocked] = []
+
+        def here(make: Any, clock: list[Clocked] = clock) -> Run:
+            clock.append(Clocked(make(model, tokenizer)))
+            return clock[0]
+
+        alone, heard = timed(lambda here=here: hear(spread=here))
+        expected = expected or heard
+        block = clock[0].result
+        # the first piece loads the encoders and examines the SAEs; all others are blocks
+        work, finish = sum(clock[0].seconds[1:]), alone - sum(clock[0].seconds)
+        row: dict[str, Any] = {
+            "alone": alone, "work": work, "first": clock[0].seconds[0], "finish": finish, "workers": {}
+        }  # fmt: skip
+        for workers in (1, 2):
+            with Crew(Ray(workers=workers, threads=1), Bench(base=world / "base")) as crew:
+                start, _ = timed(lambda crew=crew: nothing(crew))
+                load, _ = timed(lambda crew=crew: loading(crew, saes, model.dtype))
+                handling, _ = timed(lambda crew=crew, block=block: echo(crew, block, 64))
+            with Crew(Ray(workers=workers, threads=1), Bench(base=world / "base")) as crew:
+                measured, found = timed(lambda crew=crew: hear(spread=crew.listening))
+            assert same(found, expected), "other sums"
+            parts = {"start": start, "load": load, "handling": handling / 64}
+            modelled = start + load + (row["first"] + work) / workers + (pieces + 1) * handling / 64 + finish
+            row["workers"][workers] = {**parts, "modelled": modelled, "measured": measured}
+            print(number, workers, {k: round(v, 2) for k, v in row["workers"][workers].items()}, flush=True)
+        rows.append(row)
+    middle = {
+        workers: {
+            name: statistics.median(row["workers"][workers][name] for row in rows) for name in rows[0]["workers"][1]
+        }
+        for workers in (1, 2)
+    }
+    result_bytes = sum(
+        getattr(layer, name).nbytes
+        for layer in block.statistics.layers.values()
+        for name in ("sums", "fired", "maxima", "tokens", "sinks")
+    )
+    return {
+        "documents": documents,
+        "tokens": int(next(iter(expected["text"].statistics.layers.values())).tokens.sum()),
+        "pieces": pieces,
+        "bytes_of_a_piece": {"out": sum(len(t) for t in texts["text"]) // pieces, "back": result_bytes},
+        "sums_equal_to_the_bit": True,
+        "alone_s": statistics.median(row["alone"] for row in rows),
+        "work_s": statistics.median(row["work"] for row in rows),
+        "first_s": statistics.median(row["first"] for row in rows),
+        "finish_s": statistics.median(row["finish"] for row in rows),
+        "workers": middle,
+        "modelled_over_measured": {w: found["modelled"] / found["measured"] for w, found in middle.items()},
+        "rounds": rows,
+    }
+
+
+def nothing(crew: Crew) -> None:
+    """Until every worker has answered."""
+    while len(crew.pids) < crew.workers:
+        list(CrewRun(crew, lambda bench: None)(lambda tool, loaded: None, [Piece(name="", load=int)]))
+
+
+def loading(crew: Crew, saes: Any, dtype: torch.dtype) -> None:
+    """Each worker loads model and SAEs once, side by side."""
+
+    def make(bench: Any) -> Any:
+        from stethoscope.diagnosis.listener import Block
+
+        options = {"site": "resid_post", "max_tokens": 64, "tokens": "all", "dtype": dtype}
+        listener = Listener(bench.model, bench.tokenizer, saes=saes, **options)
+        return listener.hear(Block(layers=tuple(saes), documents={0: "one"}))
+
+    count = crew.workers
+    list(CrewRun(crew, make)(lambda tool, loaded: None, [Piece(name="", load=int) for _ in range(count)]))
+
+
+def echo(crew: Crew, block: Any, count: int) -> None:
+    """Pieces that come back at once, with as many bytes as a block's statistics have, and are put in place."""
+    from stethoscope.diagnosis.statistics import StatisticsTable
+
+    table = StatisticsTable(count)
+    pieces = [Piece(name="", load=int) for _ in range(count)]
+    for number, found in CrewRun(crew, lambda bench: block)(lambda tool, loaded: tool, pieces):
+        table.put(number, found.statistics)
+
+
+@contextmanager
+def watched(pids: Callable[[], list[int]]) -> Iterator[list[dict[str, float]]]:
+    """Memory of the driver, the workers and the object store, twice a second."""
+    ray, seen, stop = import_ray(), [], threading.Event()
+    start = time.perf_counter()
+
+    def look() -> None:
+        while not stop.wait(0.5):
+            total = ray.cluster_resources().get("object_store_memory", 0)
+            left = ray.available_resources().get("object_store_memory", 0)
+            row = {
+                "s": time.perf_counter() - start,
+                "driver_mb": own_memory(os.getpid()),
+                "store_mb": (total - left) / 1e6,
+            }
+            seen.append(row | {"workers_mb": sum(map(own_memory, pids()))})
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        thread.join()
+
+
+def own_memory(pid: int) -> float:
+    """Megabytes that are a process' own: pages of mapped files, which the system takes back, are left out."""
+    try:
+        found = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return (found.rss - found.shared) / 1e6
+
+
+def measure_memory(world: Path) -> dict[str, Any]:
+    """A corpus on disk of ten times the budget, read as it is needed."""
+    count = 10 * BUDGET // LENGTH
+    rng = np.random.default_rng(1)
+
+    def rows() -> Iterator[dict[str, str]]:
+        for _ in range(count):
+            letters = rng.integers(97, 123, LENGTH, dtype=np.uint8)
+            letters[5::6] = 32
+            yield {"text": letters.tobytes().decode()}
+
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_generator(rows, cache_dir=str(world / "cache")).save_to_disk(world / "corpus")
+    texts = datasets.load_from_disk(str(world / "corpus"))["text"]
+    assert not isinstance(texts, list)
+    model, tokenizer, saes = load_model(world / "base"), load_tokenizer(world / "base"), open_saes(world / "saes")
+    # many small blocks: what a block leaves behind, its statistics, is counted too
+    few, block = {layer: saes[layer] for layer in (0, 1)}, 64
+    with Crew(Ray(workers=2, threads=1), Bench(base=world / "base")) as crew, watched(lambda: crew.pids) as seen:
+        seconds, _ = timed(
+            lambda: listen(
+                model,
+                tokenizer,
+                few,
+                {"text": texts},
+                block_size=block,
+                max_tokens=LINES,
+                health_tokens=LINES,
+                spread=crew.listening,
+            )
+        )
+    # from when both workers have loaded and begun
+    steady = [row for row in seen if row["s"] > 0.4 * seconds]
+    return {
+        "budget_mb": BUDGET / 1e6,
+        "corpus_mb": count * LENGTH / 1e6,
+        "documents_of_a_piece_mb": block * LENGTH / 1e6,
+        "seconds": seconds,
+        "growth_mb": {
+            name: max(row[name] for row in steady) - steady[0][name] for name in ("driver_mb", "workers_mb", "store_mb")
+        },
+        "over_time": [
+            {name: round(value, 1) for name, value in row.items()} for row in seen[:: max(1, len(seen) // 24)]
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    ray = import_ray()
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder)
+        make_world(world)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
+        found = {
+            "machine": {
+                "cores": os.cpu_count(),
+                "processor": platform.processor() or platform.machine(),
+                "load_before": os.getloadavg()[0],
+            },
+            "versions": versions() | {"ray": ray.__version__},
+            "time": measure_time(world, options.documents, options.rounds),
+            "memory": measure_memory(world),
+        }
+        ray.shutdown()
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_json(RESULTS, found)
+    print(found["time"]["modelled_over_measured"], found["memory"]["growth_mb"])
+
+
+if __name__ == "__main__":
+    main()
