@@ -21,13 +21,8 @@ class Shown:
 
     def __repr__(self) -> str:
         sentence, rows = self._shown()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(c.rjust(n) for c, n in zip(row[1:], widths[1:], strict=True))]
-            ).rstrip()
-            for row in rows
-        ]
+        columns = [_aligned(column) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
         return "\n".join([f"{type(self).__name__}: {sentence}", *lines])
 
     __str__ = __repr__
@@ -53,6 +48,12 @@ def text_rows(records: Sequence[Mapping[Any, Any]], columns: Mapping[str, tuple[
         for record in records
     ]
     return [list(columns), *body]
+
+
+def _aligned(cells: Sequence[str]) -> list[str]:
+    """A column's cells as wide as the widest, numbers to the right."""
+    width, numbers = max(map(len, cells)), all(cell[:1] in "+-0123456789" for cell in cells[1:])
+    return [cell.rjust(width) if numbers else cell.ljust(width) for cell in cells]
 
 
 def _line(cells: Sequence[str], kind: str) -> str:

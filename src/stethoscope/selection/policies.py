@@ -9,6 +9,7 @@ from stethoscope.diagnosis.diagnose import Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import Select
 from stethoscope.selection.calibration import Calibration
+from stethoscope.shown import Rows, Shown
 
 
 class LayerChoice(Frozen):
@@ -19,7 +20,7 @@ class LayerChoice(Frozen):
     reason: str
 
 
-class Selection(Artifact):
+class Selection(Shown, Artifact):
     """The layers chosen, in ascending order, and the reason for every layer.
 
     Attributes:
@@ -39,9 +40,9 @@ class Selection(Artifact):
         layers = ", ".join(map(str, self.layers))
         return f"`{self.policy}` chooses {len(self.layers)} of {len(self.choices)} layers: {layers}."
 
-    def table(self) -> list[list[str]]:
-        """A row per layer with the reason for its fate, and a header row, for a terminal."""
-        return [["layer", "reason"], *([str(choice.layer), choice.reason] for choice in self.choices)]
+    def _shown(self) -> tuple[str, Rows]:
+        rows = [[str(choice.layer), choice.reason] for choice in self.choices]
+        return self.verdict, [["layer", "reason"], *rows]
 
 
 Ranked = Sequence[LayerDiagnosis]
