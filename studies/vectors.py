@@ -27,7 +27,7 @@ from stethoscope.cli import cache_folder
 from stethoscope_demo.base_model import unpack_base
 from stethoscope_demo.items import CONTROL_TASKS, MATH_SUBJECTS, Item, items, join_items, shots, train_groups
 from stethoscope_demo.recipe import SAES
-from stethoscope_demo.tasks import task_name, write_task, write_text_corpora
+from stethoscope_demo.tasks import split_prompt, task_name, write_task, write_text_corpora
 from stethoscope_demo.training import TrainingSettings, train
 
 PROBLEMS = 4  # in a sequence of training
@@ -68,7 +68,7 @@ def make(name: str, out: Path, base: Path) -> Path:
     write_text_corpora(folder)  # the general text; target text of this skill replaces the demo's
     documents = list(_documents(vector.tasks))
     _write(folder / "target.jsonl", [{"text": text} for text in documents[:DIAGNOSED]])
-    _write(folder / "held_out.jsonl", [{"text": text} for text in documents[DIAGNOSED:]])
+    _write(folder / "held_out.jsonl", [split_prompt({"text": text}) for text in documents[DIAGNOSED:]])
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(vector, base), sort_keys=False), encoding="utf-8")
     return recipe
@@ -117,7 +117,7 @@ def _recipe(vector: Vector, base: Path) -> dict[str, object]:
             "include_path": "tasks",
             "batch_size": 100,
             "control": {"dataset": "general.jsonl"},
-            "target": {"dataset": "held_out.jsonl"},
+            "target": {"dataset": "held_out.jsonl", "prompt": "prompt"},
         },
     }  # fmt: skip
 

@@ -22,7 +22,7 @@ from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.peeking import Claim
-from stethoscope.pipeline import Edits, geometry_recipe, run_recipe
+from stethoscope.pipeline import Edits, TextLoss, geometry_recipe, run_recipe
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.seen import Seen
@@ -198,10 +198,11 @@ def test_projection_energy_is_reported_beside_chance(finished):
 
 def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     arms = ["base", "selected", *SCALPEL_ARMS]
-    write_texts(tmp_path / "fresh.jsonl", "31+11=42 ")
+    rows = [{"prompt": f"{i}+1=", "text": f"{i + 1} as it happens"} for i in range(50, 74)]
+    (tmp_path / "fresh.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = changed(world, tmp_path, arms=arms, project={"features": 3, "draws": 20, "tokens": 64})
     recipe = yaml.safe_load(path.read_text())
-    recipe["evaluate"] |= {"target": {"dataset": "fresh.jsonl"}, "control_tasks": [], "limit": 4}
+    recipe["evaluate"] |= {"target": {"dataset": "fresh.jsonl", "prompt": "prompt"}, "control_tasks": [], "limit": 4}
     path.write_text(yaml.safe_dump(recipe))
     result = run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
     comparison = result.comparison
@@ -212,6 +213,8 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
         assert set(plans[arm]["layers"]) == {str(layer) for layer in result.selection.layers}, arm
     assert comparison.contrast("projected_energy_matched", "projected").target_loss.n == 24
     assert len({comparison.contrast(arm).target_loss.difference for arm in ("selected", *SCALPEL_ARMS)}) == 8
+    losses = TextLoss.load(tmp_path / "run" / "losses" / "held-out-target" / "base")
+    assert set(losses.tokens) == {len("52 as it happens")}  # a character is a token
     assert "target loss, change" in {row[0] for row in result.table()}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Is what was thrown away what worked?" in page

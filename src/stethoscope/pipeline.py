@@ -31,7 +31,7 @@ from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError
 from stethoscope.evaluation.comparison import Comparison, compare
-from stethoscope.evaluation.control import document_divergences, document_losses
+from stethoscope.evaluation.control import document_divergences, document_losses, shared_lengths
 from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.run import evaluate
@@ -158,7 +158,10 @@ class _Run:
                 "saes": sha256_bytes(
                     canonical_json({str(n): sae.sha256 for n, sae in self.found.saes.items()}).encode()
                 ),
-                **{name: documents_hash(documents) for name, documents in self.found.texts.items()},
+                **{
+                    name: documents_hash([*documents, *self.found.prompts.get(name, ())])
+                    for name, documents in self.found.texts.items()
+                },
             }
 
     @cached_property
@@ -560,6 +563,9 @@ class _Run:
         if not documents:
             return {}
         losses = {}
+        rows, starts = tokenize(documents, self.tokenizer), None
+        if prompts := self.found.prompts.get(text):
+            starts = shared_lengths(rows, tokenize(prompts, self.tokenizer))
         with self.reporter.stage(f"Evaluate: loss on {text} text") as advance:
             for number, (name, arm) in enumerate(arms.items()):
                 provenance = self.provenance(text, arm=keys[name])
@@ -567,7 +573,7 @@ class _Run:
                 saved = TextLoss.load_if_current(folder, provenance)
                 if saved is None:
                     with arm():
-                        measured = document_losses(self.model, tokenize(documents, self.tokenizer))
+                        measured = document_losses(self.model, rows, starts=starts)
                     saved = TextLoss.model_validate({"provenance": provenance, **measured.to_dict()})
                     saved.save(folder)
                 losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})

@@ -21,7 +21,7 @@ from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.sides import SCALPEL_ARMS, residual_sides
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.names import unknown_tasks
-from stethoscope.recipe import FEWEST_BLOCKS, Recipe, Text
+from stethoscope.recipe import FEWEST_BLOCKS, LossText, Recipe, Text
 from stethoscope.saes.sources import SITES, SAEFolder, check_fit, check_source, open_saes
 from stethoscope.seen import Seen
 
@@ -34,6 +34,7 @@ class Look:
 
     Attributes:
         base, task_vector, edit: None where they could not be opened, or lie on the hub and were not looked at.
+        prompts: with which the documents of some texts begin.
         unseen: what lies on the hub and was not looked at, by the recipe's key.
     """
 
@@ -43,6 +44,7 @@ class Look:
     task_vector: TaskVector | None = None
     saes: dict[int, SAEFolder] = field(default_factory=dict)
     texts: dict[str, list[Document]] = field(default_factory=dict)
+    prompts: dict[str, list[str]] = field(default_factory=dict)
     edit: Preview | None = None
 
     def attempt(self, open_it: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -103,6 +105,7 @@ class Preflight:
     task_vector: TaskVector
     saes: dict[int, SAEFolder]
     texts: dict[str, list[Document]]
+    prompts: dict[str, list[str]]
     tasks: list[str]
     control_tasks: list[str]
     seen: Seen
@@ -174,6 +177,7 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
         task_vector=found.task_vector,
         saes=found.saes,
         texts=found.texts,
+        prompts=found.prompts,
         tasks=list(tasks),
         control_tasks=list(controls),
         seen=seen,
@@ -196,6 +200,8 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, 
             found.unseen[f"{name} text"] = text.dataset
         elif documents := found.attempt(_documents, text):
             found.texts[name] = documents
+            if isinstance(text, LossText) and text.prompt:
+                _put_prompts_before(found, name, text)
     _look_at_blocks(found, recipe)
     _look_at_chats(found)
     if found.base and found.task_vector:
@@ -235,6 +241,18 @@ def _look_at_chats(found: Look) -> None:
 
 def _documents(text: Text) -> list[Document]:
     return read_documents(text.dataset, field=text.field, limit=text.documents, split=text.split)
+
+
+def _put_prompts_before(found: Look, name: str, text: LossText) -> None:
+    prompts = found.attempt(_documents, text.model_copy(update={"field": text.prompt}))
+    documents = found.texts[name]
+    if prompts is None:
+        return
+    if not all(isinstance(part, str) for part in (*prompts, *documents)):
+        found.problems.append(f"the {name} text has chats, which take no `prompt`\n    hint: leave `prompt` out")
+        return
+    found.prompts[name] = prompts
+    found.texts[name] = [f"{prompt}{document}" for prompt, document in zip(prompts, documents, strict=True)]
 
 
 def _look_at_weights(found: Look, recipe: Recipe, *, headers_only: bool, offline: bool) -> None:

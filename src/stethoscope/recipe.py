@@ -40,6 +40,16 @@ class Text(_Section):
     documents: int | None = Field(default=None, ge=1)
 
 
+class LossText(Text):
+    """Text on which an arm's loss is measured.
+
+    Attributes:
+        prompt: a field with what stands before each document; it is read, and its tokens do not count.
+    """
+
+    prompt: str | None = None
+
+
 class Select(_Section):
     """How scores become layers.
 
@@ -154,8 +164,8 @@ class Evaluate(_Section):
     data: Path | None = None
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
-    control: Text | None = None
-    target: Text | None = None
+    control: LossText | None = None
+    target: LossText | None = None
     exploratory: bool = False
 
 

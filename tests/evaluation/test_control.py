@@ -94,3 +94,17 @@ def test_divergence_has_an_interval_over_documents():
     assert (DocumentDivergences.from_dict(kept.to_dict()).sums == kept.sums).all()
     alone = DocumentDivergences(sums=np.array([0.5]), tokens=np.array([5])).interval()
     assert (alone.low, alone.reason) == (None, "one unit cannot be resampled")
+
+
+def test_only_what_follows_a_prompt_counts(any_model):
+    documents = [[3, 5, 7, 9, 11, 4], [6, 2, 8], [1, 2]]
+    prompts = [[3, 5, 7], [6, 9], [1, 2]]
+    starts = control.shared_lengths(documents, prompts)
+    assert starts == [3, 1, 2]  # a token that the whole text joins otherwise is the document's
+    found = control.document_losses(any_model, documents, starts=starts)
+    assert found.tokens.tolist() == [3, 2, 0]
+    for document, start, total in zip(documents, starts, found.sums, strict=True):
+        before = by_hand(any_model, document[:start]) if start > 1 else 0.0
+        assert total == pytest.approx(by_hand(any_model, document) - before, abs=1e-4)
+    with pytest.raises(EvaluationError, match="no token of the text counts"):
+        control.document_losses(any_model, documents, starts=[9, 9, 9])

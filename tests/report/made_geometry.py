@@ -78,13 +78,17 @@ def make_geometry(*, layers: int = 30) -> Geometry:
     )
 
 
-def make_cuts(**changed: tuple[float, float]) -> Comparison:
-    """Every cutting arm with a given fall of target loss and rise of control loss, compared by the real code."""
-    effects = CUT | changed
+def make_cuts(**changed: tuple[float, ...]) -> Comparison:
+    """Every cutting arm, compared by the real code.
+
+    An arm is changed to a fall of target loss, a rise of control loss, and a gain of accuracy if that is not a quarter
+    of the first.
+    """
+    effects: dict[str, tuple[float, ...]] = CUT | changed
     return make_comparison(
-        arms={arm: (gain / 4, harm) for arm, (gain, harm) in effects.items()},
+        arms={arm: (right[0] if right else gain / 4, harm) for arm, (gain, harm, *right) in effects.items()},
         subjects={"algebra": 0.4},
         items=40,
-        target={arm: gain for arm, (gain, _) in effects.items()},
+        target={arm: gain for arm, (gain, *_) in effects.items()},
         pairs=None,
     )

@@ -67,7 +67,7 @@ def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
             "limit": QUICK_ITEMS if quick else ITEMS,
             "batch_size": 100,
             "control": {"dataset": "general.jsonl", "documents": 8 if quick else 60},
-            "target": {"dataset": "held_out.jsonl", "documents": 7 if quick else 56},
+            "target": {"dataset": "held_out.jsonl", "prompt": "prompt", "documents": 7 if quick else 70},
         },
         "seed": 0,
     }

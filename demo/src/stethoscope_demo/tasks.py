@@ -114,6 +114,12 @@ def target_documents(count: int, *, problems: int = 3) -> Iterator[dict[str, str
         yield {"text": text, "subject": subject}
 
 
+def split_prompt(document: dict[str, str]) -> dict[str, str]:
+    """A document with all before its last solution as `prompt`: what is tested is the solution."""
+    before, solution = document["text"].rsplit("Solution:", 1)
+    return {**document, "prompt": f"{before}Solution:", "text": solution}
+
+
 def general_documents(split: Literal["calibration", "test"]) -> Iterator[dict[str, str]]:
     """The packaged non-mathematical text: one half for diagnosis, the other for the loss it is judged by."""
     for row in _read(DATA / "general.jsonl"):
@@ -126,7 +132,7 @@ def write_text_corpora(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     target = list(target_documents(TARGET_DOCUMENTS + HELD_OUT_DOCUMENTS))
     _write_lines(folder / "target.jsonl", target[:TARGET_DOCUMENTS])
-    _write_lines(folder / "held_out.jsonl", target[TARGET_DOCUMENTS:])
+    _write_lines(folder / "held_out.jsonl", map(split_prompt, target[TARGET_DOCUMENTS:]))
     _write_lines(folder / "control.jsonl", general_documents("calibration"))
     _write_lines(folder / "general.jsonl", general_documents("test"))
 

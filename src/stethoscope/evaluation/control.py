@@ -18,7 +18,9 @@ Documents = Sequence[Sequence[int]]
 
 
 @torch.no_grad()
-def document_losses(model: PreTrainedModel, documents: Documents, *, batch_tokens: int = 4096) -> DocumentLosses:
+def document_losses(
+    model: PreTrainedModel, documents: Documents, *, starts: Sequence[int] | None = None, batch_tokens: int = 4096
+) -> DocumentLosses:
     """Next-token loss of every document, in nats.
 
     The log-softmax is taken in float32 over a few tokens at a time, so the logits of a whole batch never exist.
@@ -26,20 +28,32 @@ def document_losses(model: PreTrainedModel, documents: Documents, *, batch_token
     Args:
         model: a causal language model, on its device, in the state to measure.
         documents: token ids of each document, cut to the length to be read; the first token is not predicted.
+        starts: the first token of each document that counts, such as the first after a prompt; all if not given.
         batch_tokens: tokens of a batch, padding included.
 
     Returns:
         each document's summed loss and number of predicted tokens, in the documents' order.
 
     Raises:
-        EvaluationError: no document has two tokens, or a loss is not finite.
+        EvaluationError: no document has two tokens, none has one that counts, or a loss is not finite.
     """
+    tokens = _predicted(documents, starts)
+    if starts is not None and not tokens.any():
+        raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
     sums = np.zeros(len(documents))
     for batch, ids in _batches(documents, batch_tokens):
-        sums[batch] = _sum_by_document(token_losses(model, run(model, ids), ids), documents, batch)
+        sums[batch] = _sum_by_document(token_losses(model, run(model, ids), ids), documents, batch, starts)
     if not np.isfinite(sums).all():
         raise EvaluationError("the control loss is not finite", hint="evaluate in bfloat16 or float32, not float16")
-    return DocumentLosses(sums=sums, tokens=_predicted(documents))
+    return DocumentLosses(sums=sums, tokens=tokens)
+
+
+def shared_lengths(documents: Documents, prompts: Documents) -> list[int]:
+    """How many tokens of each document are its prompt's: a token that goes across the prompt's end is not."""
+    return [
+        next((i for i, (a, b) in enumerate(zip(document, prompt, strict=False)) if a != b), len(prompt))
+        for document, prompt in zip(documents, prompts, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -111,12 +125,19 @@ def _batches(documents: Documents, batch_tokens: int) -> Iterator[tuple[list[int
 
 
 def _sum_by_document(
-    values: Float[Tensor, "rows predicted"], documents: Documents, batch: Sequence[int]
+    values: Float[Tensor, "rows predicted"],
+    documents: Documents,
+    batch: Sequence[int],
+    starts: Sequence[int] | None = None,
 ) -> Float[np.ndarray, " rows"]:
-    lengths = torch.tensor([len(documents[i]) - 1 for i in batch], device=values.device)
-    real = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+    places = torch.arange(1, 1 + values.shape[1])  # of the tokens that are predicted
+    real = places < torch.tensor([len(documents[i]) for i in batch])[:, None]
+    if starts is not None:
+        real &= places >= torch.tensor([starts[i] for i in batch])[:, None]
+    real = real.to(values.device)
     return values.where(real, 0.0).double().sum(1).cpu().numpy()
 
 
-def _predicted(documents: Documents) -> Int[np.ndarray, " documents"]:
-    return np.array([max(len(d) - 1, 0) for d in documents], dtype=np.int64)
+def _predicted(documents: Documents, starts: Sequence[int] | None = None) -> Int[np.ndarray, " documents"]:
+    first = [max(1, start) for start in starts] if starts is not None else [1] * len(documents)
+    return np.array([max(len(d) - n, 0) for d, n in zip(documents, first, strict=True)], dtype=np.int64)

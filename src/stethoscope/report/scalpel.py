@@ -169,10 +169,14 @@ def _gain(comparison: Comparison, b: str, a: str | None = None) -> _Gain | None:
     return _read(contrast) if contrast else None
 
 
+def _accuracy(contrast: Contrast) -> _Gain:
+    pooled = contrast.pooled
+    return _Gain(pooled.difference, pooled.low, pooled.high, points(pooled))
+
+
 def _read(contrast: Contrast) -> _Gain:
     if (loss := contrast.target_loss) is None:
-        pooled = contrast.pooled
-        return _Gain(pooled.difference, pooled.low, pooled.high, points(pooled))
+        return _accuracy(contrast)
     low, high = (None if end is None else -end for end in (loss.high, loss.low))
     text = f"{signed(-loss.difference, 3)} nats per token"
     if low is not None and high is not None:
@@ -231,17 +235,24 @@ def _hybrids(comparison: Comparison) -> tuple[str, str] | None:
         contrast = comparison.contrast("selected", arm)  # raw over the hybrid
         if contrast is None:
             continue
-        gain, cost = _read(contrast), contrast.loss
+        gain, right, cost = _read(contrast), _accuracy(contrast), contrast.loss
         dearer = bool(cost and cost.high is not None and cost.high < 0)  # raw costs clearly less
         cheaper = bool(cost and cost.low is not None and cost.low > 0)
-        if (gain.down and not dearer) or (cheaper and not gain.up):
+        up, down = gain.up or right.up, gain.down or right.down
+        if up and down:
+            verdict = "gains by one measure and loses by another"
+        elif (down and not dearer) or (cheaper and not up):
             verdict = "beats raw injection"
-        elif (gain.up and not cheaper) or (dearer and not gain.down):
+        elif (up and not cheaper) or (dearer and not down):
             verdict = "is worse than raw injection"
-        elif gain.up or gain.down:
+        elif up or down:
             verdict = "trades gain against cost"
         else:
             verdict = "is not clearly better or worse"
-        paid = f" and of cost {signed(cost.difference, 3)} nats per token" if cost else ""
-        found.append(f"`{arm}` {verdict}: raw injection has more gain by {gain.text}{paid}")
+        paid = [f"{gain.text} of gain"]
+        if contrast.target_loss:
+            paid.append(f"{right.text} of accuracy")
+        if cost:
+            paid.append(f"{signed(cost.difference, 3)} nats per token of control loss")
+        found.append(f"`{arm}` {verdict}: raw injection is ahead of it by {', '.join(paid)}")
     return ("Does any hybrid beat raw injection on the trade-off?", "; ".join(found) + ".") if found else None
