@@ -9,8 +9,8 @@ one and two workers, in turn; every sum is compared. The model of the time is
 
 with nothing fitted: `start` is a worker's start, `load` its model and SAEs, `handling` what a piece costs that comes
 back at once with as many bytes, `finish` what the driver does before and after; `work` is what this process takes
-for the pieces. Then memory is watched while a corpus of ten times the budget passes through. One thread everywhere.
-Results: benchmarks/results/scaling.json. About three minutes on two quiet cores.
+for the pieces. Before that memory is watched while a corpus of ten times the budget passes through. One thread
+everywhere. Results: benchmarks/results/scaling.json. About three minutes on two cores.
 """
 
 import argparse
@@ -51,8 +51,8 @@ from stethoscope.work import Alone, Piece, Run
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 LAYERS, HIDDEN, WIDTH = 8, 512, 4096
 BLOCK = 16
-BUDGET = 24 << 20  # bytes that documents on their way may take; the corpus has ten times as many
-LENGTH = 16384  # bytes of a document of that corpus
+BUDGET = 8 << 20  # bytes that documents on their way may take; the corpus has ten times as many
+LENGTH = 8192  # bytes of a document of that corpus
 LINES = 48  # tokens of it that are heard
 
 
@@ -271,7 +271,7 @@ def measure_memory(world: Path) -> dict[str, Any]:
     # many small blocks: what a block leaves behind, its statistics, is counted too
     few, block = {layer: saes[layer] for layer in (0, 1)}, 64
     with Crew(Ray(workers=2, threads=1), Bench(base=world / "base")) as crew, watched(lambda: crew.pids) as seen:
-        seconds, _ = timed(
+        seconds, heard = timed(
             lambda: listen(
                 model,
                 tokenizer,
@@ -289,6 +289,11 @@ def measure_memory(world: Path) -> dict[str, Any]:
         "budget_mb": BUDGET / 1e6,
         "corpus_mb": count * LENGTH / 1e6,
         "documents_of_a_piece_mb": block * LENGTH / 1e6,
+        "statistics_mb": sum(
+            getattr(layer, name).nbytes / 1e6
+            for layer in heard["text"].statistics.layers.values()
+            for name in ("sums", "fired", "maxima", "tokens", "sinks")
+        ),
         "seconds": seconds,
         "growth_mb": {
             name: max(row[name] for row in steady) - steady[0][name] for name in ("driver_mb", "workers_mb", "store_mb")
@@ -317,8 +322,9 @@ def main() -> None:
                 "load_before": os.getloadavg()[0],
             },
             "versions": versions() | {"ray": ray.__version__},
-            "time": measure_time(world, options.documents, options.rounds),
+            # first: memory that was used before would hide what grows
             "memory": measure_memory(world),
+            "time": measure_time(world, options.documents, options.rounds),
         }
         ray.shutdown()
     RESULTS.parent.mkdir(exist_ok=True)

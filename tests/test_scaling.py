@@ -25,6 +25,7 @@ import stethoscope
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.cli.stages import _read
 from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis.listen import Listening, listen
 from stethoscope.diagnosis.listener import Block, Listener
@@ -287,6 +288,18 @@ def test_a_recipe_gives_the_same_artefacts(crew, world, monkeypatch, tmp_path):
         assert (tmp_path / "workers" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     ours, theirs = (Outcomes.load(tmp_path / name / "outcomes.parquet") for name in ("workers", "alone"))
     pd.testing.assert_frame_equal(ours.frame, theirs.frame, check_exact=True)
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    text = {"dataset": "a.jsonl"}
+    recipe = dict.fromkeys(("base", "tuned", "saes"), "x") | {"target": text, "control": text, "select": {"k": 1}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}}))
+    assert _read(path, None)[0].ray is None
+    assert _read(path, None, None, 2, 0.5)[0].ray == Ray(workers=2, gpus=0.5)
+    path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}, "ray": {"workers": 8, "split": "layers"}}))
+    assert _read(path, None)[0].ray == Ray(workers=8, split="layers")
+    assert _read(path, None, "here:1", 0, None)[0].ray == Ray(address="here:1", workers=0, split="layers")
 
 
 class Silent:

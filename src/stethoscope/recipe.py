@@ -175,7 +175,8 @@ class Ray(_Section):
     Attributes:
         address: of a running cluster; ``auto`` finds one here or starts one on this machine.
         workers: how many; as many as the cluster has room for if None, and 0 for none: all in this process.
-        threads: CPUs of each; if None as many as PyTorch uses here, with which the results are the same.
+        threads: CPUs of each; if None as many as PyTorch uses here, with which the results are the same, or one beside
+            a GPU.
         gpus: of each, a share if less than one; without, workers compute on CPUs.
         split: what workers share of the listening, see `diagnosis.listen.listen`.
     """

@@ -74,8 +74,8 @@ class Crew:
         """
         self._ray = import_ray()
         self.options = options
-        # as many threads as here, or sums would be made in another order
-        self._threads = options.threads or torch.get_num_threads()
+        # as many threads as here, or sums on CPUs would be made in another order
+        self._threads = options.threads or (1 if options.gpus else torch.get_num_threads())
         self._bench = replace(bench, device="cuda" if options.gpus else "cpu", threads=self._threads)
         self._members: list[_Member] = []
         self._stages = count()
@@ -176,7 +176,8 @@ class Crew:
                     try:
                         result = ray.get(reference)
                     except errors.RayTaskError as error:
-                        raise error.cause or error from None
+                        # an error of ours as it was raised; any other with the worker's traceback
+                        raise (error.cause if isinstance(error.cause, StethoscopeError) else error) from None
                     except errors.RayError as error:
                         why = str(error).strip().splitlines()[0]
                         log.warning("%s died with %s: %s", flight.member.where, pieces[flight.number].name, why)
@@ -231,9 +232,15 @@ class Crew:
     def _welcome(self, member: _Member) -> None:
         try:
             found: Introduction = self._ray.get(member.greeting)
-        except self._ray.exceptions.RayError as error:  # it died again
-            log.debug("a worker did not start: %s", error)
-            member.greeting = _greet(member.actor)
+        except self._ray.exceptions.RayError as error:  # for good: while it may start again, it is asked again
+            log.warning("a worker cannot start: %s", error)
+            self._members.remove(member)
+            if not self._members:
+                raise StethoscopeError(
+                    "no worker can start",
+                    problems=[str(error).strip().splitlines()[-1]],
+                    hint="is stethoscope installed on every node?",
+                ) from error
             return
         if found.versions != versions():
             raise StethoscopeError(
