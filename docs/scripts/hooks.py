@@ -9,6 +9,7 @@ from typer.cli import get_docs_for_click
 
 from stethoscope.cli import app
 
+TEXTS = {"Text": "a text", "LossText": "a text for the loss"}  # sections that several keys hold
 SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
 
@@ -34,8 +35,8 @@ def command_line() -> str:
 def recipe_keys() -> str:
     """A table of keys for the recipe and each section."""
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    keys = {_section(field): key for key, field in schema["properties"].items()} | {"Text": "a text"}
-    tables = [_table(key, schema["$defs"][name]) for name, key in keys.items() if name]
+    keys = {_section(field): key for key, field in schema["properties"].items()} | TEXTS
+    tables = [_table(keys[name], schema["$defs"][name]) for name in {**keys, **schema["$defs"]} if name]
     return "\n".join([_table("recipe", schema), *tables])
 
 
@@ -72,7 +73,7 @@ def _default(value: Any) -> str:
 
 def _kind(field: dict[str, Any]) -> str:
     if "$ref" in field:
-        return "a text" if _section(field) == "Text" else "a section"
+        return TEXTS.get(_section(field), "a section")
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "anyOf" in field:
