@@ -227,7 +227,8 @@ class Crew:
                 problems=[f"a worker takes {wanted}", f"the cluster has {self._ray.available_resources()} to give"],
                 hint="`ray status` tells more; fewer `threads` or a smaller share of a GPU may do",
             )
-        return [reference for reference in done if reference in flying]
+        # A worker does its pieces in order: if it died, the first is to blame, whichever is heard of first.
+        return list({id(flying[one].member): flying[one].member.flying[0] for one in done if one in flying}.values())
 
     def _welcome(self, member: _Member) -> None:
         try:
