@@ -492,8 +492,10 @@ def test_a_worker_keeps_to_its_key_and_changes_to_the_one_with_fewest():
         taken.append(queue.take(member, [first, second]))
         member.flying = [object()]
     assert taken == [0, 1, 2, 3, 4, 6, 5]
-    queue.put_back(4)
-    assert len(queue) == 2
+    queue.suspect(4)
+    assert len(queue) == 1
+    assert queue.take_suspect(second) == 4
+    assert second.key == 0
     assert queue.take(second, [first, second]) == 7
 
 

@@ -167,7 +167,7 @@ class Crew:
         flying: dict[Any, _Flight] = {}
         deaths: Counter[int] = Counter()
         try:
-            while len(queue) or flying:
+            while len(queue) or queue.suspects or flying:
                 self._send(queue, flying, stage, pieces)
                 watch.look(flying, pieces)
                 for reference in self._wait(flying):
@@ -181,10 +181,11 @@ class Crew:
                     except errors.RayError as error:
                         why = str(error).strip().splitlines()[0]
                         log.warning("%s died with %s: %s", flight.member.where, pieces[flight.number].name, why)
-                        deaths[flight.number] += 1
-                        self._bury(flight, queue, flying)
+                        deaths[flight.number] += not flight.member.flying  # else another may be to blame
                         if deaths[flight.number] < DEATHS:
-                            queue.put_back(flight.number)
+                            queue.suspect(flight.number)
+                        self._bury(flight.member, queue, flying)
+                        if deaths[flight.number] < DEATHS:
                             continue
                         result = Lost(why=f"{DEATHS} workers died with it, the last: {why}")
                     watch.note(flight, flying)
@@ -197,15 +198,22 @@ class Crew:
             watch.report()
 
     def _send(self, queue: "_Queue", flying: dict[Any, _Flight], stage: Any, pieces: Sequence[Piece]) -> None:
-        """Give out pieces, so few that they can be held, towards the end one to a worker."""
-        ahead = AHEAD if len(queue) > len(self._members) else 1
-        for depth in range(ahead):
-            for member in self._members:
-                if member.introduction and len(member.flying) == depth and len(queue):
-                    number = queue.take(member, self._members)
-                    reference = member.actor.do.remote(stage, pieces[number].load())
-                    member.flying.append(reference)
-                    flying[reference] = _Flight(member=member, number=number, since=time.monotonic())
+        """Give out pieces, so few that they can be held, towards the end one to a worker; suspects one by one."""
+
+        def send(member: _Member, number: int) -> None:
+            reference = member.actor.do.remote(stage, pieces[number].load())
+            member.flying.append(reference)
+            flying[reference] = _Flight(member=member, number=number, since=time.monotonic())
+
+        free = [member for member in self._members if member.introduction]
+        for member in free:
+            if not member.flying and queue.suspects:
+                send(member, queue.take_suspect(member))
+        for depth in range(AHEAD if len(queue) > len(self._members) else 1):
+            for member in free:
+                busy = any(flying[one].number in queue.suspected for one in member.flying if one in flying)
+                if len(member.flying) == depth and len(queue) and not busy:
+                    send(member, queue.take(member, self._members))
 
     def _wait(self, flying: Mapping[Any, _Flight]) -> list[Any]:
         """What is done, if anything is within a second; workers that are ready to begin are taken in.
@@ -227,8 +235,7 @@ class Crew:
                 problems=[f"a worker takes {wanted}", f"the cluster has {self._ray.available_resources()} to give"],
                 hint="`ray status` tells more; fewer `threads` or a smaller share of a GPU may do",
             )
-        # A worker does its pieces in order: if it died, the first is to blame, whichever is heard of first.
-        return list({id(flying[one].member): flying[one].member.flying[0] for one in done if one in flying}.values())
+        return [reference for reference in done if reference in flying]
 
     def _welcome(self, member: _Member) -> None:
         try:
@@ -255,11 +262,10 @@ class Crew:
         member.introduction, member.greeting = found, None
         log.info("%s is ready", found.where)
 
-    def _bury(self, flight: _Flight, queue: "_Queue", flying: dict[Any, _Flight]) -> None:
+    def _bury(self, member: _Member, queue: "_Queue", flying: dict[Any, _Flight]) -> None:
         """Take back what else a worker that died had, and wait for it to begin anew."""
-        member = flight.member
-        for reference in reversed(member.flying):
-            queue.put_back(flying.pop(reference).number)
+        for reference in member.flying:
+            queue.suspect(flying.pop(reference).number)
         member.flying, member.key, member.introduction = [], None, None
         member.greeting = _greet(member.actor)
 
@@ -302,7 +308,12 @@ class CrewRun:
 
 
 class _Queue:
-    """Pieces that wait, by key: a worker keeps to a key while there are pieces of it."""
+    """Pieces that wait, by key: a worker keeps to a key while there are pieces of it.
+
+    Attributes:
+        suspects: those that a worker had when it died; each is done by itself, so that who kills is known for certain.
+        suspected: all that ever were.
+    """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
@@ -310,6 +321,8 @@ class _Queue:
         for number, piece in enumerate(pieces):
             self._waiting.setdefault(piece.key, deque()).append(number)
         self._left = len(pieces)
+        self.suspects: deque[int] = deque()
+        self.suspected: set[int] = set()
 
     def __len__(self) -> int:
         return self._left
@@ -322,9 +335,16 @@ class _Queue:
         self._left -= 1
         return self._waiting[member.key].popleft()
 
-    def put_back(self, number: int) -> None:
-        self._waiting[self._pieces[number].key].appendleft(number)
-        self._left += 1
+    def suspect(self, number: int) -> None:
+        """A piece that was out when its worker died."""
+        self.suspects.append(number)
+        self.suspected.add(number)
+
+    def take_suspect(self, member: _Member) -> int:
+        """The next suspect for a worker that has nothing else."""
+        number = self.suspects.popleft()
+        member.key = self._pieces[number].key
+        return number
 
 
 class _Watch:
