@@ -5,6 +5,7 @@ from pathlib import Path
 
 from stethoscope.report import trade_off
 from stethoscope.report.choice import hearing_plane
+from stethoscope.report.scalpel import energy_curves
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
@@ -55,9 +56,11 @@ def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     hearing = json.loads((RESULTS / "hearing.json").read_text(encoding="utf-8"))
+    scalpel = json.loads((RESULTS / "scalpel.json").read_text(encoding="utf-8"))
     hearing["scores"] = {name: hearing["scores"][name] for name in SHOWN}
     trade_off(demo, without=["tuned"], width=600).save(PICTURES / "trade_off.svg")
     hearing_plane(hearing, 5, width=600).save(PICTURES / "hearing.svg")
+    energy_curves(scalpel["geometry"], scalpel["selection"], width=600).save(PICTURES / "energy.svg")
     (PICTURES / "method.svg").write_text(method(), encoding="utf-8")
 
 
