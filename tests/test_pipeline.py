@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.seen import Seen
 from stethoscope.selection.calibration import Calibration
+from stethoscope.selection.controls import CONTROL_ARMS
 from stethoscope.selection.hearing import Hearing
 from stethoscope.selection.policies import Selection
 
@@ -153,7 +155,7 @@ def test_every_artefact_is_written(finished):
     } <= names  # fmt: skip
     comparison = Comparison.load(finished / "comparison.json")
     arms = {row["arm"] for row in comparison.accuracy}
-    assert arms == {"base", "tuned", "selected", "random_layers_1", "random_layers_2", "projected"}
+    assert arms == {"base", "tuned", "selected", "random_layers_1", "random_layers_2", "scaled", "projected"}
     assert comparison.family == ["tiny_sum"]
     assert comparison.contrast("tuned").loss is not None
     assert comparison.contrast("tuned").divergence.difference > 0
@@ -219,6 +221,28 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Is what was thrown away what worked?" in page
     assert Geometry.load(tmp_path / "run").layers[0].features == 3
+
+
+def test_controls_put_as_much_change_elsewhere_or_everywhere(world, tmp_path):
+    arms = ["base", "selected", *CONTROL_ARMS]
+    path = changed(world, tmp_path, arms=arms)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["evaluate"] |= {"control_tasks": [], "limit": 2}
+    path.write_text(yaml.safe_dump(recipe))
+    result = run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+    edits, chosen = Edits.load(tmp_path / "run"), set(result.selection.layers)
+    energy = {layer.layer: layer.energy for layer in edits.energy}
+    plans = {arm: plan for arm, plan in edits.plans.items() if plan}
+    layers = {arm: {int(layer) for layer in plan["layers"]} for arm, plan in plans.items()}
+    assert layers["scaled"] == set(range(LAYERS))
+    (coefficient,) = {value for parts in plans["scaled"]["layers"].values() for value in parts.values()}
+    assert coefficient**2 * sum(energy.values()) == pytest.approx(sum(energy[layer] for layer in chosen))
+    assert layers["norm_ranked"] == set(sorted(energy, key=lambda layer: -energy[layer])[:2])
+    excess = {layer.layer: layer.excess for layer in Diagnosis.load(tmp_path / "run").layers}
+    assert layers["bottom_layers"] == set(sorted(excess, key=lambda layer: excess[layer])[:2])
+    wanted = sum(energy[layer] for layer in chosen)
+    others = [set(pair) for pair in combinations(range(LAYERS), 2) if set(pair) != chosen]
+    assert layers["random_matched"] == min(others, key=lambda pair: abs(sum(energy[n] for n in pair) - wanted))
 
 
 def test_geometry_can_be_measured_by_itself(world, tmp_path):

@@ -43,6 +43,7 @@ from stethoscope.saes.sources import SAEFolder, load_sae
 from stethoscope.scaling.bench import Bench
 from stethoscope.scaling.crew import Crew, import_ray
 from stethoscope.selection.calibration import Calibration, calibrate
+from stethoscope.selection.controls import CONTROL_ARMS, control_plan
 from stethoscope.selection.hearing import Hearing, judge_hearing
 from stethoscope.selection.policies import Selection, select, select_calibrated
 from stethoscope.selection.scoring import edit_scores, text_scores
@@ -415,7 +416,15 @@ class _Run:
             elif arm == "random_layers":
                 for number, layers in enumerate(self.random_layers(selection), 1):
                     plans[f"random_layers_{number}"] = EditPlan.for_layers(layers, coefficient=coefficient)
-            else:
+            elif arm in CONTROL_ARMS:
+                plans[arm] = control_plan(
+                    arm,
+                    chosen,
+                    energy=self.found.task_vector.energy_by_layer(),
+                    excess={layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
+                    seed=recipe.seed,
+                )
+            elif arm in SCALPEL_ARMS:
                 plans[arm] = scalpel_plan(
                     arm,
                     self.found.task_vector,

@@ -12,12 +12,13 @@ from stethoscope.errors import RecipeError
 
 ArmName = Literal[
     "base", "tuned", "selected", "random_layers",
+    "scaled", "norm_ranked", "bottom_layers", "random_matched",
     "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
     "hybrid", "filtered",
 ]  # fmt: skip
 # Of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
 FEWEST_BLOCKS = 4
-ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "projected")
+ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")
 
 
 class _Section(BaseModel):

@@ -58,7 +58,7 @@ def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
         "diagnose": {"block_size": 8},
         "select": {"policy": "top_k", "k": 5},
         "edit": {"coefficient": 1.0},
-        "arms": ["base", "tuned", "selected", "random_layers", "projected"],
+        "arms": ["base", "tuned", "selected", "random_layers", "scaled", "projected"],
         "random_sets": 1 if quick else 2,
         "evaluate": {
             "tasks": ["stethoscope_math"],

@@ -215,7 +215,7 @@ def judge_hearing(
     chosen = {name: {k: _best(values, k) for k in sizes} for name, (_, values) in judged.items()}
     drawn = {k: _random(layers, k, random_sets, rng) for k in sizes}
     alike = {
-        k: {name: _matched(chosen[name][k], energy, random_sets, rng) for name in judged if name in matched}
+        k: {name: matched_sets(chosen[name][k], energy, random_sets, rng) for name in judged if name in matched}
         for k in sizes
     }
     wanted = sorted(
@@ -279,7 +279,7 @@ def _random(layers: Sequence[int], k: int, count: int, rng: np.random.Generator)
     return list(found)
 
 
-def _matched(chosen: Layers, energy: Mapping[int, float], count: int, rng: np.random.Generator) -> list[Layers]:
+def matched_sets(chosen: Layers, energy: Mapping[int, float], count: int, rng: np.random.Generator) -> list[Layers]:
     """The random sets of as many layers whose task vector energy comes closest, the chosen one left out."""
     wanted = sum(energy.get(layer, 0.0) for layer in chosen)
     others = {s for s in _random(sorted(energy), len(chosen), CANDIDATES, rng) if s != chosen}
