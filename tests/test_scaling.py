@@ -500,7 +500,8 @@ def test_a_worker_keeps_to_its_key_and_changes_to_the_one_with_fewest():
 
 
 DRIVER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs that ignore it
 from stethoscope.recipe import Ray
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.crew import CrewRun
@@ -529,7 +530,10 @@ def test_the_workers_end_with_the_driver(crew, end):
         pids = [int(pid) for pid in driver.stdout.readline().split()]
         assert pids
         driver.send_signal(end)
-        driver.wait(timeout=20)
+        try:
+            driver.wait(timeout=20)
+        finally:
+            driver.kill()
     end_of_wait = time.monotonic() + 15
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < end_of_wait, "its workers are still there"

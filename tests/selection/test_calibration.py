@@ -89,7 +89,7 @@ def test_layers_without_the_skill_are_not_chosen(planted):
 def closed_form(gain, cost, *, spread=0.0, units=16):
     """A `measure` in which effects are known functions of the coefficients."""
 
-    def known(_model, _edits, _texts, changes):
+    def known(_model, _edits, _texts, changes, **_where):
         wobble = np.linspace(-1, 1, units)[:, None]
         target = np.array([[gain(change) for change in changes]]) * (1 + spread * wobble)
         control = -np.array([[cost(change) for change in changes]]) * np.ones((units, 1))
@@ -125,8 +125,8 @@ def test_what_is_not_clearly_better_is_not_bought(planted, monkeypatch):
         known = closed_form(gain, lambda c: 1e-6 * len(c), spread=spread)
         noisy = np.random.default_rng(0).normal(scale=0.05 * bool(spread), size=(16, 7))
 
-        def with_noise(*args, known=known, noisy=noisy):
-            found = known(*args)
+        def with_noise(*args, known=known, noisy=noisy, **where):
+            found = known(*args, **where)
             found.sums["target"][:] += np.stack([noisy[:, len(c)] - noisy[:, len(c)].mean() for c in args[3]], axis=1)
             return found
 
