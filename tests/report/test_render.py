@@ -94,6 +94,13 @@ def test_no_evidence_of_benefit_can_be_said():
     assert words.findings(comparison, None)[0][1].startswith("No evidence that the selected layers are better")
 
 
+def test_layers_are_set_against_the_same_energy_everywhere():
+    arms = {"base": (0.0, 0.0), "selected": (0.05, 0.0), "scaled": (0.3, 0.05)}
+    comparison = Comparison.of(make_comparison(arms=arms, subjects=ONE, items=200, pairs=None))
+    said = dict(words.findings(comparison, None))["Against all layers at equal energy"]
+    assert said.startswith("`selected` is worse than `scaled`")
+
+
 def test_shares_of_the_fine_tune_are_given_only_where_both_are_clear(results):
     seen = Comparison.of(results.comparison)
     said = dict(words.findings(seen, None))["The whole fine-tune"]

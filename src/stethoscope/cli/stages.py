@@ -306,7 +306,9 @@ def _then(command: str, recipe: Path, out: Path | None) -> str:
 
 def _show(result: "RunResult", *, as_json: bool) -> None:
     found = result.comparison
-    rivals = [c for c in found.contrasts if c.b == "selected" and c.a.startswith((found.baseline, "random_layers"))]
+    rivals = [
+        c for c in found.contrasts if c.b == "selected" and c.a.startswith((found.baseline, "random_layers", "scaled"))
+    ]
     conclude(
         result.summary(),
         as_json=as_json,

@@ -59,6 +59,8 @@ def findings(comparison: Comparison, geometry: Geometry | None) -> list[tuple[st
     found = []
     if rivals := _against_random(comparison):
         found.append(("Against random layers", rivals))
+    if spread := comparison.contrast("selected", "scaled"):
+        found.append(("Against all layers at equal energy", spread.verdict))
     for arm in comparison.arms:
         contrast = comparison.contrast(arm)
         if contrast and arm.startswith("tuned"):
