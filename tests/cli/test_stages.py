@@ -72,7 +72,7 @@ def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_pat
     assert f"wrote {tmp_path / 'a run' / 'report.html'}" in shown.out
     assert shlex.split(shown.out.splitlines()[-1].removeprefix("next: "))[1] == "verify"
     verdicts = [line for line in shown.out.splitlines() if line.startswith(("No evidence", "`selected`", "Mixed"))]
-    assert len(verdicts) == 3  # against the base and two random sets
+    assert len(verdicts) == 4  # against the base, two random sets, and all layers at equal energy
 
 
 def test_the_edited_folder_has_the_results_on_its_card_and_still_verifies(finished):  # noqa: F811
