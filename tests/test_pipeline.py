@@ -23,7 +23,7 @@ from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.peeking import Claim
-from stethoscope.pipeline import Edits, TextLoss, geometry_recipe, run_recipe
+from stethoscope.pipeline import Edits, TextLoss, geometry_recipe, judge_recipe, run_recipe
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.seen import Seen
@@ -217,6 +217,10 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     assert len({comparison.contrast(arm).target_loss.difference for arm in ("selected", *SCALPEL_ARMS)}) == 8
     losses = TextLoss.load(tmp_path / "run" / "losses" / "held-out-target" / "base")
     assert set(losses.tokens) == {len("52 as it happens")}  # a character is a token
+    heard = judge_recipe(Recipe.from_yaml(path), tmp_path / "run", documents=24, random_sets=10, reporter=Recorder())
+    chosen = heard.scores["mass_shift"].sets[2].effect  # the truth is measured as the arm's loss is
+    assert chosen.layers == tuple(result.selection.layers)
+    assert chosen.target_gain == pytest.approx(-comparison.contrast("selected").target_loss.difference, rel=1e-3)
     assert "target loss, change" in {row[0] for row in result.table()}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Is what was thrown away what worked?" in page

@@ -27,6 +27,7 @@ __all__ = [
     "batches",
     "counted_tokens",
     "documents_hash",
+    "prompt_lengths",
     "read_documents",
     "tokenize",
 ]
@@ -49,12 +50,14 @@ class TokenBatch:
         input_ids: token ids; padding is the tokenizer's.
         attention_mask: True on the document's own tokens.
         countable: True on tokens that statistics count: no padding, no special tokens, and only what was asked for.
+        predicted: True on tokens whose loss counts: the document's own but the first, and none of its prompt's.
     """
 
     documents: tuple[int, ...]
     input_ids: Int[Tensor, "rows tokens"]
     attention_mask: Bool[Tensor, "rows tokens"]
     countable: Bool[Tensor, "rows tokens"]
+    predicted: Bool[Tensor, "rows tokens"]
 
 
 def tokenize(
@@ -120,6 +123,14 @@ def counted_tokens(
         if without == len(counted):
             raise StethoscopeError("no document has a token to count", hint="raise `max_tokens`, or count `all` tokens")
     return counted
+
+
+def prompt_lengths(rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How many tokens of each row are its prompt's: a token that goes across the prompt's end is not."""
+    return [
+        next((i for i, (a, b) in enumerate(zip(row, prompt, strict=False)) if a != b), min(len(row), len(prompt)))
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
 
 
 def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
@@ -192,6 +203,7 @@ def batches(
     *,
     batch_tokens: int = 4096,
     counted: Sequence[Sequence[bool]] | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Iterator[TokenBatch]:
     """Batches of at most ``batch_tokens`` tokens, padding included, documents sorted by length.
 
@@ -200,6 +212,7 @@ def batches(
     Args:
         rows: from `tokenize`.
         counted: from `counted_tokens`, for the same documents; all but special tokens count if None.
+        starts: the first token of each row whose loss counts, such as `prompt_lengths` gives; all count if None.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
@@ -210,13 +223,16 @@ def batches(
         ids = torch.full((len(chosen), width), int(tokenizer.pad_token_id), dtype=torch.int64)
         attention = torch.zeros((len(chosen), width), dtype=torch.bool)
         countable = torch.zeros((len(chosen), width), dtype=torch.bool)
+        predicted = torch.zeros((len(chosen), width), dtype=torch.bool)
         for place, i in enumerate(chosen):
             ids[place, : len(rows[i])] = torch.tensor(rows[i], dtype=torch.int64)
             attention[place, : len(rows[i])] = True
             countable[place, : len(rows[i])] = torch.tensor(counted[i]) if counted else True
+            predicted[place, max(1, starts[i] if starts else 1) : len(rows[i])] = True
         yield TokenBatch(
             documents=tuple(chosen),
             input_ids=ids,
             attention_mask=attention,
             countable=countable & ~torch.isin(ids, special),
+            predicted=predicted,
         )

@@ -15,7 +15,7 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import Artifact, Frozen, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
-from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, tokenize
+from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, prompt_lengths, tokenize
 from stethoscope.diagnosis.attribution import attribute
 from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
 from stethoscope.diagnosis.evidence import Evidence, gather_evidence
@@ -31,12 +31,12 @@ from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError
 from stethoscope.evaluation.comparison import Comparison, compare
-from stethoscope.evaluation.control import document_divergences, document_losses, shared_lengths
+from stethoscope.evaluation.control import document_divergences, document_losses
 from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.run import evaluate
 from stethoscope.models import load_model, load_tokenizer, preferred_dtype
-from stethoscope.preflight import preflight
+from stethoscope.preflight import GENERAL, HELD_OUT, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.report.render import render_report
 from stethoscope.saes.sources import SAEFolder, load_sae
@@ -281,7 +281,7 @@ class _Run:
         """What each layer's own edit is worth, by feature."""
         edits, saes = LayerEdits(self.model, self.found.task_vector), self.load_saes()
         with self.reporter.stage("Attribute each layer's edit to its features") as advance:
-            parts = {name: self.batches(documents) for name, documents in texts.items()}
+            parts = {name: self.batches(name) for name in texts}
             total, before, worth = sum(map(len, parts.values())), 0, {}
             for name, part in parts.items():
                 worth[name] = attribute(
@@ -307,13 +307,14 @@ class _Run:
         if control not in recipe.all_controls:
             raise RecipeError(f"the recipe has no control `{control}`", hint=f"it has {', '.join(recipe.all_controls)}")
         folder = self.folder / "hearing" / control
-        names = ("base", "tuned", "saes", "target", control)
+        truth = HELD_OUT if HELD_OUT in found.texts else "target"
+        names = dict.fromkeys(("base", "tuned", "saes", "target", control, truth))
         provenance = self.provenance(*names, hearing=[documents, random_sets, recipe.edit.coefficient])
         if saved := Hearing.load_if_current(folder, provenance):
             return saved
         statistics = self.statistics
         edits = LayerEdits(self.model, found.task_vector)
-        texts = {name: self.batches(found.texts[name][:documents]) for name in ("target", control)}
+        texts = {name: self.batches(name, documents) for name in ("target", control)}
         with self.reporter.stage("Score the layers in every way") as advance:
             scores = text_scores(statistics, control=control, seed=recipe.seed) | edit_scores(
                 self.model,
@@ -331,7 +332,7 @@ class _Run:
                 self.model,
                 edits,
                 scores,
-                texts,
+                {"target": self.batches(truth, documents), control: texts[control]},
                 provenance=provenance,
                 control=control,
                 matched=(recipe.score, "attribution"),
@@ -344,9 +345,20 @@ class _Run:
         made.save(folder)
         return made
 
-    def batches(self, documents: Sequence[Document]) -> list[TokenBatch]:
-        rows = tokenize(documents, self.tokenizer, max_tokens=self.recipe.diagnose.max_tokens)
-        return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS))
+    def batches(self, text: str, most: int | None = None) -> list[TokenBatch]:
+        """A text's documents, at most so many from the top."""
+        rows, starts = self.rows(text, most, max_tokens=self.recipe.diagnose.max_tokens)
+        return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
+
+    def rows(
+        self, text: str, most: int | None = None, *, max_tokens: int = 1024
+    ) -> tuple[list[list[int]], list[int] | None]:
+        """Token ids of a text's documents, and where each one's loss begins to count if they have prompts."""
+        found = tokenize(self.found.texts[text][:most], self.tokenizer, max_tokens=max_tokens)
+        prompts = self.found.prompts.get(text)
+        if prompts is None:
+            return found, None
+        return found, prompt_lengths(found, tokenize(prompts[:most], self.tokenizer, max_tokens=max_tokens))
 
     def calibrate(self, diagnosis: Diagnosis) -> Calibration:
         options = self.recipe.calibrate
@@ -362,7 +374,7 @@ class _Run:
                 made = calibrate(
                     self.model,
                     LayerEdits(self.model, self.found.task_vector),
-                    {side: self.batches(self.found.texts[f"calibration {side}"]) for side in ("target", "control")},
+                    {side: self.batches(f"calibration {side}") for side in ("target", "control")},
                     {layer.layer: layer.z for layer in diagnosis.layers if flagged or layer.flag is None},
                     seen={side: self.hashes[f"calibration {side}"] for side in ("target", "control")},
                     provenance=provenance,
@@ -391,7 +403,7 @@ class _Run:
             provenance=self.provenance("diagnosis"),
             kind="exploratory" if self.found.seen_items else "confirmatory",
             seen_items=self.found.seen_items,
-            seen_texts={name: self.hashes[name] for name in self.found.texts if name != "general"},
+            seen_texts={name: self.hashes[name] for name in self.found.texts if name not in (GENERAL, HELD_OUT)},
         ).save(self.folder)
         if self.found.seen_items:
             self.reporter.note("exploratory: some items were seen when the layers were chosen")
@@ -486,7 +498,7 @@ class _Run:
                     self.features(diagnosis),
                     provenance=provenance,
                     model=self.model,
-                    texts={name: self.batches(self.found.texts[name][:GEOMETRY_DOCUMENTS]) for name in corpora},
+                    texts={name: self.batches(name, GEOMETRY_DOCUMENTS) for name in corpora},
                     draws=options.draws,
                     tokens=options.tokens,
                     progress=advance,
@@ -538,8 +550,8 @@ class _Run:
                 spread=self.crew.answering(plans) if self.crew else None,
                 progress=lambda done, total, _: advance(done, total),
             )
-        losses = self.losses("general", arms, keys)
-        target_losses = self.losses("held-out target", arms, keys)
+        losses = self.losses(GENERAL, arms, keys)
+        target_losses = self.losses(HELD_OUT, arms, keys)
         divergences = self.divergences(plans, keys)
         with self.reporter.stage("Compare: paired tests"):
             comparison = compare(
@@ -572,9 +584,7 @@ class _Run:
         if not documents:
             return {}
         losses = {}
-        rows, starts = tokenize(documents, self.tokenizer), None
-        if prompts := self.found.prompts.get(text):
-            starts = shared_lengths(rows, tokenize(prompts, self.tokenizer))
+        rows, starts = self.rows(text)
         with self.reporter.stage(f"Evaluate: loss on {text} text") as advance:
             for number, (name, arm) in enumerate(arms.items()):
                 provenance = self.provenance(text, arm=keys[name])
@@ -591,10 +601,10 @@ class _Run:
 
     def divergences(self, plans: dict[str, EditPlan | None], keys: dict[str, str]) -> dict[str, DocumentDivergences]:
         """Every arm's divergence from the base on the general text; empty where the recipe names none."""
-        documents = self.found.texts.get("general")
+        documents = self.found.texts.get(GENERAL)
         if not documents:
             return {}
-        provenance = self.provenance("general", arms=keys)
+        provenance = self.provenance(GENERAL, arms=keys)
         with self.reporter.stage("Evaluate: divergence from the base") as advance:
             saved = GeneralDivergence.load_if_current(self.folder, provenance)
             if saved is None:
@@ -714,7 +724,8 @@ def judge_recipe(
     Args:
         folder: the run's; its diagnosis is used if it is current, and ``hearing/CONTROL/hearing.json`` written there.
         control: the name of the control whose loss is the cost.
-        documents: of target and of control, from the top, on which the truth is measured.
+        documents: of each text, from the top. The truth is measured on the held-out target text where the recipe has
+            one, and on the control; the rival scores on the target text.
         random_sets: of each size, which a score's layers have to beat.
 
     Raises:

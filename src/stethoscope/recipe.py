@@ -81,15 +81,15 @@ class Calibrate(_Section):
     """The search for layers and coefficient on the loss of texts that nothing is claimed on.
 
     Attributes:
-        target: other text that uses the skill.
+        target: other text that uses the skill; with a ``prompt``, only the loss of what follows it counts.
         control: other text that does not.
         budget: the share by which control loss may rise; without one, a nat of control weighs a nat of target.
         coefficients: those tried.
         per_layer: go on with one layer's coefficient at a time.
     """
 
-    target: Text
-    control: Text
+    target: LossText
+    control: LossText
     budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     coefficients: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
     per_layer: bool = False

@@ -73,7 +73,7 @@ def batch() -> TokenBatch:
     ids = torch.randint(3, 48, (4, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones(4, 12, dtype=torch.bool)
     mask[3, 6:] = False
-    return TokenBatch(documents=(0, 1, 2, 3), input_ids=ids, attention_mask=mask, countable=mask)
+    return TokenBatch(documents=(0, 1, 2, 3), input_ids=ids, attention_mask=mask, countable=mask, predicted=mask)
 
 
 @pytest.fixture(scope="module")

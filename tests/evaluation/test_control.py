@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stethoscope import losses
+from stethoscope.corpus import prompt_lengths
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import DocumentDivergences, control
 from stethoscope.evaluation.inference import ratio_difference
@@ -99,7 +100,7 @@ def test_divergence_has_an_interval_over_documents():
 def test_only_what_follows_a_prompt_counts(any_model):
     documents = [[3, 5, 7, 9, 11, 4], [6, 2, 8], [1, 2]]
     prompts = [[3, 5, 7], [6, 9], [1, 2]]
-    starts = control.shared_lengths(documents, prompts)
+    starts = prompt_lengths(documents, prompts)
     assert starts == [3, 1, 2]  # a token that the whole text joins otherwise is the document's
     found = control.document_losses(any_model, documents, starts=starts)
     assert found.tokens.tolist() == [3, 2, 0]

@@ -10,8 +10,9 @@ from planted import Planted, plant
 
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import open_task_vector
-from stethoscope.corpus import batches
+from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.editing.layers import LayerEdits
+from stethoscope.errors import StethoscopeError
 from stethoscope.models import load_model
 from stethoscope.selection import gradient as gradients
 from stethoscope.selection.gradient import gradient
@@ -137,3 +138,31 @@ def test_the_error_of_a_mean_is_that_of_a_ratio():
     lengths = rng.integers(5, 50, size=50)
     assert standard_error(0.3 * lengths[:, None].astype(float), lengths) == pytest.approx(0, abs=1e-12)
     assert np.isnan(standard_error(sums[:1], alike[:1])).all()
+
+
+@torch.no_grad()
+def test_only_what_follows_a_prompt_counts(planted, tokenizer):
+    documents = ["ab cd", "abc ab"]
+    rows = tokenize(documents, tokenizer)
+    starts = prompt_lengths(rows, tokenize(["ab", "abc"], tokenizer))
+    texts = {"target": list(batches(rows, tokenizer, starts=starts)), "all": list(batches(rows, tokenizer))}
+    edits = LayerEdits(planted.model, planted.task_vector)
+    found = injection(planted.model, edits, texts, layers=[4])
+    for n, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        with edits.entered({4: 1.0}):
+            after = planted.model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+        before = planted.model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
+        gains = (after - before)[range(len(row) - 1), row[1:]]
+        assert found.tokens["target"][n] == len(row) - start < found.tokens["all"][n]
+        assert found.sums["target"][n, 0] == pytest.approx(float(gains[start - 1 :].sum()), abs=1e-4)
+    slopes = gradient(planted.model, planted.task_vector, texts).gains, local_effect(planted.model, edits, texts)
+    for effect in slopes:
+        assert effect.tokens["target"].sum() == found.tokens["target"].sum()
+        assert effect.losses["target"].sum() == pytest.approx(found.losses["target"].sum(), rel=1e-5)
+
+
+def test_text_of_prompts_alone_is_refused(planted, tokenizer):
+    rows = tokenize(["ab cd"], tokenizer)
+    texts = {"target": list(batches(rows, tokenizer, starts=[len(rows[0])]))}
+    with pytest.raises(StethoscopeError, match="no token of a text counts"):
+        injection(planted.model, LayerEdits(planted.model, planted.task_vector), texts)

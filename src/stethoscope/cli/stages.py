@@ -214,7 +214,13 @@ def hearing(
     control: Annotated[
         str, typer.Option(help="The control whose loss is the cost, by its name in the recipe.")
     ] = "control",
-    documents: Annotated[int, typer.Option(min=2, help="Target and control documents to measure the truth on.")] = 32,
+    documents: Annotated[
+        int,
+        typer.Option(
+            min=2,
+            help="Documents of each text, from the top, to measure the truth on: held-out target text if there is any.",
+        ),
+    ] = 32,
     random_sets: Annotated[int, typer.Option(min=10, help="Random layer sets of each size to beat.")] = 50,
     k: Annotated[int, typer.Option(min=1, help="Size of set that the table is about.")] = 5,
     ray: RayAddress = None,

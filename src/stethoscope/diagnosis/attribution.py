@@ -71,7 +71,7 @@ def own_changes(
 ) -> Heard:
     """One forward and one backward of the base feed all layers; then each block of ``points`` runs once more, edited.
 
-    The loss counts every token of ``batch.attention_mask`` but each row's first.
+    The loss counts the tokens of ``batch.predicted``.
     """
     embedded = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
     try:
@@ -79,7 +79,7 @@ def own_changes(
             recording = Recording(model, batch.input_ids)
     finally:
         embedded.remove()
-    counted = batch.attention_mask[:, 1:].to(model.device)
+    counted = batch.predicted[:, 1:].to(model.device)
     losses, slope = loss_gradient(model, recording.output, batch.input_ids, counted)
     sites = [found[layer] for layer in points]
     gradients = torch.autograd.grad(recording.output.last_hidden_state, sites, slope)
@@ -181,7 +181,7 @@ def attribute(
         rows = list(batch.documents)
         heard = own_changes(model, edits, points, batch, coefficient=coefficient)
         losses[rows] = heard.losses.cpu().numpy()
-        tokens[rows] = batch.attention_mask[:, 1:].sum(1).numpy()
+        tokens[rows] = batch.predicted.sum(1).numpy()
         counted = batch.countable & ~heard.sinks
         for layer, change in heard.changes.items():
             with torch.no_grad():

@@ -48,14 +48,6 @@ def document_losses(
     return DocumentLosses(sums=sums, tokens=tokens)
 
 
-def shared_lengths(documents: Documents, prompts: Documents) -> list[int]:
-    """How many tokens of each document are its prompt's: a token that goes across the prompt's end is not."""
-    return [
-        next((i for i, (a, b) in enumerate(zip(document, prompt, strict=False)) if a != b), len(prompt))
-        for document, prompt in zip(documents, prompts, strict=True)
-    ]
-
-
 @torch.no_grad()
 def document_divergences(
     model: PreTrainedModel,

@@ -63,7 +63,7 @@ def gradient(
             def meet(name: str, slope: Tensor, row: Float64[np.ndarray, " tensors"] = effects[corpus][i]) -> None:
                 row[names.index(name)] = -_dot(slope, taus[name])
 
-            counted = batch.attention_mask[:, 1:].to(model.device)
+            counted = batch.predicted[:, 1:].to(model.device)
             with torch.enable_grad(), _gradients_met(parameters, meet):
                 output = run(model, batch.input_ids)
                 found, slope = loss_gradient(model, output, batch.input_ids, counted)
@@ -71,7 +71,7 @@ def gradient(
             losses[corpus][i] = float(found.where(counted, 0.0).double().sum())
     layers = sorted({_layer(name) for name in names})
     member = np.array([[_layer(name) == layer for layer in layers] for name in names], dtype=float)
-    tokens = {name: np.array([int(b.attention_mask[:, 1:].sum()) for b in text]) for name, text in texts.items()}
+    tokens = {name: np.array([int(b.predicted.sum()) for b in text]) for name, text in texts.items()}
     per_token = {corpus: found.sum(0) / tokens[corpus].sum() for corpus, found in effects.items()}
     return GradientEffects(
         gains=Gains(

@@ -218,14 +218,19 @@ def judge_hearing(
         k: {name: matched_sets(chosen[name][k], energy, random_sets, rng) for name in judged if name in matched}
         for k in sizes
     }
+    singles: list[Layers] = [(layer,) for layer in layers]
+    effects = dict(zip(singles, _effects(singles, alone), strict=True))
     wanted = sorted(
-        {layers for sets in chosen.values() for layers in sets.values()}
-        | {layers for sets in drawn.values() for layers in sets}
-        | {layers for named in alike.values() for sets in named.values() for layers in sets}
+        (
+            {layers for sets in chosen.values() for layers in sets.values()}
+            | {layers for sets in drawn.values() for layers in sets}
+            | {layers for named in alike.values() for sets in named.values() for layers in sets}
+        )
+        - effects.keys()
     )
     changes = [dict.fromkeys(found, coefficient) for found in wanted]
     joint = measure(model, edits, both, changes, spread=spread, progress=advance(steps // 2))
-    effects = dict(zip(wanted, _effects(wanted, joint), strict=True))
+    effects |= dict(zip(wanted, _effects(wanted, joint), strict=True))
     random = {
         k: RandomSets(
             equal_size=tuple(effects[found] for found in drawn[k]),
@@ -256,7 +261,7 @@ def judge_hearing(
             )
             for name, (kind, values) in judged.items()
         },
-        injected=_effects([(layer,) for layer in layers], alone),
+        injected=tuple(effects[layer,] for layer in layers),
         random=random,
         documents={name: sum(len(batch.documents) for batch in text) for name, text in both.items()},
         forwards=forwards([{layer: 1.0} for layer in layers], depth) + forwards(changes, depth),

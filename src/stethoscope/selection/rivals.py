@@ -145,8 +145,13 @@ def measure(
         per document.
 
     Raises:
-        StethoscopeError: a batch ends whoever works on it.
+        StethoscopeError: no token of a text counts; a batch ends whoever works on it.
     """
+    tokens = {name: _tokens(text) for name, text in texts.items()}
+    if empty := [f"`{name}`" for name, found in tokens.items() if not found.any()]:
+        raise StethoscopeError(
+            "no token of a text counts", problems=empty, hint="its prompts fill the context: give shorter ones"
+        )
     run = spread(Injector) if spread else Alone(Injector(model, edits))
     # Neighbours share edited layers, so that few are read again where not all fit in memory.
     order = sorted(range(len(changes)), key=lambda i: sorted(changes[i].items()))
@@ -172,7 +177,6 @@ def measure(
         sums[name][np.ix_(rows, chosen[number])] = found[1]
         if progress:
             progress(done // len(chosen), total)
-    tokens = {name: _tokens(text) for name, text in texts.items()}
     return Gains(changes=tuple(map(dict, changes)), sums=sums, losses=losses, tokens=tokens)
 
 
@@ -211,7 +215,7 @@ def _start(change: Change, depth: int) -> int:
 
 def _loss(model: PreTrainedModel, output: object, batch: TokenBatch) -> Float64[np.ndarray, " rows"]:
     found = token_losses(model, output, batch.input_ids)
-    counted = batch.attention_mask[:, 1:].to(found.device)
+    counted = batch.predicted[:, 1:].to(found.device)
     return found.where(counted, 0.0).double().sum(1).cpu().numpy()
 
 
@@ -222,5 +226,5 @@ def _documents(text: Sequence[TokenBatch]) -> int:
 def _tokens(text: Sequence[TokenBatch]) -> Int64[np.ndarray, " documents"]:
     counts = np.zeros(_documents(text), dtype=np.int64)
     for batch in text:
-        counts[list(batch.documents)] = batch.attention_mask[:, 1:].sum(1).numpy()
+        counts[list(batch.documents)] = batch.predicted.sum(1).numpy()
     return counts
