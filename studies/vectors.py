@@ -1,14 +1,16 @@
-"""The studies' task vectors: three more fine-tunes of the demo's base model, their tasks, texts and recipes.
+"""The studies' task vectors, their tasks, texts and recipes: the demo's own fine-tune, and three more of its base.
 
-    python studies/vectors.py [--out runs/studies] [--only math_1 code words] [--threads 2]
+    python studies/vectors.py [--out runs/studies] [--only math_0 math_1 code words] [--threads 2]
 
 | vector | skill | trained as | seed |
 |---|---|---|---|
-| math_1 | the demo's seven subjects | LoRA, rank 16 | 1, in another order |
+| math_0 | the demo's seven subjects | the demo's adapter, LoRA of rank 16 | 0 |
+| math_1 | the same | LoRA, rank 16 | 1, in another order |
 | code | what a short Python program prints | every matrix of every layer | 0 |
 | words | the letters of words | LoRA, rank 16 | 0 |
 
-Each takes about 20 minutes on two quiet cores. What is there is not made again, and training that was stopped goes on.
+Each of the last three takes about 20 minutes on two quiet cores.
+What is there is not made again, and training that was stopped goes on.
 `stethoscope run OUT/NAME/recipe.yaml` then runs any of them.
 """
 
@@ -17,6 +19,7 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import skills
@@ -25,15 +28,18 @@ import yaml
 
 from stethoscope.cli import cache_folder
 from stethoscope_demo.base_model import unpack_base
-from stethoscope_demo.items import CONTROL_TASKS, MATH_SUBJECTS, Item, items, join_items, shots, train_groups
-from stethoscope_demo.recipe import SAES
-from stethoscope_demo.tasks import split_prompt, task_name, write_task, write_text_corpora
+from stethoscope_demo.items import CONTROL_TASKS, MATH_SUBJECTS, Item, items, join_items, shots, stream, train_groups
+from stethoscope_demo.recipe import ADAPTER, SAES
+from stethoscope_demo.tasks import general_documents, split_prompt, task_name, write_task
 from stethoscope_demo.training import TrainingSettings, train
 
 PROBLEMS = 4  # in a sequence of training
-TEST_ITEMS = 250
-CALIBRATION_ITEMS = 150
-DIAGNOSED = 180  # documents; what is left of the calibration items is held out for the loss on target text
+TEST_ITEMS = 60  # of each task
+# Documents of every text. A target document of the diagnosis has three problems; the others have two, of which the
+# second's solution is what their loss is about.
+DIAGNOSED, SEARCHED, HELD_OUT = 120, 40, 80
+GENERAL = 60
+MAX_TOKENS = 160
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +47,11 @@ class Vector:
     """A fine-tune to make: its skill's tasks, and how it is trained."""
 
     tasks: tuple[str, ...]
-    settings: TrainingSettings
+    settings: TrainingSettings | None = None
 
 
 VECTORS = {
+    "math_0": Vector(tasks=MATH_SUBJECTS),
     "math_1": Vector(tasks=MATH_SUBJECTS, settings=TrainingSettings(steps=300, batch=7, seed=1)),
     "code": Vector(tasks=tuple(skills.CODE), settings=TrainingSettings(steps=250, batch=8, learning_rate=1e-4, rank=0)),
     "words": Vector(tasks=tuple(skills.LETTERS), settings=TrainingSettings(steps=250, batch=8)),
@@ -55,8 +62,7 @@ def make(name: str, out: Path, base: Path) -> Path:
     """Train a vector and write its folder; returns the recipe."""
     vector, folder = VECTORS[name], out / name
     tuned = folder / "tuned"
-    if not any(tuned.glob("*.safetensors")):
-        settings = vector.settings
+    if (settings := vector.settings) and not any(tuned.glob("*.safetensors")):
         groups = train_groups(
             settings.steps * settings.batch, seed=settings.seed, problems=PROBLEMS, subjects=vector.tasks
         )
@@ -65,10 +71,7 @@ def make(name: str, out: Path, base: Path) -> Path:
         _write_items(folder / "items", task)
         data = {split: str((folder / "items" / f"{task}.{split}.jsonl").resolve()) for split in ("test", "shots")}
         write_task(folder / "tasks", task, data)
-    write_text_corpora(folder)  # the general text; target text of this skill replaces the demo's
-    documents = list(_documents(vector.tasks))
-    _write(folder / "target.jsonl", [{"text": text} for text in documents[:DIAGNOSED]])
-    _write(folder / "held_out.jsonl", [split_prompt({"text": text}) for text in documents[DIAGNOSED:]])
+    write_texts(folder, vector.tasks)
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(vector, base), sort_keys=False), encoding="utf-8")
     return recipe
@@ -83,12 +86,21 @@ def _row(item: Item) -> dict[str, str]:
     return {"problem": item.problem, "solution": item.solution, "answer": item.answer, "kind": item.kind}
 
 
-def _documents(tasks: tuple[str, ...], *, problems: int = 3) -> Iterator[str]:
-    """Documents of several calibration problems of one task, tasks in turn."""
-    pools = [items(task, "calibration", CALIBRATION_ITEMS) for task in tasks]
-    for start in range(0, CALIBRATION_ITEMS - problems + 1, problems):
-        for pool in pools:
-            yield join_items(pool[start : start + problems])
+def write_texts(folder: Path, tasks: tuple[str, ...]) -> None:
+    """Text for the diagnosis, for the search of a calibration and for what is claimed; no problem is in two of them."""
+    pools = [stream(task, "calibration") for task in tasks]
+
+    def documents(count: int, problems: int) -> Iterator[dict[str, str]]:
+        for number in range(count):
+            yield {"text": join_items(list(islice(pools[number % len(pools)], problems)))}
+
+    _write(folder / "target.jsonl", list(documents(DIAGNOSED, 3)))
+    _write(folder / "search.jsonl", [split_prompt(one) for one in documents(SEARCHED, 2)])
+    _write(folder / "held_out.jsonl", [split_prompt(one) for one in documents(HELD_OUT, 2)])
+    ours, tested = list(general_documents("calibration")), list(general_documents("test"))
+    _write(folder / "control.jsonl", ours[:DIAGNOSED])
+    _write(folder / "search_control.jsonl", ours[DIAGNOSED : DIAGNOSED + SEARCHED])
+    _write(folder / "general.jsonl", tested[:GENERAL])
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -97,20 +109,20 @@ def _write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def _recipe(vector: Vector, base: Path) -> dict[str, object]:
-    """Paths are relative to the recipe, but for those of the base and the SAEs."""
+    """Paths are relative to the recipe, but for those of what the demo's package brings."""
     return {
         "base": str(base),
-        "tuned": "tuned",
+        "tuned": "tuned" if vector.settings else str(ADAPTER),
         "saes": str(SAES),
         "target": {"dataset": "target.jsonl"},
-        "control": {"dataset": "control.jsonl", "documents": DIAGNOSED},
-        "diagnose": {"block_size": 8},
+        "control": {"dataset": "control.jsonl"},
+        "diagnose": {"block_size": 8, "max_tokens": MAX_TOKENS},
         "select": {"policy": "top_k", "k": 5},
-        "arms": [
-            "base", "tuned", "selected", "random_layers",
-            "projected", "projected_energy_matched", "random_subspace_energy_matched", "complement", "hybrid",
-            "filtered",
-        ],
+        "calibrate": {
+            "target": {"dataset": "search.jsonl", "prompt": "prompt"},
+            "control": {"dataset": "search_control.jsonl"},
+        },
+        "arms": ["base", "tuned", "selected", "random_layers", "scaled"],
         "evaluate": {
             "tasks": [task_name(task) for task in vector.tasks],
             "control_tasks": [task_name(task) for task in CONTROL_TASKS],
@@ -119,7 +131,7 @@ def _recipe(vector: Vector, base: Path) -> dict[str, object]:
             "control": {"dataset": "general.jsonl"},
             "target": {"dataset": "held_out.jsonl", "prompt": "prompt"},
         },
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What text costs a model, document by document; the logits of a whole batch never exist.
 
 output = run(model, batch.input_ids)                       # everything but the head
-token_losses(model, output, batch.input_ids)               # [rows, predicted], nats
+token_losses(model, output, batch.input_ids, batch.predicted[:, 1:])     # [rows, predicted], nats
 """
 
 import copy
@@ -24,13 +24,19 @@ def run(model: PreTrainedModel, ids: Int[Tensor, "rows tokens"]) -> Any:
 
 
 def token_losses(
-    model: PreTrainedModel, output: Any, ids: Int[Tensor, "rows tokens"]
+    model: PreTrainedModel, output: Any, ids: Int[Tensor, "rows tokens"], counted: Bool[Tensor, "rows predicted"]
 ) -> Float[Tensor, "rows predicted"]:
-    """Next-token loss in nats of every token but the first of each row, from what `run` returned."""
+    """Next-token loss in nats of every token but the first of each row, from what `run` returned.
+
+    Args:
+        counted: the tokens that the head is run for; the loss of the others is given as 0.
+    """
+    places = counted.flatten().nonzero()[:, 0].to(model.device)
     hidden, targets = output.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].to(model.device).flatten()
-    step = chunk_size(model)
-    parts = [_losses(model, output, h, t) for h, t in zip(hidden.split(step), targets.split(step), strict=True)]
-    return torch.cat(parts).view(len(ids), -1)
+    losses = torch.zeros(len(targets), device=model.device)
+    for some in places.split(chunk_size(model)):
+        losses[some] = _losses(model, output, hidden[some], targets[some])
+    return losses.view(len(ids), -1)
 
 
 def loss_gradient(

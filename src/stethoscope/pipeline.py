@@ -3,7 +3,7 @@
 A stage whose inputs did not change is not run again; what it wrote is read instead.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -302,14 +302,16 @@ class _Run:
     def projected_features(self) -> int:
         return self.recipe.project.features or max(1, round(PROJECTED_SHARE * self.found.base.hidden_size))
 
-    def judge(self, documents: int, random_sets: int, control: str) -> Hearing:
+    def judge(self, documents: int, random_sets: int, control: str, matched: Collection[str]) -> Hearing:
         recipe, found = self.recipe, self.found
         if control not in recipe.all_controls:
             raise RecipeError(f"the recipe has no control `{control}`", hint=f"it has {', '.join(recipe.all_controls)}")
         folder = self.folder / "hearing" / control
         truth = HELD_OUT if HELD_OUT in found.texts else "target"
         names = dict.fromkeys(("base", "tuned", "saes", "target", control, truth))
-        provenance = self.provenance(*names, hearing=[documents, random_sets, recipe.edit.coefficient])
+        provenance = self.provenance(
+            *names, hearing=[documents, random_sets, recipe.edit.coefficient, *sorted(matched)]
+        )
         if saved := Hearing.load_if_current(folder, provenance):
             return saved
         statistics = self.statistics
@@ -335,7 +337,7 @@ class _Run:
                 {"target": self.batches(truth, documents), control: texts[control]},
                 provenance=provenance,
                 control=control,
-                matched=(recipe.score, "attribution"),
+                matched=matched,
                 random_sets=random_sets,
                 coefficient=recipe.edit.coefficient,
                 spread=self.crew.injecting if self.crew else None,
@@ -717,6 +719,7 @@ def judge_recipe(
     control: str = "control",
     documents: int = 32,
     random_sets: int = 50,
+    matched: Collection[str] | None = None,
     reporter: Reporter,
 ) -> Hearing:
     """Does the stethoscope hear right on this recipe's models and text? Every score against the layers' true effects.
@@ -727,13 +730,14 @@ def judge_recipe(
         documents: of each text, from the top. The truth is measured on the held-out target text where the recipe has
             one, and on the control; the rival scores on the target text.
         random_sets: of each size, which a score's layers have to beat.
+        matched: the scores compared with random sets of equal energy as well; the recipe's and ``attribution`` if None.
 
     Raises:
         StethoscopeError: whatever is wrong with the recipe, before any long work.
     """
     with _running(recipe, folder, reporter) as run:
         run.diagnose()
-        made = run.judge(documents, random_sets, control)
+        made = run.judge(documents, random_sets, control, (recipe.score, ATTRIBUTION) if matched is None else matched)
         run.report_again()
         return made
 

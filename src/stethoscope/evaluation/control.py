@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -42,7 +42,8 @@ def document_losses(
         raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
     sums = np.zeros(len(documents))
     for batch, ids in _batches(documents, batch_tokens):
-        sums[batch] = _sum_by_document(token_losses(model, run(model, ids), ids), documents, batch, starts)
+        counted = _counted(ids, documents, batch, starts)
+        sums[batch] = token_losses(model, run(model, ids), ids, counted).double().sum(1).cpu().numpy()
     if not np.isfinite(sums).all():
         raise EvaluationError("the control loss is not finite", hint="evaluate in bfloat16 or float32, not float16")
     return DocumentLosses(sums=sums, tokens=tokens)
@@ -93,7 +94,9 @@ def document_divergences(
                 loss = torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True)
                 parts[name].append(loss.sum(-1))
         for name, tokens in parts.items():
-            sums[name][batch] = _sum_by_document(torch.cat(tokens).view(len(ids), -1), documents, batch)
+            found = torch.cat(tokens).view(len(ids), -1)
+            counted = _counted(ids, documents, batch).to(found.device)
+            sums[name][batch] = found.where(counted, 0.0).double().sum(1).cpu().numpy()
     if bad := [f"arm `{name}`" for name, values in sums.items() if not np.isfinite(values).all()]:
         raise EvaluationError(
             "the divergence from the base is not finite",
@@ -116,18 +119,14 @@ def _batches(documents: Documents, batch_tokens: int) -> Iterator[tuple[list[int
         yield batch, torch.tensor([list(documents[i]) + [0] * (longest - len(documents[i])) for i in batch])
 
 
-def _sum_by_document(
-    values: Float[Tensor, "rows predicted"],
-    documents: Documents,
-    batch: Sequence[int],
-    starts: Sequence[int] | None = None,
-) -> Float[np.ndarray, " rows"]:
-    places = torch.arange(1, 1 + values.shape[1])  # of the tokens that are predicted
+def _counted(
+    ids: Int[Tensor, "rows tokens"], documents: Documents, batch: Sequence[int], starts: Sequence[int] | None = None
+) -> Bool[Tensor, "rows predicted"]:
+    places = torch.arange(1, ids.shape[1])  # of the tokens that are predicted
     real = places < torch.tensor([len(documents[i]) for i in batch])[:, None]
     if starts is not None:
         real &= places >= torch.tensor([starts[i] for i in batch])[:, None]
-    real = real.to(values.device)
-    return values.where(real, 0.0).double().sum(1).cpu().numpy()
+    return real
 
 
 def _predicted(documents: Documents, starts: Sequence[int] | None = None) -> Int[np.ndarray, " documents"]:

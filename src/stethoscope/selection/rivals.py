@@ -214,9 +214,7 @@ def _start(change: Change, depth: int) -> int:
 
 
 def _loss(model: PreTrainedModel, output: object, batch: TokenBatch) -> Float64[np.ndarray, " rows"]:
-    found = token_losses(model, output, batch.input_ids)
-    counted = batch.predicted[:, 1:].to(found.device)
-    return found.where(counted, 0.0).double().sum(1).cpu().numpy()
+    return token_losses(model, output, batch.input_ids, batch.predicted[:, 1:]).double().sum(1).cpu().numpy()
 
 
 def _documents(text: Sequence[TokenBatch]) -> int:
