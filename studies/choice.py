@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-
 from common import NAMES, OUTCOMES, energies, recipe_of
+
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.pipeline import judge_recipe
 from stethoscope.selection.hearing import Beaten, Hearing, SetEffect

@@ -1,13 +1,36 @@
-"""What the studies share: the vectors' recipes, and where outcomes go."""
+"""What the studies share: the vectors' recipes, and a bench on which any edit's loss is measured.
 
+bench = Bench("words", Path("runs/studies"))
+bench.losses("held-out target", EditPlan.for_layers([3, 4]))
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
 
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.corpus import prompt_lengths, tokenize
+from stethoscope.diagnosis.statistics import load_statistics
+from stethoscope.editing.apply import applied
+from stethoscope.editing.plan import EditPlan
+from stethoscope.evaluation.control import document_losses
+from stethoscope.evaluation.outcomes import DocumentLosses
+from stethoscope.models import load_model, load_tokenizer
+from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
+from stethoscope.saes.sources import load_sae, open_saes
+from stethoscope.selection.policies import Selection
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 NAMES = ("math_0", "math_1", "code", "words")  # the task vectors; the first is the demo's own
+TEXTS = ("held-out target", "general")  # on which nothing was chosen
 
 
 def recipe_of(vector: str, vectors: Path) -> Recipe:
@@ -18,3 +41,74 @@ def recipe_of(vector: str, vectors: Path) -> Recipe:
 def energies(recipe: Recipe) -> dict[int, float]:
     """Each layer's task vector energy."""
     return open_task_vector(open_checkpoint(recipe.base), recipe.tuned).energy_by_layer()
+
+
+class Bench:
+    """A vector's base in memory, its texts as tokens, and what was heard on it."""
+
+    def __init__(self, vector: str, vectors: Path) -> None:
+        self.vector, self.recipe, self.run = vector, recipe_of(vector, vectors), vectors / vector / "run"
+        look = check_recipe(self.recipe, self.run)
+        assert look.base is not None
+        assert look.task_vector is not None
+        self.base, self.task_vector = look.base, look.task_vector
+        self.model, self.tokenizer = load_model(self.base.path), load_tokenizer(self.base.path)
+        rows = {name: tokenize(look.texts[name], self.tokenizer) for name in look.texts}
+        starts = {
+            name: prompt_lengths(rows[name], tokenize(prompts, self.tokenizer))
+            for name, prompts in look.prompts.items()
+        }
+        self.tokens = {name: (rows[name], starts.get(name)) for name in rows}
+
+    @cached_property
+    def chosen(self) -> dict[int, float]:
+        """The selected layers, each at 1."""
+        return dict.fromkeys(Selection.load(self.run).layers, 1.0)
+
+    def losses(
+        self, text: str, plan: EditPlan | None, within: Callable[[Any], AbstractContextManager[None]] = nullcontext
+    ) -> DocumentLosses:
+        """An edit's loss on each document of a text; ``within`` changes the edited model further."""
+        rows, starts = self.tokens[text]
+        with applied(self.model, self.task_vector, plan) if plan else nullcontext(), within(self.model):
+            return document_losses(self.model, rows, starts=starts)
+
+    def rows(self, plans: Mapping[str, EditPlan | None], **more: Any) -> Iterator[dict[str, Any]]:
+        """A row per arm, text and document: nats and tokens."""
+        for arm, plan in plans.items():
+            for text in TEXTS:
+                yield from loss_rows(self.losses(text, plan), vector=self.vector, arm=arm, text=text, **more)
+
+    @cached_property
+    def _ordered(self) -> dict[int, np.ndarray]:
+        found = load_statistics(self.run / "statistics.safetensors")
+        ours, theirs = found["target"].layers, found["control"].layers
+        return {n: np.argsort(theirs[n].mass - ours[n].mass, kind="stable") for n in ours}
+
+    def directions(self, layer: int) -> Tensor:
+        """A layer's feature directions [features, d], those first that differ most toward the target."""
+        sae = load_sae(open_saes(self.recipe.saes)[layer])
+        return sae.W_dec.detach()[self._ordered[layer].tolist()]
+
+
+def loss_rows(losses: DocumentLosses, **more: Any) -> Iterator[dict[str, Any]]:
+    """A row per document."""
+    for number, (nats, tokens) in enumerate(zip(losses.sums.tolist(), losses.tokens.tolist(), strict=True)):
+        yield {**more, "document": number, "nats": nats, "tokens": tokens}
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write a study's outcomes."""
+    OUTCOMES.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_parquet(OUTCOMES / f"{name}.parquet", index=False)
+
+
+def kept(name: str, **where: Any) -> list[dict[str, Any]]:
+    """The rows of a study that are there already, of one vector or case."""
+    path = OUTCOMES / f"{name}.parquet"
+    if not path.exists():
+        return []
+    table = pd.read_parquet(path)
+    for column, value in where.items():
+        table = table[table[column] == value]
+    return table.to_dict("records")

@@ -37,7 +37,7 @@ PROBLEMS = 4  # in a sequence of training
 TEST_ITEMS = 60  # of each task
 # Documents of every text. A target document of the diagnosis has three problems; the others have two, of which the
 # second's solution is what their loss is about.
-DIAGNOSED, SEARCHED, HELD_OUT = 120, 40, 80
+DIAGNOSED, SEARCHED, HELD_OUT = 120, 24, 80
 GENERAL = 60
 MAX_TOKENS = 160
 

@@ -1,0 +1,78 @@
+"""Study 2: the scalpel. Every arm that cuts along features, and its controls, by loss, for every vector.
+
+    python studies/scalpel.py [--vectors runs/studies] [--only math_0 ...]
+
+Vectors done before are kept; the diagnosis and selection of `choice.py` are used, or made. Writes
+`outcomes/scalpel.parquet`, a row per vector, arm, text and document, and `outcomes/geometry.parquet`, a row per vector
+and layer: the share of its energy that features keep, and what chance keeps.
+"""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from common import NAMES, Bench, kept, save
+
+from stethoscope.cli.console import ConsoleReporter
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.projection import FeatureProjection, random_basis
+from stethoscope.editing.scalpel import scalpel_plan
+from stethoscope.editing.sides import SCALPEL_ARMS
+from stethoscope.pipeline import geometry_recipe, select_recipe
+from stethoscope.selection.controls import control_plan
+
+FEATURES = 17  # 3 % of the width of 576, the published share
+FRACTIONS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the whole task vector, for a curve that every arm can be set beside
+
+
+def plans(bench: Bench) -> Mapping[str, EditPlan | None]:
+    """All arms."""
+    layers, chosen = range(bench.base.layers), bench.chosen
+    cut = {
+        arm: scalpel_plan(
+            arm, bench.task_vector, chosen, bench.directions, features=FEATURES, layers=layers, share=0.5, seed=0
+        )
+        for arm in SCALPEL_ARMS
+    }
+    hybrid = cut["hybrid"].transform
+    assert isinstance(hybrid, FeatureProjection)
+    generator = torch.Generator().manual_seed(0)
+    at_random = FeatureProjection(
+        bases={n: random_basis(len(Q), Q.shape[1], generator) for n, Q in sorted(hybrid.bases.items())},
+        raw=frozenset(chosen),
+    )
+    return {
+        "base": None,
+        "tuned": EditPlan.everything(),
+        "selected": EditPlan.for_layers(chosen),
+        "scaled": control_plan("scaled", chosen, energy=bench.task_vector.energy_by_layer(), excess={}),
+        **cut,
+        "hybrid, random of equal rank": EditPlan.for_layers(layers, transform=at_random),
+        **{f"all at {part:g}": EditPlan.for_layers(layers, coefficient=part) for part in FRACTIONS},
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    options = parser.parse_args()
+    losses, geometry = [], []
+    for vector in NAMES:
+        found = kept("scalpel", vector=vector), kept("geometry", vector=vector)
+        if vector in options.only and not all(found):
+            bench = Bench(vector, options.vectors)
+            select_recipe(bench.recipe, bench.run, reporter=ConsoleReporter())
+            measured = geometry_recipe(bench.recipe, bench.run, reporter=ConsoleReporter())
+            found = (
+                list(bench.rows(plans(bench))),
+                [
+                    {"vector": vector, "layer": one.layer, "kept": one.kept.share, "chance": one.kept.chance}
+                    for one in measured.layers
+                ],
+            )
+        losses += found[0]
+        geometry += found[1]
+        save("scalpel", losses)
+        save("geometry", geometry)
