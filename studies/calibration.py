@@ -21,8 +21,6 @@ from stethoscope.pipeline import calibrate_recipe
 from stethoscope.selection.calibration import Calibration
 from stethoscope.selection.rivals import measure
 
-DOCUMENTS = 40  # of each text, half of what is held out
-
 
 def rows(bench: Bench, choices: dict[str, Calibration]) -> Iterator[dict[str, Any]]:
     """Each edit's losses: the grid's points, then the choices made for the other vectors."""
@@ -32,8 +30,7 @@ def rows(bench: Bench, choices: dict[str, Calibration]) -> Iterator[dict[str, An
     texts = {}
     for name, text in zip(("target", "control"), TEXTS, strict=True):
         ids, starts = bench.tokens[text]
-        starts = starts and starts[:DOCUMENTS]
-        texts[name] = list(batches(ids[:DOCUMENTS], bench.tokenizer, batch_tokens=2048, starts=starts))
+        texts[name] = list(batches(ids, bench.tokenizer, batch_tokens=2048, starts=starts))
     found = measure(bench.model, LayerEdits(bench.model, bench.task_vector), texts, [edit for _, _, edit in edits])
     for i, (kind, name, edit) in enumerate(edits):
         point = own.points[int(name)] if kind == "grid" else None

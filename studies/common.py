@@ -29,6 +29,7 @@ from stethoscope.saes.sources import load_sae, open_saes
 from stethoscope.selection.policies import Selection
 
 OUTCOMES = Path(__file__).parent / "outcomes"
+DOCUMENTS = 40  # of each text
 NAMES = ("math_0", "math_1", "code", "words")  # the task vectors; the first is the demo's own
 TEXTS = ("held-out target", "general")  # on which nothing was chosen
 
@@ -53,9 +54,9 @@ class Bench:
         assert look.task_vector is not None
         self.base, self.task_vector = look.base, look.task_vector
         self.model, self.tokenizer = load_model(self.base.path), load_tokenizer(self.base.path)
-        rows = {name: tokenize(look.texts[name], self.tokenizer) for name in look.texts}
+        rows = {name: tokenize(some[:DOCUMENTS], self.tokenizer) for name, some in look.texts.items()}
         starts = {
-            name: prompt_lengths(rows[name], tokenize(prompts, self.tokenizer))
+            name: prompt_lengths(rows[name], tokenize(prompts[:DOCUMENTS], self.tokenizer))
             for name, prompts in look.prompts.items()
         }
         self.tokens = {name: (rows[name], starts.get(name)) for name in rows}

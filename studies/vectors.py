@@ -34,10 +34,10 @@ from stethoscope_demo.tasks import general_documents, split_prompt, task_name, w
 from stethoscope_demo.training import TrainingSettings, train
 
 PROBLEMS = 4  # in a sequence of training
-TEST_ITEMS = 60  # of each task
+TEST_ITEMS = 32  # of each task
 # Documents of every text. A target document of the diagnosis has three problems; the others have two, of which the
 # second's solution is what their loss is about.
-DIAGNOSED, SEARCHED, HELD_OUT = 120, 24, 80
+DIAGNOSED, SEARCHED, HELD_OUT = 120, 40, 80
 GENERAL = 60
 MAX_TOKENS = 160
 
@@ -119,8 +119,9 @@ def _recipe(vector: Vector, base: Path) -> dict[str, object]:
         "diagnose": {"block_size": 8, "max_tokens": MAX_TOKENS},
         "select": {"policy": "top_k", "k": 5},
         "calibrate": {
-            "target": {"dataset": "search.jsonl", "prompt": "prompt"},
-            "control": {"dataset": "search_control.jsonl"},
+            "target": {"dataset": "search.jsonl", "prompt": "prompt", "documents": 16},
+            "control": {"dataset": "search_control.jsonl", "documents": 16},
+            "coefficients": [0.5, 0.75, 1.0, 1.25],
         },
         "arms": ["base", "tuned", "selected", "random_layers", "scaled"],
         "evaluate": {
