@@ -46,7 +46,7 @@ from stethoscope.saes.sources import open_saes
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
 from stethoscope.scaling.crew import CrewRun, import_ray
-from stethoscope.work import Alone, Piece, Run
+from stethoscope.work import Alone, Means, Piece, Run
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 LAYERS, HIDDEN, WIDTH = 8, 512, 4096
@@ -111,7 +111,7 @@ class Clocked:
     """This process, with the time that the pieces take by themselves."""
 
     def __init__(self, tool: Any) -> None:
-        self.run, self.workers = Alone(tool), 1
+        self.run, self.means = Alone(tool), Means()
         self.seconds: list[float] = []
         self.result: Any = None
 

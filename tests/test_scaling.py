@@ -29,6 +29,8 @@ from stethoscope.cli.stages import _read
 from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis.listen import Listening, listen
 from stethoscope.diagnosis.listener import Block, Listener
+from stethoscope.diagnosis.sharing import BANDWIDTH, FLOPS, OPEN_BLOCKS, STORE_SHARE, share, token_seconds
+from stethoscope.diagnosis.streams import Forward, Reading
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
@@ -43,7 +45,7 @@ from stethoscope.scaling.bench import versions
 from stethoscope.scaling.crew import AHEAD, CrewRun, _Member, _Queue
 from stethoscope.selection.calibration import calibrate
 from stethoscope.selection.hearing import judge_hearing
-from stethoscope.work import Alone, Lost, Piece
+from stethoscope.work import Alone, Lost, Means, Piece
 
 ray = pytest.importorskip("ray")
 
@@ -157,16 +159,219 @@ def test_statistics_and_health_are_the_same(crew, workers, model, tokenizer, sae
     assert_same(found, heard)
 
 
-@pytest.mark.parametrize("split", ["auto", "documents", "layers"])
+@pytest.mark.parametrize("split", ["auto", "documents", "layers", "streams"])
 def test_layers_on_several_workers_are_the_same(crew, split, model, tokenizer, saes, heard, caplog):
     caplog.set_level("INFO")
-    memory = None if split == "layers" else two_encoders(model)
+    memory = None if split in ("layers", "streams") else two_encoders(model)
     options = {"block_size": 4, "memory": memory, "split": split}
     found = listen(model, tokenizer, saes, TEXTS, spread=few(crew, 2).listening, **options)
     assert_same(found, heard)
     assert "2 groups of layers" in caplog.text
     assert ("one after another" in caplog.text) == (split == "documents")
+    assert ("one forward feeds all" in caplog.text) == (split in ("auto", "streams"))
     assert_same(listen(model, tokenizer, saes, TEXTS, **options), heard)
+
+
+# documents of which four make a batch, so that a block of six is two
+LONG = {name: [(text * 200)[: 800 + 9 * i] for i, text in enumerate(texts[:13])] for name, texts in TEXTS.items()}
+LONG["control"] = LONG["control"][:7]
+
+
+@pytest.fixture(scope="module")
+def long_heard(model, tokenizer, saes) -> dict[str, Listening]:
+    """What one process hears of them."""
+    return listen(model, tokenizer, saes, LONG, block_size=6)
+
+
+@pytest.mark.parametrize(("workers", "groups"), [(2, 2), (4, 2), (2, 4)])
+def test_streams_of_several_batches_give_the_same(crew, workers, groups, model, tokenizer, saes, long_heard):
+    """Two groups for as many workers or twice as many, and four for two, which are fed two at a time."""
+    options = {"block_size": 6, "split": "streams", "memory": two_encoders(model) * 2 // groups}
+    asked: list[Any] = []
+    found = listen(model, tokenizer, saes, LONG, spread=Meddling(few(crew, workers), asked), **options)
+    assert_same(found, long_heard)
+    batches_of = [2, 2, 1, 2, 1]  # blocks of 6, 6, 1 and 6, 1 documents
+    forwards = sum(batches_of) * (2 if groups > workers else 1)
+    assert sum(isinstance(work, Forward) for work in asked) == forwards
+    assert sum(isinstance(work, Reading) for work in asked) == sum(batches_of) * max(groups, workers)
+    assert not any(isinstance(work, Block) for work in asked)
+
+
+class Meddling:
+    """A crew that notes what it is asked, and after some results does something."""
+
+    def __init__(self, crew: Crew, asked: list[Any], after: Callable[[int], None] = lambda _: None) -> None:
+        self.crew, self.asked, self.after = crew, asked, after
+        self.means = crew.means
+
+    def __call__(self, make: Any) -> "Meddling":
+        self.run = self.crew.listening(make)
+        return self._running()
+
+    def _running(self) -> Any:
+        def run(task: Any, pieces: Any) -> Iterator[tuple[int, Any]]:
+            for number, result in self.run(task, pieces):
+                self.asked.append(pieces[number].load())
+                self.after(len(self.asked))
+                yield number, result
+
+        run.means = self.means
+        return run
+
+
+def test_workers_killed_while_they_forward_hold_streams_or_read_them_change_nothing(
+    crew, model, tokenizer, saes, long_heard
+):
+    some, asked, killed = few(crew, 2), [], []
+
+    def now_and_then(done: int) -> None:
+        if done in (4, 11):
+            killed.append(kill(some.pids))
+
+    options = {"block_size": 6, "split": "streams"}
+    found = listen(model, tokenizer, saes, LONG, spread=Meddling(some, asked, now_and_then), **options)
+    assert killed == [True] * 2
+    assert_same(found, long_heard)
+    # streams and sums outlive the process that made them: only what it had in hand is done again
+    assert not any(isinstance(work, Block) for work in asked)
+
+
+class Pair(Alone):
+    """One process that thinks it is two, and notes what it is asked; some pieces get lost."""
+
+    def __init__(self, tool: Any, *, lose: Callable[[Any], bool] = lambda _: False) -> None:
+        super().__init__(tool)
+        self.lose = lose
+        self.out: list[tuple[int, int]] = []
+        self.blocks = 0
+
+    @property
+    def means(self) -> Means:
+        return Means(workers=2)
+
+    def __call__(self, task: Callable[..., Any], pieces: Sequence[Piece]) -> Iterator[tuple[int, Any]]:
+        for number, piece in enumerate(pieces):
+            work = piece.load()
+            self.blocks += isinstance(work, Block)
+            yield number, Lost(why="killed") if self.lose(work) else task(self.tool, work, *piece.given)
+            held = {id(value) for other in pieces for value in other.given[:1]}
+            self.out.append((sum(other.name.startswith("forward") for other in pieces), len(held)))
+
+
+def pair(model: Any, tokenizer: Any, **options: Any) -> tuple[Callable[[Any], Pair], list[Pair]]:
+    made: list[Pair] = []
+
+    def spread(make: Any) -> Pair:
+        made.append(Pair(make(model, tokenizer), **options))
+        return made[0]
+
+    return spread, made
+
+
+def test_few_streams_are_out_at_a_time(model, tokenizer, saes):
+    """Two for each worker, one for each group of layers; what has been read is held by nobody."""
+    spread, made = pair(model, tokenizer)
+    found = listen(model, tokenizer, saes, LONG, block_size=2, split="streams", spread=spread)
+    assert_same(found, listen(model, tokenizer, saes, LONG, block_size=2))
+    forwards, streams = (max(numbers) for numbers in zip(*made[0].out, strict=True))
+    assert forwards <= OPEN_BLOCKS * 2
+    assert 2 <= streams <= OPEN_BLOCKS * 2 * 2
+    assert made[0].out[-1] == (0, 0)
+
+
+@pytest.mark.parametrize("kind", [Forward, Reading])
+def test_a_lost_stream_is_forwarded_again(model, tokenizer, saes, long_heard, kind):
+    """The block of which a batch or its streams are gone for good is heard by each group by itself."""
+    seen: list[Any] = []
+
+    def lose(work: Any) -> bool:
+        seen.append(work)
+        return isinstance(work, kind) and sum(isinstance(one, kind) for one in seen) == 5
+
+    spread, made = pair(model, tokenizer, lose=lose)
+    found = listen(model, tokenizer, saes, LONG, block_size=6, split="streams", spread=spread)
+    assert_same(found, long_heard)
+    assert made[0].blocks == 2
+
+
+def keep(tool: Any, loaded: Any, *given: Any) -> Any:
+    """Tells its process, and keeps values or gives what it was given back."""
+    if loaded == "put":  # its owner is the worker, and not the driver as with what a task returns
+        return os.getpid(), [ray.put(np.ones(10**6))]
+    return (os.getpid(), np.full(10**6, 3.0)) if loaded == "make" else [float(one.sum()) for one in given]
+
+
+def test_what_is_kept_outlives_its_maker_and_what_is_gone_is_said(crew):
+    pieces = [Piece(name="made", load=lambda: "make", keep=1)]
+    killed: list[int] = []
+    found: list[Any] = []
+    for number, result in light(few(crew, 2))(by_value(keep), pieces):
+        if number == 0:
+            pid, made = result
+            os.kill(pid, signal.SIGKILL)
+            pieces.append(Piece(name="read", load=lambda: "", given=(made,)))
+            pieces.append(Piece(name="put", load=lambda: "put"))
+        elif pieces[number].name == "put":
+            pid, (reference,) = result
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+            time.sleep(0.5)
+            pieces.append(Piece(name="gone", load=lambda reference=reference: "", given=(reference,)))
+        else:
+            found.append(result)
+    assert found[0] == [3e6]
+    assert isinstance(found[1], Lost)
+    assert "is gone" in found[1].why
+
+
+def test_which_way_is_cheaper_is_arithmetic():
+    """A token of SmolLM2-135M on CPUs, and of Gemma-3-4B on GPUs, two groups of layers."""
+    small = {"flop": 0.2e9, "flops": FLOPS["cpu"], "stream_bytes": 30 * 576 * 2.0}
+    assert token_seconds(forwards=2, waves=1, **small) == (0.002 + 34560 / BANDWIDTH, 0.004)
+    large = {"flop": 6.4e9, "flops": FLOPS["cuda"], "stream_bytes": 34 * 2560 * 2.0}
+    assert token_seconds(forwards=2, waves=1, **large) == (32e-6 + 174080 / BANDWIDTH, 64e-6)
+    moved, again = token_seconds(forwards=8, waves=1, **large)
+    assert moved < again  # eight groups of layers: seven forwards take longer than 139 microseconds
+    assert token_seconds(forwards=8, waves=8, **large)[0] > again  # none is fed beside another
+
+
+def test_the_choice_is_stated_and_can_be_forced(model, saes):
+    def asked(split: Any, **means: Any) -> Any:
+        options = {"dtype": model.dtype, "memory": two_encoders(model), "max_tokens": 1024}
+        return share(model, saes, Means(workers=2, **means), split=split, **options)
+
+    assert asked("auto").way == "streams"
+    assert asked("auto", device="cuda").way == "layers"
+    assert asked("streams", device="cuda").way == "streams"
+    assert asked("layers").way == "layers"
+    assert asked("documents").way == "documents"
+    parameters = sum(weight.numel() for weight in model.model.layers.parameters())
+    token = LAYERS * HIDDEN * model.dtype.itemsize
+    again, moved = 1000 * 2 * 2 * parameters / FLOPS["cpu"], 1000 * token / BANDWIDTH
+    assert asked("auto").said == (
+        "2 workers, encoders of 0.00 GB, room for 0.00 GB on each: 2 groups of layers, each kept by a worker while"
+        f" there is work for it, and one forward feeds all: {again / 2 + moved:.2g} ms a token where its streams move,"
+        f" {token / 1000:.3g} kB, {again:.2g} ms if not"
+    )
+    block = 4096 * token + 2 * 20 * LAYERS * WIDTH
+    assert asked("auto", store=int(3.5 * block / STORE_SHARE)).blocks == 3
+    small = int(0.9 * block / STORE_SHARE)
+    assert asked("auto", store=small).way == "layers"
+    assert "do not fit in the object store" in asked("auto", store=small).said
+    with pytest.raises(StethoscopeError, match=r"the streams of a batch, .* do not fit") as caught:
+        asked("streams", store=small)
+    assert "`split: layers`" in str(caught.value.hint)
+
+
+def test_streams_that_do_not_fit_are_refused_before_any_work(crew, model, tokenizer, saes):
+    """A document may be so long that its streams are 150 MB; the store has 105."""
+    options = {
+        "max_tokens": 150_000_000 // (LAYERS * HIDDEN * model.dtype.itemsize),
+        "split": "streams",
+        "spread": few(crew, 2).listening,
+    }
+    with pytest.raises(StethoscopeError, match=r"streams of a batch, 0\.15 GB, do not fit"):
+        listen(model, tokenizer, saes, TEXTS, **options)
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +531,7 @@ class Counting:
                 self.asked += [piece.load().asked for piece in pieces]
                 return run(task, pieces)
 
-            noted.workers = run.workers
+            noted.means = run.means
             return noted
 
         return spread
@@ -425,17 +630,13 @@ def test_few_pieces_are_out_at_a_time(crew):
     assert loaded == list(range(200))
 
 
-class DyingAlone(Alone):
-    """One process that says `Lost` where a worker would have died."""
-
-    def __call__(self, task: Callable[[Any, Any], Any], pieces: Sequence[Piece]) -> Iterator[tuple[int, Any]]:
-        for number, piece in enumerate(pieces):
-            work = piece.load()
-            deadly = isinstance(work, Block) and any("deadly" in text for text in work.documents.values())
-            yield number, Lost(why="killed") if deadly else task(self.tool, work)
+def is_deadly(work: Any) -> bool:
+    """A worker would die of it."""
+    return isinstance(work, Block | Forward) and any("deadly" in text for text in work.documents.values())
 
 
-def test_broken_and_deadly_documents_are_named_and_left_out_if_asked(model, tokenizer, saes):
+@pytest.mark.parametrize("split", ["layers", "streams"])
+def test_broken_and_deadly_documents_are_named_and_left_out_if_asked(model, tokenizer, saes, split):
     """Document 5 has no tokens, 9 ends its worker; without them the sums are those of the others, in every group."""
     texts = {"target": list(TEXTS["target"]), "control": TEXTS["control"]}
     texts["target"][5] = ""
@@ -444,13 +645,10 @@ def test_broken_and_deadly_documents_are_named_and_left_out_if_asked(model, toke
     assert caught.value.problems == ("document 5 of `target`: some documents have no tokens",)
     assert "skip_broken: true" in str(caught.value)
     texts["target"][9] = "deadly"
-
-    def spread(make: Any) -> DyingAlone:
-        return DyingAlone(make(model, tokenizer))
-
+    options = {"spread": lambda make: Pair(make(model, tokenizer), lose=is_deadly), "split": split}
     with pytest.raises(StethoscopeError, match="document 3 of `target`: killed"):
-        listen(model, tokenizer, saes, texts | {"target": texts["target"][6:]}, spread=spread, block_size=4)
-    options = {"spread": spread, "memory": two_encoders(model), "skip_broken": True}
+        listen(model, tokenizer, saes, texts | {"target": texts["target"][6:]}, block_size=4, **options)
+    options["skip_broken"] = True
     found = listen(model, tokenizer, saes, texts, block_size=4, **options)["target"]
     assert found.broken == {5: "some documents have no tokens", 9: "killed"}
     blocks = [[n for n in range(i, min(i + 4, 23)) if n not in (5, 9)] for i in range(0, 23, 4)]
@@ -499,13 +697,32 @@ def test_a_worker_keeps_to_its_key_and_changes_to_the_one_with_fewest():
     assert queue.take(second, [first, second]) == 7
 
 
+def test_what_continues_waits_for_the_worker_that_has_its_key():
+    pieces = [Piece(name="", key=key, load=int, given=(0,) * given) for key, given in (("a", 0), ("b", 0), (None, 0))]
+    queue, (first, second) = _Queue(pieces), (_Member(actor=None, greeting=None) for _ in range(2))
+    both = [first, second]
+    assert queue.take(first, both) == 2  # for anyone: goes first, and leaves the worker its key
+    assert (first.key, queue.take(first, both), first.key) == (None, 0, "a")
+    assert (queue.take(second, both), second.key) == (1, "b")
+    pieces += [Piece(name="", key="b", load=int, given=(0,)), Piece(name="", key="c", load=int, given=(0,))]
+    assert queue.look() == 2
+    assert queue.take(first, both) == 4  # nobody has it
+    first.key = "a"
+    assert queue.take(first, both) is None
+    assert queue.take(second, both) == 3
+    pieces.append(Piece(name="", key="b", load=int, given=(0,)))
+    queue.look()
+    first.key = None  # as of one that has just come
+    assert queue.take(first, both) == 5
+
+
 DRIVER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs that ignore it
 from stethoscope.recipe import Ray
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.crew import CrewRun
-from stethoscope.work import Alone, Lost, Piece
+from stethoscope.work import Alone, Lost, Means, Piece
 
 def main():
     def forever(tool, loaded):

@@ -19,7 +19,8 @@ from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, pr
 from stethoscope.diagnosis.attribution import attribute
 from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
 from stethoscope.diagnosis.evidence import Evidence, gather_evidence
-from stethoscope.diagnosis.listen import encoder_dtype, how_shared, listen
+from stethoscope.diagnosis.listen import encoder_dtype, listen
+from stethoscope.diagnosis.sharing import share
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
@@ -227,10 +228,16 @@ class _Run:
             split = recipe.ray.split if recipe.ray else "auto"
             if self.crew:
                 memory = memory or self.crew.sae_memory(self.found.base.nbytes)
-                dtype, workers = encoder_dtype(self.model), self.crew.workers
-                self.reporter.note(
-                    how_shared(self.found.saes, dtype=dtype, memory=memory, split=split, workers=workers)
+                sharing = share(
+                    self.model,
+                    self.found.saes,
+                    self.crew.means,
+                    dtype=encoder_dtype(self.model),
+                    memory=memory,
+                    split=split,
+                    max_tokens=options.max_tokens,
                 )
+                self.reporter.note(sharing.said)
             heard = listen(
                 self.model,
                 self.tokenizer,

@@ -186,7 +186,7 @@ class Ray(_Section):
     workers: int | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
     gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    split: Literal["auto", "documents", "layers"] = "auto"
+    split: Literal["auto", "documents", "layers", "streams"] = "auto"
 
 
 class Recipe(_Section):

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from sae_lens import SAE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.corpus import Document, Tokens, counted_tokens
+from stethoscope.diagnosis.agenda import Agenda, Part
 from stethoscope.diagnosis.listener import Block, Listener, Sample
+from stethoscope.diagnosis.sharing import Layers, Sharing, Split, share, waves
 from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
 from stethoscope.errors import StethoscopeError
 from stethoscope.saes.health import SAEHealth
@@ -28,8 +30,6 @@ from stethoscope.work import Alone, Lost, Piece, Run, Spread
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
-Split = Literal["auto", "documents", "layers"]
-Layers = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,78 +81,58 @@ def listen(
         dtype: of the encoders' products; by default bfloat16 if the model computes in it, else float32. SAE health
             says what it costs.
         skip_broken: leave out documents that cannot be heard, instead of ending with their names.
-        split: what several workers share. By default the documents if all encoders fit in one worker's ``memory``, else
-            the layers: a worker keeps to one group of layers for as long as there is work for it. ``layers`` makes a
-            group for every worker also where all would fit; ``documents`` takes all workers through one group of
-            layers after another. The statistics are the same.
+        split: what several workers share. ``documents``: all workers go through one group of layers after another,
+            which is one group if all encoders fit in a worker's ``memory``. ``layers``: a group for every worker at
+            least, which keeps to it while there is work for it and forwards the text for it. ``streams``: the same, but
+            a batch is forwarded once, and its residual streams go to the groups through the object store. By default
+            the documents if all encoders fit, else the cheaper of the other two, see `sharing.share`. The statistics
+            are the same.
         spread: where the work is done; here if None.
         progress: called with documents done and in all.
 
     Raises:
         SAEError: an SAE gave values that are not finite, or does not fit its site.
-        StethoscopeError: documents that cannot be heard, by name; a corpus has no token to count.
+        StethoscopeError: documents that cannot be heard, by name; a corpus has no token to count; ``streams`` that do
+            not fit in the object store.
     """
     dtype = dtype or encoder_dtype(model)
     make = partial(Listener, saes=saes, site=site, max_tokens=max_tokens, tokens=tokens, dtype=dtype)
     run = spread(make) if spread else Alone(make(model, tokenizer))
-    groups = _groups(saes, dtype, memory, run.workers if split == "layers" else 1)
-    if run.workers > 1:
-        log.info(how_shared(saes, dtype=dtype, memory=memory, split=split, workers=run.workers))
+    sharing = share(model, saes, run.means, dtype=dtype, memory=memory, split=split, max_tokens=max_tokens)
+    if run.means.workers > 1:
+        log.info(sharing.said)
     opening = {
         name: _opening(name, some, tokenizer, max_tokens, tokens, health_tokens) for name, some in corpora.items()
     }
-    heard = _Pass(corpora, groups, block_size, keep_groups=split != "documents")
-    for group in groups:
+    heard = _Pass(corpora, sharing.groups, block_size, keep_groups=sharing.way != "documents")
+    for group in sharing.groups:
         heard.samples[group] = Sample(layers=group, documents=opening, tokens=health_tokens)
-    while todo := heard.todo():
-        lost: list[tuple[_Part, Lost]] = []
-        for number, found in run(Listener.attend, [heard.piece(part) for part in todo]):
-            if isinstance(found, Lost):
-                lost.append((todo[number], found))
-                if not skip_broken:
-                    break
-            else:
-                heard.take(todo[number], found)
-                if progress:
-                    progress(heard.done, heard.total)
+    agenda = heard.together(sharing, run.means.workers) if sharing.way == "streams" else heard.apart()
+    while agenda.pieces:
+        lost: list[tuple[Part, Lost]] = []
+        for number, result in run(Listener.attend, agenda.pieces):
+            for part, found in agenda.settle(number, result):
+                if isinstance(found, Lost):
+                    lost.append((part, found))
+                else:
+                    heard.take(part, found)
+                    if progress:
+                        progress(heard.done, heard.total)
             if not skip_broken:
                 heard.refuse_broken()
+                if lost:
+                    break
         for part, end in lost:
             heard.find_deadly(run, part, end)
         if not skip_broken:
             heard.refuse_broken()
+        agenda = heard.apart()
     return {name: heard.listening(name, sorted(saes)) for name in corpora}
 
 
 def encoder_dtype(model: PreTrainedModel) -> torch.dtype:
     """Of the encoders' products if nothing else is said: bfloat16 if the model computes in it, else float32."""
     return torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
-
-
-def how_shared(
-    saes: Mapping[int, SAE | SAEFolder], *, dtype: torch.dtype, memory: int | None, split: Split, workers: int
-) -> str:
-    """One sentence on what workers share in `listen`, and why."""
-    groups = _groups(saes, dtype, memory, workers if split == "layers" else 1)
-    size = sum(_bytes(sae, dtype) for sae in saes.values()) / 1e9
-    room = "no limit" if memory is None else f"room for {memory / 1e9:.2f} GB"
-    if len(groups) == 1:
-        how = "each holds all and hears a part of the documents"
-    elif split == "documents":
-        how = f"all go through {len(groups)} groups of layers, one after another"
-    else:
-        how = f"{len(groups)} groups of layers, each kept by a worker while there is work for it"
-    return f"{workers} workers, encoders of {size:.2f} GB, {room} on each: {how}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """A block of a corpus, or the samples of all (``corpus`` None), to be heard by the SAEs of a group of layers."""
-
-    group: Layers
-    corpus: str | None = None
-    number: int = 0
-    places: range = range(0)
 
 
 class _Pass:
@@ -169,7 +149,7 @@ class _Pass:
         self.samples: dict[Layers, Sample] = {}
         self.broken: dict[str, dict[int, str]] = {name: {} for name in corpora}
         self.done, self.total = 0, len(groups) * sum(map(len, corpora.values()))
-        self._heard: dict[_Part, frozenset[int]] = {}  # which documents of it
+        self._heard: dict[Part, frozenset[int]] = {}  # which documents of it
         self._tables = {name: StatisticsTable(len(blocks)) for name, blocks in self.blocks.items()}
         self._health: dict[str, dict[int, SAEHealth]] = {name: {} for name in corpora}
         self._silent = dict.fromkeys(corpora, 0)
@@ -177,23 +157,34 @@ class _Pass:
             part
             for group in groups
             for part in (
-                _Part(group=group),
+                Part(group=group),
                 *(
-                    _Part(group=group, corpus=name, number=number, places=places)
+                    Part(group=group, corpus=name, number=number, places=places)
                     for name, blocks in self.blocks.items()
                     for number, places in enumerate(blocks)
                 ),
             )
         ]
 
-    def todo(self) -> list[_Part]:
+    def todo(self) -> list[Part]:
         """The parts not heard, or heard with documents that turned out broken for another group of layers."""
         nothing = frozenset[int]()  # which a block without sound documents needs no hearing for, and a sample does
         return [
             part for part in self._parts if self._heard.get(part, nothing if part.corpus else None) != self._sound(part)
         ]
 
-    def piece(self, part: _Part) -> Piece:
+    def apart(self) -> Agenda:
+        """What is to do, each part by itself."""
+        return Agenda(self.piece, self._documents, parts=self.todo())
+
+    def together(self, sharing: Sharing, workers: int) -> Agenda:
+        """All there is to do, where one forward feeds several groups of layers."""
+        todo = self.todo()
+        fed = waves(sharing.groups, workers)
+        parts = [[part for part in todo if part.group in wave] for wave in fed]
+        return Agenda(self.piece, self._documents, waves=parts, blocks=sharing.blocks)
+
+    def piece(self, part: Part) -> Piece:
         """A part as work for anyone."""
         key = part.group if self.keep_groups else None
         if part.corpus is None:
@@ -201,7 +192,7 @@ class _Pass:
         name = f"documents {part.places[0]} to {part.places[-1]} of `{part.corpus}`"
         return Piece(name=name, key=key, load=lambda: self._block(part, sorted(self._sound(part))))
 
-    def take(self, part: _Part, found: Any) -> None:
+    def take(self, part: Part, found: Any) -> None:
         """Keep what was heard."""
         if part.corpus is None:
             for name, layers in found.items():
@@ -216,7 +207,7 @@ class _Pass:
         if found.statistics:
             self._tables[part.corpus].put(part.number, found.statistics)
 
-    def find_deadly(self, run: Run, part: _Part, end: Lost) -> None:
+    def find_deadly(self, run: Run, part: Part, end: Lost) -> None:
         """Name the documents that end the worker that hears them.
 
         Raises:
@@ -272,15 +263,18 @@ class _Pass:
             broken=dict(sorted(self.broken[name].items())),
         )
 
-    def _broken(self, part: _Part) -> set[int]:
+    def _broken(self, part: Part) -> set[int]:
         return set(part.places) & set(self.broken[part.corpus]) if part.corpus else set()
 
-    def _sound(self, part: _Part) -> frozenset[int]:
+    def _sound(self, part: Part) -> frozenset[int]:
         return frozenset(part.places) - self._broken(part)
 
-    def _block(self, part: _Part, places: Sequence[int]) -> Block:
+    def _block(self, part: Part, places: Sequence[int]) -> Block:
+        return Block(layers=part.group, documents=self._documents(part, places))
+
+    def _documents(self, part: Part, places: Sequence[int] | None = None) -> dict[int, Document]:
         assert part.corpus is not None
-        return Block(layers=part.group, documents={n: self.corpora[part.corpus][n] for n in places})
+        return {n: self.corpora[part.corpus][n] for n in (part.places if places is None else places)}
 
 
 def _nothing(name: str) -> StethoscopeError:
@@ -318,31 +312,3 @@ def _opening(
     if not held:
         raise refused if isinstance(refused, StethoscopeError) else _nothing(name)
     return found if wanted else []
-
-
-def _groups(
-    saes: Mapping[int, SAE | SAEFolder], dtype: torch.dtype, memory: int | None, least: int
-) -> list[tuple[int, ...]]:
-    """The layers in order of depth, cut where the next encoder would not fit; each group has one at least.
-
-    Args:
-        least: so many groups, of about as many bytes each, if there are as many layers.
-    """
-    sizes = {layer: _bytes(sae, dtype) for layer, sae in sorted(saes.items())}
-    share = -(-sum(sizes.values()) // max(least, 1))
-    limit = share if memory is None else min(memory, share)
-    groups: list[list[int]] = [[]]
-    used = 0
-    for layer, size in sizes.items():
-        if groups[-1] and used + size > limit:
-            groups.append([])
-            used = 0
-        groups[-1].append(layer)
-        used += size
-    return [tuple(group) for group in groups]
-
-
-def _bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
-    """Of an encoder."""
-    values = sae.width * sae.d_in if isinstance(sae, SAEFolder) else int(sae.cfg.d_sae) * int(sae.cfg.d_in)
-    return values * dtype.itemsize

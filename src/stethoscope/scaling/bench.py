@@ -101,7 +101,7 @@ class Stage:
 
     number: int
     make: Callable[[Bench], Any]
-    task: Callable[[Any, Any], Any]
+    task: Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +139,13 @@ class Worker:
             memory=torch.cuda.get_device_properties(0).total_memory if cuda else None,
         )
 
-    def do(self, stage: Stage, loaded: Any) -> Any:
-        """One piece of work."""
+    def do(self, stage: Stage, loaded: Any, *given: Any) -> Any:
+        """One piece of work; Ray fetches what it is given."""
         if stage.number != self._stage:
             self._tool = None  # before the next is made
             self._tool = stage.make(self.bench)
             self._stage = stage.number
-        return stage.task(self._tool, loaded)
+        return stage.task(self._tool, loaded, *given)
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.lazy import torch
 from stethoscope.recipe import Ray
 from stethoscope.scaling.bench import Bench, Introduction, Stage, Worker, versions
-from stethoscope.work import Lost, Piece, Spread
+from stethoscope.work import Lost, Means, Piece, Spread
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,16 @@ class _Member:
 
 @dataclass(kw_only=True)
 class _Flight:
-    """A piece that is out; ``since`` it is its worker's turn to work on it."""
+    """A piece that is out; ``since`` it is its worker's turn to work on it.
+
+    Attributes:
+        kept: references to the values of its result that stay where they are.
+    """
 
     member: _Member
     number: int
     since: float
+    kept: list[Any]
 
 
 class Crew:
@@ -105,6 +110,18 @@ class Crew:
     def workers(self) -> int:
         """How many there are, those that have yet to start included."""
         return len(self._members)
+
+    @property
+    def means(self) -> Means:
+        """What they have, as far as work is shared by it."""
+        stores = [node["Resources"].get("object_store_memory", 0) for node in self._ray.nodes() if node["Alive"]]
+        gpus = self.options.gpus
+        return Means(
+            workers=self.workers,
+            device=self._bench.device,
+            share=min(gpus, 1.0) if gpus else float(self._threads),
+            store=int(min(stores)),
+        )
 
     @property
     def pids(self) -> list[int]:
@@ -153,7 +170,7 @@ class Crew:
         )
 
     def work(
-        self, make: Callable[[Bench], Any], task: Callable[[Any, Any], Any], pieces: Sequence[Piece]
+        self, make: Callable[[Bench], Any], task: Callable[..., Any], pieces: Sequence[Piece]
     ) -> Iterator[tuple[int, Any]]:
         """See `stethoscope.work.Run`.
 
@@ -163,21 +180,26 @@ class Crew:
         """
         ray, errors = self._ray, self._ray.exceptions
         stage = ray.put(Stage(number=next(self._stages), make=make, task=task))
-        queue, watch = _Queue(pieces), _Watch(len(pieces))
+        queue, watch = _Queue(pieces), _Watch(pieces)
         flying: dict[Any, _Flight] = {}
         deaths: Counter[int] = Counter()
         try:
-            while len(queue) or queue.suspects or flying:
+            while queue.look() or queue.suspects or flying:
+                if not flying:  # all that waits is new: nobody need keep what the last had at hand
+                    for member in self._members:
+                        member.key = None
                 self._send(queue, flying, stage, pieces)
-                watch.look(flying, pieces)
+                watch.look(flying)
                 for reference in self._wait(flying):
                     flight = flying.pop(reference)
                     flight.member.flying.remove(reference)
                     try:
                         result = ray.get(reference)
                     except errors.RayTaskError as error:
-                        # an error of ours as it was raised; any other with the worker's traceback
-                        raise (error.cause if isinstance(error.cause, StethoscopeError) else error) from None
+                        if not isinstance(error.cause, errors.ObjectLostError):
+                            # an error of ours as it was raised; any other with the worker's traceback
+                            raise (error.cause if isinstance(error.cause, StethoscopeError) else error) from None
+                        result = Lost(why=f"what it was given is gone: {str(error.cause).splitlines()[0]}")
                     except errors.RayError as error:
                         why = str(error).strip().splitlines()[0]
                         log.warning("%s died with %s: %s", flight.member.where, pieces[flight.number].name, why)
@@ -189,7 +211,11 @@ class Crew:
                             continue
                         result = Lost(why=f"{DEATHS} workers died with it, the last: {why}")
                     watch.note(flight, flying)
-                    yield flight.number, result
+                    if flight.kept and not isinstance(result, Lost):
+                        result = (result, *flight.kept)
+                    number = flight.number
+                    del flight
+                    yield number, result
                     del result  # it may hold shared memory, which others wait for
         finally:
             for reference, flight in flying.items():
@@ -201,9 +227,12 @@ class Crew:
         """Give out pieces, so few that they can be held, towards the end one to a worker; suspects one by one."""
 
         def send(member: _Member, number: int) -> None:
-            reference = member.actor.do.remote(stage, pieces[number].load())
+            piece = pieces[number]
+            do = member.actor.do.options(num_returns=1 + piece.keep)
+            found = do.remote(stage, piece.load(), *piece.given)
+            reference, *kept = found if piece.keep else [found]
             member.flying.append(reference)
-            flying[reference] = _Flight(member=member, number=number, since=time.monotonic())
+            flying[reference] = _Flight(member=member, number=number, since=time.monotonic(), kept=kept)
 
         free = [member for member in self._members if member.introduction]
         for member in free:
@@ -213,7 +242,9 @@ class Crew:
             for member in free:
                 busy = any(flying[one].number in queue.suspected for one in member.flying if one in flying)
                 if len(member.flying) == depth and len(queue) and not busy:
-                    send(member, queue.take(member, self._members))
+                    number = queue.take(member, self._members)
+                    if number is not None:
+                        send(member, number)
 
     def _wait(self, flying: Mapping[Any, _Flight]) -> list[Any]:
         """What is done, if anything is within a second; workers that are ready to begin are taken in.
@@ -300,9 +331,13 @@ class CrewRun:
 
     def __init__(self, crew: Crew, make: Callable[[Bench], Any]) -> None:
         self._crew, self._make = crew, make
-        self.workers = crew.workers
 
-    def __call__(self, task: Callable[[Any, Any], Any], pieces: Sequence[Piece]) -> Iterator[tuple[int, Any]]:
+    @property
+    def means(self) -> Means:
+        """The crew's."""
+        return self._crew.means
+
+    def __call__(self, task: Callable[..., Any], pieces: Sequence[Piece]) -> Iterator[tuple[int, Any]]:
         """See `stethoscope.work.Run`."""
         return self._crew.work(self._make, task, pieces)
 
@@ -318,22 +353,41 @@ class _Queue:
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self._pieces = pieces
         self._waiting: dict[Any, deque[int]] = {}
-        for number, piece in enumerate(pieces):
-            self._waiting.setdefault(piece.key, deque()).append(number)
-        self._left = len(pieces)
+        self._seen = self._left = 0
         self.suspects: deque[int] = deque()
         self.suspected: set[int] = set()
+        self.look()
 
     def __len__(self) -> int:
         return self._left
 
-    def take(self, member: _Member, members: Sequence[_Member]) -> int:
-        """The next piece for a worker; if it has to change its key, of that which fewest others work on."""
-        if not self._waiting.get(member.key):
+    def look(self) -> int:
+        """How many pieces wait, those that have come since included."""
+        for number in range(self._seen, len(self._pieces)):
+            self._waiting.setdefault(self._pieces[number].key, deque()).append(number)
+            self._left += 1
+        self._seen = len(self._pieces)
+        return self._left
+
+    def take(self, member: _Member, members: Sequence[_Member]) -> int | None:
+        """The next piece for a worker, if there is any: of its key, or of none; else of that which fewest others have.
+
+        What continues with values of other pieces is left to those who have its key, or it would go to and fro.
+        """
+        key = next((key for key in (member.key, None) if self._waiting.get(key)), None)
+        if key is None and not self._waiting.get(None):
+            holders = Counter(other.key for other in members if other is not member)
             taken = Counter(other.key for other in members if other.flying)
-            member.key = min((key for key, waiting in self._waiting.items() if waiting), key=lambda key: taken[key])
+            free = [
+                key
+                for key, waiting in self._waiting.items()
+                if waiting and not (self._pieces[waiting[0]].given and holders[key] and member.key is not None)
+            ]
+            if not free:
+                return None
+            key = member.key = min(free, key=lambda key: taken[key])
         self._left -= 1
-        return self._waiting[member.key].popleft()
+        return self._waiting[key].popleft()
 
     def suspect(self, number: int) -> None:
         """A piece that was out when its worker died."""
@@ -343,15 +397,16 @@ class _Queue:
     def take_suspect(self, member: _Member) -> int:
         """The next suspect for a worker that has nothing else."""
         number = self.suspects.popleft()
-        member.key = self._pieces[number].key
+        if self._pieces[number].key is not None:
+            member.key = self._pieces[number].key
         return number
 
 
 class _Watch:
     """Throughput and stragglers, for the log."""
 
-    def __init__(self, total: int) -> None:
-        self._total, self._start = total, time.monotonic()
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces, self._start = pieces, time.monotonic()
         self._seconds: deque[float] = deque(maxlen=1000)
         self._done: Counter[str] = Counter()
         self._told: set[int] = set()
@@ -365,7 +420,7 @@ class _Watch:
         for reference in flight.member.flying[:1]:
             flying[reference].since = now
 
-    def look(self, flying: Mapping[Any, _Flight], pieces: Sequence[Piece]) -> None:
+    def look(self, flying: Mapping[Any, _Flight]) -> None:
         """Say which pieces take unusually long, and now and then how far things are."""
         now = time.monotonic()
         if now - self._reported > REPORT_SECONDS:
@@ -375,7 +430,7 @@ class _Watch:
             late = now - flight.since
             if usual and late > max(SLOW * usual, SLOW_SECONDS) and flight.number not in self._told:
                 self._told.add(flight.number)
-                name = pieces[flight.number].name
+                name = self._pieces[flight.number].name
                 log.warning("%s has %s for %.0f s, %.1f s are usual", flight.member.where, name, late, usual)
 
     def report(self) -> None:
@@ -384,7 +439,7 @@ class _Watch:
         done = sum(self._done.values())
         rate = done / max(self._reported - self._start, 1e-9)
         shares = ", ".join(f"{who}: {number}" for who, number in self._done.most_common())
-        log.info("%d of %d pieces done, %.2f a second (%s)", done, self._total, rate, shares)
+        log.info("%d of %d pieces done, %.2f a second (%s)", done, len(self._pieces), rate, shares)
 
 
 def import_ray() -> Any:

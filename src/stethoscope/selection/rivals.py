@@ -156,7 +156,7 @@ def measure(
     # Neighbours share edited layers, so that few are read again where not all fit in memory.
     order = sorted(range(len(changes)), key=lambda i: sorted(changes[i].items()))
     total = sum(map(len, texts.values()))
-    parts = 1 if run.workers == 1 else min(len(order), -(-2 * run.workers // total))
+    parts = 1 if run.means.workers == 1 else min(len(order), -(-2 * run.means.workers // total))
     chosen = [part.tolist() for part in np.array_split(np.array(order, dtype=int), max(1, parts))]
     trials = [(name, batch, number) for name, text in texts.items() for batch in text for number in range(len(chosen))]
 
