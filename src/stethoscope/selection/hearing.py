@@ -187,7 +187,7 @@ def judge_hearing(
         ks: sizes of sets; half of the layers is added. Sizes of all layers or more are left out.
         random_sets: of each size and kind.
         spread: where the work is done; here if None.
-        progress: called with steps done and in all.
+        progress: called with about how many sets of layers are done, and in all.
 
     Raises:
         StethoscopeError: scores of different layers, or fewer than three.
@@ -198,19 +198,26 @@ def judge_hearing(
     if len(layers) < 3:
         raise StethoscopeError("hearing is tested over three layers at least")
     both = {"target": texts["target"], "control": texts[control]}
-    steps = 2 * sum(map(len, both.values()))
+    sizes = sorted({k for k in (*ks, len(layers) // 2) if 0 < k < len(layers)})
+    # sets about as many as there will be: how many turn out to be the same is not known yet
+    sets = len(sizes) * (1 + len(scores) + random_sets * (1 + len(matched)))
 
-    def advance(offset: int) -> Callable[[int, int], None]:
-        return lambda done, _: progress(offset + done, steps) if progress else None
+    def advance(begin: int, end: int) -> Callable[[int, int], None]:
+        def told(done: int, total: int) -> None:
+            if progress:
+                progress(begin + (end - begin) * done // total, len(layers) + sets)
 
-    alone = injection(model, edits, both, coefficient=coefficient, layers=layers, spread=spread, progress=advance(0))
+        return told
+
+    alone = injection(
+        model, edits, both, coefficient=coefficient, layers=layers, spread=spread, progress=advance(0, len(layers))
+    )
     gain, cost = alone.mean("target"), -alone.mean("control")
     judged: dict[str, tuple[Kind, Mapping[int, float]]] = {
         **scores,
         "injection": ("truth", dict(zip(layers, (gain - cost).tolist(), strict=True))),
     }
     energy = {n: e for n, e in edits.task_vector.energy_by_layer().items() if n in layers}
-    sizes = sorted({k for k in (*ks, len(layers) // 2) if 0 < k < len(layers)})
     rng = np.random.default_rng(provenance.seed)
     chosen = {name: {k: _best(values, k) for k in sizes} for name, (_, values) in judged.items()}
     drawn = {k: _random(layers, k, random_sets, rng) for k in sizes}
@@ -229,7 +236,7 @@ def judge_hearing(
         - effects.keys()
     )
     changes = [dict.fromkeys(found, coefficient) for found in wanted]
-    joint = measure(model, edits, both, changes, spread=spread, progress=advance(steps // 2))
+    joint = measure(model, edits, both, changes, spread=spread, progress=advance(len(layers), len(layers) + sets))
     effects |= dict(zip(wanted, _effects(wanted, joint), strict=True))
     random = {
         k: RandomSets(

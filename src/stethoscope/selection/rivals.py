@@ -30,6 +30,7 @@ from stethoscope.work import Alone, Lost, Piece, Spread
 Texts = Mapping[str, Sequence[TokenBatch]]
 Change = Mapping[int, float]  # layer -> coefficient
 Progress = Callable[[int, int], None]
+TRIALS = 64  # changes that share a forward of the base: few enough for a bar that moves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ def measure(
     Args:
         spread: where the work is done; here if None. Where batches are fewer than workers, several share the changes
             to a batch, each with a forward of the base of its own.
-        progress: called with batches done and in all.
+        progress: called with pieces of the work done and in all.
 
     Returns:
         per document.
@@ -156,7 +157,7 @@ def measure(
     # Neighbours share edited layers, so that few are read again where not all fit in memory.
     order = sorted(range(len(changes)), key=lambda i: sorted(changes[i].items()))
     total = sum(map(len, texts.values()))
-    parts = 1 if run.means.workers == 1 else min(len(order), -(-2 * run.means.workers // total))
+    parts = max(-(-len(order) // TRIALS), min(len(order), -(-2 * run.means.workers // total)))
     chosen = [part.tolist() for part in np.array_split(np.array(order, dtype=int), max(1, parts))]
     trials = [(name, batch, number) for name, text in texts.items() for batch in text for number in range(len(chosen))]
 
@@ -176,7 +177,7 @@ def measure(
         losses[name][rows] = found[0]
         sums[name][np.ix_(rows, chosen[number])] = found[1]
         if progress:
-            progress(done // len(chosen), total)
+            progress(done, len(pieces))
     return Gains(changes=tuple(map(dict, changes)), sums=sums, losses=losses, tokens=tokens)
 
 
