@@ -23,10 +23,11 @@ from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.peeking import Claim
-from stethoscope.pipeline import Edits, TextLoss, geometry_recipe, judge_recipe, run_recipe
+from stethoscope.pipeline import TextLoss, geometry_recipe, judge_recipe, run_recipe
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.seen import Seen
+from stethoscope.selection.arms import Edits, plan_arms
 from stethoscope.selection.calibration import Calibration
 from stethoscope.selection.controls import CONTROL_ARMS
 from stethoscope.selection.hearing import Hearing
@@ -289,12 +290,40 @@ def test_a_second_run_is_identical(world, finished, tmp_path):
 
 def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
-    monkeypatch.setattr("stethoscope.pipeline.listen", None)  # would fail if called
-    monkeypatch.setattr("stethoscope.pipeline.gather_evidence", None)
-    monkeypatch.setattr("stethoscope.pipeline.write_edit", None)
-    monkeypatch.setattr("stethoscope.pipeline.document_losses", None)
+    assert finished / "bases.safetensors" in before
+    idle = {
+        "pipeline": ("listen", "gather_evidence", "write_edit", "document_losses", "load_sae", "tokenize", "plan_arms"),
+        "editing.apply": ("prepare",),
+        "checkpoints.task_vector.TaskVector": ("energy", "delta", "edited"),
+    }
+    for where, names in idle.items():
+        for name in names:
+            monkeypatch.setattr(f"stethoscope.{where}.{name}", None)  # would fail if called
     run_recipe(Recipe.from_yaml(world / "recipe.yaml"), finished, reporter=Recorder())
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
+
+
+def test_plans_follow_the_recipe_and_what_they_cut_along_is_whole(world, finished, tmp_path, monkeypatch):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    planned = []
+
+    def counted(recipe: Recipe, *args: object, **options: object) -> object:
+        planned.append(recipe.arms)
+        return plan_arms(recipe, *args, **options)
+
+    monkeypatch.setattr("stethoscope.pipeline.plan_arms", counted)
+    (copy / "bases.safetensors").write_bytes((copy / "bases.safetensors").read_bytes()[:-1])  # cut short
+    run_recipe(Recipe.from_yaml(world / "recipe.yaml"), copy, reporter=Recorder())
+    assert len(planned) == 1
+    assert Edits.load(copy) == Edits.load(finished)
+    assert sha256_file(copy / "bases.safetensors") == sha256_file(finished / "bases.safetensors")
+    path = changed(world, tmp_path, arms=["base", "selected", "projected"], edit={"coefficient": 0.5})
+    for _ in range(2):
+        run_recipe(Recipe.from_yaml(path), copy, reporter=Recorder())
+    assert len(planned) == 2
+    plans = Edits.load(copy).plans
+    assert set(plans) == {"base", "selected", "projected"}
+    assert {c for kinds in plans["selected"]["layers"].values() for c in kinds.values()} == {0.5}
 
 
 def test_a_run_interrupted_in_the_evaluation_goes_on(world, tmp_path, monkeypatch):

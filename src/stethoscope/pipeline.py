@@ -6,7 +6,7 @@ A stage whose inputs did not change is not run again; what it wrote is read inst
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
+from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
 from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, prompt_lengths, tokenize
 from stethoscope.diagnosis.attribution import attribute
 from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
@@ -27,7 +27,6 @@ from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geomet
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.manifest import write_results
 from stethoscope.editing.plan import EditPlan, coefficients
-from stethoscope.editing.scalpel import scalpel_plan
 from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError
@@ -43,8 +42,8 @@ from stethoscope.report.render import render_report
 from stethoscope.saes.sources import SAEFolder, load_sae
 from stethoscope.scaling.bench import Bench
 from stethoscope.scaling.crew import Crew, import_ray
+from stethoscope.selection.arms import load_plans, plan_arms, save_plans
 from stethoscope.selection.calibration import Calibration, calibrate
-from stethoscope.selection.controls import CONTROL_ARMS, control_plan
 from stethoscope.selection.hearing import Hearing, judge_hearing
 from stethoscope.selection.policies import Selection, select, select_calibrated
 from stethoscope.selection.scoring import edit_scores, text_scores
@@ -64,23 +63,6 @@ class Reporter(Protocol):
 
     def note(self, text: str) -> None:
         """One line on what a stage found or where it wrote."""
-
-
-class LayerEnergy(Frozen):
-    """One layer's task vector: squared Frobenius norm, and its share of the whole."""
-
-    layer: int
-    energy: float
-    share: float
-
-
-class Edits(Artifact):
-    """The arms' plans and what they hold of the task vector."""
-
-    FILE: ClassVar[str] = "edits.json"
-
-    plans: dict[str, dict[str, Any] | None]
-    energy: tuple[LayerEnergy, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -421,59 +403,6 @@ class _Run:
             self.reporter.note(f"warning: {warning}")
         return made
 
-    def plan_arms(self, diagnosis: Diagnosis, selection: Selection) -> dict[str, EditPlan | None]:
-        """A plan for every arm; None leaves the base as it is."""
-        recipe, features = self.recipe, self.features(diagnosis)
-        chosen = selection.coefficients or dict.fromkeys(selection.layers, recipe.edit.coefficient)
-        coefficient = sum(chosen.values()) / len(chosen)
-        plans: dict[str, EditPlan | None] = {}
-        for arm in recipe.arms:
-            if arm == "base":
-                plans[arm] = None
-            elif arm == "tuned":
-                plans[arm] = EditPlan.everything()
-            elif arm == "selected":
-                plans[arm] = EditPlan.for_layers(chosen)
-            elif arm == "random_layers":
-                for number, layers in enumerate(self.random_layers(selection), 1):
-                    plans[f"random_layers_{number}"] = EditPlan.for_layers(layers, coefficient=coefficient)
-            elif arm in CONTROL_ARMS:
-                plans[arm] = control_plan(
-                    arm,
-                    chosen,
-                    energy=self.found.task_vector.energy_by_layer(),
-                    excess={layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
-                    seed=recipe.seed,
-                )
-            elif arm in SCALPEL_ARMS:
-                plans[arm] = scalpel_plan(
-                    arm,
-                    self.found.task_vector,
-                    chosen,
-                    lambda layer: features[layer]().directions,
-                    features=self.projected_features,
-                    layers=features,
-                    share=recipe.project.share,
-                    seed=recipe.seed,
-                )
-        return plans
-
-    def random_layers(self, selection: Selection) -> list[list[int]]:
-        """Sets of as many layers as the selection has, all different from it and from each other."""
-        rng = np.random.default_rng(self.recipe.seed)
-        depth, size = self.found.base.layers, len(selection.layers)
-        seen = {tuple(selection.layers)}
-        for _ in range(1000):
-            seen.add(tuple(sorted(int(n) for n in rng.choice(depth, size, replace=False))))
-            if len(seen) > self.recipe.random_sets:
-                break
-        else:
-            raise RecipeError(
-                f"there are no {self.recipe.random_sets} other sets of {size} of {depth} layers",
-                hint="choose a smaller `random_sets` or another `k`",
-            )
-        return [list(layers) for layers in sorted(seen - {tuple(selection.layers)})]
-
     @cached_property
     def statistics(self) -> dict[str, FeatureStatistics]:
         return load_statistics(self.folder / "statistics.safetensors")
@@ -516,24 +445,32 @@ class _Run:
         self.reporter.note(made.verdict)
         return made
 
-    def write(self, plans: dict[str, EditPlan | None]) -> None:
-        provenance = self.provenance("base", "tuned", plans=_described(plans))
-        edited = self.folder / "edited"
+    def edit(self, diagnosis: Diagnosis, selection: Selection) -> dict[str, EditPlan | None]:
+        """Every arm's plan, and the selected layers' checkpoint; both are kept."""
+        recipe, edited = self.recipe, self.folder / "edited"
+        chosen = selection.coefficients or dict.fromkeys(selection.layers, recipe.edit.coefficient)
+        provenance = self.provenance(
+            "base", "tuned", "diagnosis", chosen=chosen, arms=recipe.arms, random_sets=recipe.random_sets,
+            features=self.projected_features, share=recipe.project.share,
+        )  # fmt: skip
         with self.reporter.stage("Edit: write the checkpoint") as advance:
-            if Edits.load_if_current(self.folder, provenance) and edited.exists():
-                return
+            kept = load_plans(self.folder, provenance)
+            if kept is not None and ("selected" not in kept or edited.exists()):
+                return kept
+            task_vector, features = self.found.task_vector, self.features(diagnosis)
+            plans = plan_arms(
+                recipe,
+                task_vector,
+                chosen,
+                {layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
+                {layer: lambda load=load: load().directions for layer, load in features.items()},  # type: ignore[misc]
+                features=self.projected_features,
+            )
             if selected := plans.get("selected"):
-                write_edit(self.found.base, self.found.task_vector, selected, edited, overwrite=True, progress=advance)
-            energy = self.found.task_vector.energy_by_layer()
-            whole = sum(energy.values())
-            Edits(
-                provenance=provenance,
-                plans=_described(plans),
-                energy=tuple(
-                    LayerEnergy(layer=n, energy=e, share=e / whole if whole else 0.0) for n, e in energy.items()
-                ),
-            ).save(self.folder)
+                write_edit(self.found.base, task_vector, selected, edited, overwrite=True, progress=advance)
+            save_plans(self.folder, plans, task_vector.energy_by_layer(), provenance=provenance)
         self.reporter.note(f"wrote {edited}")
+        return plans
 
     def evaluate(self, plans: dict[str, EditPlan | None]) -> Comparison:
         recipe, options = self.recipe, self.recipe.evaluate
@@ -593,15 +530,16 @@ class _Run:
         if not documents:
             return {}
         losses = {}
-        rows, starts = self.rows(text)
+        rows = cache(partial(self.rows, text))  # not read where every loss is saved
         with self.reporter.stage(f"Evaluate: loss on {text} text") as advance:
             for number, (name, arm) in enumerate(arms.items()):
                 provenance = self.provenance(text, arm=keys[name])
                 folder = self.folder / "losses" / text.replace(" ", "-") / name
                 saved = TextLoss.load_if_current(folder, provenance)
                 if saved is None:
+                    ids, starts = rows()
                     with arm():
-                        measured = document_losses(self.model, rows, starts=starts)
+                        measured = document_losses(self.model, ids, starts=starts)
                     saved = TextLoss.model_validate({"provenance": provenance, **measured.to_dict()})
                     saved.save(folder)
                 losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})
@@ -643,10 +581,6 @@ class _Run:
             groups[-1][name] = plan
             held += size
         return groups
-
-
-def _described(plans: dict[str, EditPlan | None]) -> dict[str, dict[str, Any] | None]:
-    return {name: plan.to_json() if plan else None for name, plan in plans.items()}
 
 
 class GeneralDivergence(Artifact):
@@ -767,8 +701,7 @@ def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> RunResult
         selection = run.select(diagnosis)
         if set(recipe.arms) & set(SCALPEL_ARMS):
             run.geometry(diagnosis)
-        plans = run.plan_arms(diagnosis, selection)
-        run.write(plans)
+        plans = run.edit(diagnosis, selection)
         comparison = run.evaluate(plans)
         if "selected" in plans:
             write_results(folder / "edited", comparison.contrast("selected").summary())

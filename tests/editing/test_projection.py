@@ -25,7 +25,7 @@ from stethoscope.editing.projection import (
     residual_side,
     residual_sides,
 )
-from stethoscope.editing.scalpel import scalpel_plan
+from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
@@ -250,6 +250,10 @@ def energy_of(changes: dict[str, torch.Tensor]) -> float:
     return sum(float(delta.double().square().sum()) for delta in changes.values())
 
 
+def scalpel_plan(arm: str, *args: object, **options: object) -> EditPlan:
+    return scalpel_plans([arm], *args, **options)[arm]
+
+
 @pytest.mark.parametrize("arm", SCALPEL_ARMS)
 def test_an_arm_in_memory_is_the_arm_on_disk(arm, base, change, pair, tmp_path):
     plan = scalpel_plan(arm, change, {1: 1.0, 2: 0.5}, directions, features=4, layers=range(3))
@@ -307,6 +311,24 @@ def test_a_hybrid_is_raw_where_it_was_selected(base, change, pair):
             elif canonical.layer is not None and "proj" in name:
                 assert not torch.equal(live[canonical.canonical], tensor)
     assert set(plan.transform.bases) == {0, 2}
+
+
+def test_arms_made_together_are_those_made_alone_and_a_layers_directions_are_asked_for_once(change):
+    asked = []
+
+    def counted(layer: int) -> torch.Tensor:
+        asked.append(layer)
+        return directions(layer)
+
+    options = {"features": 4, "layers": range(3), "share": 0.3}
+    together = scalpel_plans(SCALPEL_ARMS, change, {1: 1.0, 2: 0.5}, counted, **options)
+    assert asked == [0, 1, 2]
+    for arm in SCALPEL_ARMS:
+        alone = scalpel_plan(arm, change, {1: 1.0, 2: 0.5}, directions, **options)
+        assert alone.to_json() == together[arm].to_json()
+        described = together[arm].to_json()
+        made = FeatureProjection.from_description(described["transform"], together[arm].transform.tensors())
+        assert EditPlan.from_json(described, transform=made).to_json() == described
 
 
 def test_no_factor_makes_nothing_large(change):

@@ -89,7 +89,7 @@ def feature_basis(
 
 def random_basis(width: int, rank: int, generator: torch.Generator) -> Float64[Tensor, "d rank"]:
     """An orthonormal basis of a random subspace, every direction equally likely."""
-    return torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64, generator=generator))[0]
+    return torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64, generator=generator))[0].contiguous()
 
 
 # Norms that multiply by 1 + weight.
@@ -190,6 +190,29 @@ class FeatureProjection:
             "scale": {str(layer): factor for layer, factor in sorted(self.scale.items())},
             "raw": sorted(self.raw),
         }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every basis, by the hash that `describe` calls it by."""
+        bases = [*self.bases.values(), *(Q for placed in self.placed.values() for Q in placed.values())]
+        return {_described(Q)["sha256"]: Q.contiguous() for Q in bases}
+
+    @classmethod
+    def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "FeatureProjection":
+        """The projection that `describe` described, of the bases that `tensors` gave.
+
+        Raises:
+            KeyError: a basis is missing.
+        """
+        return cls(
+            bases={int(layer): tensors[Q["sha256"]] for layer, Q in described["bases"].items()},
+            placed={
+                int(layer): {place: tensors[Q["sha256"]] for place, Q in placed.items()}
+                for layer, placed in described["placed"].items()
+            },
+            complement=described["keeps"] == "complement",
+            scale={int(layer): factor for layer, factor in described["scale"].items()},
+            raw=frozenset(described["raw"]),
+        )
 
 
 def _described(Q: Tensor) -> dict[str, Any]:

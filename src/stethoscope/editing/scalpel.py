@@ -1,12 +1,12 @@
 """The scalpel's arms: edits that cut a task vector along feature directions, each an ordinary plan.
 
-    plan = scalpel_plan("complement", task_vector, {12: 1.0}, directions, features=77)
+    plans = scalpel_plans(["projected", "complement"], task_vector, {12: 1.0}, directions, features=77)
 
 Beside the raw edit they tell whether a projected one is weak because it is small (`projected_energy_matched`), because
 it is cut along the wrong directions (`random_subspace`), or because what worked was thrown away (`complement`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -67,8 +67,8 @@ def energy_matched(task_vector: TaskVector, projection: FeatureProjection) -> Fe
     return replace(projection, scale=scale)
 
 
-def scalpel_plan(
-    arm: ScalpelArm,
+def scalpel_plans(
+    arms: Collection[ScalpelArm],
     task_vector: TaskVector,
     coefficients: Mapping[int, float],
     directions: Callable[[int], Float[Tensor, "features d"]],
@@ -77,39 +77,46 @@ def scalpel_plan(
     layers: Iterable[int] = (),
     share: float = 0.5,
     seed: int = 0,
-) -> EditPlan:
-    """An arm that cuts, as an ordinary plan.
+) -> dict[ScalpelArm, EditPlan]:
+    """Arms that cut, as ordinary plans.
 
     Args:
-        arm: ``projected`` onto the first features; ``projected_energy_matched``, that at the raw edit's norm per
+        arms: ``projected`` onto the first features; ``projected_energy_matched``, that at the raw edit's norm per
             layer; ``complement``, what ``projected`` throws away; ``random_subspace`` of equal rank, and that at the
             raw edit's norm; ``filtered``, the fewest features that keep ``share`` of each layer's energy; ``hybrid``,
             raw in the selected layers and ``filtered`` in the others, at the selected ones' mean coefficient.
         coefficients: of the selected layers.
-        directions: a layer's feature directions, most specific first.
+        directions: a layer's feature directions, most specific first; asked for once per layer.
         features: how many span the subspace.
         layers: those that have features; for ``hybrid``.
 
     Raises:
         CheckpointError: with every matrix whose role is not known or does not fit.
     """
-    if arm == "hybrid":
-        others = [layer for layer in layers if layer not in coefficients]
-        transform = FeatureProjection(
-            bases={layer: smallest_basis(task_vector, layer, directions(layer), share) for layer in others},
-            raw=frozenset(coefficients),
-        )
-        mean = sum(coefficients.values()) / len(coefficients)
-        return EditPlan.for_layers({**dict.fromkeys(others, mean), **coefficients}, transform=transform)
-    if arm == "filtered":
-        bases = {layer: smallest_basis(task_vector, layer, directions(layer), share) for layer in coefficients}
-    else:
-        bases = {layer: feature_basis(directions(layer)[:features]) for layer in coefficients}
-    if arm.startswith("random_subspace"):
-        generator = torch.Generator().manual_seed(seed)
-        bases = {layer: random_basis(len(Q), Q.shape[1], generator) for layer, Q in sorted(bases.items())}
-    residual_sides(task_vector, bases, len(next(iter(bases.values()))))
-    transform = FeatureProjection(bases=bases, complement=arm == "complement")
-    if arm.endswith("_energy_matched"):
-        transform = energy_matched(task_vector, transform)
-    return EditPlan.for_layers(coefficients, transform=transform)
+    others = [layer for layer in layers if layer not in coefficients] if "hybrid" in arms else []
+    first: dict[int, Tensor] = {}
+    fewest: dict[int, Tensor] = {}
+    for layer in sorted({*coefficients, *others} if set(arms) - {"hybrid"} else others):
+        rows = directions(layer)
+        if layer in coefficients and set(arms) - {"hybrid", "filtered"}:
+            first[layer] = feature_basis(rows[:features])
+        if layer in others or "filtered" in arms:
+            fewest[layer] = smallest_basis(task_vector, layer, rows, share)
+    if first:
+        residual_sides(task_vector, first, len(next(iter(first.values()))))
+    mean = sum(coefficients.values()) / len(coefficients)
+    plans: dict[ScalpelArm, EditPlan] = {}
+    for arm in arms:
+        if arm == "hybrid":
+            transform = FeatureProjection(bases={layer: fewest[layer] for layer in others}, raw=frozenset(coefficients))
+            plans[arm] = EditPlan.for_layers({**dict.fromkeys(others, mean), **coefficients}, transform=transform)
+            continue
+        bases = {layer: (fewest if arm == "filtered" else first)[layer] for layer in coefficients}
+        if arm.startswith("random_subspace"):
+            generator = torch.Generator().manual_seed(seed)
+            bases = {layer: random_basis(len(Q), Q.shape[1], generator) for layer, Q in sorted(bases.items())}
+        transform = FeatureProjection(bases=bases, complement=arm == "complement")
+        if arm.endswith("_energy_matched"):
+            transform = energy_matched(task_vector, transform)
+        plans[arm] = EditPlan.for_layers(coefficients, transform=transform)
+    return plans

@@ -8,7 +8,7 @@ run goes on where it stopped, inside a task too.
 import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -82,8 +82,18 @@ def evaluate(
 
     @contextmanager
     def entered(arm: str) -> Iterator[_Entered]:
-        with arms[arm]():
-            yield (keys or {}).get(arm) or weights_hash(model), lambda: lm
+        with ExitStack() as state:
+
+            @functools.cache
+            def load() -> LM:
+                state.enter_context(arms[arm]())
+                return lm
+
+            if key := (keys or {}).get(arm):
+                yield key, load  # an arm without work is not entered
+            else:
+                load()
+                yield weights_hash(model), load
 
     _check(arms, limit)
     with quiet_harness():
