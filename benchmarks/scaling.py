@@ -1,6 +1,6 @@
 """Listening on the workers of a Ray cluster: is the time what its parts say, and does memory stay flat?
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--documents 256] [--rounds 1]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--documents 256] [--rounds 1] [--parts memory time streams]
 
 A Llama of 8 layers and SAEs of 4096 features, both with random weights, hear generated text in this process and with
 one and two workers, in turn; every sum is compared. The model of the time is
@@ -9,11 +9,14 @@ one and two workers, in turn; every sum is compared. The model of the time is
 
 with nothing fitted: `start` is a worker's start, `load` its model and SAEs, `handling` what a piece costs that comes
 back at once with as many bytes, `finish` what the driver does before and after; `work` is what this process takes
-for the pieces. Before that memory is watched while a corpus of ten times the budget passes through. One thread
-everywhere. Results: benchmarks/results/scaling.json. About three minutes on two cores.
+for the pieces. Before that memory is watched while a corpus of ten times the budget passes through. Last, two workers
+hear half of the layers each, in turn with the text forwarded by both, and forwarded once and its streams moved. One
+thread everywhere. Results: benchmarks/results/scaling.json, where a part that is not asked for stays as it is. About
+five minutes on two cores.
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -40,6 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from stethoscope.artifacts import write_json
 from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.listener import Listener
+from stethoscope.diagnosis.sharing import share
 from stethoscope.models import load_model, load_tokenizer
 from stethoscope.recipe import Ray
 from stethoscope.saes.sources import open_saes
@@ -53,6 +57,7 @@ LAYERS, HIDDEN, WIDTH = 8, 512, 4096
 BLOCK = 16
 BUDGET = 8 << 20  # bytes that documents on their way may take; the corpus has ten times as many
 LENGTH = 8192  # bytes of a document of that corpus
+OBJECT_STORE = 400 << 20  # bytes
 LINES = 48  # tokens of it that are heard
 
 
@@ -187,6 +192,38 @@ def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_streams(world: Path, documents: int, rounds: int) -> dict[str, Any]:
+    """Two workers, two groups of layers: seconds with each token forwarded twice, and with its streams moved."""
+    model, tokenizer, saes = load_model(world / "base"), load_tokenizer(world / "base"), open_saes(world / "saes")
+    texts = {"text": make_texts(documents)}
+    seconds: dict[str, list[float]] = {"layers": [], "streams": []}
+    stored: list[float] = []
+    expected: Any = None
+    with Crew(Ray(workers=2, threads=1), Bench(base=world / "base")) as crew:
+        loading(crew, saes, model.dtype)
+        sharing = share(model, saes, crew.means, dtype=model.dtype, memory=None, split="streams", max_tokens=1024)
+        for number, way in [(n, way) for n in range(rounds) for way in seconds]:
+            options = {"block_size": BLOCK, "split": way, "spread": crew.listening}
+            with watched(lambda: []) as seen:
+                taken, found = timed(lambda options=options: listen(model, tokenizer, saes, texts, **options))
+            seconds[way].append(taken)
+            stored += [row["store_mb"] for row in seen if way == "streams"]
+            expected = expected or found
+            assert same(found, expected), "other sums"
+            print(number, way, round(taken, 1), flush=True)
+    tokens = int(next(iter(expected["text"].statistics.layers.values())).tokens.sum())
+    return {
+        "documents": documents,
+        "tokens": tokens,
+        "said": sharing.said,
+        "stream_bytes_of_a_token": LAYERS * HIDDEN * model.dtype.itemsize,
+        "sums_equal_to_the_bit": True,
+        "seconds": {way: statistics.median(all_of_it) for way, all_of_it in seconds.items()},
+        "rounds": seconds,
+        "store_mb_at_most": max(stored),
+    }
+
+
 def nothing(crew: Crew) -> None:
     """Until every worker has answered."""
     while len(crew.pids) < crew.workers:
@@ -308,28 +345,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument(
+        "--parts", nargs="+", choices=["memory", "time", "streams"], default=["memory", "time", "streams"]
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     ray = import_ray()
+    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    # memory first: what was used before would hide what grows
+    measures = {
+        "memory": measure_memory,
+        "time": lambda world: measure_time(world, options.documents, options.rounds),
+        "streams": lambda world: measure_streams(world, options.documents, max(2, options.rounds)),
+    }
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
         make_world(world)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
-        found = {
-            "machine": {
-                "cores": os.cpu_count(),
-                "processor": platform.processor() or platform.machine(),
-                "load_before": os.getloadavg()[0],
-            },
-            "versions": versions() | {"ray": ray.__version__},
-            # first: memory that was used before would hide what grows
-            "memory": measure_memory(world),
-            "time": measure_time(world, options.documents, options.rounds),
-        }
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=OBJECT_STORE)
+        for part in [part for part in measures if part in options.parts]:
+            load = os.getloadavg()[0]
+            found[part] = measures[part](world) | {"load_before": load}
         ray.shutdown()
+    found["machine"] = {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()}
+    found["versions"] = versions() | {"ray": ray.__version__}
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, found)
-    print(found["time"]["modelled_over_measured"], found["memory"]["growth_mb"])
+    for part in options.parts:
+        print(part, {name: found[part].get(name) for name in ("modelled_over_measured", "growth_mb", "seconds")})
 
 
 if __name__ == "__main__":

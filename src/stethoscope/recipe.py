@@ -178,7 +178,7 @@ class Ray(_Section):
         workers: how many; as many as the cluster has room for if None, and 0 for none: all in this process.
         threads: CPUs of each; if None as many as PyTorch uses here, with which the results are the same, or one beside
             a GPU.
-        gpus: of each, a share if less than one; without, workers compute on CPUs.
+        gpus: of each, one or a share of it; without, workers compute on CPUs.
         split: what workers share of the listening, see `diagnosis.listen.listen`.
     """
 

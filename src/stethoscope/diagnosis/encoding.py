@@ -81,14 +81,13 @@ class Encoder:
         if sae.cfg.architecture() == "jumprelu":
             # activations are positive, so a negative threshold lets through what 0 does
             self._threshold = sae.threshold.detach().float().clamp(min=0).to(device)
-            shift = shift - self._threshold.cpu()
+            shift = shift - self._threshold.to(shift.device)
         self._shift = shift.to(device)
         step = TILE_WIDTH[device.type]
         self._parts = [slice(start, min(start + step, self.width)) for start in range(0, self.width, step)]
         self._weights = [weights[:, part].to(device=device, dtype=dtype).contiguous() for part in self._parts]
-        tile = self._tokens * min(step, self.width)
-        self._product = torch.empty(tile, dtype=dtype, device=device)
-        self._wide = torch.empty(tile, device=device)
+        # on a GPU it is large, and the allocator lends the same to one layer after another
+        self._tile = self._new_tile() if device.type == "cpu" else None
 
     def add(self, hidden: Float[Tensor, "tokens d_in"], sums: BlockSums) -> None:
         """Add the activations of some tokens to a block's sums."""
@@ -100,10 +99,15 @@ class Encoder:
             for part, positive in self._positive(values.to(self.dtype)):
                 sums.add(part, positive, None if self._threshold is None else self._threshold[part])
 
+    def _new_tile(self) -> tuple[Tensor, Tensor]:
+        size = self._tokens * self._parts[0].stop
+        return torch.empty(size, dtype=self.dtype, device=self.device), torch.empty(size, device=self.device)
+
     def _positive(self, values: Float[Tensor, "tokens d_in"]) -> Iterator[tuple[slice, Float[Tensor, "tokens part"]]]:
         """relu(z - threshold), tile by tile, in memory that is used again."""
+        tile = self._tile or self._new_tile()
         for part, weights in zip(self._parts, self._weights, strict=True):
             rows, columns = len(values), weights.shape[1]
-            product, wide = (tile[: rows * columns].view(rows, columns) for tile in (self._product, self._wide))
+            product, wide = (some[: rows * columns].view(rows, columns) for some in tile)
             torch.mm(values, weights, out=product)
             yield part, wide.copy_(product).add_(self._shift[part]).relu_()

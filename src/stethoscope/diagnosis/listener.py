@@ -30,6 +30,9 @@ from stethoscope.work import Lost
 
 log = logging.getLogger(__name__)
 
+# SAELens encodes and decodes so many tokens at once; on a GPU several times their features has to fit beside the rest.
+HEALTH_TOKENS = {"cpu": 4096, "cuda": 512}
+
 Heard = dict[int, Float[Tensor, "tokens d_in"]]
 
 
@@ -147,7 +150,7 @@ class Listener:
             batch, *others = rows.batches(self.tokenizer)
             begun = Begun(batches=tuple(others), silent=rows.silent)
         heard, counted, sinks = countable(hear(self.model, self.points, batch.input_ids), batch)
-        return begun, *(Streams.of({layer: heard[layer][counted] for layer in group}, sinks) for group in work.groups)
+        return begun, *(Streams.of({layer: heard[layer] for layer in group}, counted, sinks) for group in work.groups)
 
     @torch.inference_mode()
     def read(
@@ -299,7 +302,10 @@ def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | N
     if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
         # a transcoder has nothing to say of what it reads but features
         return HealthSums.nothing(encoder.width).health()
-    exact = measure_health(sae, sample)
+    home = sae.W_enc.device
+    sae.to(device=str(sample.device))
+    exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
+    sae.to(device=str(home))
     fast = BlockSums(encoder.width, sample.device)
     encoder.add(sample, fast)
     shares = [sums.double() / sums.double().sum() for sums in (exact.mass, fast.sums)]

@@ -12,6 +12,7 @@ import torch
 from sae_lens import SAE
 from transformers import PreTrainedModel
 
+from stethoscope.diagnosis.encoding import PLAIN
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
 from stethoscope.saes.sources import SAEFolder
@@ -152,8 +153,11 @@ def _groups(
 
 
 def _bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
-    """Of an encoder."""
-    return _width(sae) * _d_in(sae) * dtype.itemsize
+    """Of an encoder; where SAELens encodes itself, of the whole SAE in float32."""
+    values = _width(sae) * _d_in(sae)
+    architecture = sae.architecture if isinstance(sae, SAEFolder) else sae.cfg.architecture()
+    plain = architecture in PLAIN or architecture.endswith("batchtopk")  # which is read as a JumpReLU
+    return values * dtype.itemsize if plain else 2 * values * torch.float32.itemsize
 
 
 def _width(sae: SAE | SAEFolder) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
@@ -54,10 +54,15 @@ class Streams:
     sinks: int
 
     @classmethod
-    def of(cls, heard: Mapping[int, Float[Tensor, "tokens d_in"]], sinks: int) -> "Streams":
-        """From a model's device."""
+    def of(
+        cls,
+        heard: Mapping[int, Float[Tensor, "rows tokens d_in"]],
+        counted: Bool[Tensor, "rows tokens"],
+        sinks: int,
+    ) -> "Streams":
+        """From a model's device, layer by layer."""
         return cls(
-            values={layer: some.cpu().contiguous().view(torch.uint8).numpy() for layer, some in heard.items()},
+            values={layer: some[counted].cpu().contiguous().view(torch.uint8).numpy() for layer, some in heard.items()},
             dtypes={layer: some.dtype for layer, some in heard.items()},
             sinks=sinks,
         )

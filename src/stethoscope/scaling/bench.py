@@ -29,6 +29,7 @@ class Bench:
         dtype: of the model; the device's preferred one if None.
         device: ``cpu`` or ``cuda``.
         threads: that PyTorch computes with on a CPU; sums depend on it.
+        share: of a GPU's memory, which others may use as well.
     """
 
     base: Path | None = None
@@ -36,6 +37,7 @@ class Bench:
     dtype: torch.dtype | None = None
     device: str = "cpu"
     threads: int = 1
+    share: float = 1.0
 
     @cached_property
     def model(self) -> Any:
@@ -65,7 +67,12 @@ class Bench:
         """The task vector's layers, to be put into the model."""
         from stethoscope.editing.layers import LayerEdits
 
-        return LayerEdits(self.model, self.task_vector)
+        if self.device != "cuda":
+            return LayerEdits(self.model, self.task_vector)
+        total = torch.cuda.get_device_properties(0).total_memory
+        left = self.share * total - sum(weight.nbytes for weight in self.model.parameters())
+        # half of it, for the activations need some too
+        return LayerEdits(self.model, self.task_vector, memory=max(1, int(left / 2)))
 
     def load(self, folder: Path | None) -> Any:
         """A model of the bench's type, on its device."""
@@ -73,6 +80,8 @@ class Bench:
 
         assert folder is not None
         torch.set_num_threads(self.threads)
+        if self.device == "cuda" and self.share < 1:
+            torch.cuda.set_per_process_memory_fraction(self.share)  # Ray does not see to it
         model: Any = load_model(folder, dtype=self.dtype or preferred_dtype(self.device))
         return model.to(self.device)
 

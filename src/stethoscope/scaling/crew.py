@@ -75,13 +75,18 @@ class Crew:
     def __init__(self, options: Ray, bench: Bench) -> None:
         """
         Raises:
-            StethoscopeError: Ray is not installed.
+            StethoscopeError: Ray is not installed, or a worker is to have several GPUs.
         """
+        if options.gpus > 1:
+            raise StethoscopeError(
+                f"`gpus: {options.gpus:g}`: a worker computes on one GPU", hint="`gpus: 1`, and more workers"
+            )
         self._ray = import_ray()
         self.options = options
         # as many threads as here, or sums on CPUs would be made in another order
         self._threads = options.threads or (1 if options.gpus else torch.get_num_threads())
-        self._bench = replace(bench, device="cuda" if options.gpus else "cpu", threads=self._threads)
+        device = "cuda" if options.gpus else "cpu"
+        self._bench = replace(bench, device=device, threads=self._threads, share=options.gpus or 1.0)
         self._members: list[_Member] = []
         self._stages = count()
         self._started = False
@@ -115,11 +120,10 @@ class Crew:
     def means(self) -> Means:
         """What they have, as far as work is shared by it."""
         stores = [node["Resources"].get("object_store_memory", 0) for node in self._ray.nodes() if node["Alive"]]
-        gpus = self.options.gpus
         return Means(
             workers=self.workers,
             device=self._bench.device,
-            share=min(gpus, 1.0) if gpus else float(self._threads),
+            share=self._bench.share if self.options.gpus else float(self._threads),
             store=int(min(stores)),
         )
 
@@ -139,7 +143,7 @@ class Crew:
         while not any(member.introduction for member in self._members):
             self._wait({})
         sizes = [m.introduction.memory for m in self._members if m.introduction and m.introduction.memory]
-        return max(1, round(0.8 * min(sizes) * min(self.options.gpus, 1.0)) - model_bytes)
+        return max(1, round(0.8 * min(sizes) * self._bench.share) - model_bytes)
 
     def listening(self, make: Callable[..., Any]) -> "CrewRun":
         """For `stethoscope.diagnosis.listen.listen`."""
