@@ -92,6 +92,7 @@ class Look:
                 ["edited checkpoint", f"changes {edit.tensors} tensors ({edit.bytes_changed / 1e6:,.1f} MB)"],
                 ["writing it", f"{edit.bytes_written / 1e9:,.2f} GB in about {edit.seconds:.0f} s"],
                 ["disk", f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free"],
+                *(["warning", text] for text in edit.warnings),
             ]
         return rows
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.cli import main
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import check_edit, preview
 from stethoscope.editing.verify import verify
@@ -67,6 +68,31 @@ def test_a_transform(base: Checkpoint, change: TaskVector, pair: tuple[Path, Pat
     assert torch.equal(edited["model." + up], change.edited(up, 0.5))
     assert edit.manifest["plan"]["transform"] == {"kind": "kept"}
     assert edit.manifest["mergekit"] is None
+
+
+def test_a_full_checkpoint_takes_back_an_earlier_edit_and_that_is_said(
+    base: Checkpoint,
+    change: TaskVector,
+    pair: tuple[Path, Path],
+    adapter: tuple[Checkpoint, TaskVector],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = write_edit(base, change, EditPlan.for_layers([1], coefficient=-1.0), tmp_path / "first")
+    assert not first.warnings
+    main(
+        ["edit", "--base", str(first.path), "--tuned", str(pair[1]), "--layers", "0-1", "--out", str(tmp_path / "two")]
+    )
+    said = capsys.readouterr().err
+    assert "takes that edit back in layers 1;" in " ".join(said.split())
+    before, after, two = stored(first.path), stored(pair[1]), stored(tmp_path / "two")
+    name = next(name for name in two if ".layers.1." in name and not torch.equal(before[name], after[name]))
+    assert torch.equal(two[name], after[name])  # nothing of the first edit is left
+    plan = EditPlan.for_layers([1])
+    inner = write_edit(*adapter, plan, tmp_path / "third")
+    again = open_checkpoint(inner.path)
+    other = open_task_vector(again, adapter[1].store.path)
+    assert not preview(again, other, plan, tmp_path / "fourth").warnings
 
 
 def test_the_manifest_says_where_every_tensor_comes_from(base: Checkpoint, change: TaskVector, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Commands on checkpoints alone: edit, take back, verify."""
 
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -55,6 +56,8 @@ def edit(
     plan = EditPlan.for_layers(wanted, coefficient=coefficient, modules=modules.value)
     if dry_run:
         found = check_edit(base, tuned, plan, out, kind=kind.value)
+        if not quiet:
+            _caution(found.warnings)
         if as_json or not found.problems:
             conclude(
                 asdict(found),
@@ -72,6 +75,8 @@ def edit(
     opened = open_checkpoint(base)
     with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
         made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind.value, progress=advance)
+    if not quiet:
+        _caution(made.warnings)
     conclude(
         made.manifest,
         as_json=as_json,
@@ -79,6 +84,11 @@ def edit(
         wrote=[out],
         then=command_line("verify", out, *(["--base", base] if kind is OutputKind.checkpoint else [])),
     )
+
+
+def _caution(warnings: Iterable[str]) -> None:
+    for text in warnings:
+        warn(f"warning: {text}")
 
 
 def apply(

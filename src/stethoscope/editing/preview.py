@@ -6,12 +6,14 @@ check_edit("base", "tuned", plan, Path("edited")).problems     # opens them too,
 
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint, open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.editing.manifest import MANIFEST, read_manifest
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.errors import CheckpointError
 
@@ -31,6 +33,7 @@ class Preview:
         disk_needed, disk_free: bytes, where the output will lie.
         seconds: predicted wall time.
         problems: everything that stands in the way, one line each.
+        warnings: what does not, and may not be meant.
     """
 
     layers: tuple[int, ...] = ()
@@ -42,6 +45,7 @@ class Preview:
     disk_free: int = 0
     seconds: float = 0.0
     problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     hint: str | None = None
 
 
@@ -69,10 +73,11 @@ def preview(
     read = {"checkpoint": base.nbytes + changed - copied, "patch": 2 * changed}.get(kind, written)
     free = _disk_free(out)
     needed = written + SMALL_FILES
+    layers = {layer for name in chosen if (layer := base.entries[name].layer) is not None}
     if needed > free:
         problems.append(f"`{out}` needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
     return Preview(
-        layers=tuple(sorted({e for n in chosen if (e := base.entries[n].layer) is not None})),
+        layers=tuple(sorted(layers)),
         tensors=len(chosen),
         bytes_changed=changed,
         bytes_read=read,
@@ -81,6 +86,7 @@ def preview(
         disk_free=free,
         seconds=round(1.0 + written / COPY_RATE + (changed - copied) / ARITHMETIC_RATE, 1),
         problems=tuple(problems),
+        warnings=_taken_back(base, task_vector, layers),
         hint="nothing has been written" if problems else None,
     )
 
@@ -157,6 +163,19 @@ def _plan_problems(
     if kind == "adapter":
         problems += _adapter_problems(task_vector, plan, chosen)
     return problems
+
+
+def _taken_back(base: Checkpoint, task_vector: TaskVector, layers: Collection[int]) -> tuple[str, ...]:
+    """A full checkpoint less an edited base holds the opposite of that edit; an adapter does not."""
+    if isinstance(task_vector, AdapterTaskVector) or not (base.path / MANIFEST).is_file():
+        return ()
+    shared = sorted(set(read_manifest(base.path).get("layers", ())) & set(layers))
+    if not shared:
+        return ()
+    return (
+        f"`{base.source}` is an edit itself: unless `{task_vector.source}` was trained from it, the change from it"
+        f" takes that edit back in layers {', '.join(map(str, shared))}; an adapter's would not",
+    )
 
 
 def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float]) -> list[str]:

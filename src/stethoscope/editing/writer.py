@@ -56,6 +56,7 @@ class Edit:
         tensors: how many tensors it changed.
         bytes_written: bytes of weights written; 0 for what a reflink shares.
         bytes_read: bytes of weights read.
+        warnings: what may not have been meant.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Edit:
     tensors: int
     bytes_written: int
     bytes_read: int
+    warnings: tuple[str, ...] = ()
 
 
 def write_edit(
@@ -118,6 +120,7 @@ def write_edit(
         tensors=len(chosen),
         bytes_written=written.bytes_written,
         bytes_read=written.bytes_read,
+        warnings=expected.warnings,
     )
 
 
