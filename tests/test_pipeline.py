@@ -25,7 +25,7 @@ from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.pipeline import TextLoss, geometry_recipe, judge_recipe, run_recipe
 from stethoscope.preflight import check_recipe, preflight
-from stethoscope.recipe import Recipe
+from stethoscope.recipe import OTHERS, Recipe
 from stethoscope.seen import Seen
 from stethoscope.selection.arms import Edits, plan_arms
 from stethoscope.selection.calibration import Calibration
@@ -248,6 +248,26 @@ def test_controls_put_as_much_change_elsewhere_or_everywhere(world, tmp_path):
     wanted = sum(energy[layer] for layer in chosen)
     others = [set(pair) for pair in combinations(range(LAYERS), 2) if set(pair) != chosen]
     assert layers["random_matched"] == min(others, key=lambda pair: abs(sum(energy[n] for n in pair) - wanted))
+
+
+def test_arms_that_make_no_sense_where_every_layer_is_selected_are_left_out(world, tmp_path):
+    arms = ["base", "tuned", "selected", "projected", *OTHERS]
+    path = changed(world, tmp_path, arms=arms, select={"policy": "threshold", "z": -1000.0})
+    recipe = yaml.safe_load(path.read_text())
+    recipe["evaluate"] |= {"control_tasks": [], "limit": 2}
+    path.write_text(yaml.safe_dump(recipe))
+    assert not check_recipe(Recipe.from_yaml(path), tmp_path / "run").notes
+    reporter = Recorder()
+    result = run_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=reporter)
+    assert result.selection.layers == tuple(range(LAYERS))
+    assert set(Edits.load(tmp_path / "run").plans) == {"base", "tuned", "selected", "projected"}
+    page = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    for arm in OTHERS:
+        assert any(f"`{arm}` is left out" in note for note in reporter.stages), arm
+        assert f"<code>{arm}</code> is left out" in page
+    everything = changed(world, tmp_path, arms=arms, select={"policy": "top_k", "k": LAYERS})
+    (note,) = check_recipe(Recipe.from_yaml(everything), tmp_path / "run").notes
+    assert all(f"`{arm}`" in note for arm in OTHERS)
 
 
 def test_geometry_can_be_measured_by_itself(world, tmp_path):

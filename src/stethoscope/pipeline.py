@@ -147,6 +147,8 @@ class _Run:
                     for name, documents in self.found.texts.items()
                 },
             }
+        for note in self.found.look.notes:
+            reporter.note(note)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -454,23 +456,26 @@ class _Run:
             features=self.projected_features, share=recipe.project.share,
         )  # fmt: skip
         with self.reporter.stage("Edit: write the checkpoint") as advance:
-            kept = load_plans(self.folder, provenance)
-            if kept is not None and ("selected" not in kept or edited.exists()):
-                return kept
-            task_vector, features = self.found.task_vector, self.features(diagnosis)
-            plans = plan_arms(
-                recipe,
-                task_vector,
-                chosen,
-                {layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
-                {layer: lambda load=load: load().directions for layer, load in features.items()},  # type: ignore[misc]
-                features=self.projected_features,
-            )
-            if selected := plans.get("selected"):
-                write_edit(self.found.base, task_vector, selected, edited, overwrite=True, progress=advance)
-            save_plans(self.folder, plans, task_vector.energy_by_layer(), provenance=provenance)
-        self.reporter.note(f"wrote {edited}")
-        return plans
+            planned = load_plans(self.folder, provenance)
+            done = planned is not None and ("selected" not in planned.plans or edited.exists())
+            if planned is None or not done:
+                task_vector, features = self.found.task_vector, self.features(diagnosis)
+                planned = plan_arms(
+                    recipe,
+                    task_vector,
+                    chosen,
+                    {layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
+                    {layer: lambda load=load: load().directions for layer, load in features.items()},  # type: ignore[misc]
+                    features=self.projected_features,
+                )
+                if selected := planned.plans.get("selected"):
+                    write_edit(self.found.base, task_vector, selected, edited, overwrite=True, progress=advance)
+                save_plans(self.folder, planned, task_vector.energy_by_layer(), provenance=provenance)
+        for warning in planned.warnings:
+            self.reporter.note(f"warning: {warning}")
+        if not done:
+            self.reporter.note(f"wrote {edited}")
+        return planned.plans
 
     def evaluate(self, plans: dict[str, EditPlan | None]) -> Comparison:
         recipe, options = self.recipe, self.recipe.evaluate

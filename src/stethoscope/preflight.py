@@ -21,7 +21,7 @@ from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.sides import SCALPEL_ARMS, residual_sides
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.names import unknown_tasks
-from stethoscope.recipe import FEWEST_BLOCKS, LossText, Recipe, Text
+from stethoscope.recipe import FEWEST_BLOCKS, OTHERS, LossText, Recipe, Text
 from stethoscope.saes.sources import SITES, SAEFolder, check_fit, check_source, open_saes
 from stethoscope.seen import Seen
 
@@ -36,9 +36,11 @@ class Look:
         base, task_vector, edit: None where they could not be opened, or lie on the hub and were not looked at.
         prompts: with which the documents of some texts begin.
         unseen: what lies on the hub and was not looked at, by the recipe's key.
+        notes: what will not be as the recipe asks, though it can be run.
     """
 
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     unseen: dict[str, str] = field(default_factory=dict)
     base: Checkpoint | None = None
     task_vector: TaskVector | None = None
@@ -74,6 +76,7 @@ class Look:
             "texts": {name: len(documents) for name, documents in self.texts.items()},
             "unseen": self.unseen,
             "edit": self.edit and asdict(self.edit),
+            "notes": self.notes,
         }
 
     def table(self) -> list[list[str]]:
@@ -190,6 +193,7 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, 
     found = Look()
     _look_at_weights(found, recipe, headers_only=headers_only, offline=offline)
     _look_at_score(found, recipe)
+    _look_at_arms(found, recipe)
     texts = {"target": recipe.target, **recipe.all_controls}
     if recipe.calibrate:
         texts |= {"calibration target": recipe.calibrate.target, "calibration control": recipe.calibrate.control}
@@ -209,6 +213,16 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, 
         found.edit = _expected_edit(recipe, found.base, found.task_vector, folder)
         found.problems += found.edit.problems
     return found
+
+
+def _look_at_arms(found: Look, recipe: Recipe) -> None:
+    """Arms of other layers than the selected ones need such layers."""
+    none = [f"`{arm}`" for arm in recipe.arms if arm in OTHERS]
+    if found.base and none and recipe.select.policy == "top_k" and recipe.select.k == found.base.layers:
+        found.notes.append(
+            f"note: `select` takes all {recipe.select.k} layers, so {', '.join(none)} will be left out: there are no"
+            " other layers for them"
+        )
 
 
 def _look_at_blocks(found: Look, recipe: Recipe) -> None:

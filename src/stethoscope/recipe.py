@@ -18,6 +18,10 @@ ArmName = Literal[
 ]  # fmt: skip
 # Of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
 FEWEST_BLOCKS = 4
+# There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
+OTHERS: tuple[ArmName, ...] = (
+    "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid",
+)  # fmt: skip
 ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")
 
 

@@ -103,7 +103,8 @@ def check(
             f"`{recipe}` has no mistake in its form."
             if offline
             else f"`{recipe}` can be run, as far as names and headers tell; `run --dry-run` also builds the tasks and"
-            " looks for items that the texts have shown."
+            " looks for items that the texts have shown.",
+            *found.notes,
         ],
         then=_then("check" if offline else "run", recipe, out) + ("" if offline else " --dry-run"),
     )
@@ -271,7 +272,7 @@ def _rehearse(recipe: Path, out: Path | None, *, quiet: bool, as_json: bool) -> 
         as_json=as_json,
         rows=[*found.look.table(), *rows],
         left=2,
-        says=[f"`{recipe}` can be run: all it names is here and fits together."],
+        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.look.notes],
         then=_then("run", recipe, out),
     )
 

@@ -259,6 +259,7 @@ class LayerEnergy(_Shown):
 class Edits(_File):
     plans: dict[str, Plan | None]
     energy: tuple[LayerEnergy, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Draws(_Shown):

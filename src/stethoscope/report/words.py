@@ -113,7 +113,7 @@ def _significant(contrast: Contrast, alpha: float) -> bool:
     return contrast.pooled.clear
 
 
-def notices(diagnosis: Diagnosis, comparison: Comparison) -> list[str]:
+def notices(diagnosis: Diagnosis, comparison: Comparison, edits: Edits | None = None) -> list[str]:
     """What a reader should know before believing the numbers."""
     found = []
     sizes = [t.n for c in comparison.contrasts for t in c.tasks]
@@ -127,7 +127,8 @@ def notices(diagnosis: Diagnosis, comparison: Comparison) -> list[str]:
     flagged = [f"layer {layer.layer} ({layer.flag})" for layer in diagnosis.layers if layer.flag]
     if flagged:
         found.append(f"{len(flagged)} of {len(diagnosis.layers)} layers are not believed: {_some(flagged)}.")
-    return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in diagnosis.warnings)]
+    warnings = [*diagnosis.warnings, *(f"the arm {warning}" for warning in (edits.warnings if edits else ()))]
+    return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in warnings)]
 
 
 def layer_facts(layer: Layer, diagnosis: Diagnosis) -> str:

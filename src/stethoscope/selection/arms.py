@@ -6,10 +6,10 @@ plans = load_plans(folder, provenance)         # None where they were made from 
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -21,12 +21,19 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.projection import FeatureProjection
 from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.sides import SCALPEL_ARMS
-from stethoscope.errors import CheckpointError, RecipeError
+from stethoscope.errors import CheckpointError
 from stethoscope.recipe import Recipe
-from stethoscope.selection.controls import CONTROL_ARMS, control_plan
+from stethoscope.selection.controls import CONTROL_ARMS, NoOthersError, control_plan, mean_coefficient, random_layers
 
-Plans = Mapping[str, EditPlan | None]
 BASES = "bases.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A plan for every arm, None for the base, and what a reader should know of arms that there are not."""
+
+    plans: dict[str, EditPlan | None]
+    warnings: tuple[str, ...] = ()
 
 
 class LayerEnergy(Frozen):
@@ -44,12 +51,13 @@ class Edits(Artifact):
 
     plans: dict[str, dict[str, Any] | None]
     energy: tuple[LayerEnergy, ...]
+    warnings: tuple[str, ...] = ()
 
 
-def save_plans(folder: Path, plans: Plans, energy: Mapping[int, float], *, provenance: Provenance) -> Edits:
+def save_plans(folder: Path, planned: Planned, energy: Mapping[int, float], *, provenance: Provenance) -> Edits:
     """Write ``edits.json``, and each different basis once in ``bases.safetensors``, by its hash."""
     bases: dict[str, Tensor] = {}
-    for plan in plans.values():
+    for plan in planned.plans.values():
         if plan and isinstance(plan.transform, FeatureProjection):
             bases |= plan.transform.tensors()
     (folder / BASES).unlink(missing_ok=True)
@@ -59,23 +67,25 @@ def save_plans(folder: Path, plans: Plans, energy: Mapping[int, float], *, prove
     whole = sum(energy.values())
     made = Edits(
         provenance=provenance,
-        plans={name: plan.to_json() if plan else None for name, plan in plans.items()},
+        plans={name: plan.to_json() if plan else None for name, plan in planned.plans.items()},
+        warnings=planned.warnings,
         energy=tuple(LayerEnergy(layer=n, energy=e, share=e / whole if whole else 0.0) for n, e in energy.items()),
     )
     made.save(folder)  # last: what it names is there
     return made
 
 
-def load_plans(folder: Path, provenance: Provenance) -> dict[str, EditPlan | None] | None:
+def load_plans(folder: Path, provenance: Provenance) -> Planned | None:
     """The plans that `save_plans` wrote, if they were made from exactly these inputs and are whole; else None."""
     saved = Edits.load_if_current(folder, provenance)
     if saved is None:
         return None
     try:
         bases = load_file(folder / BASES) if (folder / BASES).exists() else {}
-        return {name: _plan(described, bases) if described else None for name, described in saved.plans.items()}
+        plans = {name: _plan(described, bases) if described else None for name, described in saved.plans.items()}
     except (OSError, SafetensorError, KeyError, CheckpointError):
         return None  # what is damaged is made again
+    return Planned(plans=plans, warnings=saved.warnings)
 
 
 def _plan(described: Mapping[str, Any], bases: Mapping[str, Tensor]) -> EditPlan:
@@ -92,8 +102,8 @@ def plan_arms(
     directions: Mapping[int, Callable[[], Float[Tensor, "features d"]]],
     *,
     features: int,
-) -> dict[str, EditPlan | None]:
-    """A plan for every arm of a recipe; None leaves the base as it is.
+) -> Planned:
+    """A plan for every arm of a recipe; those that make no sense beside this selection are left out, and it says so.
 
     Args:
         chosen: the selected layers' coefficients.
@@ -101,8 +111,25 @@ def plan_arms(
         directions: layer -> what loads its feature directions, most specific first.
         features: how many span the subspace of the arms that cut.
     """
+    plans: dict[str, EditPlan | None] = {}
+    warnings: list[str] = []
+
+    def draw() -> None:
+        drawn = random_layers(chosen, task_vector.base.layers, recipe.random_sets, seed=recipe.seed)
+        for number, layers in enumerate(drawn, 1):
+            plans[f"random_layers_{number}"] = EditPlan.for_layers(layers, coefficient=mean_coefficient(chosen))
+        if len(drawn) < recipe.random_sets:
+            warnings.append(
+                f"`random_layers` has {len(drawn)} sets, not {recipe.random_sets}: there are no more of {len(chosen)}"
+                f" of {task_vector.base.layers} layers"
+            )
+
+    wanted = [arm for arm in recipe.arms if arm in SCALPEL_ARMS]
+    if "hybrid" in wanted and not set(directions) - set(chosen):
+        wanted.remove("hybrid")
+        warnings.append("`hybrid` is left out: every layer is selected, so there are no others to filter")
     cut = scalpel_plans(
-        [arm for arm in recipe.arms if arm in SCALPEL_ARMS],
+        wanted,
         task_vector,
         chosen,
         lambda layer: directions[layer](),
@@ -111,39 +138,21 @@ def plan_arms(
         share=recipe.project.share,
         seed=recipe.seed,
     )
-    coefficient = sum(chosen.values()) / len(chosen)
-    plans: dict[str, EditPlan | None] = {}
     for arm in recipe.arms:
-        if arm == "base":
-            plans[arm] = None
-        elif arm == "tuned":
-            plans[arm] = EditPlan.everything()
-        elif arm == "selected":
-            plans[arm] = EditPlan.for_layers(chosen)
-        elif arm == "random_layers":
-            drawn = random_layers(chosen, task_vector.base.layers, recipe.random_sets, seed=recipe.seed)
-            for number, layers in enumerate(drawn, 1):
-                plans[f"random_layers_{number}"] = EditPlan.for_layers(layers, coefficient=coefficient)
-        elif arm in CONTROL_ARMS:
-            energy = task_vector.energy_by_layer()
-            plans[arm] = control_plan(arm, chosen, energy=energy, excess=excess, seed=recipe.seed)
-        elif arm in SCALPEL_ARMS:
-            plans[arm] = cut[arm]
-    return plans
-
-
-def random_layers(chosen: Mapping[int, float], depth: int, count: int, *, seed: int) -> list[list[int]]:
-    """Sets of as many layers as are chosen, all different from these and from each other."""
-    rng = np.random.default_rng(seed)
-    size, own = len(chosen), tuple(sorted(chosen))
-    seen = {own}
-    for _ in range(1000):
-        seen.add(tuple(sorted(int(n) for n in rng.choice(depth, size, replace=False))))
-        if len(seen) > count:
-            break
-    else:
-        raise RecipeError(
-            f"there are no {count} other sets of {size} of {depth} layers",
-            hint="choose a smaller `random_sets` or another `k`",
-        )
-    return [list(layers) for layers in sorted(seen - {own})]
+        try:
+            if arm == "base":
+                plans[arm] = None
+            elif arm == "tuned":
+                plans[arm] = EditPlan.everything()
+            elif arm == "selected":
+                plans[arm] = EditPlan.for_layers(chosen)
+            elif arm == "random_layers":
+                draw()
+            elif arm in CONTROL_ARMS:
+                energy = task_vector.energy_by_layer()
+                plans[arm] = control_plan(arm, chosen, energy=energy, excess=excess, seed=recipe.seed)
+            elif arm in cut:
+                plans[arm] = cut[arm]
+        except NoOthersError as error:
+            warnings.append(f"`{arm}` is left out: {error.message}")
+    return Planned(plans=plans, warnings=tuple(warnings))

@@ -4,7 +4,7 @@ plan = control_plan("scaled", chosen, energy=task_vector.energy_by_layer(), exce
 """
 
 from collections.abc import Mapping
-from math import sqrt
+from math import comb, sqrt
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,6 +12,11 @@ import numpy as np
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
 from stethoscope.selection.hearing import matched_sets
+
+
+class NoOthersError(StethoscopeError):
+    """There is no such arm beside this selection: it would be the selected edit, or there are no layers for it."""
+
 
 ControlArm = Literal["scaled", "norm_ranked", "bottom_layers", "random_matched"]
 CONTROL_ARMS: tuple[ControlArm, ...] = get_args(ControlArm)
@@ -37,23 +42,47 @@ def control_plan(
         excess: of the layers that may be chosen.
 
     Raises:
-        StethoscopeError: the task vector is zero, or there is no other set of layers of about that energy.
+        NoOthersError: it would be the selected edit, or there is no other set of layers.
+        StethoscopeError: the task vector is zero.
     """
-    size, mean = len(chosen), sum(chosen.values()) / len(chosen)
+    size, mean = len(chosen), mean_coefficient(chosen)
     if arm == "scaled":
         whole = sum(energy.values())
         if not whole:
             raise StethoscopeError("the task vector changes no layer: no coefficient gives it an edit's energy")
+        if {layer for layer, value in energy.items() if value} <= set(chosen) and len(set(chosen.values())) == 1:
+            raise NoOthersError("every layer is selected, so it would be the selected edit itself")
         selected = sum(coefficient**2 * energy[layer] for layer, coefficient in chosen.items())
         return EditPlan.for_layers(list(energy), coefficient=sqrt(selected / whole))
     if arm == "random_matched":
         found = matched_sets(tuple(sorted(chosen)), energy, 1, np.random.default_rng(seed))
         if not found:
-            raise StethoscopeError(
-                f"no other {size} layers have about the energy of the selected ones",
-                hint="leave out the arm `random_matched`, or select another number of layers",
-            )
+            raise NoOthersError(f"there is no other set of {size} layers")
         return EditPlan.for_layers(found[0], coefficient=mean)
     rank = {layer: -value for layer, value in energy.items()} if arm == "norm_ranked" else excess
+    if size >= len(rank):
+        raise NoOthersError(f"there are no other {size} layers to take")
     layers = sorted(rank, key=lambda layer: (rank[layer], layer))[:size]
     return EditPlan.for_layers(sorted(layers), coefficient=mean)
+
+
+def mean_coefficient(chosen: Mapping[int, float]) -> float:
+    """The selected layers' mean coefficient, to the bit where they have but one."""
+    values = list(chosen.values())
+    return values[0] if len(set(values)) == 1 else sum(values) / len(values)
+
+
+def random_layers(chosen: Mapping[int, float], depth: int, count: int, *, seed: int) -> list[list[int]]:
+    """Random sets of as many layers as are chosen, different from these and from each other; at most all there are.
+
+    Raises:
+        NoOthersError: there is none.
+    """
+    size, own = len(chosen), tuple(sorted(chosen))
+    if not (others := comb(depth, size) - 1):
+        raise NoOthersError("every layer is selected, so there are no others to draw")
+    rng = np.random.default_rng(seed)
+    seen = {own}
+    while len(seen) <= min(count, others):
+        seen.add(tuple(sorted(int(n) for n in rng.choice(depth, size, replace=False))))
+    return [list(layers) for layers in sorted(seen - {own})]
