@@ -23,10 +23,10 @@ from stethoscope.selection.hearing import Beaten, Hearing, SetEffect
 def rows(vector: str, found: Hearing, energy: dict[int, float]) -> Iterator[dict[str, Any]]:
     """What a hearing found: a row per score and k, per random set, and per layer."""
 
-    def row(kind: str, one: SetEffect, **more: Any) -> dict[str, Any]:
+    def row(drawn: str, one: SetEffect, **more: Any) -> dict[str, Any]:
         return {
             "vector": vector,
-            "set": kind,
+            "set": drawn,
             "k": len(one.layers),
             "layers": list(one.layers),
             "gain": one.target_gain,
@@ -36,17 +36,17 @@ def rows(vector: str, found: Hearing, energy: dict[int, float]) -> Iterator[dict
         }
 
     for name, score in found.scores.items():
-        for one in score.sets.values():
+        for best in score.sets.values():
             yield row(
                 "score",
-                one.effect,
+                best.effect,
                 score=name,
                 kind=score.kind,
                 rho=score.gain.rho,
                 rho_low=score.gain.low,
                 rho_high=score.gain.high,
-                **_beaten("equal_size", one.beaten),
-                **_beaten("equal_energy", one.beaten_matched),
+                **_beaten("equal_size", best.beaten),
+                **_beaten("equal_energy", best.beaten_matched),
             )
     for drawn in found.random.values():
         for one in drawn.equal_size:

@@ -112,4 +112,4 @@ def kept(name: str, **where: Any) -> list[dict[str, Any]]:
     table = pd.read_parquet(path)
     for column, value in where.items():
         table = table[table[column] == value]
-    return table.to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]

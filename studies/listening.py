@@ -63,7 +63,7 @@ def cases(bench: Bench, folder: Path, vectors: Path) -> Iterator[Case]:
     yield Case(name="as it is", setting="120 documents")
     for count in (8, 16, 32, 64):
         size = short.model_copy(update={"block_size": max(1, min(8, count // 8))})
-        changes = {"diagnose": size, **texts(f"{count}", target[:count], control[:count])}
+        changes: dict[str, Any] = {"diagnose": size, **texts(f"{count}", target[:count], control[:count])}
         yield Case(name="documents", setting=f"{count}", changes=changes)
     for count in (256, 512):
         changes = texts(f"{count}", target[:count], pieces[:count])

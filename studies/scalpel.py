@@ -17,7 +17,7 @@ from common import NAMES, Bench, kept, save
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.projection import FeatureProjection, random_basis
-from stethoscope.editing.scalpel import scalpel_plan
+from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.pipeline import geometry_recipe, select_recipe
 from stethoscope.selection.controls import control_plan
@@ -29,12 +29,7 @@ FRACTIONS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the whole task vector, for a c
 def plans(bench: Bench) -> Mapping[str, EditPlan | None]:
     """All arms."""
     layers, chosen = range(bench.base.layers), bench.chosen
-    cut = {
-        arm: scalpel_plan(
-            arm, bench.task_vector, chosen, bench.directions, features=FEATURES, layers=layers, share=0.5, seed=0
-        )
-        for arm in SCALPEL_ARMS
-    }
+    cut = scalpel_plans(SCALPEL_ARMS, bench.task_vector, chosen, bench.directions, features=FEATURES, layers=layers)
     hybrid = cut["hybrid"].transform
     assert isinstance(hybrid, FeatureProjection)
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +42,7 @@ def plans(bench: Bench) -> Mapping[str, EditPlan | None]:
         "tuned": EditPlan.everything(),
         "selected": EditPlan.for_layers(chosen),
         "scaled": control_plan("scaled", chosen, energy=bench.task_vector.energy_by_layer(), excess={}),
-        **cut,
+        **{str(arm): plan for arm, plan in cut.items()},
         "hybrid, random of equal rank": EditPlan.for_layers(layers, transform=at_random),
         **{f"all at {part:g}": EditPlan.for_layers(layers, coefficient=part) for part in FRACTIONS},
     }
