@@ -12,7 +12,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from sae_lens import StandardSAE, StandardSAEConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.checkpoint import open_checkpoint
@@ -22,8 +22,9 @@ from stethoscope.editing.geometry import Geometry
 from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
+from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs
 from stethoscope.evaluation.peeking import Claim
-from stethoscope.pipeline import TextLoss, geometry_recipe, judge_recipe, run_recipe
+from stethoscope.pipeline import geometry_recipe, judge_recipe, run_recipe
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import OTHERS, Recipe
 from stethoscope.seen import Seen
@@ -312,7 +313,7 @@ def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     assert finished / "bases.safetensors" in before
     idle = {
-        "pipeline": ("listen", "gather_evidence", "write_edit", "document_losses", "load_sae", "tokenize", "plan_arms"),
+        "pipeline": ("listen", "gather_evidence", "write_edit", "document_costs", "load_sae", "tokenize", "plan_arms"),
         "editing.apply": ("prepare",),
         "checkpoints.task_vector.TaskVector": ("energy", "delta", "edited"),
     }
@@ -344,6 +345,23 @@ def test_plans_follow_the_recipe_and_what_they_cut_along_is_whole(world, finishe
     plans = Edits.load(copy).plans
     assert set(plans) == {"base", "selected", "projected"}
     assert {c for kinds in plans["selected"]["layers"].values() for c in kinds.values()} == {0.5}
+
+
+def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, tmp_path, monkeypatch):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    (copy / "losses/general/tuned/divergence.json").unlink()
+    asked = []
+
+    def counted(model: PreTrainedModel, arms: dict, *args: object, **options: object) -> object:
+        asked.append(list(arms))
+        return document_costs(model, arms, *args, **options)
+
+    monkeypatch.setattr("stethoscope.pipeline.document_costs", counted)
+    run_recipe(Recipe.from_yaml(world / "recipe.yaml"), copy, reporter=Recorder())
+    assert asked == [["tuned"]]
+    for kind in (TextLoss, TextDivergence):
+        assert kind.load(copy / "losses/general/tuned") == kind.load(finished / "losses/general/tuned")
+    assert sha256_file(copy / "comparison.json") == sha256_file(finished / "comparison.json")
 
 
 def test_a_run_interrupted_in_the_evaluation_goes_on(world, tmp_path, monkeypatch):

@@ -8,13 +8,13 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import Artifact, Provenance, canonical_json, sha256_bytes, sha256_files, write_text
+from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes, sha256_files, write_text
 from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, prompt_lengths, tokenize
 from stethoscope.diagnosis.attribution import attribute
 from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
@@ -31,8 +31,8 @@ from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError
 from stethoscope.evaluation.comparison import Comparison, compare
-from stethoscope.evaluation.control import document_divergences, document_losses
-from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses
+from stethoscope.evaluation.control import DocumentCosts, TextLoss, document_costs, document_losses
+from stethoscope.evaluation.outcomes import DocumentLosses
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.run import evaluate
 from stethoscope.models import load_model, load_tokenizer, preferred_dtype
@@ -501,16 +501,15 @@ class _Run:
                 spread=self.crew.answering(plans) if self.crew else None,
                 progress=lambda done, total, _: advance(done, total),
             )
-        losses = self.losses(GENERAL, arms, keys)
-        target_losses = self.losses(HELD_OUT, arms, keys)
-        divergences = self.divergences(plans, keys)
+        costs = self.costs(plans, keys)
+        target_losses = self.target_losses(arms, keys)
         with self.reporter.stage("Compare: paired tests"):
             comparison = compare(
                 outcomes,
                 family=self.found.tasks,
-                losses=losses or None,
+                losses={name: one.loss for name, one in costs.items()} or None,
                 target_losses=target_losses or None,
-                divergences=divergences or None,
+                divergences={name: one.divergence for name, one in costs.items()} or None,
                 seed=recipe.seed,
                 inputs=self.hashes,
             )
@@ -527,19 +526,18 @@ class _Run:
             return nullcontext
         return lambda: applied(self.model, self.found.task_vector, plan)
 
-    def losses(
-        self, text: str, arms: dict[str, Callable[[], AbstractContextManager[Any]]], keys: dict[str, str]
+    def target_losses(
+        self, arms: dict[str, Callable[[], AbstractContextManager[Any]]], keys: dict[str, str]
     ) -> dict[str, DocumentLosses]:
-        """Loss of every arm on each document of a text; empty where the recipe names none."""
-        documents = self.found.texts.get(text)
-        if not documents:
+        """Loss of every arm on each document of the held-out target text; empty where the recipe names none."""
+        if not self.found.texts.get(HELD_OUT):
             return {}
         losses = {}
-        rows = cache(partial(self.rows, text))  # not read where every loss is saved
-        with self.reporter.stage(f"Evaluate: loss on {text} text") as advance:
+        rows = cache(partial(self.rows, HELD_OUT))  # not read where every loss is saved
+        with self.reporter.stage(f"Evaluate: loss on {HELD_OUT} text") as advance:
             for number, (name, arm) in enumerate(arms.items()):
-                provenance = self.provenance(text, arm=keys[name])
-                folder = self.folder / "losses" / text.replace(" ", "-") / name
+                provenance = self.provenance(HELD_OUT, arm=keys[name])
+                folder = self.folder / "losses" / HELD_OUT.replace(" ", "-") / name
                 saved = TextLoss.load_if_current(folder, provenance)
                 if saved is None:
                     ids, starts = rows()
@@ -551,32 +549,40 @@ class _Run:
                 advance(number + 1, len(arms))
         return losses
 
-    def divergences(self, plans: dict[str, EditPlan | None], keys: dict[str, str]) -> dict[str, DocumentDivergences]:
-        """Every arm's divergence from the base on the general text; empty where the recipe names none."""
-        documents = self.found.texts.get(GENERAL)
-        if not documents:
+    def costs(self, plans: dict[str, EditPlan | None], keys: dict[str, str]) -> dict[str, DocumentCosts]:
+        """Every arm's loss and divergence from the base on the general text; empty where the recipe names none."""
+        if not self.found.texts.get(GENERAL):
             return {}
-        provenance = self.provenance(GENERAL, arms=keys)
-        with self.reporter.stage("Evaluate: divergence from the base") as advance:
-            saved = GeneralDivergence.load_if_current(self.folder, provenance)
-            if saved is None:
-                rows, found = tokenize(documents, self.tokenizer), dict[str, DocumentDivergences]()
-                for group in self.held_together(plans):
-                    arms = {
-                        name: prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
-                        for name, plan in group.items()
-                    }
-                    found |= document_divergences(self.model, arms, rows)
-                    advance(len(found), len(plans))
-                saved = GeneralDivergence.model_validate(
-                    {"provenance": provenance, "arms": {name: one.to_dict() for name, one in found.items()}}
+        places = {
+            name: (self.folder / "losses" / GENERAL / name, self.provenance(GENERAL, arm=key))
+            for name, key in keys.items()
+        }
+        known = {name: DocumentCosts.load_if_current(*place) for name, place in places.items()}
+        with self.reporter.stage(f"Evaluate: loss and divergence on {GENERAL} text") as advance:
+            groups = self.held_together({name: plan for name, plan in plans.items() if known[name] is None})
+            for number, group in enumerate(groups):
+                ids, starts = self.rows(GENERAL)
+                total = len(groups) * len(ids)
+                found = document_costs(
+                    self.model,
+                    {name: self.swap(plan) for name, plan in group.items()},
+                    ids,
+                    starts=starts,
+                    progress=lambda done, of, number=number, total=total: advance(number * of + done, total),  # type: ignore[misc]
                 )
-                saved.save(self.folder)
-        return {name: DocumentDivergences.from_dict(dict(values)) for name, values in saved.arms.items()}
+                for name, costs in found.items():
+                    costs.save(*places[name])
+                known |= found
+        return {name: costs for name, costs in known.items() if costs}
+
+    def swap(self, plan: EditPlan | None) -> Callable[[], AbstractContextManager[Any]]:
+        """What puts the model into an arm's state again and again; its tensors are held."""
+        return prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
 
     def held_together(self, plans: dict[str, EditPlan | None]) -> list[dict[str, EditPlan | None]]:
         """The arms in groups whose changed tensors take no more memory than the model itself."""
-        task_vector, groups, held = self.found.task_vector, [dict[str, EditPlan | None]()], 0
+        task_vector, held = self.found.task_vector, 0
+        groups = [dict[str, EditPlan | None]()] if plans else []
         for name, plan in plans.items():
             changed = coefficients(task_vector, plan) if plan else ()
             size = sum(task_vector.base.entries[tensor].nbytes for tensor in changed)
@@ -586,23 +592,6 @@ class _Run:
             groups[-1][name] = plan
             held += size
         return groups
-
-
-class GeneralDivergence(Artifact):
-    """Each arm's divergence from the base on each document of general text: ``sums`` in nats, and ``tokens``."""
-
-    FILE: ClassVar[str] = "general_divergence.json"
-
-    arms: dict[str, dict[str, tuple[float, ...]]]
-
-
-class TextLoss(Artifact):
-    """One arm's loss on each document of a text: sums in nats over predicted tokens."""
-
-    FILE: ClassVar[str] = "loss.json"
-
-    sums: tuple[float, ...]
-    tokens: tuple[int, ...]
 
 
 @contextmanager

@@ -84,6 +84,27 @@ def test_divergences_are_the_definition(any_model, cap, monkeypatch):
     assert 0 < found["warm"].mean < found["hot"].mean
 
 
+@pytest.mark.parametrize("starts", [None, [5, 1, 3, 1, 1]])
+def test_one_pass_gives_the_losses_that_each_arm_gives_alone(any_model, starts, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK", 259 * 7)
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 21, 2)]
+    arms = {"base": nullcontext, "warm": turned(any_model, 0.7)}
+    seen = []
+    found = control.document_costs(
+        any_model, arms, documents, starts=starts, batch_tokens=64, progress=lambda *at: seen.append(at)
+    )
+    assert seen[-1] == (4, 5)  # a document of one token is not run
+    for name, enter in arms.items():
+        with enter():
+            alone = control.document_losses(any_model, documents, starts=starts, batch_tokens=64)
+        assert found[name].loss.tokens.tolist() == alone.tokens.tolist()
+        assert found[name].loss.sums == pytest.approx(alone.sums, rel=1e-6)
+        if starts is None:  # the same tokens go through the head together
+            assert (found[name].loss.sums == alone.sums).all()
+    assert found["base"].divergence.tokens.tolist() == [39, 0, 6, 20, 1]
+
+
 def test_divergence_has_an_interval_over_documents():
     rng = np.random.default_rng(0)
     tokens = rng.integers(5, 50, size=40)
