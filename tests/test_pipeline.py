@@ -273,7 +273,7 @@ def test_arms_that_make_no_sense_where_every_layer_is_selected_are_left_out(worl
 
 def test_geometry_can_be_measured_by_itself(world, tmp_path):
     path = changed(world, tmp_path, arms=["base", "selected"], project={"draws": 20})
-    made = geometry_recipe(Recipe.from_yaml(path), tmp_path / "run", reporter=Recorder())
+    made = geometry_recipe(Recipe.from_yaml(path), tmp_path / "run")
     assert Geometry.load(tmp_path / "run") == made
     reporter = Recorder()
     run_recipe(Recipe.from_yaml(path), tmp_path / "other", reporter=reporter)
@@ -340,7 +340,7 @@ def test_plans_follow_the_recipe_and_what_they_cut_along_is_whole(world, finishe
     assert sha256_file(copy / "bases.safetensors") == sha256_file(finished / "bases.safetensors")
     path = changed(world, tmp_path, arms=["base", "selected", "projected"], edit={"coefficient": 0.5})
     for _ in range(2):
-        run_recipe(Recipe.from_yaml(path), copy, reporter=Recorder())
+        run_recipe(Recipe.from_yaml(path), copy)
     assert len(planned) == 2
     plans = Edits.load(copy).plans
     assert set(plans) == {"base", "selected", "projected"}

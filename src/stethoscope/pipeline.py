@@ -65,6 +65,20 @@ class Reporter(Protocol):
         """One line on what a stage found or where it wrote."""
 
 
+class Silent:
+    """A reporter that shows nothing."""
+
+    def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Nothing is shown."""
+        return nullcontext(lambda _done, _total: None)
+
+    def note(self, text: str) -> None:
+        """Nothing is shown."""
+
+
+SILENT = Silent()
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
     """Where a run's artefacts are, and what it found."""
@@ -603,7 +617,7 @@ def _running(recipe: Recipe, folder: Path, reporter: Reporter) -> Iterator[_Run]
         yield run
 
 
-def diagnose_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Diagnosis:
+def diagnose_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter = SILENT) -> Diagnosis:
     """Listen to every layer; ``diagnosis.json``, statistics and evidence are written in the run folder.
 
     Raises:
@@ -615,7 +629,7 @@ def diagnose_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Diag
         return made
 
 
-def select_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Selection:
+def select_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter = SILENT) -> Selection:
     """Choose layers by the recipe's policy, listening first where that is not done; ``selection.json`` is written.
 
     Raises:
@@ -625,7 +639,7 @@ def select_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Select
         return run.select(run.diagnose())
 
 
-def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Calibration:
+def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter = SILENT) -> Calibration:
     """Find layers and coefficient on the recipe's calibration text; ``calibration.json`` is written in the run folder.
 
     Raises:
@@ -635,7 +649,7 @@ def calibrate_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Cal
         return run.calibrate(run.diagnose())
 
 
-def geometry_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> Geometry:
+def geometry_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter = SILENT) -> Geometry:
     """What SAE features keep of the task vector, beside chance; ``geometry.json`` is written in the run folder.
 
     Raises:
@@ -655,7 +669,7 @@ def judge_recipe(
     documents: int = 32,
     random_sets: int = 50,
     matched: Collection[str] | None = None,
-    reporter: Reporter,
+    reporter: Reporter = SILENT,
 ) -> Hearing:
     """Does the stethoscope hear right on this recipe's models and text? Every score against the layers' true effects.
 
@@ -682,7 +696,7 @@ def identity_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
 
 
-def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter) -> RunResult:
+def run_recipe(recipe: Recipe, folder: Path, *, reporter: Reporter = SILENT) -> RunResult:
     """Run all stages of a recipe in a run folder; what is already there and current is not done again.
 
     Raises:

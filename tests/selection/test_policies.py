@@ -43,7 +43,7 @@ def diagnosis(excesses: list[float], flagged: tuple[int, ...] = ()) -> Diagnosis
 
 
 def choose(*args, **options):
-    return select(diagnosis(*args), Select(**options), provenance=Provenance())
+    return select(diagnosis(*args), Select(**options))
 
 
 def test_top_k_takes_the_largest_and_explains_every_layer():

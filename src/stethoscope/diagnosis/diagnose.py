@@ -163,7 +163,7 @@ def diagnose(
     heard: Mapping[str, Listening],
     *,
     documents: Mapping[str, int],
-    provenance: Provenance,
+    provenance: Provenance | None = None,
     score: str = "mass_shift",
     worth: Mapping[str, FeatureStatistics] | None = None,
     increments: bool = False,
@@ -177,7 +177,7 @@ def diagnose(
         heard: `listen`'s result for the corpus ``target``; every other is a control, and a layer has to stand out
             against each of them.
         documents: how many documents each corpus has.
-        provenance: its seed drives permutations and resamples.
+        provenance: what the result is saved with; its seed drives permutations and resamples, and is 0 if None.
         score: a name in ``SCORES``, or ``attribution``.
         worth: for ``attribution``, what the edit is worth by feature (`Attribution.statistics`), on the same corpora.
         increments: judge what each layer adds to the one before it, for sites that accumulate.
@@ -186,6 +186,7 @@ def diagnose(
     Raises:
         StethoscopeError: unknown score, no control, or too few blocks to know chance.
     """
+    provenance = provenance or Provenance()
     if score == ATTRIBUTION and worth is None:
         raise StethoscopeError("`attribution` needs what the features are worth", hint="see `attribute`")
     if score not in (*SCORES, ATTRIBUTION):

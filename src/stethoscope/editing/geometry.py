@@ -186,7 +186,7 @@ def measure_geometry(
     task_vector: TaskVector,
     features: Mapping[int, Callable[[], LayerFeatures]],
     *,
-    provenance: Provenance,
+    provenance: Provenance | None = None,
     model: PreTrainedModel | None = None,
     texts: Texts | None = None,
     draws: int = 100,
@@ -199,7 +199,7 @@ def measure_geometry(
 
     Args:
         features: layer -> what loads its SAE's directions; one layer's are held at a time.
-        provenance: its seed drives the draws.
+        provenance: what the result is saved with; its seed drives the draws, and is 0 if None.
         model: the base, for functional energy; none is measured without it.
         texts: corpus -> batches.
         draws: random feature sets, and as many random bases.
@@ -212,6 +212,7 @@ def measure_geometry(
         CheckpointError: with every matrix whose role is not known or does not fit.
         StethoscopeError: the task vector changes nothing in these layers.
     """
+    provenance = provenance or Provenance()
     width = task_vector.base.hidden_size
     sides = residual_sides(task_vector, features, width)
     projected = [name for name, side in sides.items() if side and len(task_vector.base.entries[name].shape) == 2]

@@ -87,8 +87,11 @@ POLICIES: dict[str, Policy] = {
 }  # fmt: skip
 
 
-def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance) -> Selection:
+def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | None = None) -> Selection:
     """Apply a policy to the layers that can be believed and explain every layer's fate; ties go to the lower layer.
+
+    Args:
+        provenance: what the result is saved with.
 
     Raises:
         StethoscopeError: the policy cannot be satisfied, or it chooses no layer.
@@ -112,7 +115,7 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance) -> 
         )
     places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
     return Selection(
-        provenance=provenance,
+        provenance=provenance or Provenance(),
         policy=options.policy,
         layers=tuple(sorted(chosen)),
         choices=tuple(_choice(layer, layer.layer in chosen, places) for layer in diagnosis.layers),
