@@ -765,6 +765,11 @@ def test_workers_with_other_versions_are_refused(crew, monkeypatch):
         few(crew, 1)._welcome(member)
 
 
+def test_several_gpus_for_a_worker_are_refused():
+    with pytest.raises(StethoscopeError, match="`gpus: 2`: a worker computes on one GPU"):
+        Crew(Ray(gpus=2.0), Bench())
+
+
 def test_without_ray_workers_are_refused_in_one_line_and_nothing_else_needs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StethoscopeError) as caught:

@@ -310,6 +310,8 @@ class Crew:
             return
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # what a piece that failed should have kept is never asked for: its first value has told already
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
         try:
             self._ray.init(address=self.options.address, **quiet)
         except ConnectionError as error:
