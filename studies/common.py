@@ -15,6 +15,7 @@ import pandas as pd
 from torch import Tensor
 
 from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.cli.console import ConsoleReporter
 from stethoscope.checkpoints.task_vector import open_task_vector
 from stethoscope.corpus import prompt_lengths, tokenize
 from stethoscope.diagnosis.statistics import load_statistics
@@ -23,10 +24,10 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.control import document_losses
 from stethoscope.evaluation.outcomes import DocumentLosses
 from stethoscope.models import load_model, load_tokenizer
+from stethoscope.pipeline import select_recipe
 from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
 from stethoscope.saes.sources import load_sae, open_saes
-from stethoscope.selection.policies import Selection
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 DOCUMENTS = 40  # of each text
@@ -63,8 +64,8 @@ class Bench:
 
     @cached_property
     def chosen(self) -> dict[int, float]:
-        """The selected layers, each at 1."""
-        return dict.fromkeys(Selection.load(self.run).layers, 1.0)
+        """The selected layers, each at 1; listens first where that is not done."""
+        return dict.fromkeys(select_recipe(self.recipe, self.run, reporter=ConsoleReporter()).layers, 1.0)
 
     def losses(
         self, text: str, plan: EditPlan | None, within: Callable[[Any], AbstractContextManager[None]] = nullcontext

@@ -340,6 +340,11 @@ def scalpel(vector: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def scalpel_vectors() -> list[str]:
+    """Those done."""
+    return _vectors(table("scalpel"))
+
+
 def scalpel_shares() -> pd.DataFrame:
     """What share of the raw edit's fall of target loss each arm reaches, by vector."""
     found, rows = table("scalpel"), []

@@ -19,7 +19,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.projection import FeatureProjection, random_basis
 from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.sides import SCALPEL_ARMS
-from stethoscope.pipeline import geometry_recipe, select_recipe
+from stethoscope.pipeline import geometry_recipe
 from stethoscope.selection.controls import control_plan
 
 FEATURES = 17  # 3 % of the width of 576, the published share
@@ -58,7 +58,6 @@ if __name__ == "__main__":
         found = kept("scalpel", vector=vector), kept("geometry", vector=vector)
         if vector in options.only and not all(found):
             bench = Bench(vector, options.vectors)
-            select_recipe(bench.recipe, bench.run, reporter=ConsoleReporter())
             measured = geometry_recipe(bench.recipe, bench.run, reporter=ConsoleReporter())
             found = (
                 list(bench.rows(plans(bench))),
