@@ -15,8 +15,8 @@ import pandas as pd
 from torch import Tensor
 
 from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.cli.console import ConsoleReporter
 from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.cli.console import ConsoleReporter
 from stethoscope.corpus import prompt_lengths, tokenize
 from stethoscope.diagnosis.statistics import load_statistics
 from stethoscope.editing.apply import applied
