@@ -417,6 +417,27 @@ def test_an_adapter_for_another_model_is_refused(world, tmp_path, llama):
     assert "q_proj" in str(error.value)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that is not there")
+def test_a_gpu_that_is_not_there_is_said_before_any_work(world, tmp_path, capsys):
+    path = changed(world, tmp_path, device="cuda", select={"k": 9})
+    with pytest.raises(RecipeError) as error:
+        preflight(Recipe.from_yaml(path), tmp_path / "run")
+    assert "no device `cuda` here" in str(error.value)
+    assert "select.k is `9`" in str(error.value)
+    options = ["--out", str(tmp_path / "run"), "--device", "cuda:1"]
+    checkpoint = str(world / "base")
+    for command in (
+        *(["run"], ["run", "--dry-run"], ["diagnose"], ["calibrate"], ["hearing"]),
+        ["evaluate", "--model", checkpoint, "--tasks", "tiny_sum"],
+    ):
+        recipe = [] if command[0] == "evaluate" else [str(world / "recipe.yaml")]
+        with pytest.raises(SystemExit) as stopped:
+            main([*command, *recipe, *options])
+        assert stopped.value.code == 2
+        assert "no device `cuda:1` here" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_unknown_task_and_too_many_layers_are_named(world, tmp_path):
     evaluate = {"tasks": ["tiny_summ"], "include_path": str(world / "tasks")}
     path = changed(world, tmp_path, evaluate=evaluate, select={"k": 9})

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,41 @@ log = logging.getLogger(__name__)
 def preferred_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else float32."""
     if torch.device(device).type == "cuda":
-        return torch.bfloat16
+        # where there is no GPU, it is asked for a worker that has one
+        known = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if known else torch.float32
     capabilities = torch.cpu.get_capabilities()
     native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, a GPU if there is one.
+
+    Raises:
+        StethoscopeError: there is no such device here.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if match is None:
+        raise StethoscopeError(f"`{name}` is no device", hint="give cpu, cuda, cuda:1 or auto")
+    if name != "cpu" and int(match[1] or 0) >= count:
+        seen = f"{count} GPU{'' if count == 1 else 's'}" if count else "no GPU"
+        raise StethoscopeError(
+            f"there is no device `{name}` here: PyTorch sees {seen}",
+            hint="`auto` takes a GPU where there is one; a PyTorch that was built for CPUs sees none",
+        )
+    return torch.device(name)
+
+
+def room_beside(model: PreTrainedModel) -> int:
+    """Bytes that edited weights may take beside a model: half of what its GPU has free, or 8 GiB of main memory."""
+    if model.device.type != "cuda":
+        return 8 << 30
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return int(free // 2)  # the activations need some, too
 
 
 def _keep_freed_memory() -> None:
@@ -35,12 +67,15 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load a causal language model for inference; no code from the checkpoint is run.
 
     Args:
         path: a local checkpoint or a hub id.
-        dtype: of the weights; the hardware's preferred one if None.
+        dtype: of the weights; the device's preferred one if None.
+        device: where it computes.
 
     Raises:
         CheckpointError: it cannot be loaded, or any weight is missing from the files. Transformers fills such
@@ -49,7 +84,7 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrai
     _keep_freed_memory()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype or preferred_dtype(), output_loading_info=True
+            str(path), dtype=dtype or preferred_dtype(device), output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the model `{path}` cannot be loaded: {error}") from error
@@ -62,6 +97,8 @@ def load_model(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrai
             hint="a multimodal checkpoint loaded into a text-only class does this",
         )
     model.requires_grad_(False)
+    moved: Any = model  # its `to` is decorated, which hides its arguments from mypy
+    moved.to(device)
     return model.eval()
 
 

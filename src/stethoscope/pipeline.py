@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +36,7 @@ from stethoscope.evaluation.control import DocumentCosts, TextLoss, document_cos
 from stethoscope.evaluation.outcomes import DocumentLosses
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.run import evaluate
-from stethoscope.models import load_model, load_tokenizer, preferred_dtype
+from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.preflight import GENERAL, HELD_OUT, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.report.render import render_report
@@ -165,9 +166,19 @@ class _Run:
             reporter.note(note)
 
     @cached_property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return find_device(self.recipe.device)
+
+    @cached_property
     def model(self) -> PreTrainedModel:
         on_gpus = self.recipe.ray and self.recipe.ray.gpus
-        return load_model(self.found.base.path, dtype=preferred_dtype("cuda") if on_gpus else None)
+        dtype = preferred_dtype("cuda") if on_gpus else None
+        return load_model(self.found.base.path, dtype=dtype, device=self.device)
+
+    def layer_edits(self) -> LayerEdits:
+        """The task vector's layers, to be put into the model."""
+        return LayerEdits(self.model, self.found.task_vector, memory=room_beside(self.model))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -284,7 +295,7 @@ class _Run:
 
     def worth(self, texts: Mapping[str, Sequence[Document]]) -> dict[str, FeatureStatistics]:
         """What each layer's own edit is worth, by feature."""
-        edits, saes = LayerEdits(self.model, self.found.task_vector), self.load_saes()
+        edits, saes = self.layer_edits(), self.load_saes()
         with self.reporter.stage("Attribute each layer's edit to its features") as advance:
             parts = {name: self.batches(name) for name in texts}
             total, before, worth = sum(map(len, parts.values())), 0, {}
@@ -320,7 +331,7 @@ class _Run:
         if saved := Hearing.load_if_current(folder, provenance):
             return saved
         statistics = self.statistics
-        edits = LayerEdits(self.model, found.task_vector)
+        edits = self.layer_edits()
         texts = {name: self.batches(name, documents) for name in ("target", control)}
         with self.reporter.stage("Score the layers in every way") as advance:
             scores = text_scores(statistics, control=control, seed=recipe.seed) | edit_scores(
@@ -380,7 +391,7 @@ class _Run:
                 flagged = self.recipe.select.include_flagged
                 made = calibrate(
                     self.model,
-                    LayerEdits(self.model, self.found.task_vector),
+                    self.layer_edits(),
                     {side: self.batches(f"calibration {side}") for side in ("target", "control")},
                     {layer.layer: layer.z for layer in diagnosis.layers if flagged or layer.flag is None},
                     seen={side: self.hashes[f"calibration {side}"] for side in ("target", "control")},
@@ -494,8 +505,10 @@ class _Run:
     def evaluate(self, plans: dict[str, EditPlan | None]) -> Comparison:
         recipe, options = self.recipe, self.recipe.evaluate
         arms = {name: self.arm(plan) for name, plan in plans.items()}
+        # arms are compared with each other, so all are measured on one kind of device
+        where = {} if self.device.type == "cpu" else {"device": self.device.type}
         keys = {
-            name: self.provenance("base", "tuned", plan=plan.to_json() if plan else None).key
+            name: self.provenance("base", "tuned", plan=plan.to_json() if plan else None, **where).key
             for name, plan in plans.items()
         }
         tasks = [*self.found.tasks, *self.found.control_tasks]
@@ -594,13 +607,16 @@ class _Run:
         return prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
 
     def held_together(self, plans: dict[str, EditPlan | None]) -> list[dict[str, EditPlan | None]]:
-        """The arms in groups whose changed tensors take no more memory than the model itself."""
+        """The arms in groups whose changed tensors take no more memory than the model itself, or than a GPU has."""
         task_vector, held = self.found.task_vector, 0
+        most = task_vector.base.nbytes
+        if plans and self.device.type != "cpu":
+            most = min(most, room_beside(self.model))
         groups = [dict[str, EditPlan | None]()] if plans else []
         for name, plan in plans.items():
             changed = coefficients(task_vector, plan) if plan else ()
             size = sum(task_vector.base.entries[tensor].nbytes for tensor in changed)
-            if groups[-1] and held + size > task_vector.base.nbytes:
+            if groups[-1] and held + size > most:
                 groups.append({})
                 held = 0
             groups[-1][name] = plan

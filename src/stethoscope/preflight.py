@@ -158,8 +158,10 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     # the harness takes seconds to import
     from stethoscope.evaluation.peeking import refuse_seen, seen_items
     from stethoscope.evaluation.tasks import load_tasks
+    from stethoscope.models import find_device
 
     found = _look(recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
+    found.attempt(find_device, recipe.device)
     options = recipe.evaluate
     where: dict[str, Any] = {"include_path": options.include_path, "data": options.data, "seed": recipe.seed}
     tasks = found.attempt(load_tasks, options.tasks, **where) or {}

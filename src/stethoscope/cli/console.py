@@ -54,6 +54,12 @@ RayAddress = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=0, help="Of the cluster; as many as it has room for if not given.")]
 GPUs = Annotated[float | None, typer.Option("--gpus", min=0, help="Of each worker; 0.5 for half a GPU, 0 for CPUs.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", metavar="cpu|cuda|auto", help="Where this process computes; `cuda:1` is the second GPU, `auto` any."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="No progress and no warnings: only the result.")]
 
 

@@ -11,6 +11,7 @@ import typer
 from stethoscope.cli.console import (
     AsJSON,
     ConsoleReporter,
+    Device,
     GPUs,
     Quiet,
     RayAddress,
@@ -57,6 +58,7 @@ def evaluate(
     ray: RayAddress = None,
     workers: Workers = None,
     gpus: GPUs = None,
+    device: Device = "auto",
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -79,6 +81,7 @@ def evaluate(
             batch_size=batch_size,
             seed=seed,
             dtype=crew.dtype if crew else None,
+            device=device or "auto",
             spread=crew.answering_from(arms) if crew else None,
             progress=lambda done, total, _: advance(done, total),
         )

@@ -11,6 +11,7 @@ import typer
 from stethoscope.cli.console import (
     AsJSON,
     ConsoleReporter,
+    Device,
     GPUs,
     Quiet,
     RayAddress,
@@ -39,14 +40,15 @@ def run(
     ray: RayAddress = None,
     workers: Workers = None,
     gpus: GPUs = None,
+    device: Device = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
     """Run all stages of a recipe; run again, it goes on where it stopped."""
     if dry_run:
-        _rehearse(recipe, out, quiet=quiet, as_json=as_json)
+        _rehearse(recipe, out, device, quiet=quiet, as_json=as_json)
         return
-    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
     reporter = ConsoleReporter(quiet=quiet)
     with reporter.stage(START):
         from stethoscope.pipeline import run_recipe
@@ -126,11 +128,12 @@ def diagnose(
     ray: RayAddress = None,
     workers: Workers = None,
     gpus: GPUs = None,
+    device: Device = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
     """Listen to every layer through its SAE: how specific it is to the target, beside chance, and what it heard."""
-    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
     reporter = ConsoleReporter(quiet=quiet)
     with reporter.stage(START):
         from stethoscope.pipeline import diagnose_recipe
@@ -189,11 +192,12 @@ def calibrate(
     ray: RayAddress = None,
     workers: Workers = None,
     gpus: GPUs = None,
+    device: Device = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
     """Find layers and coefficient on the recipe's calibration text: target loss gained per control loss paid."""
-    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
     reporter = ConsoleReporter(quiet=quiet)
     with reporter.stage(START):
         from stethoscope.pipeline import calibrate_recipe
@@ -227,11 +231,12 @@ def hearing(
     ray: RayAddress = None,
     workers: Workers = None,
     gpus: GPUs = None,
+    device: Device = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
     """Does the stethoscope hear right? Every score of the layers against what injecting them truly does."""
-    chosen, folder = _read(recipe, out, ray, workers, gpus)
+    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
     reporter = ConsoleReporter(quiet=quiet)
     with reporter.stage(START):
         from stethoscope.pipeline import judge_recipe
@@ -259,9 +264,9 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else user_cache_path("stethoscope")
 
 
-def _rehearse(recipe: Path, out: Path | None, *, quiet: bool, as_json: bool) -> None:
+def _rehearse(recipe: Path, out: Path | None, device: str | None, *, quiet: bool, as_json: bool) -> None:
     with _problems_as_json(as_json), ConsoleReporter(quiet=quiet).stage("Check the recipe"):
-        chosen, folder = _read(recipe, out)
+        chosen, folder = _read(recipe, out, device=device)
         from stethoscope.preflight import preflight
 
         found = preflight(chosen, folder, headers_only=True)
@@ -293,10 +298,11 @@ def _read(
     ray: str | None = None,
     workers: int | None = None,
     gpus: float | None = None,
+    device: str | None = None,
 ) -> "tuple[Recipe, Path]":
     """The recipe and its run folder: first of all, since what runs it takes seconds to import.
 
-    What the command line says of workers stands in place of what the recipe does.
+    What the command line says of workers and the device stands in place of what the recipe does.
     """
     from stethoscope.recipe import Ray, Recipe
 
@@ -304,6 +310,8 @@ def _read(
     said = {"address": ray, "workers": workers, "gpus": gpus}
     if asked := {name: value for name, value in said.items() if value is not None}:
         chosen = chosen.model_copy(update={"ray": (chosen.ray or Ray()).model_copy(update=asked)})
+    if device:
+        chosen = chosen.model_copy(update={"device": device})
     return chosen, out or Path("runs") / recipe.stem
 
 

@@ -25,7 +25,7 @@ from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
 from stethoscope.losses import loss_gradient
 from stethoscope.replay import Recording
-from stethoscope.saes.activations import loud_positions
+from stethoscope.saes.activations import lent, loud_positions
 from stethoscope.sites import HookPoint, hear, hearing, hook_point
 
 Progress = Callable[[int, int], None]
@@ -184,7 +184,7 @@ def attribute(
         tokens[rows] = batch.predicted.sum(1).numpy()
         counted = batch.countable & ~heard.sinks
         for layer, change in heard.changes.items():
-            with torch.no_grad():
+            with torch.no_grad(), lent(saes[layer], change.base.device):
                 sums[layer].add(saes[layer], change, batch, counted, block_size)
         if progress:
             progress(done, len(batches))

@@ -30,7 +30,7 @@ from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.relay import Answerer, Cell, RelayLM, Score, ask_workers
 from stethoscope.evaluation.samples import Sample, to_rows
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
-from stethoscope.models import load_model, load_skeleton, load_tokenizer, preferred_dtype
+from stethoscope.models import find_device, load_model, load_skeleton, load_tokenizer, preferred_dtype
 from stethoscope.work import Run, Spread
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
@@ -122,6 +122,7 @@ def evaluate_checkpoints(
     limit: int | None = None,
     batch_size: int = 32,
     dtype: torch.dtype | None = None,
+    device: str = "auto",
     seed: int = 0,
     spread: Spread | None = None,
     progress: Progress | None = None,
@@ -132,12 +133,14 @@ def evaluate_checkpoints(
         checkpoints: an arm's name to its folder or hub id.
         backend: ``hf`` decodes as `evaluate` does; ``vllm`` is the harness' own class, which does not tell how many
             tokens a response has or whether it was cut off.
-        dtype: of the weights; the hardware's preferred one if not given.
+        dtype: of the weights; the device's preferred one if not given.
+        device: on which ``hf`` computes in this process, see `models.find_device`.
         spread: where the work is done, by ``hf``; here if None.
 
     Others and the return value: as for `evaluate`.
 
     Raises:
+        StethoscopeError: there is no such device.
         EvaluationError: as `evaluate`; vLLM is not installed; tokenizers or decoding settings differ between arms.
         CheckpointError: a checkpoint cannot be opened.
     """
@@ -147,8 +150,8 @@ def evaluate_checkpoints(
     if backend == "vllm" and find_spec("vllm") is None:
         raise EvaluationError("vLLM is not installed", hint=f"pip install 'lm_eval[vllm]=={version('lm_eval')}'")
     folders = {arm: open_checkpoint(path).path for arm, path in checkpoints.items()}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = dtype or preferred_dtype(device)
+    where = find_device(device)
+    dtype = dtype or preferred_dtype(where)
 
     @contextmanager
     def entered(folder: Path) -> Iterator[_Entered]:
@@ -158,8 +161,8 @@ def evaluate_checkpoints(
                 from lm_eval.models.vllm_causallms import VLLM
 
                 return VLLM(pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), seed=seed)
-            model: Any = load_model(folder, dtype=dtype)
-            return SharedPrefixLM(model.to(device), load_tokenizer(folder), batch_size=batch_size)
+            model = load_model(folder, dtype=dtype, device=where)
+            return SharedPrefixLM(model, load_tokenizer(folder), batch_size=batch_size)
 
         identity = [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
         try:

@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.corpus import Document, batches, tokenize
@@ -126,6 +127,19 @@ def _without_end(rows: Sequence[Sequence[int]], seed: int, taken: int) -> Iterat
 
 def _tokens(part: Activations) -> int:
     return len(next(iter(part.values()))) if part else 0
+
+
+@contextmanager
+def lent(sae: nn.Module, device: torch.device) -> Iterator[None]:
+    """An SAE on another device for the length of a block: a copy is lent, and its own weights stay where they are."""
+    own = [(tensor, tensor.data) for tensor in (*sae.parameters(), *sae.buffers())]
+    try:
+        for tensor, data in own:
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data
 
 
 def loud_positions(

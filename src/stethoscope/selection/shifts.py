@@ -18,7 +18,7 @@ from stethoscope.corpus import TokenBatch
 from stethoscope.editing.apply import Swap, prepare
 from stethoscope.editing.plan import EditPlan
 from stethoscope.models import decoder_layers
-from stethoscope.saes.activations import loud_positions
+from stethoscope.saes.activations import lent, loud_positions
 from stethoscope.sites import hear, hook_point
 
 _CHUNK = 1024  # tokens encoded at once
@@ -102,13 +102,14 @@ def tuned_shift(
         counted, pairs = _heard(model, swap, layers, site, tap, batch)
         for layer, (base, tuned) in pairs:
             column = layers.index(layer)
-            for row, document in enumerate(batch.documents):
-                for chosen in counted[row].nonzero()[:, 0].split(_CHUNK):
-                    at = chosen.to(base.device)
-                    before, after = (saes[layer].encode(x[row, at].float()) for x in (base, tuned))
-                    change = (after - before).sum(0, dtype=torch.float64).cpu()
-                    moved[document, column] += float(change @ weights[layer].double())
-                    mass[document, column] += float(before.sum(dtype=torch.float64))
+            with lent(saes[layer], base.device):
+                for row, document in enumerate(batch.documents):
+                    for chosen in counted[row].nonzero()[:, 0].split(_CHUNK):
+                        at = chosen.to(base.device)
+                        before, after = (saes[layer].encode(x[row, at].float()) for x in (base, tuned))
+                        change = (after - before).sum(0, dtype=torch.float64).cpu()
+                        moved[document, column] += float(change @ weights[layer].double())
+                        mass[document, column] += float(before.sum(dtype=torch.float64))
     return TunedShift(layers=tuple(layers), moved=moved, mass=mass)
 
 
