@@ -42,7 +42,7 @@ from stethoscope.recipe import Ray, Recipe
 from stethoscope.saes.sources import open_saes
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
-from stethoscope.scaling.crew import AHEAD, CrewRun, _Member, _Queue
+from stethoscope.scaling.crew import AHEAD, CrewRun, _greet, _Member, _Queue
 from stethoscope.selection.calibration import calibrate
 from stethoscope.selection.hearing import judge_hearing
 from stethoscope.work import Alone, Lost, Means, Piece
@@ -760,7 +760,7 @@ def test_the_workers_end_with_the_driver(crew, end):
 def test_workers_with_other_versions_are_refused(crew, monkeypatch):
     monkeypatch.setattr("stethoscope.scaling.crew.versions", lambda: versions() | {"torch": "1.0"})
     member = copy.copy(crew._members[0])
-    member.greeting = member.actor.introduce.remote()
+    member.greeting = _greet(member.actor)
     with pytest.raises(StethoscopeError, match="has other versions than this one"):
         few(crew, 1)._welcome(member)
 
