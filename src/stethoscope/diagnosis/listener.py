@@ -22,7 +22,7 @@ from stethoscope.diagnosis.sharing import BATCH_TOKENS, Layers
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.streams import Begun, Forward, Reading, Streams
 from stethoscope.errors import SAEError
-from stethoscope.saes.activations import loud_positions
+from stethoscope.saes.activations import lent, loud_positions
 from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
 from stethoscope.saes.sources import SAEFolder, load_sae
 from stethoscope.sites import HookPoint, hear, hook_point
@@ -302,10 +302,8 @@ def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | N
     if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
         # a transcoder has nothing to say of what it reads but features
         return HealthSums.nothing(encoder.width).health()
-    home = sae.W_enc.device
-    sae.to(device=str(sample.device))
-    exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
-    sae.to(device=str(home))
+    with lent(sae, sample.device):
+        exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
     fast = BlockSums(encoder.width, sample.device)
     encoder.add(sample, fast)
     shares = [sums.double() / sums.double().sum() for sums in (exact.mass, fast.sums)]
