@@ -269,6 +269,12 @@ def test_arms_that_make_no_sense_where_every_layer_is_selected_are_left_out(worl
     everything = changed(world, tmp_path, arms=arms, select={"policy": "top_k", "k": LAYERS})
     (note,) = check_recipe(Recipe.from_yaml(everything), tmp_path / "run").notes
     assert all(f"`{arm}`" in note for arm in OTHERS)
+    for layer in range(LAYERS - 1):
+        shutil.copytree(world / f"saes/layer_{layer}", tmp_path / f"saes/layer_{layer}")
+    chosen = {"policy": "top_k", "k": LAYERS - 1}
+    heard = changed(world, tmp_path, arms=arms, select=chosen, saes=str(tmp_path / "saes"))
+    (note,) = check_recipe(Recipe.from_yaml(heard), tmp_path / "run").notes
+    assert [f"`{arm}`" in note for arm in OTHERS] == [arm in ("bottom_layers", "hybrid") for arm in OTHERS]
 
 
 def test_geometry_can_be_measured_by_itself(world, tmp_path):
@@ -345,6 +351,18 @@ def test_plans_follow_the_recipe_and_what_they_cut_along_is_whole(world, finishe
     plans = Edits.load(copy).plans
     assert set(plans) == {"base", "selected", "projected"}
     assert {c for kinds in plans["selected"]["layers"].values() for c in kinds.values()} == {0.5}
+
+
+def test_an_edit_that_another_recipe_left_behind_is_written_again(world, finished, tmp_path, monkeypatch):
+    copy = shutil.copytree(finished, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("stethoscope.pipeline.save_plans", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(Recipe.from_yaml(changed(world, tmp_path, edit={"coefficient": 0.5})), copy)
+    weights = "edited/model.safetensors"
+    assert sha256_file(copy / weights) != sha256_file(finished / weights)
+    run_recipe(Recipe.from_yaml(world / "recipe.yaml"), copy)
+    assert sha256_file(copy / weights) == sha256_file(finished / weights)
 
 
 def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ from stethoscope.report.render import render_report
 from stethoscope.saes.sources import SAEFolder, load_sae
 from stethoscope.scaling.bench import Bench
 from stethoscope.scaling.crew import Crew, import_ray
-from stethoscope.selection.arms import load_plans, plan_arms, save_plans
+from stethoscope.selection.arms import Edits, load_plans, plan_arms, save_plans
 from stethoscope.selection.calibration import Calibration, calibrate
 from stethoscope.selection.hearing import Hearing, judge_hearing
 from stethoscope.selection.policies import Selection, select, select_calibrated
@@ -493,6 +493,8 @@ class _Run:
                     {layer: lambda load=load: load().directions for layer, load in features.items()},  # type: ignore[misc]
                     features=self.projected_features,
                 )
+                # gone before the checkpoint changes: what is current must not lie beside an edit of another plan
+                (self.folder / Edits.FILE).unlink(missing_ok=True)
                 if selected := planned.plans.get("selected"):
                     write_edit(self.found.base, task_vector, selected, edited, overwrite=True, progress=advance)
                 save_plans(self.folder, planned, task_vector.energy_by_layer(), provenance=provenance)

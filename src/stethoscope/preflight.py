@@ -219,11 +219,13 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, 
 
 def _look_at_arms(found: Look, recipe: Recipe) -> None:
     """Arms of other layers than the selected ones need such layers."""
-    none = [f"`{arm}`" for arm in recipe.arms if arm in OTHERS]
-    if found.base and none and recipe.select.policy == "top_k" and recipe.select.k == found.base.layers:
+    k = recipe.select.k if recipe.select.policy == "top_k" else None
+    every = found.base is not None and k == found.base.layers
+    without = OTHERS if every else ("bottom_layers", "hybrid") if found.saes and k == len(found.saes) else ()
+    if none := [f"`{arm}`" for arm in recipe.arms if arm in without]:
         found.notes.append(
-            f"note: `select` takes all {recipe.select.k} layers, so {', '.join(none)} will be left out: there are no"
-            " other layers for them"
+            f"note: `select` takes all {k} layers{'' if every else ' that have SAEs'}, so {', '.join(none)} will be"
+            " left out: there are no other layers for them"
         )
 
 

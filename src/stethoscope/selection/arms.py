@@ -127,7 +127,9 @@ def plan_arms(
     wanted = [arm for arm in recipe.arms if arm in SCALPEL_ARMS]
     if "hybrid" in wanted and not set(directions) - set(chosen):
         wanted.remove("hybrid")
-        warnings.append("`hybrid` is left out: every layer is selected, so there are no others to filter")
+        warnings.append(
+            "`hybrid` is left out: every layer that has an SAE is selected, so there are no others to filter"
+        )
     cut = scalpel_plans(
         wanted,
         task_vector,
