@@ -65,9 +65,6 @@ def cases(bench: Bench, folder: Path, vectors: Path) -> Iterator[Case]:
         size = short.model_copy(update={"block_size": max(1, min(8, count // 8))})
         changes: dict[str, Any] = {"diagnose": size, **texts(f"{count}", target[:count], control[:count])}
         yield Case(name="documents", setting=f"{count}", changes=changes)
-    for count in (256, 512):
-        changes = texts(f"{count}", target[:count], pieces[:count])
-        yield Case(name="documents", setting=f"{count}, control in pieces of {CHUNK} words", changes=changes)
     for other in ("code", "words"):
         text = Text(dataset=str((vectors / other / "target.jsonl").resolve()))
         yield Case(name="control text", setting=f"problems of `{other}`", changes={"control": text})
@@ -99,6 +96,9 @@ def cases(bench: Bench, folder: Path, vectors: Path) -> Iterator[Case]:
             setting=setting,
             saes=lambda out, source=source: _shifted(bench, source, out),  # type: ignore[misc]
         )
+    for count in (256, 512):
+        changes = texts(f"{count}", target[:count], pieces[:count])
+        yield Case(name="documents", setting=f"{count}, control in pieces of {CHUNK} words", changes=changes)
 
 
 def _target() -> list[str]:
