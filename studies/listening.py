@@ -205,17 +205,24 @@ if __name__ == "__main__":
     folder = options.vectors / "listening"
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(VECTOR, options.vectors)
-    rows = kept("listening")
+    rows, losses = kept("listening"), kept("listening_losses")
+    done = {(row["case"], row["setting"]) for row in rows}
+    measured = {tuple(map(int, row["layers"])) for row in losses}
+
+    def measure(layers: tuple[int, ...]) -> None:
+        """The loss with these layers injected, once."""
+        if layers not in measured:
+            plan = EditPlan.for_layers(layers) if layers else None
+            for text in TEXTS:
+                losses.extend(loss_rows(bench.losses(text, plan), layers=list(layers), text=text))
+            measured.add(layers)
+            save("listening_losses", losses)
+
+    measure(())
     for number, case in enumerate(cases(bench, folder, options.vectors)):
-        known = any((row["case"], row["setting"]) == (case.name, case.setting) for row in rows)
-        if not known and (not options.only or case.name in options.only):
+        if (case.name, case.setting) not in done and (not options.only or case.name in options.only):
             rows.append(listen_to(case, bench.recipe, folder / f"case_{number}"))
             save("listening", rows)
-    losses = kept("listening_losses")
-    sets = {tuple(row["best"]) for row in rows if row.get("best") is not None and len(row["best"])}
-    measured = {tuple(row["layers"]) for row in losses}
-    for layers in sorted({tuple(sorted(map(int, one))) for one in sets} - measured | ({()} - measured)):
-        for text in TEXTS:
-            found = bench.losses(text, EditPlan.for_layers(layers) if layers else None)
-            losses += loss_rows(found, layers=list(layers), text=text)
-        save("listening_losses", losses)
+    for row in rows:
+        if row.get("best") is not None:
+            measure(tuple(sorted(map(int, row["best"]))))

@@ -7,6 +7,7 @@ would change.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -107,6 +108,17 @@ def claim() -> dict[str, bool]:
     """Whether `mass_shift` is shown to choose five layers better than chance, by vector."""
     found = scores().query("set == 'score' and score == @PRIMARY and k == @K")
     return {one.vector: bool(one.beats_equal_size_low > 0.5) for one in found.itertuples()}
+
+
+def beats(vector: str, k: int = K, score: str = PRIMARY, kind: str = "equal_size") -> str:
+    """The share of random sets that a score's set beats, with its interval."""
+    (one,) = scores().query("set == 'score' and score == @score and k == @k and vector == @vector").to_dict("records")
+    return percent(*(one[f"beats_{kind}_{part}"] for part in ("share", "low", "high")))
+
+
+def judged_vectors() -> list[str]:
+    """Those whose choice has been judged."""
+    return _vectors(table("choice"))
 
 
 def every_score(k: int = K) -> pd.DataFrame:
@@ -252,6 +264,57 @@ def qualified() -> dict[str, dict[str, Any]]:
     return found
 
 
+def pooled(vector: str, arm: str, than: str = "base") -> str:
+    """By how many points of accuracy an arm is better than another, pooled over a vector's tasks."""
+    one = next(c for c in compared(vector).contrasts if (c.a, c.b) == (than, arm)).pooled
+    return f"{100 * one.difference:+.1f}" + (
+        f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})" if one.low is not None and one.high is not None else ""
+    )
+
+
+def flipped(difference: str) -> str:
+    """The same difference the other way round."""
+    numbers = [-float(number) for number in re.findall(r"[+-]\d+\.\d", difference)]
+    middle, *ends = numbers
+    return f"{middle:+.1f}" + (f" ({min(ends):+.1f} to {max(ends):+.1f})" if ends else "")
+
+
+def _costs() -> list[float]:
+    return [one["cost"] for one in qualified().values() if one["cost"] is not None]
+
+
+def cheapest() -> str:
+    """The least that a whole fine-tune costs on general text."""
+    return f"{min(_costs()):.2f}"
+
+
+def dearest() -> str:
+    """The most."""
+    return f"{max(_costs()):.2f}"
+
+
+def missing() -> list[str]:
+    """What of the protocol has not been run, by study."""
+    studies = {
+        "study 1, choice": "choice", "study 1, tasks": "proof", "study 2": "scalpel", "study 3": "calibration",
+    }  # fmt: skip
+    found = []
+    for study, name in studies.items():
+        if left := [vector for vector in NAMES if not have(name) or vector not in set(table(name).vector)]:
+            found.append(f"{study}, for {' and '.join(f'`{vector}`' for vector in left)}")
+    others = {
+        "sites": "study 1, other SAEs",
+        "listening_losses": "study 4, the choice",
+        "edits": "study 4, the edited model",
+    }
+    return found + [study for name, study in others.items() if not have(name)]
+
+
+def proved_vectors() -> list[str]:
+    """Those whose arms answered their tasks."""
+    return _vectors(table("proof"))
+
+
 def against_random() -> pd.DataFrame:
     """The selected layers against each random set of as many, paired over items."""
     rows = []
@@ -343,6 +406,13 @@ def scalpel(vector: str) -> pd.DataFrame:
 def scalpel_vectors() -> list[str]:
     """Those done."""
     return _vectors(table("scalpel"))
+
+
+def share_of_raw(vector: str, arm: str) -> str:
+    """An arm's fall of target loss as a share of the raw edit's."""
+    here = table("scalpel").query("vector == @vector")
+    one, raw = (_change(here, name, "base", TEXTS[0]).difference for name in (arm, "selected"))
+    return f"{100 * one / raw:.0f} %"
 
 
 def scalpel_shares() -> pd.DataFrame:
