@@ -585,6 +585,7 @@ def listening() -> pd.DataFrame:
                 "target loss falls by": nats(_of_layers(losses, layers, TEXTS[0]), falls=True),
                 "general loss": nats(_of_layers(losses, layers, TEXTS[1])),
                 "flagged": f"{int(one.flags)}",
+                "unsteady": f"{len(one.unsteady)}",
                 "what the product said": _said(one.said),
             }
         )

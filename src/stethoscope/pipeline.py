@@ -426,7 +426,7 @@ class _Run:
         if self.found.seen_items:
             self.reporter.note("exploratory: some items were seen when the layers were chosen")
         self.reporter.note(f"layers chosen: {', '.join(map(str, made.layers))}")
-        for warning in diagnosis.warnings:
+        for warning in (*diagnosis.warnings, *made.warnings):
             self.reporter.note(f"warning: {warning}")
         return made
 

@@ -57,6 +57,14 @@ def test_top_k_takes_the_largest_and_explains_every_layer():
     ]
 
 
+def test_layers_whose_rank_is_chance_are_warned_of():
+    steady = diagnosis([0.1, 0.5, 0.2, 0.4])
+    assert not select(steady, Select(k=2)).warnings
+    shaky = [layer.model_copy(update={"stability": 0.49 if layer.layer != 1 else 0.5}) for layer in steady.layers]
+    (warning,) = select(steady.model_copy(update={"layers": tuple(shaky)}), Select(k=2)).warnings
+    assert "leave these layers their rank: 3;" in warning
+
+
 def test_ties_break_toward_the_lower_layer():
     assert choose([0.3, 0.3, 0.3], k=2).layers == (0, 1)
 

@@ -162,7 +162,7 @@ def select(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_j
         as_json=as_json,
         rows=found.table(),
         left=2,
-        says=[found.verdict],
+        says=[found.verdict, *(f"warning: {warning}" for warning in found.warnings)],
         wrote=[folder / found.FILE],
         then=_then("run", recipe, out),
     )

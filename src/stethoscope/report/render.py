@@ -165,7 +165,7 @@ def _page(
         manifest=manifest,
         headline=words.headline(comparison),
         findings=words.findings(comparison, more.geometry),
-        notices=words.notices(diagnosis, comparison, more.edits),
+        notices=words.notices(diagnosis, comparison, selection, more.edits),
         arms=[(arm, words.describe_arm(arm, more.edits)) for arm in comparison.arms],
         results=tables.results(comparison),
         tests=tables.tests(comparison),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from stethoscope.report.results import Comparison, Contrast, Diagnosis, Difference, Edits, Geometry, Layer, is_random
+from stethoscope.selection.policies import Selection
 
 # Fewer items than this per task leave intervals of about 14 points or more.
 SMALL_SAMPLE = 200
@@ -113,7 +114,9 @@ def _significant(contrast: Contrast, alpha: float) -> bool:
     return contrast.pooled.clear
 
 
-def notices(diagnosis: Diagnosis, comparison: Comparison, edits: Edits | None = None) -> list[str]:
+def notices(
+    diagnosis: Diagnosis, comparison: Comparison, selection: Selection | None = None, edits: Edits | None = None
+) -> list[str]:
     """What a reader should know before believing the numbers."""
     found = []
     sizes = [t.n for c in comparison.contrasts for t in c.tasks]
@@ -127,7 +130,8 @@ def notices(diagnosis: Diagnosis, comparison: Comparison, edits: Edits | None = 
     flagged = [f"layer {layer.layer} ({layer.flag})" for layer in diagnosis.layers if layer.flag]
     if flagged:
         found.append(f"{len(flagged)} of {len(diagnosis.layers)} layers are not believed: {_some(flagged)}.")
-    warnings = [*diagnosis.warnings, *(f"the arm {warning}" for warning in (edits.warnings if edits else ()))]
+    doubts = selection.warnings if selection else ()
+    warnings = [*diagnosis.warnings, *doubts, *(f"the arm {warning}" for warning in (edits.warnings if edits else ()))]
     return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in warnings)]
 
 

@@ -25,6 +25,7 @@ class Selection(Shown, Artifact):
 
     Attributes:
         coefficients: layer -> coefficient, where the policy chose them too.
+        warnings: what a reader should know before believing the choice.
     """
 
     FILE: ClassVar[str] = "selection.json"
@@ -33,6 +34,7 @@ class Selection(Shown, Artifact):
     layers: tuple[int, ...]
     coefficients: dict[int, float] | None = None
     choices: tuple[LayerChoice, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -44,6 +46,8 @@ class Selection(Shown, Artifact):
         rows = [[str(choice.layer), choice.reason] for choice in self.choices]
         return self.verdict, [["layer", "reason"], *rows]
 
+
+STEADY = 0.5  # of the resamples: a chosen layer that holds its rank in fewer is warned of
 
 Ranked = Sequence[LayerDiagnosis]
 Policy = Callable[[Ranked, Select], Ranked]
@@ -114,10 +118,17 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
             hint="no evidence of a layer specific to the target is a result, too; `top_k` chooses all the same",
         )
     places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
+    unsteady = [str(n.layer) for n in diagnosis.layers if n.layer in chosen and n.stability < STEADY]
     return Selection(
         provenance=provenance or Provenance(),
         policy=options.policy,
         layers=tuple(sorted(chosen)),
+        warnings=(
+            f"fewer than half of the resamples leave these layers their rank: {', '.join(unsteady)}; other documents of"
+            " the same kind may choose others, and more of them would settle it",
+        )
+        if unsteady
+        else (),
         choices=tuple(_choice(layer, layer.layer in chosen, places) for layer in diagnosis.layers),
     )
 
