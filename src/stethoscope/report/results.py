@@ -241,6 +241,7 @@ class Selection(_File):
     policy: str
     layers: tuple[int, ...]
     choices: tuple[Choice, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class Plan(_Shown):

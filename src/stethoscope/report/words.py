@@ -2,8 +2,17 @@
 
 from collections.abc import Sequence
 
-from stethoscope.report.results import Comparison, Contrast, Diagnosis, Difference, Edits, Geometry, Layer, is_random
-from stethoscope.selection.policies import Selection
+from stethoscope.report.results import (
+    Comparison,
+    Contrast,
+    Diagnosis,
+    Difference,
+    Edits,
+    Geometry,
+    Layer,
+    Selection,
+    is_random,
+)
 
 # Fewer items than this per task leave intervals of about 14 points or more.
 SMALL_SAMPLE = 200
