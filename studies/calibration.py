@@ -63,10 +63,8 @@ if __name__ == "__main__":
         )
         for name in NAMES
     }
-    table: list[dict[str, Any]] = []
-    for name in NAMES:
-        found = kept("calibration", vector=name)
-        if name in options.only and not found:
-            found = list(rows(Bench(name, options.vectors), choices))
-        table += found
-        save("calibration", table)
+    done = {name: kept("calibration", vector=name) for name in NAMES}
+    for name in options.only:
+        if not done[name]:
+            done[name] = list(rows(Bench(name, options.vectors), choices))
+            save("calibration", [row for found in done.values() for row in found])

@@ -28,6 +28,7 @@ from stethoscope.evaluation.control import document_losses
 from stethoscope.models import load_model
 from stethoscope.selection.controls import control_plan
 
+PARTS = ("coefficient", "bits", "two")
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 PAIRS = (("math_0", "words"), ("math_0", "code"), ("words", "math_0"))
 
@@ -124,22 +125,18 @@ def _tensors(folder: Path) -> dict[str, str]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
-    parser.add_argument(
-        "--only", nargs="+", choices=("coefficient", "bits", "two"), default=["coefficient", "bits", "two"]
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
     benches = {name: Bench(name, options.vectors) for name in NAMES}
-    rows: list[dict[str, Any]] = []
-    undone = kept("undone")
-    for part in ("coefficient", "bits", "two"):
-        found = kept("edits", part=part)
-        if part in options.only and not found:
-            if part == "two":
-                undone = []
-                found = list(two(benches, undone))
-            else:
-                measure = coefficients if part == "coefficient" else few_bits
-                found = [row for name in ("math_0", "words") for row in measure(benches[name])]
-        rows += found
-        save("edits", rows)
-        save("undone", undone)
+    done = {part: kept("edits", part=part) for part in PARTS}
+    for part in options.only:
+        if done[part]:
+            continue
+        if part == "two":
+            undone: list[dict[str, Any]] = []
+            done[part] = list(two(benches, undone))
+            save("undone", undone)
+        else:
+            measure = coefficients if part == "coefficient" else few_bits
+            done[part] = [row for name in ("math_0", "words") for row in measure(benches[name])]
+        save("edits", [row for found in done.values() for row in found])

@@ -98,8 +98,9 @@ def cases(bench: Bench, folder: Path, vectors: Path) -> Iterator[Case]:
             saes=lambda out, source=source: _shifted(bench, source, out),  # type: ignore[misc]
         )
     for count in (256, 512):
-        changes = texts(f"{count}", target[:count], pieces[:count])
-        yield Case(name="documents", setting=f"{count}, control in pieces of {CHUNK} words", changes=changes)
+        some = pieces[:count]
+        setting = f"{count}, and {len(some)} pieces of {CHUNK} words as control"
+        yield Case(name="documents", setting=setting, changes=texts(f"{count}", target[:count], some))
 
 
 def _target() -> list[str]:

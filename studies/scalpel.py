@@ -53,20 +53,17 @@ if __name__ == "__main__":
     parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
     options = parser.parse_args()
-    losses, geometry = [], []
-    for vector in NAMES:
-        found = kept("scalpel", vector=vector), kept("geometry", vector=vector)
-        if vector in options.only and not all(found):
+    done = {vector: (kept("scalpel", vector=vector), kept("geometry", vector=vector)) for vector in NAMES}
+    for vector in options.only:
+        if not all(done[vector]):
             bench = Bench(vector, options.vectors)
             measured = geometry_recipe(bench.recipe, bench.run, reporter=ConsoleReporter())
-            found = (
+            done[vector] = (
                 list(bench.rows(plans(bench))),
                 [
                     {"vector": vector, "layer": one.layer, "kept": one.kept.share, "chance": one.kept.chance}
                     for one in measured.layers
                 ],
             )
-        losses += found[0]
-        geometry += found[1]
-        save("scalpel", losses)
-        save("geometry", geometry)
+            save("scalpel", [row for losses, _ in done.values() for row in losses])
+            save("geometry", [row for _, geometry in done.values() for row in geometry])
