@@ -110,7 +110,7 @@ def two(benches: dict[str, Bench], undone: list[dict[str, Any]]) -> Iterator[dic
                 try:
                     undo_patch(at[patch], at[edited], out)
                 except StethoscopeError as error:
-                    row |= {"said": str(error), "exact": None}
+                    row |= {"said": str(error).replace(f"{made}/", ""), "exact": None}
                 else:
                     row["exact"] = _tensors(out) == _tensors(wanted)
                 row["shared layers"] = len(set(one.chosen) & set(other.chosen))

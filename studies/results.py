@@ -302,12 +302,10 @@ def missing() -> list[str]:
     for study, name in studies.items():
         if left := [vector for vector in NAMES if not have(name) or vector not in set(table(name).vector)]:
             found.append(f"{study}, for {' and '.join(f'`{vector}`' for vector in left)}")
-    others = {
-        "sites": "study 1, other SAEs",
-        "listening_losses": "study 4, the choice",
-        "edits": "study 4, the edited model",
-    }
-    return found + [study for name, study in others.items() if not have(name)]
+    others = {"sites": "study 1, other SAEs", "listening_losses": "study 4, the choice"}
+    parts = {"coefficient": "coefficients", "bits": "few bits", "two": "two edits"}
+    found += [study for name, study in others.items() if not have(name)]
+    return found + [f"study 4, {study}" for part, study in parts.items() if not has_part(part)]
 
 
 def proved_vectors() -> list[str]:
@@ -602,6 +600,18 @@ def _of_layers(losses: pd.DataFrame, layers: list[int], text: str) -> PairedDiff
     here = losses[losses.text == text]
     base, edited = (here[keys[here.index] == key].sort_values("document") for key in ((), tuple(layers)))
     return ratio_difference(base.nats, edited.nats, base.tokens)
+
+
+def heard_fall(case: str, setting: str = "120 documents") -> str:
+    """By how much the layers that a case chose lower the target loss."""
+    one = table("listening").query("case == @case and setting == @setting").iloc[0]
+    change = _of_layers(table("listening_losses"), sorted(map(int, one.best)), TEXTS[0])
+    return f"{-change.difference:.2f}"
+
+
+def has_part(part: str) -> bool:
+    """Whether a part of the study of edited models has been run."""
+    return have("edits") and part in set(table("edits").part)
 
 
 def edits(part: str, vector: str) -> pd.DataFrame:
