@@ -39,7 +39,7 @@ def coefficients(bench: Bench) -> Iterator[dict[str, Any]]:
     yield from bench.rows({"base": None}, part="coefficient", setting="0")
     for c in COEFFICIENTS:
         plans = {
-            "selected": EditPlan.for_layers(bench.chosen, coefficient=c),
+            "selected": EditPlan.for_layers(list(bench.chosen), coefficient=c),
             "all": EditPlan.for_layers(layers, coefficient=c),
         }
         yield from bench.rows(plans, part="coefficient", setting=f"{c:g}")
