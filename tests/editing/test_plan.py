@@ -79,3 +79,9 @@ def test_a_transform_must_be_the_one_described() -> None:
         EditPlan.from_json(plan.to_json())
     with pytest.raises(CheckpointError, match="schema"):
         EditPlan.from_json({})
+
+
+def test_a_coefficient_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="coefficients of their own"):
+        EditPlan.for_layers({3: 1.0}, coefficient=0.5)
+    assert EditPlan.for_layers({3: 1.0}, coefficient=0.5, embeddings=True).outside == {"embedding": 0.5}

@@ -96,6 +96,11 @@ class EditPlan:
             raise CheckpointError(f"there are no modules `{modules}`", hint="choose all, attention or mlp")
         per_layer = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, coefficient)
         asked: dict[Kind, bool] = {"embedding": embeddings, "head": head, "norm": final_norm}
+        if isinstance(layers, Mapping) and coefficient != 1 and not any(asked.values()):
+            raise CheckpointError(
+                f"the layers have coefficients of their own, so {coefficient} would be ignored",
+                hint="give layer numbers alone, or leave `coefficient` out",
+            )
         return cls(
             layers={n: dict.fromkeys(MODULE_KINDS[modules], c) for n, c in sorted(per_layer.items())},
             outside={kind: coefficient for kind, wanted in asked.items() if wanted},
