@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import open_task_vector
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.corpus import prompt_lengths, tokenize
-from stethoscope.diagnosis.statistics import load_statistics
+from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.control import document_losses
@@ -27,7 +26,7 @@ from stethoscope.models import load_model, load_tokenizer
 from stethoscope.pipeline import select_recipe
 from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
-from stethoscope.saes.sources import load_sae, open_saes
+from stethoscope.saes.sources import load_sae
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 DOCUMENTS = 40  # of each text
@@ -53,7 +52,7 @@ class Bench:
         look = check_recipe(self.recipe, self.run)
         assert look.base is not None
         assert look.task_vector is not None
-        self.base, self.task_vector = look.base, look.task_vector
+        self.base, self.task_vector, self.saes = look.base, look.task_vector, look.saes
         self.model, self.tokenizer = load_model(self.base.path), load_tokenizer(self.base.path)
         rows = {name: tokenize(some[:DOCUMENTS], self.tokenizer) for name, some in look.texts.items()}
         starts = {
@@ -82,15 +81,13 @@ class Bench:
                 yield from loss_rows(self.losses(text, plan), vector=self.vector, arm=arm, text=text, **more)
 
     @cached_property
-    def _ordered(self) -> dict[int, np.ndarray]:
-        found = load_statistics(self.run / "statistics.safetensors")
-        ours, theirs = found["target"].layers, found["control"].layers
-        return {n: np.argsort(theirs[n].mass - ours[n].mass, kind="stable") for n in ours}
+    def _statistics(self) -> dict[str, FeatureStatistics]:
+        return load_statistics(self.run / "statistics.safetensors")
 
     def directions(self, layer: int) -> Tensor:
         """A layer's feature directions [features, d], those first that differ most toward the target."""
-        sae = load_sae(open_saes(self.recipe.saes)[layer])
-        return sae.W_dec.detach()[self._ordered[layer].tolist()]
+        ours, theirs = (self._statistics[name].layers[layer] for name in ("target", "control"))
+        return load_sae(self.saes[layer]).W_dec.detach()[ours.toward(theirs).tolist()]
 
 
 def loss_rows(losses: DocumentLosses, **more: Any) -> Iterator[dict[str, Any]]:

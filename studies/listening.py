@@ -30,7 +30,7 @@ from stethoscope.recipe import Diagnose, Recipe, Text
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import measure_health
 from stethoscope.saes.sources import load_sae, open_saes
-from stethoscope.selection.policies import STEADY
+from stethoscope.selection.policies import unsteady
 from stethoscope_demo.items import MATH_SUBJECTS, join_items, stream
 from stethoscope_demo.tasks import general_documents
 
@@ -194,7 +194,7 @@ def listen_to(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
         "layer": [layer.layer for layer in diagnosis.layers],
         "excess": [layer.excess for layer in diagnosis.layers],
         "flags": sum(layer.flag is not None for layer in diagnosis.layers),
-        "unsteady": [n.layer for n in diagnosis.layers if n.layer in layers and n.stability < STEADY],
+        "unsteady": unsteady(diagnosis, layers),
         "best": [n.layer for n in sorted(diagnosis.layers, key=lambda n: (-n.excess, n.layer))[:5]],
     }
 

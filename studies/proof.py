@@ -16,17 +16,15 @@ import pandas as pd
 from common import NAMES, OUTCOMES, TEXTS, loss_rows, recipe_of, save
 
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.evaluation import DocumentLosses
-from stethoscope.pipeline import TextLoss, run_recipe
+from stethoscope.evaluation.control import TextLoss
+from stethoscope.pipeline import run_recipe
 
 
 def losses(vector: str, run: Path) -> Iterator[dict[str, Any]]:
     """Every arm's losses, as the run left them."""
     for text in TEXTS:
         for folder in sorted((run / "losses" / text.replace(" ", "-")).iterdir()):
-            found = TextLoss.load(folder)
-            measured = DocumentLosses.from_dict({"sums": found.sums, "tokens": found.tokens})
-            yield from loss_rows(measured, vector=vector, arm=folder.name, text=text)
+            yield from loss_rows(TextLoss.load(folder).measured, vector=vector, arm=folder.name, text=text)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ would change.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -72,6 +71,20 @@ def nats(found: PairedDifference | None, *, falls: bool = False) -> str:
     return f"{sign * found.difference:+.3f}" + (f" ({ends[0]:+.3f} to {ends[1]:+.3f})" if ends else "")
 
 
+def points(found: PairedDifference | None, *, flip: bool = False) -> str:
+    """A difference of accuracy in points, or the same the other way round, with its interval."""
+    if found is None:
+        return ""
+    scale = -100 if flip else 100
+    ends = sorted(scale * end for end in (found.low, found.high) if end is not None)
+    return f"{scale * found.difference:+.1f}" + (f" ({ends[0]:+.1f} to {ends[1]:+.1f})" if ends else "")
+
+
+def vectors_of(study: str) -> list[str]:
+    """The vectors of a study's outcomes so far."""
+    return _vectors(table(study)) if have(study) else []
+
+
 # 1: the choice
 
 
@@ -114,11 +127,6 @@ def beats(vector: str, k: int = K, score: str = PRIMARY, kind: str = "equal_size
     """The share of random sets that a score's set beats, with its interval."""
     (one,) = scores().query("set == 'score' and score == @score and k == @k and vector == @vector").to_dict("records")
     return percent(*(one[f"beats_{kind}_{part}"] for part in ("share", "low", "high")))
-
-
-def judged_vectors() -> list[str]:
-    """Those whose choice has been judged."""
-    return _vectors(table("choice"))
 
 
 def every_score(k: int = K) -> pd.DataFrame:
@@ -232,14 +240,12 @@ def proof() -> pd.DataFrame:
                 accuracy[row["arm"]].append(row["accuracy"])
         rows.append({"vector": vector, "arm": "base", "accuracy, %": f"{100 * np.mean(accuracy['base']):.1f}"})
         for contrast in _against_base(comparison):
-            low, high = contrast.pooled.low, contrast.pooled.high
             rows.append(
                 {
                     "vector": vector,
                     "arm": ARMS.get(contrast.b, contrast.b),
                     "accuracy, %": f"{100 * np.mean(accuracy[contrast.b]):.1f}",
-                    "gain, points": f"{100 * contrast.pooled.difference:+.1f}"
-                    + (f" ({100 * low:+.1f} to {100 * high:+.1f})" if low is not None and high is not None else ""),
+                    "gain, points": points(contrast.pooled),
                     "better on": f"{len(contrast.improved)} of {len(comparison.family)}",
                     "worse on": ", ".join(name.removeprefix("stethoscope_") for name in contrast.worsened),
                     "target loss": nats(contrast.target_loss),
@@ -264,19 +270,10 @@ def qualified() -> dict[str, dict[str, Any]]:
     return found
 
 
-def pooled(vector: str, arm: str, than: str = "base") -> str:
+def ahead(vector: str, arm: str, of: str) -> str:
     """By how many points of accuracy an arm is better than another, pooled over a vector's tasks."""
-    one = next(c for c in compared(vector).contrasts if (c.a, c.b) == (than, arm)).pooled
-    return f"{100 * one.difference:+.1f}" + (
-        f" ({100 * one.low:+.1f} to {100 * one.high:+.1f})" if one.low is not None and one.high is not None else ""
-    )
-
-
-def flipped(difference: str) -> str:
-    """The same difference the other way round."""
-    numbers = [-float(number) for number in re.findall(r"[+-]\d+\.\d", difference)]
-    middle, *ends = numbers
-    return f"{middle:+.1f}" + (f" ({min(ends):+.1f} to {max(ends):+.1f})" if ends else "")
+    pairs = {(one.b, one.a): one.pooled for one in compared(vector).contrasts}
+    return points(pairs[arm, of]) if (arm, of) in pairs else points(pairs[of, arm], flip=True)
 
 
 def _costs() -> list[float]:
@@ -300,17 +297,12 @@ def missing() -> list[str]:
     }  # fmt: skip
     found = []
     for study, name in studies.items():
-        if left := [vector for vector in NAMES if not have(name) or vector not in set(table(name).vector)]:
+        if left := [vector for vector in NAMES if vector not in vectors_of(name)]:
             found.append(f"{study}, for {' and '.join(f'`{vector}`' for vector in left)}")
     others = {"sites": "study 1, other SAEs", "listening_losses": "study 4, the choice"}
     parts = {"coefficient": "coefficients", "bits": "few bits", "two": "two edits"}
     found += [study for name, study in others.items() if not have(name)]
     return found + [f"study 4, {study}" for part, study in parts.items() if not has_part(part)]
-
-
-def proved_vectors() -> list[str]:
-    """Those whose arms answered their tasks."""
-    return _vectors(table("proof"))
 
 
 def against_random() -> pd.DataFrame:
@@ -319,13 +311,11 @@ def against_random() -> pd.DataFrame:
     for vector in _vectors(table("proof")):
         for one in compared(vector).contrasts:
             if one.b == "selected" and (one.a.startswith("random") or one.a == "scaled"):
-                low, high = one.pooled.low, one.pooled.high
                 rows.append(
                     {
                         "vector": vector,
                         "selected against": ARMS.get(one.a, one.a),
-                        "accuracy, points": f"{100 * one.pooled.difference:+.1f}"
-                        + (f" ({100 * low:+.1f} to {100 * high:+.1f})" if low is not None and high is not None else ""),
+                        "accuracy, points": points(one.pooled),
                         "p (McNemar)": f"{one.pooled_mcnemar.p_value:.3g}" if one.pooled_mcnemar else "",
                         "target loss": nats(one.target_loss),
                         "general loss": nats(one.loss),
@@ -399,11 +389,6 @@ def scalpel(vector: str) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def scalpel_vectors() -> list[str]:
-    """Those done."""
-    return _vectors(table("scalpel"))
 
 
 def share_of_raw(vector: str, arm: str) -> str:

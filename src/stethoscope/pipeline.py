@@ -438,12 +438,12 @@ class _Run:
         """Loads a layer's directions, those first that differ most toward the target."""
 
         def load(layer: int, against: str) -> LayerFeatures:
-            ours, theirs = (self.statistics[name].layers[layer].mass for name in ("target", against))
+            ours, theirs = (self.statistics[name].layers[layer] for name in ("target", against))
             sae = load_sae(self.found.saes[layer])
             return LayerFeatures(
                 decoder=sae.W_dec.detach(),
                 encoder=sae.W_enc.detach().T,
-                order=np.argsort(theirs - ours, kind="stable").tolist(),
+                order=ours.toward(theirs).tolist(),
                 chosen=self.projected_features,
             )
 
@@ -572,9 +572,9 @@ class _Run:
                     ids, starts = rows()
                     with arm():
                         measured = document_losses(self.model, ids, starts=starts)
-                    saved = TextLoss.model_validate({"provenance": provenance, **measured.to_dict()})
+                    saved = TextLoss.of(measured, provenance)
                     saved.save(folder)
-                losses[name] = DocumentLosses.from_dict({"sums": saved.sums, "tokens": saved.tokens})
+                losses[name] = saved.measured
                 advance(number + 1, len(arms))
         return losses
 
@@ -587,10 +587,11 @@ class _Run:
             for name, key in keys.items()
         }
         known = {name: DocumentCosts.load_if_current(*place) for name, place in places.items()}
+        rows = cache(partial(self.rows, GENERAL))  # not read where every cost is saved
         with self.reporter.stage(f"Evaluate: loss and divergence on {GENERAL} text") as advance:
             groups = self.held_together({name: plan for name, plan in plans.items() if known[name] is None})
             for number, group in enumerate(groups):
-                ids, starts = self.rows(GENERAL)
+                ids, starts = rows()
                 total = len(groups) * len(ids)
                 found = document_costs(
                     self.model,

@@ -13,7 +13,7 @@ def test_every_number_follows_from_the_outcomes() -> None:
 
 def test_the_share_beaten_is_counted_from_the_random_sets() -> None:
     found = results.scores().query("k == 5")
-    for vector in results.judged_vectors():
+    for vector in results.vectors_of("choice"):
         here = found[found.vector == vector]
         own = here[(here.set == "score") & (here.score == "mass_shift")].iloc[0]
         for kind in ("equal_size", "equal_energy"):

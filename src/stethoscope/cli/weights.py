@@ -56,8 +56,7 @@ def edit(
     plan = EditPlan.for_layers(wanted, coefficient=coefficient, modules=modules.value)
     if dry_run:
         found = check_edit(base, tuned, plan, out, kind=kind.value)
-        if not quiet:
-            _caution(found.warnings)
+        _caution(found.warnings, quiet=quiet)
         if as_json or not found.problems:
             conclude(
                 asdict(found),
@@ -75,8 +74,7 @@ def edit(
     opened = open_checkpoint(base)
     with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
         made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind.value, progress=advance)
-    if not quiet:
-        _caution(made.warnings)
+    _caution(made.warnings, quiet=quiet)
     conclude(
         made.manifest,
         as_json=as_json,
@@ -86,8 +84,8 @@ def edit(
     )
 
 
-def _caution(warnings: Iterable[str]) -> None:
-    for text in warnings:
+def _caution(warnings: Iterable[str], *, quiet: bool) -> None:
+    for text in () if quiet else warnings:
         warn(f"warning: {text}")
 
 

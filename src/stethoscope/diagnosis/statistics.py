@@ -53,6 +53,10 @@ class LayerStatistics:
         total = self.sums.sum()
         return self.sums.sum(0) / total if total > 0 else np.zeros(self.sums.shape[1])
 
+    def toward(self, control: "LayerStatistics") -> Int64[ndarray, " width"]:
+        """The features in order of how much larger their share of mass is here than on a control, largest first."""
+        return np.argsort(control.mass - self.mass, kind="stable")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:

@@ -16,31 +16,45 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Artifact, Provenance
+from stethoscope.artifacts import Artifact, Provenance, Saved
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses
+from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses, PerDocument
 from stethoscope.losses import chunk_size, head_logits, run, token_losses
 
 Documents = Sequence[Sequence[int]]
 Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 
 
-class TextLoss(Artifact):
+class _Measured(Artifact):
+    sums: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls: type[Saved], measured: PerDocument, provenance: Provenance) -> Saved:
+        """What was measured, ready to be saved."""
+        return cls.model_validate({"provenance": provenance, **measured.to_dict()})
+
+
+class TextLoss(_Measured):
     """One arm's loss on each document of a text: sums in nats over predicted tokens."""
 
     FILE: ClassVar[str] = "loss.json"
 
-    sums: tuple[float, ...]
-    tokens: tuple[int, ...]
+    @property
+    def measured(self) -> DocumentLosses:
+        """As it was measured."""
+        return DocumentLosses.from_dict({"sums": self.sums, "tokens": self.tokens})
 
 
-class TextDivergence(Artifact):
+class TextDivergence(_Measured):
     """One arm's divergence from the base on each document of a text: sums in nats over predicted tokens."""
 
     FILE: ClassVar[str] = "divergence.json"
 
-    sums: tuple[float, ...]
-    tokens: tuple[int, ...]
+    @property
+    def measured(self) -> DocumentDivergences:
+        """As it was measured."""
+        return DocumentDivergences.from_dict({"sums": self.sums, "tokens": self.tokens})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +66,8 @@ class DocumentCosts:
 
     def save(self, folder: Path, provenance: Provenance) -> None:
         """Write ``loss.json`` and ``divergence.json``."""
-        TextLoss.model_validate({"provenance": provenance, **self.loss.to_dict()}).save(folder)
-        TextDivergence.model_validate({"provenance": provenance, **self.divergence.to_dict()}).save(folder)
+        TextLoss.of(self.loss, provenance).save(folder)
+        TextDivergence.of(self.divergence, provenance).save(folder)
 
     @classmethod
     def load_if_current(cls, folder: Path, provenance: Provenance) -> "DocumentCosts | None":
@@ -62,10 +76,7 @@ class DocumentCosts:
         divergence = TextDivergence.load_if_current(folder, provenance)
         if loss is None or divergence is None:
             return None
-        return cls(
-            loss=DocumentLosses.from_dict({"sums": loss.sums, "tokens": loss.tokens}),
-            divergence=DocumentDivergences.from_dict({"sums": divergence.sums, "tokens": divergence.tokens}),
-        )
+        return cls(loss=loss.measured, divergence=divergence.measured)
 
 
 @torch.no_grad()

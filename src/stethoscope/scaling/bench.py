@@ -76,14 +76,13 @@ class Bench:
 
     def load(self, folder: Path | None) -> Any:
         """A model of the bench's type, on its device."""
-        from stethoscope.models import load_model, preferred_dtype
+        from stethoscope.models import load_model
 
         assert folder is not None
         torch.set_num_threads(self.threads)
         if self.device == "cuda" and self.share < 1:
             torch.cuda.set_per_process_memory_fraction(self.share)  # Ray does not see to it
-        model: Any = load_model(folder, dtype=self.dtype or preferred_dtype(self.device))
-        return model.to(self.device)
+        return load_model(folder, dtype=self.dtype, device=self.device)
 
     @contextmanager
     def entered(self, plan: Any) -> Iterator[tuple[Any, Any]]:

@@ -1,6 +1,6 @@
 """Which layers: a policy turns a diagnosis into a selection that says why each layer is in or out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
 from typing import ClassVar
 
@@ -118,19 +118,24 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
             hint="no evidence of a layer specific to the target is a result, too; `top_k` chooses all the same",
         )
     places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
-    unsteady = [str(n.layer) for n in diagnosis.layers if n.layer in chosen and n.stability < STEADY]
+    warnings = []
+    if shaky := unsteady(diagnosis, chosen):
+        warnings.append(
+            f"fewer than half of the resamples leave these layers their rank: {', '.join(map(str, shaky))}; other"
+            " documents of the same kind may choose others, and more of them would settle it"
+        )
     return Selection(
         provenance=provenance or Provenance(),
         policy=options.policy,
         layers=tuple(sorted(chosen)),
-        warnings=(
-            f"fewer than half of the resamples leave these layers their rank: {', '.join(unsteady)}; other documents of"
-            " the same kind may choose others, and more of them would settle it",
-        )
-        if unsteady
-        else (),
+        warnings=tuple(warnings),
         choices=tuple(_choice(layer, layer.layer in chosen, places) for layer in diagnosis.layers),
     )
+
+
+def unsteady(diagnosis: Diagnosis, layers: Collection[int]) -> list[int]:
+    """Those of some layers that hold their rank in fewer than half of the resamples."""
+    return [layer.layer for layer in diagnosis.layers if layer.layer in layers and layer.stability < STEADY]
 
 
 def select_calibrated(diagnosis: Diagnosis, calibration: Calibration, *, provenance: Provenance) -> Selection:

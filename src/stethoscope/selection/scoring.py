@@ -103,6 +103,6 @@ def edit_scores(
 
 def _specific(target: FeatureStatistics, control: FeatureStatistics, layer: int) -> dict[int, float]:
     """The features whose share of mass is largest on target against control, weighed by that difference."""
-    difference = target.layers[layer].mass - control.layers[layer].mass
-    order = np.argsort(-difference, kind="stable")[:FEATURES]
-    return {int(i): float(difference[i]) for i in order if difference[i] > 0}
+    ours, theirs = target.layers[layer], control.layers[layer]
+    difference = ours.mass - theirs.mass
+    return {int(i): float(difference[i]) for i in ours.toward(theirs)[:FEATURES] if difference[i] > 0}
