@@ -180,9 +180,12 @@ def listen_to(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     changed = recipe.model_copy(update={**case.changes, **({"saes": str(folder / "saes")} if case.saes else {})})
     layers: list[int] = []
     try:
-        layers = list(select_recipe(changed, folder, reporter=reporter).layers)
+        selection = select_recipe(changed, folder, reporter=reporter)
     except StethoscopeError as error:
         said.append(str(error))
+    else:
+        layers = list(selection.layers)
+        said += selection.warnings
     found = {"case": case.name, "setting": case.setting, "layers": layers}
     if not (folder / Diagnosis.FILE).exists():
         return {**found, "refused": True, "said": said}
@@ -190,7 +193,7 @@ def listen_to(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     return {
         **found,
         "refused": False,
-        "said": [*said, *diagnosis.warnings],
+        "said": [*diagnosis.warnings, *said],
         "layer": [layer.layer for layer in diagnosis.layers],
         "excess": [layer.excess for layer in diagnosis.layers],
         "flags": sum(layer.flag is not None for layer in diagnosis.layers),

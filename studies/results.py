@@ -29,6 +29,7 @@ HERE = Path(__file__).parent
 PRIMARY, K = "mass_shift", 5
 SIZES = (3, 5, 8, 15)
 CONTROL_TASKS = ("stethoscope_word_sorting", "stethoscope_letter_counting")
+CHANGES = {"falls": "target loss falls by", "rises": "general loss"}
 ARMS = {"random_layers_1": "random 1", "random_layers_2": "random 2"}  # as the tables call them
 
 
@@ -117,10 +118,19 @@ def primary() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def claim() -> dict[str, bool]:
-    """Whether `mass_shift` is shown to choose five layers better than chance, by vector."""
-    found = scores().query("set == 'score' and score == @PRIMARY and k == @K")
-    return {one.vector: bool(one.beats_equal_size_low > 0.5) for one in found.itertuples()}
+def claims(k: int = K, kind: str = "equal_size") -> dict[str, str]:
+    """How `mass_shift` chooses beside chance, by vector: better, worse, or neither is shown."""
+    found = scores().query("set == 'score' and score == @PRIMARY and k == @k").set_index("vector")
+    lows, highs = found[f"beats_{kind}_low"], found[f"beats_{kind}_high"]
+    return {
+        vector: "better" if lows[vector] > 0.5 else "worse" if highs[vector] < 0.5 else "neither"
+        for vector in vectors_of("choice")
+    }
+
+
+def those(found: Mapping[str, str], what: str) -> str:
+    """The vectors of which something was found."""
+    return ", ".join(f"`{vector}`" for vector, one in found.items() if one == what) or "none"
 
 
 def beats(vector: str, k: int = K, score: str = PRIMARY, kind: str = "equal_size") -> str:
@@ -178,12 +188,10 @@ def correlations() -> pd.DataFrame:
 
 
 def best_alone() -> pd.DataFrame:
-    """The five layers that gain most alone, by vector, and how far vectors agree on layers."""
-    found = scores().query("set == 'alone'")
+    """The five layers that gain most alone, by vector."""
     rows = []
-    for vector in _vectors(found):
-        here = found[found.vector == vector].assign(layer=lambda f: [int(one[0]) for one in f.layers])
-        best = here.sort_values("gain", ascending=False).head(5)
+    for vector in vectors_of("choice"):
+        best = _alone(vector).sort_values("gain", ascending=False).head(5)
         rows.append(
             {
                 "vector": vector,
@@ -192,6 +200,11 @@ def best_alone() -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def _alone(vector: str) -> pd.DataFrame:
+    found = scores().query("set == 'alone' and vector == @vector")
+    return found.assign(layer=[int(layer) for (layer,) in found.layers])
 
 
 def spread_of_chance(k: int = K) -> pd.DataFrame:
@@ -328,7 +341,7 @@ def against_random() -> pd.DataFrame:
 
 
 def sites(score: str = PRIMARY) -> pd.DataFrame:
-    """Rank correlations of layers between sets of SAEs, by vector, and between a set's layers and their truth."""
+    """Rank correlations of layers between sets of SAEs, by vector."""
     found = table("sites")
     rows = []
     for increments in ("", " increment"):
@@ -346,6 +359,21 @@ def sites(score: str = PRIMARY) -> pd.DataFrame:
                     },
                 }
             )
+    return pd.DataFrame(rows)
+
+
+def sites_truth(score: str = PRIMARY) -> pd.DataFrame:
+    """Each set's rank correlation with what layers gain alone, by vector."""
+    found = table("sites")
+    gains = {vector: _alone(vector).set_index("layer").gain for vector in vectors_of("choice")}
+    rows = []
+    for name in (score, f"{score} increment"):
+        for saes, here in found[found.score == name].groupby("saes"):
+            row = {"score": name, "SAEs": saes}
+            for vector, gain in gains.items():
+                excess = here[here.vector == vector].set_index("layer").excess
+                row[vector] = f"{spearmanr(excess, gain[excess.index]).statistic:+.2f}"
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -547,6 +575,7 @@ def _edit(row: Any) -> str:
 # 4: what breaks
 
 
+@cache
 def listening() -> pd.DataFrame:
     """Each case: agreement with the ranking as it is, the layers, and what injecting them does."""
     found, losses = table("listening"), table("listening_losses")
@@ -587,6 +616,12 @@ def _of_layers(losses: pd.DataFrame, layers: list[int], text: str) -> PairedDiff
     return ratio_difference(base.nats, edited.nats, base.tokens)
 
 
+def heard(case: str, setting: str) -> dict[str, str]:
+    """A row of that table."""
+    rows = {(row["changed"], row["to"]): row for row in listening().to_dict("records")}
+    return {str(name): str(value) for name, value in rows[case, setting].items()}
+
+
 def heard_fall(case: str, setting: str = "120 documents") -> str:
     """By how much the layers that a case chose lower the target loss."""
     one = table("listening").query("case == @case and setting == @setting").iloc[0]
@@ -599,6 +634,7 @@ def has_part(part: str) -> bool:
     return have("edits") and part in set(table("edits").part)
 
 
+@cache
 def edits(part: str, vector: str) -> pd.DataFrame:
     """A part of the study of edited models: a row per setting and arm, against the base at the same setting."""
     found = table("edits").query("part == @part and vector == @vector")
@@ -619,6 +655,12 @@ def edits(part: str, vector: str) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
+
+
+def changed(part: str, vector: str, setting: str, arm: str = "selected") -> dict[str, str]:
+    """By how much target loss falls and general loss rises in a row of that table, without intervals."""
+    (row,) = (r for r in edits(part, vector).to_dict("records") if (r["setting"], r["arm"]) == (setting, arm))
+    return {name: str(row[column]).split(" ")[0] for name, column in CHANGES.items()}
 
 
 def bits_alone() -> pd.DataFrame:

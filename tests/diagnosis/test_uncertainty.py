@@ -177,6 +177,8 @@ def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
         "SAE variance explained undefined on target text",
         None,
     ]
+    (warning,) = made.warnings
+    assert warning.startswith("2 of 5 layers are not believed, layer 1 (SAE variance explained 0.31 on target text), ")
     assert max(made.layers, key=lambda layer: layer.excess).layer == 2
     assert {f.feature for f in made.layers[2].features[:20]} == set(range(0, 200, 10))
     assert sum(layer.increment for layer in made.layers) == pytest.approx(made.layers[-1].excess)

@@ -1,6 +1,6 @@
 """diagnose: model, SAEs and two kinds of text in; each layer's specificity, judged against chance, out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from stethoscope.shown import Rows, Shown, text_rows
 LEAST_VARIANCE_EXPLAINED = 0.5
 ATTRIBUTION = "attribution"
 ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
-NAMED = 8  # layers that the verdict names
+NAMED = 8  # layers that a sentence names
 # Of the frame, those that a table shows, by heading and with their formats.
 _COLUMNS = {
     "layer": ("layer", "d"),
@@ -239,7 +239,7 @@ def diagnose(
         increments=increments,
         corpora=summaries,
         layers=tuple(layers),
-        warnings=_warnings(summaries),
+        warnings=_warnings(summaries, layers),
     )
 
 
@@ -307,14 +307,24 @@ def _summary(heard: Listening, documents: int) -> CorpusSummary:
     )
 
 
-def _warnings(corpora: Mapping[str, CorpusSummary]) -> tuple[str, ...]:
+def _warnings(corpora: Mapping[str, CorpusSummary], layers: Sequence[LayerDiagnosis]) -> tuple[str, ...]:
     left_out = (
         f"{len(corpus.broken)} {name} documents could not be heard and were left out, counted from 0:"
         f" {', '.join(map(str, corpus.broken))}"
         for name, corpus in corpora.items()
         if corpus.broken
     )
-    return (*left_out, *_lengths(corpora))
+    return (*left_out, *_flagged(layers), *_lengths(corpora))
+
+
+def _flagged(layers: Sequence[LayerDiagnosis]) -> Iterator[str]:
+    flagged = [f"layer {layer.layer} ({layer.flag})" for layer in layers if layer.flag]
+    if flagged:
+        more = f" and {len(flagged) - NAMED} more" if len(flagged) > NAMED else ""
+        yield (
+            f"{len(flagged)} of {len(layers)} layers are not believed, {', '.join(flagged[:NAMED])}{more}: SAEs of"
+            " another model or layer look like this, and so does text unlike what they were trained on"
+        )
 
 
 def _lengths(corpora: Mapping[str, CorpusSummary]) -> tuple[str, ...]:

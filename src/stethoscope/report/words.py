@@ -136,9 +136,6 @@ def notices(
             seen = f"below about {100 * least:.0f} points " if least < 1 else ""
             text += f" A true gain {seen}in one task would usually be missed."
         found.append(f"{text} Run more items before acting on this.")
-    flagged = [f"layer {layer.layer} ({layer.flag})" for layer in diagnosis.layers if layer.flag]
-    if flagged:
-        found.append(f"{len(flagged)} of {len(diagnosis.layers)} layers are not believed: {_some(flagged)}.")
     doubts = selection.warnings if selection else ()
     warnings = [*diagnosis.warnings, *doubts, *(f"the arm {warning}" for warning in (edits.warnings if edits else ()))]
     return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in warnings)]
@@ -164,10 +161,6 @@ def _resolution(comparison: Comparison) -> float | None:
     contrast = comparison.contrast("selected")
     gains = sorted(t.smallest_detectable_gain or 1.0 for t in contrast.tasks if t.in_family) if contrast else []
     return gains[len(gains) // 2] if gains else None
-
-
-def _some(items: Sequence[str], most: int = 6) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 def points(difference: Difference) -> str:
