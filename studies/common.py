@@ -16,14 +16,14 @@ from torch import Tensor
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import open_task_vector
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.corpus import prompt_lengths, tokenize
+from stethoscope.corpus import TokenBatch, batches, prompt_lengths, tokenize
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.control import document_losses
 from stethoscope.evaluation.outcomes import DocumentLosses
 from stethoscope.models import load_model, load_tokenizer
-from stethoscope.pipeline import select_recipe
+from stethoscope.pipeline import INJECTED_TOKENS, select_recipe
 from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
 from stethoscope.saes.sources import load_sae
@@ -54,12 +54,22 @@ class Bench:
         assert look.task_vector is not None
         self.base, self.task_vector, self.saes = look.base, look.task_vector, look.saes
         self.model, self.tokenizer = load_model(self.base.path), load_tokenizer(self.base.path)
-        rows = {name: tokenize(some[:DOCUMENTS], self.tokenizer) for name, some in look.texts.items()}
-        starts = {
-            name: prompt_lengths(rows[name], tokenize(prompts[:DOCUMENTS], self.tokenizer))
-            for name, prompts in look.prompts.items()
-        }
-        self.tokens = {name: (rows[name], starts.get(name)) for name in rows}
+        self._texts, self._prompts = look.texts, look.prompts
+        self.tokens = {name: self._tokens(name, DOCUMENTS) for name in look.texts}
+
+    def _tokens(self, text: str, most: int, max_tokens: int = 1024) -> tuple[list[list[int]], list[int] | None]:
+        rows = tokenize(self._texts[text][:most], self.tokenizer, max_tokens=max_tokens)
+        if text not in self._prompts:
+            return rows, None
+        return rows, prompt_lengths(rows, tokenize(self._prompts[text][:most], self.tokenizer, max_tokens=max_tokens))
+
+    def judged_on(self, documents: int) -> dict[str, list[TokenBatch]]:
+        """The texts on which `stethoscope hearing` judges sets of layers, as it reads them."""
+        found = {}
+        for side, text in (("target", TEXTS[0]), ("control", "control")):
+            rows, starts = self._tokens(text, documents, self.recipe.diagnose.max_tokens)
+            found[side] = list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
+        return found
 
     @cached_property
     def chosen(self) -> dict[int, float]:

@@ -60,14 +60,14 @@ class Select(_Section):
 
     Attributes:
         policy: what decides, see `selection.policies`.
-        k: layers, for ``top_k``.
+        k: layers, for ``top_k`` and ``spread``.
         z: least excess in standard deviations of the null, for ``threshold``.
         alpha: level over all layers, for ``significant``.
         share: of the excess to hold, for ``budget``.
         include_flagged: believe SAEs whose health is poor.
     """
 
-    policy: Literal["top_k", "threshold", "significant", "budget", "gap", "calibrated"] = "top_k"
+    policy: Literal["top_k", "spread", "threshold", "significant", "budget", "gap", "calibrated"] = "top_k"
     k: int | None = Field(default=None, ge=1)
     z: float = Field(default=3.0, allow_inf_nan=False)
     alpha: float = Field(default=0.05, gt=0, lt=1)
@@ -75,9 +75,9 @@ class Select(_Section):
     include_flagged: bool = False
 
     @model_validator(mode="after")
-    def _top_k_has_k(self) -> "Select":
-        if self.policy == "top_k" and self.k is None:
-            raise ValueError("`top_k` needs `k`, the number of layers")
+    def _has_k(self) -> "Select":
+        if self.policy in ("top_k", "spread") and self.k is None:
+            raise ValueError(f"`{self.policy}` needs `k`, the number of layers")
         return self
 
 

@@ -86,6 +86,10 @@ def test_a_flagged_layer_is_left_out_unless_the_user_insists():
         ({"policy": "budget", "share": 0.75}, (1, 3)),  # 0.9 of 1.2, met exactly
         ({"policy": "budget", "share": 1.0}, (0, 1, 2, 3)),
         ({"policy": "gap"}, (0, 1, 2, 3)),
+        ({"policy": "spread", "k": 1}, (1,)),
+        ({"policy": "spread", "k": 2}, (1, 3)),
+        ({"policy": "spread", "k": 3}, (1, 3, 4)),  # runs of two, two and one
+        ({"policy": "spread", "k": 5}, (0, 1, 2, 3, 4)),
     ],
 )
 def test_policies_by_hand(options, layers):
@@ -100,3 +104,12 @@ def test_too_few_layers_or_none_is_an_error_that_says_why():
         choose([0.1, 0.2], policy="significant")
     with pytest.raises(ValueError, match="`top_k` needs `k`"):
         Select(policy="top_k")
+    with pytest.raises(ValueError, match="`spread` needs `k`"):
+        Select(policy="spread")
+
+
+def test_spread_divides_the_layers_that_can_be_believed_and_says_who_was_ahead():
+    found = select(diagnosis([0.9, 0.1, 0.5, 0.4, 0.3, 0.2], (0, 1)), Select(policy="spread", k=2))
+    assert found.layers == (2, 4)
+    assert found.choices[3].reason.endswith("rank 2 of 4, behind layer 2 of its stretch")
+    assert not found.warnings

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
 from typing import ClassVar
 
+import numpy as np
+
 from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.diagnosis.diagnose import Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
@@ -55,10 +57,27 @@ Policy = Callable[[Ranked, Select], Ranked]
 
 def top_k(ranked: Ranked, options: Select) -> Ranked:
     """The k layers of largest excess."""
+    return ranked[: _enough(ranked, options)]
+
+
+def spread(ranked: Ranked, options: Select) -> Ranked:
+    """The layer of largest excess in each of k stretches of the stack: neighbours hear alike and their gains repeat."""
+    best = stretches(ranked, _enough(ranked, options))
+    return [layer for layer in ranked if layer in best.values()]
+
+
+def stretches(ranked: Ranked, k: int) -> dict[int, LayerDiagnosis]:
+    """For each layer the best of its stretch: ranked layers in order of depth, cut into k runs as equal as can be."""
+    places = {layer.layer: place for place, layer in enumerate(ranked)}
+    runs = [run.tolist() for run in np.array_split(sorted(places), k)]
+    return {layer: ranked[min(places[one] for one in run)] for run in runs for layer in run}
+
+
+def _enough(ranked: Ranked, options: Select) -> int:
     assert options.k is not None
     if len(ranked) < options.k:
         raise StethoscopeError(f"cannot choose {options.k} layers: {len(ranked)} can be believed")
-    return ranked[: options.k]
+    return options.k
 
 
 def threshold(ranked: Ranked, options: Select) -> Ranked:
@@ -87,7 +106,7 @@ def gap(ranked: Ranked, options: Select) -> Ranked:
 
 
 POLICIES: dict[str, Policy] = {
-    "top_k": top_k, "threshold": threshold, "significant": significant, "budget": budget, "gap": gap,
+    "top_k": top_k, "spread": spread, "threshold": threshold, "significant": significant, "budget": budget, "gap": gap,
 }  # fmt: skip
 
 
@@ -118,8 +137,11 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
             hint="no evidence of a layer specific to the target is a result, too; `top_k` chooses all the same",
         )
     places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
+    spreads = options.policy == "spread" and options.k
+    ahead = {n: best.layer for n, best in stretches(ranked, spreads).items()} if spreads else {}
     warnings = []
-    if shaky := unsteady(diagnosis, chosen):
+    # a layer that is chosen for its stretch may lose its rank among all
+    if (shaky := unsteady(diagnosis, chosen)) and not spreads:
         warnings.append(
             f"fewer than half of the resamples leave these layers their rank: {', '.join(map(str, shaky))}; other"
             " documents of the same kind may choose others, and more of them would settle it"
@@ -129,7 +151,7 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
         policy=options.policy,
         layers=tuple(sorted(chosen)),
         warnings=tuple(warnings),
-        choices=tuple(_choice(layer, layer.layer in chosen, places) for layer in diagnosis.layers),
+        choices=tuple(_choice(layer, layer.layer in chosen, places, ahead) for layer in diagnosis.layers),
     )
 
 
@@ -164,14 +186,15 @@ def select_calibrated(diagnosis: Diagnosis, calibration: Calibration, *, provena
     )
 
 
-def _choice(layer: LayerDiagnosis, chosen: bool, places: dict[int, int]) -> LayerChoice:
+def _choice(layer: LayerDiagnosis, chosen: bool, places: dict[int, int], ahead: dict[int, int]) -> LayerChoice:
     if layer.layer not in places:
         reason = f"left out: {layer.flag}"
     elif chosen:
         stability = f"rank {layer.rank} or better in {100 * layer.stability:.0f} % of resamples"
         reason = f"chosen: {_figures(layer)}, {stability}"
     else:
-        reason = f"left out: {_figures(layer)}, rank {places[layer.layer]} of {len(places)}"
+        behind = f", behind layer {ahead[layer.layer]} of its stretch" if layer.layer in ahead else ""
+        reason = f"left out: {_figures(layer)}, rank {places[layer.layer]} of {len(places)}{behind}"
     return LayerChoice(layer=layer.layer, chosen=chosen, reason=reason)
 
 
