@@ -8,7 +8,7 @@ would change.
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -228,6 +228,59 @@ def spread_of_chance(k: int = K) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# 1b: spread over the stack
+
+
+def _spread(k: int) -> Iterator[tuple[str, str, float, np.ndarray, np.ndarray]]:
+    """By vector and score: what its best of every stretch are worth, random layers, and random ones of each stretch."""
+    found = table("spread").query("k == @k").assign(worth=lambda f: f.gain - f.cost)
+    for vector in vectors_of("spread"):
+        here = found[found.vector == vector]
+        anywhere = scores().query("vector == @vector and k == @k and set == 'random, equal size'").worth
+        stretched = here[here.set == "random, one a stretch"].worth
+        for one in here[here.set == "score"].itertuples():
+            yield vector, one.score, one.worth, anywhere.to_numpy(), stretched.to_numpy()
+
+
+def share(worth: float, drawn: np.ndarray) -> tuple[float, float, float]:
+    """The share of drawn sets that are worth less, with its exact interval."""
+    counted = binomtest(int((worth > drawn).sum()), len(drawn))
+    found = counted.proportion_ci(0.95)
+    return counted.statistic, float(found.low), float(found.high)
+
+
+def spread_primary(k: int = K) -> pd.DataFrame:
+    """The primary score's best of every stretch beside both kinds of chance."""
+    return pd.DataFrame(
+        {
+            "vector": vector,
+            "beats random layers": percent(*share(worth, anywhere)),
+            "beats random ones of each stretch": percent(*share(worth, stretched)),
+            "these beat random layers, on average": percent(np.mean([share(s, anywhere)[0] for s in stretched])),
+        }
+        for vector, score, worth, anywhere, stretched in _spread(k)
+        if score == PRIMARY
+    )
+
+
+def spread_claims(kind: int, k: int = K) -> dict[str, str]:
+    """As `claims`; of kind 0 against random layers, 1 against random ones of each stretch."""
+    found = {v: share(worth, drawn[kind]) for v, score, worth, *drawn in _spread(k) if score == PRIMARY}
+    return {v: "better" if low > 0.5 else "worse" if high < 0.5 else "neither" for v, (_, low, high) in found.items()}
+
+
+def spread_scores(k: int = K) -> pd.DataFrame:
+    """Every score's best of every stretch: the share of random layers, and of random ones of each stretch, it beats."""
+    rows: dict[str, dict[str, str]] = {}
+    means: dict[str, list[float]] = {}
+    for vector, score, worth, anywhere, stretched in _spread(k):
+        both = share(worth, anywhere)[0], share(worth, stretched)[0]
+        rows.setdefault(score, {"score": score})[vector] = f"{100 * both[0]:.0f}, {100 * both[1]:.0f} %"
+        means.setdefault(score, []).append(both[1])
+    order = sorted(rows, key=lambda score: -float(np.mean(means[score])))
+    return pd.DataFrame([rows[score] for score in order])
+
+
 # 1: the frozen choice on tasks
 
 
@@ -306,7 +359,8 @@ def dearest() -> str:
 def missing() -> list[str]:
     """What of the protocol has not been run, by study."""
     studies = {
-        "study 1, choice": "choice", "study 1, tasks": "proof", "study 2": "scalpel", "study 3": "calibration",
+        "study 1, choice": "choice", "study 1b": "spread", "study 1, tasks": "proof", "study 2": "scalpel",
+        "study 3": "calibration",
     }  # fmt: skip
     found = []
     for study, name in studies.items():

@@ -30,7 +30,7 @@ def rows(bench: Bench, random_sets: int) -> Iterator[dict[str, Any]]:
     choice = pd.read_parquet(OUTCOMES / "choice.parquet").query("vector == @bench.vector")
     alone = choice[choice.set == "alone"]
     depth = [int(layer) for (layer,) in alone.layers]
-    scores = [name.removeprefix("value of ") for name in alone if name.startswith("value of ")]
+    scores = [name.removeprefix("value of ") for name in map(str, alone) if name.startswith("value of ")]
     values = {score: dict(zip(depth, alone[f"value of {score}"], strict=True)) for score in scores}
     rng = np.random.default_rng(0)
     sets: list[dict[str, Any]] = []
