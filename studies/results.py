@@ -7,6 +7,7 @@ would change.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -679,8 +680,8 @@ def listening() -> pd.DataFrame:
 
 
 def _said(said: Any) -> str:
-    lines = [line for text in said for line in str(text).splitlines() if line.strip()]
-    return lines[0].replace("|", "/") + (f" … ({len(lines)} lines)" if len(lines) > 1 else "") if lines else "nothing"
+    """The first clause of each message, which names what is wrong before it lists where."""
+    return "; ".join(re.split(", layer |: |; |\n", str(text))[0] for text in said) or "nothing"
 
 
 def _of_layers(losses: pd.DataFrame, layers: list[int], text: str) -> PairedDifference:
