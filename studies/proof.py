@@ -4,11 +4,13 @@
 
 What was run before is read. Writes, of all vectors run so far, `outcomes/proof.parquet`, a row per vector, arm, task
 and item, and `outcomes/proof_losses.parquet`, a row per vector, arm, text and document. It is also the check that a
-vector is one: better on its own tasks, worse elsewhere.
+vector is one: better on its own tasks, worse elsewhere. The arm `spread` is the selection of another run, by the policy
+of that name, on the same items.
 """
 
 import argparse
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,28 @@ from common import NAMES, OUTCOMES, TEXTS, loss_rows, recipe_of, save
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.evaluation.control import TextLoss
 from stethoscope.pipeline import run_recipe
+from stethoscope.recipe import Select
+
+OF_SPREAD = {"selected": "spread"}  # its arms by the name that they have here; the base is that of the first run
 
 
-def losses(vector: str, run: Path) -> Iterator[dict[str, Any]]:
-    """Every arm's losses, as the run left them."""
+def losses(vector: str, run: Path, named: Mapping[str, str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every arm's losses, as the run left them; only arms that are ``named``, if any are."""
     for text in TEXTS:
         for folder in sorted((run / "losses" / text.replace(" ", "-")).iterdir()):
-            yield from loss_rows(TextLoss.load(folder).measured, vector=vector, arm=folder.name, text=text)
+            if arm := (named or {folder.name: folder.name}).get(folder.name):
+                yield from loss_rows(TextLoss.load(folder).measured, vector=vector, arm=arm, text=text)
+
+
+def run_spread(vector: str, vectors: Path) -> None:
+    """The same recipe with one layer from each stretch of the stack; what it shares with the first run is kept."""
+    recipe, run, spread = recipe_of(vector, vectors), vectors / vector / "run", vectors / vector / "spread"
+    if not spread.exists():
+        shutil.copytree(run, spread)
+        (spread / "comparison.json").unlink()
+    select = Select(policy="spread", k=recipe.select.k)
+    other = recipe.model_copy(update={"select": select, "arms": ("base", "selected")})
+    run_recipe(other, spread, reporter=ConsoleReporter())
 
 
 if __name__ == "__main__":
@@ -34,9 +51,14 @@ if __name__ == "__main__":
     options = parser.parse_args()
     for vector in options.only:
         run_recipe(recipe_of(vector, options.vectors), options.vectors / vector / "run", reporter=ConsoleReporter())
-    runs = {vector: options.vectors / vector / "run" for vector in NAMES}
-    done = {vector: run for vector, run in runs.items() if (run / "comparison.json").exists()}
+        run_spread(vector, options.vectors)
+    answered, lost = [], []
+    for vector in NAMES:
+        for run, named in ((options.vectors / vector / "run", None), (options.vectors / vector / "spread", OF_SPREAD)):
+            if (run / "comparison.json").exists():
+                frame = pd.read_parquet(run / "outcomes.parquet").assign(vector=vector)
+                answered.append(frame[frame.arm.isin(named)].replace({"arm": named}) if named else frame)
+                lost += losses(vector, run, named)
     OUTCOMES.mkdir(exist_ok=True)
-    answered = [pd.read_parquet(run / "outcomes.parquet").assign(vector=vector) for vector, run in done.items()]
     pd.concat(answered).to_parquet(OUTCOMES / "proof.parquet", index=False)
-    save("proof_losses", [row for vector, run in done.items() for row in losses(vector, run)])
+    save("proof_losses", lost)
