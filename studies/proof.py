@@ -52,7 +52,8 @@ if __name__ == "__main__":
     for vector in options.only:
         run_recipe(recipe_of(vector, options.vectors), options.vectors / vector / "run", reporter=ConsoleReporter())
         run_spread(vector, options.vectors)
-    answered, lost = [], []
+    answered: list[pd.DataFrame] = []
+    lost: list[dict[str, Any]] = []
     for vector in NAMES:
         for run, named in ((options.vectors / vector / "run", None), (options.vectors / vector / "spread", OF_SPREAD)):
             if (run / "comparison.json").exists():

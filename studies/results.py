@@ -293,14 +293,16 @@ def spread_scores(k: int = K) -> pd.DataFrame:
 
 
 @cache
-def compared(vector: str) -> Comparison:
+def compared(vector: str, pairs: tuple[tuple[str, str], ...] | None = None) -> Comparison:
     """The product's own comparison, from the raw outcomes."""
     frame = table("proof").query("vector == @vector").drop(columns="vector").reset_index(drop=True)
     frame = frame.dropna(axis=1, how="all")
     found = table("proof_losses").query("vector == @vector")
     losses = {text: _losses(found[found.text == text]) for text in TEXTS}
     family = [task for task in dict.fromkeys(frame.task) if task not in CONTROL_TASKS]
-    return compare(Outcomes(frame=frame), family=family, losses=losses[TEXTS[1]], target_losses=losses[TEXTS[0]])
+    return compare(
+        Outcomes(frame=frame), pairs=pairs, family=family, losses=losses[TEXTS[1]], target_losses=losses[TEXTS[0]]
+    )
 
 
 def proof() -> pd.DataFrame:
@@ -380,22 +382,23 @@ def missing() -> list[str]:
     return found + [f"study 4, {study}" for part, study in parts.items() if not has_part(part)]
 
 
-def against_random() -> pd.DataFrame:
-    """The selected layers against each random set of as many, paired over items."""
+def against(arm: str) -> pd.DataFrame:
+    """An arm's layers against other choices of as many, and the same energy in all, paired over items."""
     rows = []
-    for vector in _vectors(table("proof")):
-        for one in compared(vector).contrasts:
-            if one.b == "selected" and (one.a.startswith("random") or one.a == "scaled"):
-                rows.append(
-                    {
-                        "vector": vector,
-                        "selected against": ARMS.get(one.a, one.a),
-                        "accuracy, points": points(one.pooled),
-                        "p (McNemar)": f"{one.pooled_mcnemar.p_value:.3g}" if one.pooled_mcnemar else "",
-                        "target loss": nats(one.target_loss),
-                        "general loss": nats(one.loss),
-                    }
-                )
+    for vector in vectors_of("proof"):
+        there = set(table("proof").query("vector == @vector").arm)
+        pairs = [(other, arm) for other in (*ARMS, "scaled", "selected") if other != arm and {other, arm} <= there]
+        for one in compared(vector, tuple(pairs)).contrasts if pairs else ():
+            rows.append(
+                {
+                    "vector": vector,
+                    f"{arm} against": ARMS.get(one.a, one.a),
+                    "accuracy, points": points(one.pooled),
+                    "p (McNemar)": f"{one.pooled_mcnemar.p_value:.3g}" if one.pooled_mcnemar else "",
+                    "target loss": nats(one.target_loss),
+                    "general loss": nats(one.loss),
+                }
+            )
     return pd.DataFrame(rows)
 
 
