@@ -191,7 +191,7 @@ def _choice(layer: LayerDiagnosis, chosen: bool, places: dict[int, int], ahead: 
         reason = f"left out: {layer.flag}"
     elif chosen:
         stability = f"rank {layer.rank} or better in {100 * layer.stability:.0f} % of resamples"
-        reason = f"chosen: {_figures(layer)}, {stability}"
+        reason = f"chosen: {_figures(layer)}, {'the best of its stretch' if ahead else stability}"
     else:
         behind = f", behind layer {ahead[layer.layer]} of its stretch" if layer.layer in ahead else ""
         reason = f"left out: {_figures(layer)}, rank {places[layer.layer]} of {len(places)}{behind}"
