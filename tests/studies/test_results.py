@@ -5,6 +5,8 @@ import pandas as pd
 import pytest
 import results
 
+from stethoscope.evaluation.inference import PairedDifference
+
 
 @pytest.mark.timeout(600)
 def test_every_number_follows_from_the_outcomes() -> None:
@@ -30,3 +32,28 @@ def test_energy_that_explains_all_leaves_no_choice(monkeypatch: pytest.MonkeyPat
     made.loc[made.set != "score", "gain"] += np.tile([0.01, -0.01, 0.0], 7)
     monkeypatch.setattr(results, "table", lambda _name: made)
     assert results.adjusted(5).loc["big", "code"] == pytest.approx(0.5, abs=0.2)
+
+
+def test_a_difference_the_other_way_round_has_its_interval_turned() -> None:
+    found = PairedDifference(
+        n=10, clusters=10, difference=0.05, low=-0.01, high=0.08, standard_error=0.02, confidence=0.95, method="by hand"
+    )
+    assert results.points(found) == "+5.0 (-1.0 to +8.0)"
+    assert results.points(found, flip=True) == "-5.0 (-8.0 to +1.0)"
+
+
+def test_the_share_of_drawn_sets_beaten_has_its_exact_interval() -> None:
+    found = results.share(0.5, np.linspace(0.0, 1.0, 101))
+    assert found == pytest.approx((50 / 101, 0.394, 0.596), abs=1e-3)
+
+
+def test_spread_is_judged_beside_both_kinds_of_chance() -> None:
+    found = results.table("spread").query("vector == 'words' and k == 5").assign(worth=lambda f: f.gain - f.cost)
+    own = found[found.score == "mass_shift"].query("set == 'score'").worth.iloc[0]
+    random = results.scores().query("vector == 'words' and k == 5 and set == 'random, equal size'")
+    row = results.spread_primary().set_index("vector").loc["words"]
+    assert row["beats random layers"].startswith(f"{100 * (own > random.worth).mean():.0f} %")
+    stretched = found[found.set == "random, one a stretch"]
+    assert {len(layers) for layers in stretched.layers} == {5}
+    assert all(layer // 6 == place for layers in stretched.layers for place, layer in enumerate(layers))
+    assert row["beats random ones of each stretch"].startswith(f"{100 * (own > stretched.worth).mean():.0f} %")
