@@ -7,13 +7,11 @@ and k with the effect of the score's best k layers together and the shares of ra
 random set, and a row per layer alone.
 """
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from common import NAMES, OUTCOMES, energies, recipe_of
+from common import JUDGED_ON, NAMES, OUTCOMES, arguments, energies, recipe_of
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.pipeline import judge_recipe
@@ -64,10 +62,8 @@ def _beaten(name: str, found: Beaten | None) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--documents", type=int, default=8)
+    parser = arguments(__doc__)
+    parser.add_argument("--documents", type=int, default=JUDGED_ON)
     parser.add_argument("--random-sets", type=int, default=100)
     options = parser.parse_args()
     for vector in options.only:

@@ -4,7 +4,8 @@ bench = Bench("words", Path("runs/studies"))
 bench.losses("held-out target", EditPlan.for_layers([3, 4]))
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import argparse
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch import Tensor
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import open_task_vector
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.corpus import TokenBatch, batches, prompt_lengths, tokenize
+from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics
 from stethoscope.editing.apply import applied
+from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.control import document_losses
 from stethoscope.evaluation.outcomes import DocumentLosses
@@ -27,9 +29,11 @@ from stethoscope.pipeline import INJECTED_TOKENS, select_recipe
 from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
 from stethoscope.saes.sources import load_sae
+from stethoscope.selection.rivals import Gains, measure
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 DOCUMENTS = 40  # of each text
+JUDGED_ON = 8  # documents of each text that judge a set of layers
 NAMES = ("math_0", "math_1", "code", "words")  # the task vectors; the first is the demo's own
 TEXTS = ("held-out target", "general")  # on which nothing was chosen
 
@@ -63,13 +67,19 @@ class Bench:
             return rows, None
         return rows, prompt_lengths(rows, tokenize(self._prompts[text][:most], self.tokenizer, max_tokens=max_tokens))
 
-    def judged_on(self, documents: int) -> dict[str, list[TokenBatch]]:
-        """The texts on which `stethoscope hearing` judges sets of layers, as it reads them."""
-        found = {}
-        for side, text in (("target", TEXTS[0]), ("control", "control")):
-            rows, starts = self._tokens(text, documents, self.recipe.diagnose.max_tokens)
-            found[side] = list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
-        return found
+    def gains(
+        self,
+        edits: Sequence[dict[int, float]],
+        texts: tuple[str, str] = TEXTS,
+        documents: int = DOCUMENTS,
+        max_tokens: int = 1024,
+    ) -> Gains:
+        """What many edits of whole layers save on a target and a control text, by document."""
+        read = {}
+        for side, text in zip(("target", "control"), texts, strict=True):
+            rows, starts = self._tokens(text, documents, max_tokens)
+            read[side] = list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
+        return measure(self.model, LayerEdits(self.model, self.task_vector), read, edits)
 
     @cached_property
     def chosen(self) -> dict[int, float]:
@@ -121,3 +131,26 @@ def kept(name: str, **where: Any) -> list[dict[str, Any]]:
     for column, value in where.items():
         table = table[table[column] == value]
     return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]
+
+
+def resume(
+    study: str,
+    column: str,
+    parts: Collection[str],
+    only: Collection[str],
+    make: Callable[[str], Iterable[dict[str, Any]]],
+) -> None:
+    """Make those parts of a study that are wanted and not there, and save it after each; a part is a column's value."""
+    done = {part: kept(study, **{column: part}) for part in parts}
+    for part in only:
+        if not done[part]:
+            done[part] = list(make(part))
+            save(study, [row for found in done.values() for row in found])
+
+
+def arguments(doc: str | None, parts: Collection[str] = NAMES) -> argparse.ArgumentParser:
+    """What every study is asked: where the vectors lie, and which of its parts are wanted."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    return parser

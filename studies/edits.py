@@ -6,7 +6,6 @@ Needs `choice.py` for all vectors. Parts done before are kept. Writes `outcomes/
 setting, arm, text and document, and `outcomes/undone.parquet`, what undoing gave back and what was said.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import NAMES, TEXTS, Bench, kept, loss_rows, save
+from common import NAMES, TEXTS, Bench, arguments, loss_rows, resume, save
 from torch import Tensor, nn
 
 from stethoscope.artifacts import sha256_file
@@ -123,20 +122,18 @@ def _tensors(folder: Path) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    options = parser.parse_args()
+    options = arguments(__doc__, PARTS).parse_args()
     benches = {name: Bench(name, options.vectors) for name in NAMES}
-    done = {part: kept("edits", part=part) for part in PARTS}
-    for part in options.only:
-        if done[part]:
-            continue
+
+    def make(part: str) -> Iterator[dict[str, Any]]:
+        """A part's rows; what undoing gave is saved beside them."""
         if part == "two":
             undone: list[dict[str, Any]] = []
-            done[part] = list(two(benches, undone))
+            yield from two(benches, undone)
             save("undone", undone)
         else:
             measure = coefficients if part == "coefficient" else few_bits
-            done[part] = [row for name in ("math_0", "words") for row in measure(benches[name])]
-        save("edits", [row for found in done.values() for row in found])
+            for name in ("math_0", "words"):
+                yield from measure(benches[name])
+
+    resume("edits", "part", PARTS, options.only, make)

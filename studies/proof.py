@@ -8,14 +8,13 @@ vector is one: better on its own tasks, worse elsewhere. The arm `spread` is the
 of that name, on the same items.
 """
 
-import argparse
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from common import NAMES, OUTCOMES, TEXTS, loss_rows, recipe_of, save
+from common import NAMES, OUTCOMES, TEXTS, arguments, loss_rows, recipe_of, save
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.evaluation.control import TextLoss
@@ -37,18 +36,14 @@ def run_spread(vector: str, vectors: Path) -> None:
     """The same recipe with one layer from each stretch of the stack; what it shares with the first run is kept."""
     recipe, run, spread = recipe_of(vector, vectors), vectors / vector / "run", vectors / vector / "spread"
     if not spread.exists():
-        shutil.copytree(run, spread)
-        (spread / "comparison.json").unlink()
+        shutil.copytree(run, spread, ignore=shutil.ignore_patterns("comparison.json"))
     select = Select(policy="spread", k=recipe.select.k)
     other = recipe.model_copy(update={"select": select, "arms": ("base", "selected")})
     run_recipe(other, spread, reporter=ConsoleReporter())
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
-    options = parser.parse_args()
+    options = arguments(__doc__).parse_args()
     for vector in options.only:
         run_recipe(recipe_of(vector, options.vectors), options.vectors / vector / "run", reporter=ConsoleReporter())
         run_spread(vector, options.vectors)

@@ -20,11 +20,12 @@ import jinja2
 import numpy as np
 import pandas as pd
 from common import NAMES, OUTCOMES, TEXTS
-from scipy.stats import binomtest, linregress, spearmanr
+from scipy.stats import linregress, spearmanr
 
 from stethoscope.evaluation import DocumentLosses, Outcomes, compare
 from stethoscope.evaluation.contrast import Comparison, Contrast
 from stethoscope.evaluation.inference import PairedDifference, ratio_difference
+from stethoscope.selection.hearing import Beaten
 
 HERE = Path(__file__).parent
 PRIMARY, K = "mass_shift", 5
@@ -66,20 +67,19 @@ def percent(value: float | None, low: float | None = None, high: float | None = 
 
 def nats(found: PairedDifference | None, *, falls: bool = False) -> str:
     """A change of loss, or by how much it falls, with its interval."""
-    if found is None:
-        return ""
-    sign = -1 if falls else 1
-    ends = sorted(sign * end for end in (found.low, found.high) if end is not None)
-    return f"{sign * found.difference:+.3f}" + (f" ({ends[0]:+.3f} to {ends[1]:+.3f})" if ends else "")
+    return _difference(found, -1 if falls else 1, "+.3f")
 
 
 def points(found: PairedDifference | None, *, flip: bool = False) -> str:
     """A difference of accuracy in points, or the same the other way round, with its interval."""
+    return _difference(found, -100 if flip else 100, "+.1f")
+
+
+def _difference(found: PairedDifference | None, scale: float, form: str) -> str:
     if found is None:
         return ""
-    scale = -100 if flip else 100
     ends = sorted(scale * end for end in (found.low, found.high) if end is not None)
-    return f"{scale * found.difference:+.1f}" + (f" ({ends[0]:+.1f} to {ends[1]:+.1f})" if ends else "")
+    return f"{scale * found.difference:{form}}" + (f" ({ends[0]:{form}} to {ends[1]:{form}})" if ends else "")
 
 
 def vectors_of(study: str) -> list[str]:
@@ -123,10 +123,11 @@ def claims(k: int = K, kind: str = "equal_size") -> dict[str, str]:
     """How `mass_shift` chooses beside chance, by vector: better, worse, or neither is shown."""
     found = scores().query("set == 'score' and score == @PRIMARY and k == @k").set_index("vector")
     lows, highs = found[f"beats_{kind}_low"], found[f"beats_{kind}_high"]
-    return {
-        vector: "better" if lows[vector] > 0.5 else "worse" if highs[vector] < 0.5 else "neither"
-        for vector in vectors_of("choice")
-    }
+    return {vector: _claim(lows[vector], highs[vector]) for vector in vectors_of("choice")}
+
+
+def _claim(low: float, high: float) -> str:
+    return "better" if low > 0.5 else "worse" if high < 0.5 else "neither"
 
 
 def those(found: Mapping[str, str], what: str) -> str:
@@ -143,14 +144,17 @@ def beats(vector: str, k: int = K, score: str = PRIMARY, kind: str = "equal_size
 def every_score(k: int = K) -> pd.DataFrame:
     """The share of random sets of equal size that each score's set beats, by vector; the best on average first."""
     found = scores().query("set == 'score' and k == @k")
-    shares = found.pivot_table(index=["score", "kind"], columns="vector", values="beats_equal_size_share")
+    shares, lows = (
+        found.pivot_table(index=["score", "kind"], columns="vector", values=f"beats_equal_size_{part}")
+        for part in ("share", "low")
+    )
     shares = shares[[name for name in NAMES if name in shares]]
     residual = adjusted(k).reindex(shares.index.get_level_values("score"))
     order = (-shares.mean(axis=1)).sort_values(kind="stable").index
     rows = []
     for score, kind in order:
         one = shares.loc[score, kind]
-        worst = min(binomtest(round(100 * share), 100).proportion_ci(0.95).low for share in one.tolist())
+        worst = lows.loc[score, kind].min()
         rows.append(
             {
                 "score": score,
@@ -239,22 +243,18 @@ def spread_of_chance(k: int = K) -> pd.DataFrame:
 # 1b: spread over the stack
 
 
-def _spread(k: int) -> Iterator[tuple[str, str, float, np.ndarray, np.ndarray]]:
-    """By vector and score: what its best of every stretch are worth, random layers, and random ones of each stretch."""
+def _spread(k: int) -> Iterator[tuple[str, str, Beaten, Beaten, list[Beaten]]]:
+    """By vector and score: how its best of every stretch do beside random layers and beside random ones of each
+    stretch, and how these do beside random layers.
+    """
     found = table("spread").query("k == @k").assign(worth=lambda f: f.gain - f.cost)
     for vector in vectors_of("spread"):
         here = found[found.vector == vector]
-        anywhere = scores().query("vector == @vector and k == @k and set == 'random, equal size'").worth
-        stretched = here[here.set == "random, one a stretch"].worth
+        anywhere = scores().query("vector == @vector and k == @k and set == 'random, equal size'").worth.tolist()
+        stretched = here[here.set == "random, one a stretch"].worth.tolist()
+        between = [Beaten.of(worth, anywhere) for worth in stretched]
         for one in here[here.set == "score"].itertuples():
-            yield vector, one.score, one.worth, anywhere.to_numpy(), stretched.to_numpy()
-
-
-def share(worth: float, drawn: np.ndarray) -> tuple[float, float, float]:
-    """The share of drawn sets that are worth less, with its exact interval."""
-    counted = binomtest(int((worth > drawn).sum()), len(drawn))
-    found = counted.proportion_ci(0.95)
-    return counted.statistic, float(found.low), float(found.high)
+            yield vector, one.score, Beaten.of(one.worth, anywhere), Beaten.of(one.worth, stretched), between
 
 
 def spread_primary(k: int = K) -> pd.DataFrame:
@@ -262,29 +262,28 @@ def spread_primary(k: int = K) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "vector": vector,
-            "beats random layers": percent(*share(worth, anywhere)),
-            "beats random ones of each stretch": percent(*share(worth, stretched)),
-            "these beat random layers, on average": percent(np.mean([share(s, anywhere)[0] for s in stretched])),
+            "beats random layers": percent(anywhere.share, anywhere.low, anywhere.high),
+            "beats random ones of each stretch": percent(stretched.share, stretched.low, stretched.high),
+            "these beat random layers, on average": percent(np.mean([one.share for one in between])),
         }
-        for vector, score, worth, anywhere, stretched in _spread(k)
+        for vector, score, anywhere, stretched, between in _spread(k)
         if score == PRIMARY
     )
 
 
 def spread_claims(kind: int, k: int = K) -> dict[str, str]:
     """As `claims`; of kind 0 against random layers, 1 against random ones of each stretch."""
-    found = {v: share(worth, drawn[kind]) for v, score, worth, *drawn in _spread(k) if score == PRIMARY}
-    return {v: "better" if low > 0.5 else "worse" if high < 0.5 else "neither" for v, (_, low, high) in found.items()}
+    found = {vector: both[kind] for vector, score, *both, _ in _spread(k) if score == PRIMARY}
+    return {vector: _claim(one.low, one.high) for vector, one in found.items()}
 
 
 def spread_scores(k: int = K) -> pd.DataFrame:
     """Every score's best of every stretch: the share of random layers, and of random ones of each stretch, it beats."""
     rows: dict[str, dict[str, str]] = {}
     means: dict[str, list[float]] = {}
-    for vector, score, worth, anywhere, stretched in _spread(k):
-        both = share(worth, anywhere)[0], share(worth, stretched)[0]
-        rows.setdefault(score, {"score": score})[vector] = f"{100 * both[0]:.0f}, {100 * both[1]:.0f} %"
-        means.setdefault(score, []).append(both[1])
+    for vector, score, anywhere, stretched, _ in _spread(k):
+        rows.setdefault(score, {"score": score})[vector] = f"{100 * anywhere.share:.0f}, {percent(stretched.share)}"
+        means.setdefault(score, []).append(stretched.share)
     order = sorted(rows, key=lambda score: -float(np.mean(means[score])))
     return pd.DataFrame([rows[score] for score in order])
 
@@ -556,6 +555,7 @@ def kept_energy() -> pd.DataFrame:
 # 3: calibration
 
 
+@cache
 def _worth(vector: str) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     """Edits tried on a vector, and for each corpus documents x edits of gains and tokens, in the edits' order."""
     found = table("calibration").query("vector == @vector")
@@ -569,27 +569,17 @@ def _worth(vector: str) -> tuple[pd.DataFrame, dict[str, pd.DataFrame]]:
     return edits, wide
 
 
-def _compare_worths(vector: str, one: tuple[str, str], other: tuple[str, str]) -> tuple[float, float]:
-    """By how much one edit is worth more than another, target gain less control cost, and its standard error."""
+def _compare_worths(vector: str, one: tuple[str, str], other: tuple[str, str] | None = None) -> tuple[float, float]:
+    """By how much an edit is worth more than another, or than none: target gain less control cost, and its error."""
     _, wide = _worth(vector)
     difference, variance = 0.0, 0.0
     for frame in wide.values():
         gains, tokens = frame["gain"], frame["tokens"][one].to_numpy()
-        change = ratio_difference(gains[other].to_numpy(), gains[one].to_numpy(), tokens, resamples=2)
+        before = gains[other].to_numpy() if other else np.zeros(len(gains))
+        change = ratio_difference(before, gains[one].to_numpy(), tokens, resamples=2)
         difference += change.difference
         variance += (change.standard_error or 0.0) ** 2
     return difference, float(np.sqrt(variance))
-
-
-def _error(vector: str, edit: tuple[str, str]) -> float:
-    """The standard error of what an edit is worth, over documents."""
-    _, wide = _worth(vector)
-    variance = 0.0
-    for frame in wide.values():
-        gains = frame["gain"][edit].to_numpy()
-        change = ratio_difference(np.zeros(len(gains)), gains, frame["tokens"][edit].to_numpy(), resamples=2)
-        variance += (change.standard_error or 0.0) ** 2
-    return float(np.sqrt(variance))
 
 
 def worths(vector: str) -> dict[tuple[str, str], float]:
@@ -615,6 +605,7 @@ def calibration() -> pd.DataFrame:
             continue
         own, best = ("grid", chosen.iloc[0].edit), max((e for e in found if e[0] == "grid"), key=lambda e: found[e])
         ahead, error = _compare_worths(vector, best, own)
+        _, alone = _compare_worths(vector, best)
         rows.append(
             {
                 **row,
@@ -623,7 +614,7 @@ def calibration() -> pd.DataFrame:
                 "best of the grid": _edit(edits[(edits.kind == "grid") & (edits.edit == best[1])].iloc[0]),
                 "its worth": f"{found[best]:+.3f}",
                 "behind by": f"{ahead:.3f} ± {error:.3f}",
-                "the best's own error": f"{(alone := _error(vector, best)):.3f}",
+                "the best's own error": f"{alone:.3f}",
                 "within that": "yes" if ahead <= alone else "no",
                 "within the paired one": "yes" if ahead <= error else "no",
             }

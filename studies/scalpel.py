@@ -7,12 +7,12 @@ Vectors done before are kept; the diagnosis and selection of `choice.py` are use
 and layer: the share of its energy that features keep, and what chance keeps.
 """
 
-import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import NAMES, Bench, kept, save
+from common import NAMES, Bench, arguments, recipe_of, resume
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.editing.plan import EditPlan
@@ -48,22 +48,19 @@ def plans(bench: Bench) -> Mapping[str, EditPlan | None]:
     }
 
 
+def losses(bench: Bench) -> Iterator[dict[str, Any]]:
+    """A row per arm, text and document."""
+    return bench.rows(plans(bench))
+
+
+def geometry(vector: str, vectors: Path) -> Iterator[dict[str, Any]]:
+    """A row per layer."""
+    found = geometry_recipe(recipe_of(vector, vectors), vectors / vector / "run", reporter=ConsoleReporter())
+    for one in found.layers:
+        yield {"vector": vector, "layer": one.layer, "kept": one.kept.share, "chance": one.kept.chance}
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
-    options = parser.parse_args()
-    done = {vector: (kept("scalpel", vector=vector), kept("geometry", vector=vector)) for vector in NAMES}
-    for vector in options.only:
-        if not all(done[vector]):
-            bench = Bench(vector, options.vectors)
-            measured = geometry_recipe(bench.recipe, bench.run, reporter=ConsoleReporter())
-            done[vector] = (
-                list(bench.rows(plans(bench))),
-                [
-                    {"vector": vector, "layer": one.layer, "kept": one.kept.share, "chance": one.kept.chance}
-                    for one in measured.layers
-                ],
-            )
-            save("scalpel", [row for losses, _ in done.values() for row in losses])
-            save("geometry", [row for _, geometry in done.values() for row in geometry])
+    options = arguments(__doc__).parse_args()
+    resume("geometry", "vector", NAMES, options.only, lambda vector: geometry(vector, options.vectors))
+    resume("scalpel", "vector", NAMES, options.only, lambda vector: losses(Bench(vector, options.vectors)))

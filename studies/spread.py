@@ -6,23 +6,18 @@ Needs `choice.py` of the same vectors, on whose texts sets are judged. Vectors d
 `outcomes/spread.parquet`, a row per vector, k and set of layers with its effect.
 """
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from common import NAMES, OUTCOMES, Bench, kept, save
+from common import JUDGED_ON, NAMES, OUTCOMES, TEXTS, Bench, arguments, resume
 
 from stethoscope.diagnosis.diagnose import Diagnosis
-from stethoscope.editing.layers import LayerEdits
 from stethoscope.recipe import Select
-from stethoscope.selection.policies import select
-from stethoscope.selection.rivals import measure
+from stethoscope.selection.policies import select, stretches
 
 SIZES = (3, 5, 8)
-DOCUMENTS = 8  # as `choice.py` has it
 
 
 def rows(bench: Bench, random_sets: int) -> Iterator[dict[str, Any]]:
@@ -35,7 +30,7 @@ def rows(bench: Bench, random_sets: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     sets: list[dict[str, Any]] = []
     for k in SIZES:
-        runs = [run.tolist() for run in np.array_split(sorted(depth), k)]
+        runs = stretches(depth, k)
         for score, value in values.items():
             best = [max(run, key=value.__getitem__) for run in runs]
             sets.append({"set": "score", "score": score, "k": k, "layers": best})
@@ -48,20 +43,14 @@ def rows(bench: Bench, random_sets: int) -> Iterator[dict[str, Any]]:
         top = choice[(choice.set == "score") & (choice.score == "mass_shift") & (choice.k == k)].iloc[0]
         sets.append({"set": "top", "score": "mass_shift", "k": k, "layers": list(map(int, top.layers))})
     edits = [dict.fromkeys(one["layers"], 1.0) for one in sets]
-    found = measure(bench.model, LayerEdits(bench.model, bench.task_vector), bench.judged_on(DOCUMENTS), edits)
+    found = bench.gains(edits, (TEXTS[0], "control"), JUDGED_ON, bench.recipe.diagnose.max_tokens)
     gain, control = (found.sums[side].sum(0) / found.tokens[side].sum() for side in ("target", "control"))
     for one, fall, saved in zip(sets, gain.tolist(), control.tolist(), strict=True):
         yield {"vector": bench.vector, **one, "gain": fall, "cost": -saved}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES))
+    parser = arguments(__doc__)
     parser.add_argument("--random-sets", type=int, default=100)
     options = parser.parse_args()
-    done = {name: kept("spread", vector=name) for name in NAMES}
-    for name in options.only:
-        if not done[name]:
-            done[name] = list(rows(Bench(name, options.vectors), options.random_sets))
-            save("spread", [row for found in done.values() for row in found])
+    resume("spread", "vector", NAMES, options.only, lambda v: rows(Bench(v, options.vectors), options.random_sets))

@@ -219,7 +219,7 @@ def _look(recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, 
 
 def _look_at_arms(found: Look, recipe: Recipe) -> None:
     """Arms of other layers than the selected ones need such layers."""
-    k = recipe.select.k if recipe.select.policy in ("top_k", "spread") else None
+    k = recipe.select.k if recipe.select.chooses_k else None
     every = found.base is not None and k == found.base.layers
     without = OTHERS if every else ("bottom_layers", "hybrid") if found.saes and k == len(found.saes) else ()
     if none := [f"`{arm}`" for arm in recipe.arms if arm in without]:

@@ -74,9 +74,14 @@ class Select(_Section):
     share: float = Field(default=0.5, gt=0, le=1)
     include_flagged: bool = False
 
+    @property
+    def chooses_k(self) -> bool:
+        """Whether the policy chooses exactly ``k`` layers."""
+        return self.policy in ("top_k", "spread")
+
     @model_validator(mode="after")
     def _has_k(self) -> "Select":
-        if self.policy in ("top_k", "spread") and self.k is None:
+        if self.chooses_k and self.k is None:
             raise ValueError(f"`{self.policy}` needs `k`, the number of layers")
         return self
 

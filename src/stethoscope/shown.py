@@ -33,6 +33,11 @@ class Shown:
         return f"<p>{escape(sentence)}</p>\n<table>\n" + "\n".join(lines) + "\n</table>"
 
 
+def first_of(names: Sequence[str], most: int) -> str:
+    """At most so many names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def text_rows(records: Sequence[Mapping[Any, Any]], columns: Mapping[str, tuple[str, str]]) -> Rows:
     """Some columns of a frame's records as text.
 

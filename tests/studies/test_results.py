@@ -6,6 +6,7 @@ import pytest
 import results
 
 from stethoscope.evaluation.inference import PairedDifference
+from stethoscope.selection.hearing import Beaten
 
 
 @pytest.mark.timeout(600)
@@ -43,8 +44,8 @@ def test_a_difference_the_other_way_round_has_its_interval_turned() -> None:
 
 
 def test_the_share_of_drawn_sets_beaten_has_its_exact_interval() -> None:
-    found = results.share(0.5, np.linspace(0.0, 1.0, 101))
-    assert found == pytest.approx((50 / 101, 0.394, 0.596), abs=1e-3)
+    found = Beaten.of(0.5, np.linspace(0.0, 1.0, 101).tolist())
+    assert (found.share, found.low, found.high) == pytest.approx((50 / 101, 0.394, 0.596), abs=1e-3)
 
 
 def test_spread_is_judged_beside_both_kinds_of_chance() -> None:

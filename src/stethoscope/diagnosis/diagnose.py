@@ -16,7 +16,7 @@ from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.errors import StethoscopeError
 from stethoscope.saes.health import SAEHealth
-from stethoscope.shown import Rows, Shown, text_rows
+from stethoscope.shown import Rows, Shown, first_of, text_rows
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
@@ -118,8 +118,7 @@ class Diagnosis(Shown, Artifact):
         found.sort(key=lambda layer: layer.rank)
         whole = f"{len(self.layers)} layers"
         if found:
-            names = ", ".join(str(layer.layer) for layer in found[:NAMED])
-            names += f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
+            names = first_of([str(layer.layer) for layer in found], NAMED)
             said = f"{len(found)} of {whole} stand out from chance by `{self.score}`, strongest first: {names}"
         else:
             said = f"No evidence by `{self.score}` that any of {whole} is specific to the target"
@@ -320,10 +319,9 @@ def _warnings(corpora: Mapping[str, CorpusSummary], layers: Sequence[LayerDiagno
 def _flagged(layers: Sequence[LayerDiagnosis]) -> Iterator[str]:
     flagged = [f"layer {layer.layer} ({layer.flag})" for layer in layers if layer.flag]
     if flagged:
-        more = f" and {len(flagged) - NAMED} more" if len(flagged) > NAMED else ""
         yield (
-            f"{len(flagged)} of {len(layers)} layers are not believed, {', '.join(flagged[:NAMED])}{more}: SAEs of"
-            " another model or layer look like this, and so does text unlike what they were trained on"
+            f"{len(flagged)} of {len(layers)} layers are not believed, {first_of(flagged, NAMED)}: SAEs of another"
+            " model or layer look like this, and so does text unlike what they were trained on"
         )
 
 

@@ -8,6 +8,7 @@ from lm_eval.api.task import Task
 from stethoscope.artifacts import Artifact
 from stethoscope.errors import EvaluationError
 from stethoscope.seen import Seen
+from stethoscope.shown import first_of
 
 SHOWN = 5  # items named per task
 
@@ -54,13 +55,8 @@ def refuse_seen(found: Mapping[str, tuple[int, ...]]) -> None:
     """
     if not found:
         return
-
-    def said(numbers: tuple[int, ...]) -> str:
-        more = f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else ""
-        return ", ".join(map(str, numbers[:SHOWN])) + more
-
     raise EvaluationError(
         "the evaluation would test on items that the choice of layers has seen",
-        problems=[f"`{name}`: item {said(numbers)}" for name, numbers in found.items()],
+        problems=[f"`{name}`: item {first_of([*map(str, numbers)], SHOWN)}" for name, numbers in found.items()],
         hint="take other text for the diagnosis, or set `evaluate.exploratory: true`: the report will then say so",
     )

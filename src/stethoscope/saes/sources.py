@@ -18,6 +18,7 @@ from stethoscope.errors import CheckpointError, SAEError
 from stethoscope.saes.folder import SITES, SAEFolder
 from stethoscope.saes.layouts import LAYOUTS, layout_of, read_folder
 from stethoscope.saes.releases import releases as _releases
+from stethoscope.shown import first_of
 
 if TYPE_CHECKING:
     import torch
@@ -111,9 +112,8 @@ def _read_all(
         saes.setdefault(sae.layer, []).append(sae)
     for layer, several in sorted(saes.items()):
         if len(several) > 1:
-            more = f" and {len(several) - 3} more" if len(several) > 3 else ""
-            names = ", ".join(f"`{sae.path}`" for sae in several[:3])
-            problems.append(f"layer {layer}: one SAE is wanted, there are {names}{more}")
+            names = first_of([f"`{sae.path}`" for sae in several], 3)
+            problems.append(f"layer {layer}: one SAE is wanted, there are {names}")
     if problems:
         raise SAEError(
             "some SAEs cannot be used",
@@ -289,7 +289,7 @@ def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return first_of([f"`{name}`" for name in names], 6)
 
 
 def _check_repository(name: str, sae_id: str | None) -> str:

@@ -67,6 +67,13 @@ class Beaten(Frozen):
     low: float
     high: float
 
+    @classmethod
+    def of(cls, worth: float, others: Sequence[float]) -> "Beaten":
+        """From what a set and each random one is worth."""
+        count = sum(worth > other for other in others)
+        interval = binomtest(count, len(others)).proportion_ci(0.95)
+        return cls(share=count / len(others), low=float(interval.low), high=float(interval.high))
+
 
 class SetHearing(Frozen):
     """A score's best k layers, injected together.
@@ -307,9 +314,7 @@ def _effects(sets: Iterable[Layers], gains: Gains) -> tuple[SetEffect, ...]:
 
 
 def _beaten(effect: SetEffect, others: Sequence[SetEffect]) -> Beaten:
-    count = sum(effect.trade_off > other.trade_off for other in others)
-    interval = binomtest(count, len(others)).proportion_ci(0.95)
-    return Beaten(share=count / len(others), low=float(interval.low), high=float(interval.high))
+    return Beaten.of(effect.trade_off, [other.trade_off for other in others])
 
 
 def _correlation(values: Sequence[float], truth: Float64[ndarray, " layers"], rng: np.random.Generator) -> Correlation:

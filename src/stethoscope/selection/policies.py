@@ -62,15 +62,20 @@ def top_k(ranked: Ranked, options: Select) -> Ranked:
 
 def spread(ranked: Ranked, options: Select) -> Ranked:
     """The layer of largest excess in each of k stretches of the stack: neighbours hear alike and their gains repeat."""
-    best = stretches(ranked, _enough(ranked, options))
-    return [layer for layer in ranked if layer in best.values()]
+    best = set(_ahead(ranked, options).values())
+    return [layer for layer in ranked if layer.layer in best]
 
 
-def stretches(ranked: Ranked, k: int) -> dict[int, LayerDiagnosis]:
-    """For each layer the best of its stretch: ranked layers in order of depth, cut into k runs as equal as can be."""
+def stretches(layers: Collection[int], k: int) -> list[list[int]]:
+    """Layers in order of depth, cut into k runs as equal as can be."""
+    return [run.tolist() for run in np.array_split(sorted(layers), k)]
+
+
+def _ahead(ranked: Ranked, options: Select) -> dict[int, int]:
+    """For each layer the best of its stretch."""
     places = {layer.layer: place for place, layer in enumerate(ranked)}
-    runs = [run.tolist() for run in np.array_split(sorted(places), k)]
-    return {layer: ranked[min(places[one] for one in run)] for run in runs for layer in run}
+    runs = stretches(places, _enough(ranked, options))
+    return {layer: min(run, key=places.__getitem__) for run in runs for layer in run}
 
 
 def _enough(ranked: Ranked, options: Select) -> int:
@@ -137,11 +142,10 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
             hint="no evidence of a layer specific to the target is a result, too; `top_k` chooses all the same",
         )
     places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
-    spreads = options.policy == "spread" and options.k
-    ahead = {n: best.layer for n, best in stretches(ranked, spreads).items()} if spreads else {}
+    ahead = _ahead(ranked, options) if options.policy == "spread" else {}
     warnings = []
     # a layer that is chosen for its stretch may lose its rank among all
-    if (shaky := unsteady(diagnosis, chosen)) and not spreads:
+    if (shaky := unsteady(diagnosis, chosen)) and not ahead:
         warnings.append(
             f"fewer than half of the resamples leave these layers their rank: {', '.join(map(str, shaky))}; other"
             " documents of the same kind may choose others, and more of them would settle it"
