@@ -13,7 +13,7 @@ from typing import Any
 from common import NAMES, Bench, arguments, recipe_of, resume
 
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.pipeline import calibrate_recipe
+from stethoscope.run import run_recipe
 from stethoscope.selection.calibration import Calibration
 
 
@@ -46,9 +46,12 @@ def rows(bench: Bench, choices: dict[str, Calibration]) -> Iterator[dict[str, An
 if __name__ == "__main__":
     options = arguments(__doc__).parse_args()
     choices = {
-        name: calibrate_recipe(
-            recipe_of(name, options.vectors), options.vectors / name / "run", reporter=ConsoleReporter()
-        )
+        name: run_recipe(
+            recipe_of(name, options.vectors),
+            options.vectors / name / "run",
+            until="calibrate",
+            reporter=ConsoleReporter(),
+        ).results["calibrate"]
         for name in NAMES
     }
     resume("calibration", "vector", NAMES, options.only, lambda name: rows(Bench(name, options.vectors), choices))

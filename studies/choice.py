@@ -14,7 +14,8 @@ import pandas as pd
 from common import JUDGED_ON, NAMES, OUTCOMES, arguments, energies, recipe_of
 
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.pipeline import judge_recipe
+from stethoscope.recipe import Validation
+from stethoscope.run import run_recipe
 from stethoscope.selection.hearing import Beaten, Hearing, SetEffect
 
 
@@ -67,14 +68,9 @@ if __name__ == "__main__":
     parser.add_argument("--random-sets", type=int, default=100)
     options = parser.parse_args()
     for vector in options.only:
-        judge_recipe(
-            recipe_of(vector, options.vectors),
-            options.vectors / vector / "run",
-            documents=options.documents,
-            random_sets=options.random_sets,
-            matched=("mass_shift",),
-            reporter=ConsoleReporter(),
-        )
+        judged = Validation(documents=options.documents, random_sets=options.random_sets, matched=("mass_shift",))
+        recipe = recipe_of(vector, options.vectors).model_copy(update={"validation": judged})
+        run_recipe(recipe, options.vectors / vector / "run", until="validate", reporter=ConsoleReporter())
     table = [
         row
         for vector in NAMES

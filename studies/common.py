@@ -17,6 +17,7 @@ from torch import Tensor
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import open_task_vector
 from stethoscope.cli.console import ConsoleReporter
+from stethoscope.context import INJECTED_TOKENS
 from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics
 from stethoscope.editing.apply import applied
@@ -25,9 +26,9 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.control import document_losses
 from stethoscope.evaluation.outcomes import DocumentLosses
 from stethoscope.models import load_model, load_tokenizer
-from stethoscope.pipeline import INJECTED_TOKENS, select_recipe
 from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
+from stethoscope.run import run_recipe
 from stethoscope.saes.sources import load_sae
 from stethoscope.selection.rivals import Gains, measure
 
@@ -84,7 +85,9 @@ class Bench:
     @cached_property
     def chosen(self) -> dict[int, float]:
         """The selected layers, each at 1; listens first where that is not done."""
-        return dict.fromkeys(select_recipe(self.recipe, self.run, reporter=ConsoleReporter()).layers, 1.0)
+        return dict.fromkeys(
+            run_recipe(self.recipe, self.run, until="select", reporter=ConsoleReporter()).selection.layers, 1.0
+        )
 
     def losses(
         self, text: str, plan: EditPlan | None, within: Callable[[Any], AbstractContextManager[None]] = nullcontext

@@ -25,8 +25,8 @@ from stethoscope.cli.console import ConsoleReporter
 from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
-from stethoscope.pipeline import select_recipe
 from stethoscope.recipe import Diagnose, Recipe, Text
+from stethoscope.run import run_recipe
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import measure_health
 from stethoscope.saes.sources import load_sae, open_saes
@@ -180,7 +180,7 @@ def listen_to(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     changed = recipe.model_copy(update={**case.changes, **({"saes": str(folder / "saes")} if case.saes else {})})
     layers: list[int] = []
     try:
-        selection = select_recipe(changed, folder, reporter=reporter)
+        selection = run_recipe(changed, folder, until="select", reporter=reporter).selection
     except StethoscopeError as error:
         said.append(str(error))
     else:

@@ -18,8 +18,8 @@ from common import NAMES, OUTCOMES, TEXTS, arguments, loss_rows, recipe_of, save
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.evaluation.control import TextLoss
-from stethoscope.pipeline import run_recipe
 from stethoscope.recipe import Select
+from stethoscope.run import run_recipe
 
 OF_SPREAD = {"selected": "spread"}  # its arms by the name that they have here; the base is that of the first run
 

@@ -19,7 +19,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.projection import FeatureProjection, random_basis
 from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.sides import SCALPEL_ARMS
-from stethoscope.pipeline import geometry_recipe
+from stethoscope.run import run_recipe
 from stethoscope.selection.controls import control_plan
 
 FEATURES = 17  # 3 % of the width of 576, the published share
@@ -55,8 +55,9 @@ def losses(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def geometry(vector: str, vectors: Path) -> Iterator[dict[str, Any]]:
     """A row per layer."""
-    found = geometry_recipe(recipe_of(vector, vectors), vectors / vector / "run", reporter=ConsoleReporter())
-    for one in found.layers:
+    recipe, folder = recipe_of(vector, vectors), vectors / vector / "run"
+    found = run_recipe(recipe, folder, until="geometry", reporter=ConsoleReporter())
+    for one in found.results["geometry"].layers:
         yield {"vector": vector, "layer": one.layer, "kept": one.kept.share, "chance": one.kept.chance}
 
 

@@ -19,7 +19,7 @@ from stethoscope.cli.console import ConsoleReporter
 from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.diagnosis.statistics import load_statistics
 from stethoscope.models import load_tokenizer
-from stethoscope.pipeline import select_recipe
+from stethoscope.run import run_recipe
 from stethoscope.saes.training import TrainingSettings, load_for_training, train_saes
 from stethoscope.selection.scoring import text_scores
 from stethoscope_demo.base_model import ORIGIN, unpack_base
@@ -85,6 +85,6 @@ if __name__ == "__main__":
             run = options.vectors / "sites" / folder.name / vector
             recipe = recipe_of(vector, options.vectors).model_copy(update={"saes": str(folder)})
             recipe = recipe.model_copy(update={"select": recipe.select.model_copy(update={"include_flagged": True})})
-            select_recipe(recipe, run, reporter=ConsoleReporter())
+            run_recipe(recipe, run, until="select", reporter=ConsoleReporter())
             table += rows(name, vector, run)
             save("sites", table)

@@ -13,9 +13,11 @@ SOURCE = Path(stethoscope.__file__).parent
 # From the top: a room may import rooms below it and nothing beside or above it.
 ORDER = [
     {"cli"},
-    {"pipeline"},
-    {"preflight"},
+    {"run"},
+    {"stages"},
+    {"context"},
     {"scaling"},
+    {"preflight"},
     {"selection", "evaluation"},
     {"diagnosis"},
     {"editing"},

@@ -24,9 +24,10 @@ from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs
 from stethoscope.evaluation.peeking import Claim
-from stethoscope.pipeline import geometry_recipe, judge_recipe, run_recipe
+from stethoscope.evaluation.tables import accuracy_table
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import OTHERS, Recipe
+from stethoscope.run import run_recipe
 from stethoscope.seen import Seen
 from stethoscope.selection.arms import Edits, plan_arms
 from stethoscope.selection.calibration import Calibration
@@ -219,11 +220,12 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     assert len({comparison.contrast(arm).target_loss.difference for arm in ("selected", *SCALPEL_ARMS)}) == 8
     losses = TextLoss.load(tmp_path / "run" / "losses" / "held-out-target" / "base")
     assert set(losses.tokens) == {len("52 as it happens")}  # a character is a token
-    heard = judge_recipe(Recipe.from_yaml(path), tmp_path / "run", documents=24, random_sets=10, reporter=Recorder())
+    fewer = Recipe.from_yaml(path, ["validation.documents=24", "validation.random_sets=10"])
+    heard = run_recipe(fewer, tmp_path / "run", until="validate", reporter=Recorder()).results["validate"]
     chosen = heard.scores["mass_shift"].sets[2].effect  # the truth is measured as the arm's loss is
     assert chosen.layers == tuple(result.selection.layers)
     assert chosen.target_gain == pytest.approx(-comparison.contrast("selected").target_loss.difference, rel=1e-3)
-    assert "target loss, change" in {row[0] for row in result.table()}
+    assert "target loss, change" in {row[0] for row in accuracy_table(comparison)}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Is what was thrown away what worked?" in page
     assert Geometry.load(tmp_path / "run").layers[0].features == 3
@@ -279,8 +281,8 @@ def test_arms_that_make_no_sense_where_every_layer_is_selected_are_left_out(worl
 
 def test_geometry_can_be_measured_by_itself(world, tmp_path):
     path = changed(world, tmp_path, arms=["base", "selected"], project={"draws": 20})
-    made = geometry_recipe(Recipe.from_yaml(path), tmp_path / "run")
-    assert Geometry.load(tmp_path / "run") == made
+    made = run_recipe(Recipe.from_yaml(path), tmp_path / "run", until="geometry")
+    assert Geometry.load(tmp_path / "run") == made.results["geometry"]
     reporter = Recorder()
     run_recipe(Recipe.from_yaml(path), tmp_path / "other", reporter=reporter)
     assert not (tmp_path / "other" / "geometry.json").exists()  # no arm cuts
@@ -319,7 +321,13 @@ def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     assert finished / "bases.safetensors" in before
     idle = {
-        "pipeline": ("listen", "gather_evidence", "write_edit", "document_costs", "load_sae", "tokenize", "plan_arms"),
+        "context": ("load_model", "load_tokenizer", "tokenize"),
+        "diagnosis.listen": ("listen",),
+        "diagnosis.evidence": ("gather_evidence",),
+        "editing.writer": ("write_edit",),
+        "evaluation.control": ("document_costs",),
+        "saes.sources": ("load_sae",),
+        "selection.arms": ("plan_arms",),
         "editing.apply": ("prepare",),
         "checkpoints.task_vector.TaskVector": ("energy", "delta", "edited"),
     }
@@ -338,7 +346,7 @@ def test_plans_follow_the_recipe_and_what_they_cut_along_is_whole(world, finishe
         planned.append(recipe.arms)
         return plan_arms(recipe, *args, **options)
 
-    monkeypatch.setattr("stethoscope.pipeline.plan_arms", counted)
+    monkeypatch.setattr("stethoscope.selection.arms.plan_arms", counted)
     (copy / "bases.safetensors").write_bytes((copy / "bases.safetensors").read_bytes()[:-1])  # cut short
     run_recipe(Recipe.from_yaml(world / "recipe.yaml"), copy, reporter=Recorder())
     assert len(planned) == 1
@@ -356,7 +364,7 @@ def test_plans_follow_the_recipe_and_what_they_cut_along_is_whole(world, finishe
 def test_an_edit_that_another_recipe_left_behind_is_written_again(world, finished, tmp_path, monkeypatch):
     copy = shutil.copytree(finished, tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr("stethoscope.pipeline.save_plans", interrupt)
+        patched.setattr("stethoscope.selection.arms.save_plans", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(Recipe.from_yaml(changed(world, tmp_path, edit={"coefficient": 0.5})), copy)
     weights = "edited/model.safetensors"
@@ -374,7 +382,7 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, tmp_path
         asked.append(list(arms))
         return document_costs(model, arms, *args, **options)
 
-    monkeypatch.setattr("stethoscope.pipeline.document_costs", counted)
+    monkeypatch.setattr("stethoscope.evaluation.control.document_costs", counted)
     run_recipe(Recipe.from_yaml(world / "recipe.yaml"), copy, reporter=Recorder())
     assert asked == [["tuned"]]
     for kind in (TextLoss, TextDivergence):
@@ -385,12 +393,12 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, tmp_path
 def test_a_run_interrupted_in_the_evaluation_goes_on(world, tmp_path, monkeypatch):
     recipe = Recipe.from_yaml(world / "recipe.yaml")
     with monkeypatch.context() as patched:
-        patched.setattr("stethoscope.pipeline.compare", interrupt)
+        patched.setattr("stethoscope.evaluation.comparison.compare", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_recipe(recipe, tmp_path / "run", reporter=Recorder())
     assert not (tmp_path / "run/report.html").exists()
     with monkeypatch.context() as patched:
-        patched.setattr("stethoscope.pipeline.listen", None)
+        patched.setattr("stethoscope.diagnosis.listen.listen", None)
         result = run_recipe(recipe, tmp_path / "run", reporter=Recorder())
     assert result.report.exists()
 
@@ -445,7 +453,7 @@ def test_a_gpu_that_is_not_there_is_said_before_any_work(world, tmp_path, capsys
     options = ["--out", str(tmp_path / "run"), "--device", "cuda:1"]
     checkpoint = str(world / "base")
     for command in (
-        *(["run"], ["run", "--dry-run"], ["diagnose"], ["calibrate"], ["hearing"]),
+        *(["run"], ["run", "--dry-run"], ["diagnose"], ["calibrate"], ["validate"]),
         ["evaluate", "--model", checkpoint, "--tasks", "tiny_sum"],
     ):
         recipe = [] if command[0] == "evaluate" else [str(world / "recipe.yaml")]
@@ -532,23 +540,23 @@ def test_layers_by_what_their_edit_is_worth(world, tmp_path):
     assert (tmp_path / "run/report.html").exists()
 
 
-def test_hearing_is_judged_from_the_command_line(world, finished, capsys):
-    options = ["--out", str(finished), "--documents", "4", "--random-sets", "10"]
-    main(["hearing", str(world / "recipe.yaml"), *options, "--k", "2"])
+def test_scores_are_validated_from_the_command_line(world, finished, capsys):
+    options = ["--out", str(finished), "--set", "validation.documents=4", "--set", "validation.random_sets=10"]
+    main(["validate", str(world / "recipe.yaml"), *options])
     shown = capsys.readouterr().out
     assert "`mass_shift`" in shown
     assert "gradient" in shown
     found = Hearing.load(finished / "hearing/control")
     assert {"injection", "attribution", "mass_shift increment"} <= set(found.scores)
     with pytest.raises(SystemExit):
-        main(["hearing", str(world / "recipe.yaml"), *options, "--control", "other"])
+        main(["validate", str(world / "recipe.yaml"), *options, "--set", "validation.control=other"])
     assert "no control `other`" in capsys.readouterr().err
     assert "Does the stethoscope hear right?" in (finished / "report.html").read_text(encoding="utf-8")
     (finished / "report.html").unlink()
     main(["report", str(finished)])
     assert (finished / "report.html").exists()
     capsys.readouterr()
-    main(["hearing", str(world / "recipe.yaml"), *options, "--json"])  # done already
+    main(["validate", str(world / "recipe.yaml"), *options, "--json"])  # done already
     assert json.loads(capsys.readouterr().out)["forwards"] == found.forwards
 
 
@@ -568,7 +576,7 @@ def test_command_line_prints_json_and_a_short_error(world, finished, tmp_path, c
 
 @pytest.mark.parametrize("command", [["check"], ["run", "--dry-run"]])
 def test_check_reads_headers_only_and_says_what_the_edit_will_take(world, tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setattr("stethoscope.pipeline.load_model", None)
+    monkeypatch.setattr("stethoscope.context.load_model", None)
     main([*command, str(world / "recipe.yaml"), "--out", str(tmp_path / "run")])
     shown = capsys.readouterr().out
     assert "4 layers of width 32" in shown

@@ -37,8 +37,8 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints
 from stethoscope.models import load_model
-from stethoscope.pipeline import run_recipe
 from stethoscope.recipe import Ray, Recipe
+from stethoscope.run import run_recipe
 from stethoscope.saes.sources import open_saes
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
@@ -482,7 +482,7 @@ def test_a_recipe_gives_the_same_artefacts(crew, world, monkeypatch, tmp_path):
         "evaluate": {"tasks": ["sums"], "include_path": "tasks", "exploratory": True},
     }
     (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr("stethoscope.pipeline.Crew", lambda options, bench: nullcontext(few(crew, options.workers)))
+    monkeypatch.setattr("stethoscope.scaling.crew.Crew", lambda options, bench: nullcontext(few(crew, options.workers)))
     alone = Recipe.from_yaml(world / "recipe.yaml")
     for folder, chosen in {"alone": alone, "workers": alone.model_copy(update={"ray": Ray(workers=2)})}.items():
         run_recipe(chosen, tmp_path / folder, reporter=Silent())

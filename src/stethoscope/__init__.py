@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from stethoscope.evaluation.comparison import Comparison, compare
     from stethoscope.evaluation.outcomes import Outcomes
     from stethoscope.evaluation.run import evaluate
-    from stethoscope.pipeline import run_recipe
     from stethoscope.recipe import Recipe
     from stethoscope.report import render_report
+    from stethoscope.run import run_recipe
     from stethoscope.saes.sources import load_sae, open_saes
     from stethoscope.selection.policies import Selection, select
 
@@ -38,7 +38,7 @@ _MODULES = {
     "evaluation.comparison": ["Comparison", "compare"],
     "evaluation.outcomes": ["Outcomes"],
     "evaluation.run": ["evaluate"],
-    "pipeline": ["run_recipe"],
+    "run": ["run_recipe"],
     "recipe": ["Recipe"],
     "report": ["render_report"],
     "saes.sources": ["load_sae", "open_saes"],

@@ -1,6 +1,7 @@
 """What to run, as validated data: a YAML file whose paths are relative to itself, every mistake reported at once."""
 
 import re
+from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,12 @@ FEWEST_BLOCKS = 4
 OTHERS: tuple[ArmName, ...] = (
     "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid",
 )  # fmt: skip
+SCALPEL_ARMS: tuple[ArmName, ...] = (
+    "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
+    "hybrid", "filtered",
+)  # fmt: skip
+ATTRIBUTION = "attribution"  # the score that needs the task vector
+GENERAL, HELD_OUT = "general", "held-out target"  # names of the texts of `evaluate`
 ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")
 
 
@@ -179,6 +186,22 @@ class Evaluate(_Section):
     exploratory: bool = False
 
 
+class Validation(_Section):
+    """How ``validate`` judges the scores of layers against the effect of injecting them.
+
+    Attributes:
+        control: name of the control text whose loss is the cost.
+        documents: of each text, from the top; the effect is measured on held-out target text if there is any.
+        random_sets: random layer sets of each size to compare a score's layers with.
+        matched: scores compared with random sets of equal energy too; the recipe's and ``attribution`` if None.
+    """
+
+    control: str = "control"
+    documents: int = Field(default=32, ge=2)
+    random_sets: int = Field(default=50, ge=10)
+    matched: tuple[str, ...] | None = None
+
+
 class Ray(_Section):
     """A Ray cluster that shares the work; the results are the same to the bit.
 
@@ -218,6 +241,7 @@ class Recipe(_Section):
         project: the arms that cut along feature directions.
         arms: the models that answer the items.
         random_sets: arms of layers drawn at random.
+        validation: how ``validate`` judges the scores.
         evaluate: the proof.
         device: where this process computes: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, a GPU if there is one.
         ray: a cluster that shares the work; without, all is done in this process.
@@ -240,6 +264,7 @@ class Recipe(_Section):
     project: Project = Project()
     arms: tuple[ArmName, ...] = ARMS
     random_sets: int = Field(default=2, ge=1)
+    validation: Validation = Validation()
     evaluate: Evaluate
     device: str = Field(default="cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
     ray: Ray | None = None
@@ -253,7 +278,10 @@ class Recipe(_Section):
             raise ValueError("`arms` must hold `base`, which the others are compared with")
         if self.select.policy == "calibrated" and self.calibrate is None:
             raise ValueError("the policy `calibrated` needs a section `calibrate` with texts")
-        own = {"target", "control", "general", "held-out target", "calibration target", "calibration control"}
+        if self.validation.control not in self.all_controls:
+            known = ", ".join(self.all_controls)
+            raise ValueError(f"`validation.control`: there is no control `{self.validation.control}`, only {known}")
+        own = {"target", "control", GENERAL, HELD_OUT, "calibration target", "calibration control"}
         if taken := own & set(self.controls):
             raise ValueError(f"`controls` cannot be called {', '.join(f'`{name}`' for name in sorted(taken))}")
         return self
@@ -264,8 +292,11 @@ class Recipe(_Section):
         return {"control": self.control, **self.controls}
 
     @classmethod
-    def from_yaml(cls, path: Path) -> "Recipe":
+    def from_yaml(cls, path: Path, changes: Iterable[str] = ()) -> "Recipe":
         """Read and validate a recipe; relative paths in it are relative to its folder.
+
+        Args:
+            changes: values that replace the file's, each as ``section.key=value`` with a value in YAML.
 
         Raises:
             RecipeError: the file is missing or not YAML, or names, types and values in it are wrong, all at once.
@@ -278,6 +309,8 @@ class Recipe(_Section):
             raise RecipeError(f"the recipe `{path}` is not YAML: {error}") from error
         if not isinstance(value, dict):
             raise RecipeError(f"the recipe `{path}` is not a mapping of keys to values")
+        for change in changes:
+            _change(value, change)
         try:
             recipe = cls.model_validate(value)
         except ValidationError as error:
@@ -315,6 +348,19 @@ class Recipe(_Section):
                 "evaluate": evaluate,
             }
         )
+
+
+def _change(value: dict[str, Any], change: str) -> None:
+    place, equals, given = change.partition("=")
+    *sections, key = place.split(".")
+    for section in sections:
+        value = value.setdefault(section, {}) if isinstance(value, dict) else {}
+    try:
+        if not (equals and key and isinstance(value, dict)):
+            raise RecipeError(f"`--set {change}` is not `section.key=value`", hint="`--set select.k=3`")
+        value[key] = yaml.safe_load(given)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value in `--set {change}` is not YAML: {error}") from error
 
 
 def _local(folder: Path, name: str) -> str:

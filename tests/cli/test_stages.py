@@ -60,13 +60,13 @@ def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):  # noqa:
 def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_path, monkeypatch, capsys):  # noqa: F811
     arguments = ["run", str(world / "recipe.yaml"), "--out", str(tmp_path / "a run")]
     with monkeypatch.context() as patched:
-        patched.setattr("stethoscope.pipeline.compare", interrupt)
+        patched.setattr("stethoscope.evaluation.comparison.compare", interrupt)
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
     assert stopped.value.code == 130
     command = shlex.split(capsys.readouterr().err.splitlines()[-1])
     assert command == ["stethoscope", *arguments]
-    monkeypatch.setattr("stethoscope.pipeline.listen", None)  # it is not done again
+    monkeypatch.setattr("stethoscope.diagnosis.listen.listen", None)  # it is not done again
     main(command[1:])
     shown = capsys.readouterr()
     assert f"wrote {tmp_path / 'a run' / 'report.html'}" in shown.out

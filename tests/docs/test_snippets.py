@@ -27,7 +27,8 @@ LANGUAGES = {"sh", "python", "yaml", "json", "text"}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 QUICKSTART = ROOT / "docs" / "quickstart.md"
 # Numbers that only a real model needs, and what stands for them here.
-TINY = {"--tokens": "2000", "--documents": "2", "--random-sets": "10", "--limit": "1"}
+TINY = {"--tokens": "2000", "--limit": "1"}
+TINY_VALIDATION = ("--set", "validation.documents=2", "--set", "validation.random_sets=10")
 
 
 def name_of(page: Path) -> str:
@@ -48,8 +49,7 @@ def world(tmp_path_factory, llama, tokenizer) -> tuple[Path, Path]:
         for name in ("logs/a", "logs/b"):
             write_logs(here / name, here / "base", here / "tasks")
         main(["run", "recipe.yaml", "--out", "runs/mine", "--quiet"])
-        sizes = [part for option in ("--documents", "--random-sets") for part in (option, TINY[option])]
-        main(["hearing", "recipe.yaml", "--out", "runs/mine", *sizes, "--quiet"])
+        main(["validate", "recipe.yaml", "--out", "runs/mine", *TINY_VALIDATION, "--quiet"])
         main(["edit", "--base", "base", "--tuned", "tuned", "--layers", "2-3", "--out", "edited", "--quiet"])
     finally:
         os.chdir(before)
@@ -104,6 +104,8 @@ def run_command(command: str, *, only_parse: bool, where: str) -> None:
     for option, value in TINY.items():
         if option in arguments:
             arguments[arguments.index(option) + 1] = value
+    if arguments[0] == "validate":
+        arguments += TINY_VALIDATION
     try:
         main(arguments)
     except SystemExit as stopped:

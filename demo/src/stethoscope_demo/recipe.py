@@ -20,7 +20,7 @@ QUICK_ITEMS = 8
 
 
 class Reporter(Protocol):
-    """Shows progress, as ``stethoscope.pipeline.Reporter`` does."""
+    """Shows progress, as ``stethoscope.run.Reporter`` does."""
 
     def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """A stage begins; the value is called with steps done and in all."""

@@ -15,20 +15,10 @@ import typer
 from stethoscope.cli.console import ConsoleReporter, command_line, for_this_command, warn
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.saes import train_saes
-from stethoscope.cli.stages import (
-    cache_folder,
-    calibrate,
-    check,
-    demo,
-    diagnose,
-    geometry,
-    hearing,
-    report,
-    run,
-    select,
-)
+from stethoscope.cli.stages import cache_folder, check, demo, report, run, stage_command
 from stethoscope.cli.weights import apply, edit, push, undo, verify
 from stethoscope.errors import StethoscopeError
+from stethoscope.stages import STAGES
 
 __all__ = ["ConsoleReporter", "app", "cache_folder", "main"]
 
@@ -39,13 +29,13 @@ EXIT_CODES = (
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "A recipe, end to end": (run, demo, check, report),
-    "One stage of a recipe": (diagnose, select, geometry, calibrate, hearing),
+    "One stage of a recipe": tuple(stage_command(stage) for stage in STAGES if stage.help),
     "Weights": (edit, apply, undo, verify, push),
     "Proof": (evaluate, compare, logs),
     "SAEs": (train_saes,),
 }
 # Commands that go on where they stopped; the others write nothing before they are done.
-RESUMED = {"push", "run", "demo", "diagnose", "select", "geometry", "calibrate", "hearing", "evaluate", "train-saes"}
+RESUMED = {"push", "run", "demo", "evaluate", "train-saes", *(stage.name for stage in STAGES)}
 
 app = typer.Typer(
     help="Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.",

@@ -47,6 +47,10 @@ def _hush(quiet: bool) -> bool:
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to run.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; `runs/RECIPE` if not given.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe, such as `select.k=3`; repeatable."),
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 RayAddress = Annotated[
     str | None,

@@ -1,7 +1,7 @@
 """Commands on a recipe and its run folder."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,7 @@ import typer
 
 from stethoscope.cli.console import (
     AsJSON,
+    Changes,
     ConsoleReporter,
     Device,
     GPUs,
@@ -25,8 +26,9 @@ from stethoscope.cli.console import (
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
-    from stethoscope.pipeline import RunResult
     from stethoscope.recipe import Recipe
+    from stethoscope.run import RunResult
+    from stethoscope.stages import Stage
 
 START = "Start: import the libraries"  # PyTorch, Transformers and the harness take seconds
 
@@ -37,6 +39,7 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only what a run does first: `check`, build the tasks, look at items.")
     ] = False,
+    changes: Changes = None,
     ray: RayAddress = None,
     workers: Workers = None,
     gpus: GPUs = None,
@@ -46,12 +49,12 @@ def run(
 ) -> None:
     """Run all stages of a recipe; run again, it goes on where it stopped."""
     if dry_run:
-        _rehearse(recipe, out, device, quiet=quiet, as_json=as_json)
+        _rehearse(recipe, out, changes, device, quiet=quiet, as_json=as_json)
         return
-    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
+    chosen, folder = _read(recipe, out, changes, ray, workers, gpus, device)
     reporter = ConsoleReporter(quiet=quiet)
     with reporter.stage(START):
-        from stethoscope.pipeline import run_recipe
+        from stethoscope.run import run_recipe
 
     _show(run_recipe(chosen, folder, reporter=reporter), as_json=as_json)
 
@@ -73,7 +76,7 @@ def demo(
 
     reporter = ConsoleReporter(quiet=quiet)
     with reporter.stage(START):
-        from stethoscope.pipeline import run_recipe
+        from stethoscope.run import run_recipe
 
     recipe = prepare_demo(cache_folder(), quick=quick, reporter=reporter)
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
@@ -88,11 +91,12 @@ def check(
     offline: Annotated[
         bool, typer.Option("--offline", help="The recipe's form only: take on trust what lies on the hub.")
     ] = False,
+    changes: Changes = None,
     as_json: AsJSON = False,
 ) -> None:
     """Say everything that is wrong with a recipe, or what it will take; from names, configs and headers alone."""
     with _problems_as_json(as_json):
-        chosen, folder = _read(recipe, out)
+        chosen, folder = _read(recipe, out, changes)
         from stethoscope.preflight import check_recipe
 
         found = check_recipe(chosen, folder, offline=offline)
@@ -122,138 +126,37 @@ def report(
     conclude({"report": str(path)}, as_json=as_json, wrote=[path])
 
 
-def diagnose(
-    recipe: RecipePath,
-    out: RunFolder = None,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    gpus: GPUs = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    as_json: AsJSON = False,
-) -> None:
-    """Listen to every layer through its SAE: how specific it is to the target, beside chance, and what it heard."""
-    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
-    reporter = ConsoleReporter(quiet=quiet)
-    with reporter.stage(START):
-        from stethoscope.pipeline import diagnose_recipe
+def stage_command(stage: "Stage") -> Callable[..., None]:
+    """The command that runs a recipe up to a stage and shows its result."""
 
-    found = diagnose_recipe(chosen, folder, reporter=reporter)
-    conclude(
-        found.model_dump(mode="json"),
-        as_json=as_json,
-        rows=found.table(),
-        says=[found.verdict, *(f"warning: {warning}" for warning in found.warnings)],
-        wrote=[folder / name for name in (found.FILE, "statistics.safetensors", "evidence.json")],
-        then=_then("select", recipe, out),
-    )
+    def command(
+        recipe: RecipePath,
+        out: RunFolder = None,
+        changes: Changes = None,
+        ray: RayAddress = None,
+        workers: Workers = None,
+        gpus: GPUs = None,
+        device: Device = None,
+        quiet: Quiet = False,
+        as_json: AsJSON = False,
+    ) -> None:
+        chosen, folder = _read(recipe, out, changes, ray, workers, gpus, device)
+        reporter = ConsoleReporter(quiet=quiet)
+        with reporter.stage(START):
+            from stethoscope.run import run_recipe
+        found = run_recipe(chosen, folder, until=stage.name, reporter=reporter).results[stage.name]
+        conclude(
+            found.model_dump(mode="json"),
+            as_json=as_json,
+            rows=found.table(),
+            left=stage.left,
+            says=list(stage.says(found, chosen)),
+            wrote=[folder / name for name in stage.wrote(chosen)],
+            then=_then(stage.then, recipe, out),
+        )
 
-
-def select(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
-    """Choose layers by the recipe's policy, with the reason for each."""
-    chosen, folder = _read(recipe, out)
-    reporter = ConsoleReporter(quiet=quiet)
-    with reporter.stage(START):
-        from stethoscope.pipeline import select_recipe
-
-    found = select_recipe(chosen, folder, reporter=reporter)
-    conclude(
-        found.model_dump(mode="json"),
-        as_json=as_json,
-        rows=found.table(),
-        left=2,
-        says=[found.verdict, *(f"warning: {warning}" for warning in found.warnings)],
-        wrote=[folder / found.FILE],
-        then=_then("run", recipe, out),
-    )
-
-
-def geometry(recipe: RecipePath, out: RunFolder = None, quiet: Quiet = False, as_json: AsJSON = False) -> None:
-    """What SAE features keep of the task vector, layer by layer, beside random features and random directions."""
-    chosen, folder = _read(recipe, out)
-    reporter = ConsoleReporter(quiet=quiet)
-    with reporter.stage(START):
-        from stethoscope.pipeline import geometry_recipe
-
-    found = geometry_recipe(chosen, folder, reporter=reporter)
-    conclude(
-        found.model_dump(mode="json"),
-        as_json=as_json,
-        rows=found.table(),
-        says=[found.verdict],
-        wrote=[folder / found.FILE],
-        then=_then("run", recipe, out),
-    )
-
-
-def calibrate(
-    recipe: RecipePath,
-    out: RunFolder = None,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    gpus: GPUs = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    as_json: AsJSON = False,
-) -> None:
-    """Find layers and coefficient on the recipe's calibration text: target loss gained per control loss paid."""
-    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
-    reporter = ConsoleReporter(quiet=quiet)
-    with reporter.stage(START):
-        from stethoscope.pipeline import calibrate_recipe
-
-    found = calibrate_recipe(chosen, folder, reporter=reporter)
-    conclude(
-        found.model_dump(mode="json"),
-        as_json=as_json,
-        rows=found.table(),
-        says=[found.rule, found.reason],
-        wrote=[folder / found.FILE],
-        then=_then("run", recipe, out),
-    )
-
-
-def hearing(
-    recipe: RecipePath,
-    out: RunFolder = None,
-    control: Annotated[
-        str, typer.Option(help="The control whose loss is the cost, by its name in the recipe.")
-    ] = "control",
-    documents: Annotated[
-        int,
-        typer.Option(
-            min=2,
-            help="Documents of each text, from the top, to measure the truth on: held-out target text if there is any.",
-        ),
-    ] = 32,
-    random_sets: Annotated[int, typer.Option(min=10, help="Random layer sets of each size to beat.")] = 50,
-    k: Annotated[int, typer.Option(min=1, help="Size of set that the table is about.")] = 5,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    gpus: GPUs = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    as_json: AsJSON = False,
-) -> None:
-    """Does the stethoscope hear right? Every score of the layers against what injecting them truly does."""
-    chosen, folder = _read(recipe, out, ray, workers, gpus, device)
-    reporter = ConsoleReporter(quiet=quiet)
-    with reporter.stage(START):
-        from stethoscope.pipeline import judge_recipe
-
-    found = judge_recipe(
-        chosen, folder, control=control, documents=documents, random_sets=random_sets, reporter=reporter
-    )
-    sizes = next(iter(found.scores.values())).sets
-    size = k if k in sizes else min(sizes, key=lambda other: abs(other - k))
-    conclude(
-        found.model_dump(mode="json"),
-        as_json=as_json,
-        rows=found.table(size),
-        says=[found.verdict(score, size) for score in dict.fromkeys((chosen.score, "attribution"))],
-        wrote=[folder / "hearing" / control / found.FILE],
-        then=_then("run", recipe, out),
-    )
+    command.__name__, command.__doc__ = stage.name, stage.help
+    return command
 
 
 def cache_folder() -> Path:
@@ -264,9 +167,11 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else user_cache_path("stethoscope")
 
 
-def _rehearse(recipe: Path, out: Path | None, device: str | None, *, quiet: bool, as_json: bool) -> None:
+def _rehearse(
+    recipe: Path, out: Path | None, changes: list[str] | None, device: str | None, *, quiet: bool, as_json: bool
+) -> None:
     with _problems_as_json(as_json), ConsoleReporter(quiet=quiet).stage("Check the recipe"):
-        chosen, folder = _read(recipe, out, device=device)
+        chosen, folder = _read(recipe, out, changes, device=device)
         from stethoscope.preflight import preflight
 
         found = preflight(chosen, folder, headers_only=True)
@@ -295,6 +200,7 @@ def _problems_as_json(as_json: bool) -> Iterator[None]:
 def _read(
     recipe: Path,
     out: Path | None,
+    changes: Sequence[str] | None = None,
     ray: str | None = None,
     workers: int | None = None,
     gpus: float | None = None,
@@ -306,7 +212,7 @@ def _read(
     """
     from stethoscope.recipe import Ray, Recipe
 
-    chosen = Recipe.from_yaml(recipe)
+    chosen = Recipe.from_yaml(recipe, changes or ())
     said = {"address": ray, "workers": workers, "gpus": gpus}
     if asked := {name: value for name, value in said.items() if value is not None}:
         chosen = chosen.model_copy(update={"ray": (chosen.ray or Ray()).model_copy(update=asked)})
@@ -320,6 +226,8 @@ def _then(command: str, recipe: Path, out: Path | None) -> str:
 
 
 def _show(result: "RunResult", *, as_json: bool) -> None:
+    from stethoscope.evaluation.tables import accuracy_table
+
     found = result.comparison
     rivals = [
         c for c in found.contrasts if c.b == "selected" and c.a.startswith((found.baseline, "random_layers", "scaled"))
@@ -327,7 +235,7 @@ def _show(result: "RunResult", *, as_json: bool) -> None:
     conclude(
         result.summary(),
         as_json=as_json,
-        rows=result.table(),
+        rows=accuracy_table(found),
         says=[contrast.verdict for contrast in rivals or found.contrasts],
         wrote=[result.report, result.edited],
         then=command_line("verify", result.edited),

@@ -1,5 +1,6 @@
 """Outcomes and comparisons as rows of text, the first one the header, for a terminal."""
 
+from statistics import fmean
 from typing import Any
 
 from stethoscope.evaluation.contrast import Comparison, Contrast
@@ -28,6 +29,34 @@ def accuracy_rows(comparison: Comparison) -> Rows:
         for row in sorted(comparison.accuracy, key=lambda row: order.index(row["task"]))
     ]
     return [header, *body]
+
+
+def accuracy_table(comparison: Comparison) -> Rows:
+    """Tasks by arms, in percent, with a header row; ``*`` marks a significant difference from the base."""
+    found = {(row["arm"], row["task"]): row["accuracy"] for row in comparison.accuracy}
+    arms = list(dict.fromkeys(row["arm"] for row in comparison.accuracy))
+    contrasts = {contrast.b: contrast for contrast in comparison.contrasts if contrast.a == comparison.baseline}
+    marked = {(arm, task) for arm, c in contrasts.items() for task in (*c.improved, *c.worsened)}
+
+    def percent(task: str) -> list[str]:
+        return [f"{100 * found[arm, task]:.1f}{'*' if (arm, task) in marked else ' '}" for arm in arms]
+
+    means = [100 * fmean(found[arm, task] for task in comparison.family) for arm in arms]
+    found_losses = {
+        "target loss, change": [contrasts[arm].target_loss if arm in contrasts else None for arm in arms],
+        "general loss, change": [contrasts[arm].loss if arm in contrasts else None for arm in arms],
+    }
+    return [
+        ["accuracy, %", *arms],
+        *[[task, *percent(task)] for task in comparison.family],
+        ["mean of these", *[f"{mean:.1f} " for mean in means]],
+        *[[task, *percent(task)] for task in comparison.controls],
+        *[
+            [name, *[f"{loss.difference:+.3f}" if loss else "" for loss in losses]]
+            for name, losses in found_losses.items()
+            if any(losses)
+        ],
+    ]
 
 
 def contrast_rows(contrast: Contrast) -> Rows:

@@ -97,7 +97,7 @@ def render_report(run_dir: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class _More:
-    """What a run may have written beside its three results; ``hearing`` is by control."""
+    """What a run may have written beside its three results; ``validate`` is by control."""
 
     evidence: Evidence | None
     edits: Edits | None

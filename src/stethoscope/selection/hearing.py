@@ -132,6 +132,10 @@ class Hearing(Artifact):
     documents: dict[str, int]
     forwards: float
 
+    def size(self, wanted: int) -> int:
+        """The size of set that was judged and is nearest to the one wanted."""
+        return min(self.random, key=lambda k: (abs(k - wanted), k))
+
     def table(self, k: int) -> list[list[str]]:
         """A row per score, best trade-off of its k layers first, with a header row."""
         rows = [["score", "rank correlation, gain", "with cost", f"best {k}: gain", "cost", "beats random", "energy"]]

@@ -1,0 +1,161 @@
+"""What every stage of a run reads: the recipe, what it refers to, and the model, loaded when it is first needed."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes, sha256_files
+from stethoscope.corpus import TokenBatch, batches, documents_hash, prompt_lengths, tokenize
+from stethoscope.documents import Document
+from stethoscope.editing.apply import applied, prepare
+from stethoscope.editing.layers import LayerEdits
+from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
+from stethoscope.preflight import Preflight
+from stethoscope.recipe import Recipe
+from stethoscope.saes.sources import SAEFolder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from stethoscope.scaling.crew import Crew
+
+# The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
+PROJECTED_SHARE = 0.03
+INJECTED_TOKENS = 2048  # a batch's activations after every layer are held at once
+
+Arm = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """A run's inputs. Nothing in it changes; models and workers are loaded on first use.
+
+    Attributes:
+        found: everything that the recipe refers to, opened by headers.
+        hashes: content hash of each input by name: ``base``, ``tuned``, ``saes`` and every text.
+        stack: closes workers when the run ends.
+    """
+
+    recipe: Recipe
+    folder: Path
+    found: Preflight
+    hashes: Mapping[str, str]
+    stack: ExitStack
+
+    @cached_property
+    def device(self) -> "torch.device":
+        """Where this process computes."""
+        return find_device(self.recipe.device)
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        """The base model on its device."""
+        on_gpus = self.recipe.ray and self.recipe.ray.gpus
+        dtype = preferred_dtype("cuda") if on_gpus else None
+        return load_model(self.found.base.path, dtype=dtype, device=self.device)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The base model's tokenizer."""
+        return load_tokenizer(self.found.base.path)
+
+    @cached_property
+    def crew(self) -> "Crew | None":
+        """Workers, if the recipe asks for any."""
+        from stethoscope.scaling.bench import Bench
+        from stethoscope.scaling.crew import Crew
+
+        options = self.recipe.ray
+        if options is None or options.workers == 0:
+            return None
+        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.model.dtype)
+        return self.stack.enter_context(Crew(options, bench))
+
+    @property
+    def sae_site(self) -> SAEFolder:
+        """Any of the SAEs, for its site: all read the same one."""
+        return next(iter(self.found.saes.values()))
+
+    @property
+    def projected_features(self) -> int:
+        """Features per layer that the arms of the projection keep."""
+        return self.recipe.project.features or max(1, round(PROJECTED_SHARE * self.found.base.hidden_size))
+
+    def provenance(self, *inputs: str, **settings: Any) -> Provenance:
+        """What a result is made from: the hashes of some inputs, and settings."""
+        return provenance_of(self.recipe.seed, {name: self.hashes[name] for name in inputs}, settings)
+
+    def layer_edits(self) -> LayerEdits:
+        """The task vector by layer, to be put into the model."""
+        return LayerEdits(self.model, self.found.task_vector, memory=room_beside(self.model))
+
+    def arm(self, plan: EditPlan | None) -> Arm:
+        """A context in which the model has an arm's weights; its tensors are made at each entry."""
+        return nullcontext if plan is None else lambda: applied(self.model, self.found.task_vector, plan)
+
+    def held_arm(self, plan: EditPlan | None) -> Arm:
+        """As `arm`, with the changed tensors held in memory, for arms that are entered many times."""
+        return prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
+
+    def held_together(self, plans: Mapping[str, EditPlan | None]) -> list[dict[str, EditPlan | None]]:
+        """Arms in groups whose changed tensors need no more memory than the model, or than is free beside it."""
+        task_vector, held = self.found.task_vector, 0
+        most = task_vector.base.nbytes
+        if self.device.type != "cpu":
+            most = min(most, room_beside(self.model))
+        groups: list[dict[str, EditPlan | None]] = [{}]
+        for name, plan in plans.items():
+            changed = coefficients(task_vector, plan) if plan else ()
+            size = sum(task_vector.base.entries[tensor].nbytes for tensor in changed)
+            if groups[-1] and held + size > most:
+                groups.append({})
+                held = 0
+            groups[-1][name] = plan
+            held += size
+        return groups
+
+    def batches(self, text: str, most: int | None = None, without: tuple[int, ...] = ()) -> list[TokenBatch]:
+        """A text's documents in batches of tokens: at most so many from the top, without some."""
+        rows, starts = self.rows(text, most, max_tokens=self.recipe.diagnose.max_tokens, without=without)
+        return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
+
+    def rows(
+        self, text: str, most: int | None = None, *, max_tokens: int = 1024, without: tuple[int, ...] = ()
+    ) -> tuple[list[list[int]], list[int] | None]:
+        """Token ids of a text's documents, and where each one's loss begins to count if they have prompts."""
+        found = tokenize(self.documents(text, without)[:most], self.tokenizer, max_tokens=max_tokens)
+        prompts = self.found.prompts.get(text)
+        if prompts is None:
+            return found, None
+        return found, prompt_lengths(found, tokenize(prompts[:most], self.tokenizer, max_tokens=max_tokens))
+
+    def documents(self, text: str, without: tuple[int, ...] = ()) -> list[Document]:
+        """A text's documents, without those at some places."""
+        return [document for n, document in enumerate(self.found.texts[text]) if n not in without]
+
+
+def provenance_of(seed: int, hashes: Mapping[str, str], settings: Mapping[str, Any]) -> Provenance:
+    """The provenance of a result with these inputs, whose key is equal only if all of them are."""
+    return Provenance(seed=seed, inputs={**hashes, "settings": sha256_bytes(canonical_json(settings).encode())})
+
+
+def identity_files(folder: Path) -> list[Path]:
+    """The files that decide what a checkpoint or adapter is: configs, weights and tokenizer."""
+    return [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
+
+
+def open_context(recipe: Recipe, folder: Path, found: Preflight, stack: ExitStack) -> Context:
+    """A run's inputs with their hashes; ``stack`` stops workers when it closes."""
+    texts = found.texts.items()
+    hashes = {
+        "base": sha256_files(identity_files(found.base.path)),
+        "tuned": sha256_files(identity_files(found.task_vector.store.path)),
+        "saes": sha256_bytes(canonical_json({str(n): sae.sha256 for n, sae in found.saes.items()}).encode()),
+        **{name: documents_hash([*documents, *found.prompts.get(name, ())]) for name, documents in texts},
+    }
+    return Context(recipe=recipe, folder=folder, found=found, hashes=hashes, stack=stack)

@@ -1,0 +1,142 @@
+"""The runner: recipe in, verdict out. It alone derives keys, skips what is current, shows progress and saves.
+
+A stage whose inputs did not change is not run again; what it wrote is read instead.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import yaml
+
+from stethoscope.artifacts import write_text
+from stethoscope.recipe import Recipe
+from stethoscope.stages import STAGES, Results, Stage
+
+if TYPE_CHECKING:
+    from stethoscope.evaluation.comparison import Comparison
+    from stethoscope.selection.policies import Selection
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """Shows progress; the library itself never prints."""
+
+    def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """A stage begins; the value is called with steps done and in all."""
+
+    def note(self, text: str) -> None:
+        """One line on what a stage found or where it wrote."""
+
+
+class Silent:
+    """A reporter that shows nothing."""
+
+    def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Nothing is shown."""
+        return nullcontext(lambda _done, _total: None)
+
+    def note(self, text: str) -> None:
+        """Nothing is shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """Where a run's artefacts are, and the results of its stages by name."""
+
+    folder: Path
+    results: Results
+
+    @property
+    def selection(self) -> "Selection":
+        """The layers chosen."""
+        return self.results["select"]
+
+    @property
+    def comparison(self) -> "Comparison":
+        """The arms compared."""
+        return self.results["compare"]
+
+    @property
+    def report(self) -> Path:
+        """The HTML report."""
+        return self.folder / "report.html"
+
+    @property
+    def edited(self) -> Path:
+        """The edited checkpoint."""
+        return self.folder / "edited"
+
+    def summary(self) -> dict[str, Any]:
+        """The run in plain values: layers, accuracy per arm and task, verdicts, and where everything is."""
+        return {
+            "selection": list(self.selection.layers),
+            "accuracy": self.comparison.accuracy,
+            "verdicts": [contrast.verdict for contrast in self.comparison.contrasts],
+            "edited": str(self.edited),
+            "report": str(self.report),
+        }
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, *, until: str | None = None, reporter: Reporter | None = None
+) -> RunResult:
+    """Run the stages of a recipe in a run folder; results that are there and current are read instead.
+
+    Args:
+        until: a stage, which is run with those that it needs; the whole recipe if None.
+
+    Raises:
+        StethoscopeError: whatever is wrong with the recipe, before any long work.
+    """
+    reporter = reporter or Silent()
+    with ExitStack() as stack:
+        with reporter.stage("Check the recipe"):
+            from stethoscope.context import open_context, provenance_of
+            from stethoscope.preflight import preflight
+
+            if recipe.ray:
+                from stethoscope.scaling.crew import import_ray
+
+                import_ray()
+            found = preflight(recipe, folder)
+            context = open_context(recipe, folder, found, stack)
+        for note in found.look.notes:
+            reporter.note(note)
+        folder.mkdir(parents=True, exist_ok=True)
+        if until is None:
+            write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        keys, results = dict(context.hashes), dict[str, Any]()
+        for stage in chosen_stages(recipe, until):
+            needed = {name: keys[name] for name in stage.needs(recipe)}
+            provenance = provenance_of(recipe.seed, needed, stage.settings(recipe))
+            keys[stage.name] = provenance.key
+            with reporter.stage(stage.title) as advance:
+                made = stage.load(folder, recipe, provenance) if stage.load else None
+                if made is None:
+                    made = stage.make(context, MappingProxyType(results), provenance, advance)
+                    if stage.save:
+                        stage.save(folder, recipe, made)
+            for note in stage.notes(made):
+                reporter.note(note)
+            results[stage.name] = made
+    if until is not None and (folder / "comparison.json").exists():
+        from stethoscope.report import render_report
+
+        render_report(folder)  # a finished run's report shows later results too
+    return RunResult(folder=folder, results=MappingProxyType(results))
+
+
+def chosen_stages(recipe: Recipe, until: str | None) -> list[Stage]:
+    """The stages of a whole run, or one with those that it needs, in order."""
+    if until is None:
+        return [stage for stage in STAGES if stage.wanted(recipe)]
+    known = {stage.name: stage for stage in STAGES}
+    chosen = {until, *known[until].also}
+    for stage in reversed(STAGES):
+        if stage.name in chosen:
+            chosen |= known.keys() & set(stage.needs(recipe))
+    return [stage for stage in STAGES if stage.name in chosen]

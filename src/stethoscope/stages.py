@@ -1,0 +1,639 @@
+"""The stages of a run as values: what each needs, what decides its result, and the function that makes it.
+
+A stage is added by writing that function and one entry of `STAGES`; `run.py` derives its key, skips it where its
+result is current, shows its progress and saves it, and the command line gets a command for it.
+
+Functions import what they need when they are called, so that listing the stages imports nothing heavy.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.artifacts import Provenance
+from stethoscope.errors import RecipeError
+from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT, SCALPEL_ARMS, Recipe
+
+if TYPE_CHECKING:
+    from stethoscope.context import Context
+    from stethoscope.diagnosis.diagnose import Diagnosis
+    from stethoscope.diagnosis.evidence import Evidence
+    from stethoscope.diagnosis.statistics import FeatureStatistics
+    from stethoscope.editing.geometry import Geometry, LayerFeatures
+    from stethoscope.editing.plan import EditPlan
+    from stethoscope.evaluation.comparison import Comparison
+    from stethoscope.evaluation.control import DocumentCosts
+    from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
+    from stethoscope.evaluation.peeking import Claim
+    from stethoscope.selection.arms import Planned
+    from stethoscope.selection.calibration import Calibration
+    from stethoscope.selection.hearing import Hearing
+    from stethoscope.selection.policies import Selection
+
+GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
+
+Progress = Callable[[int, int], None]
+Results = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of a run.
+
+    Attributes:
+        name: its command, and its key among the results.
+        title: shown beside its bar.
+        needs: names of inputs and of earlier stages, whose hashes make its key.
+        settings: what else decides the result.
+        make: makes the result, which holds the given provenance, from the context and earlier results.
+        load: reads a saved result if it was made with this provenance, else None; without, it is always made.
+        save: writes a result in the run's folder; without, ``make`` saves it.
+        wanted: whether a whole run includes it.
+        notes: what to tell of a result.
+        also: stages that are run with it where a run ends with it.
+        help: of its command; a stage without has none.
+        says: sentences at the end of its command.
+        left: columns of its table that are aligned left.
+        wrote: files in the run's folder that its command names.
+        then: the command to go on with.
+    """
+
+    name: str
+    title: str
+    needs: Callable[[Recipe], Sequence[str]]
+    settings: Callable[[Recipe], Mapping[str, Any]]
+    make: "Callable[[Context, Results, Provenance, Progress], Any]"
+    load: Callable[[Path, Recipe, Provenance], Any] | None = None
+    save: Callable[[Path, Recipe, Any], Any] | None = None
+    wanted: Callable[[Recipe], bool] = lambda _recipe: True
+    notes: Callable[[Any], Iterable[str]] = lambda _made: ()
+    also: tuple[str, ...] = ()
+    help: str = ""
+    says: Callable[[Any, Recipe], Iterable[str]] = lambda made, _recipe: [made.verdict]
+    left: int = 1
+    wrote: Callable[[Recipe], Sequence[str]] = lambda _recipe: ()
+    then: str = "run"
+
+
+def corpora(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the texts that layers are scored on."""
+    return ("target", *recipe.all_controls)
+
+
+def make_diagnosis(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Diagnosis":
+    """Collect every layer's SAE activations on target and control text, and score the layers."""
+    from stethoscope.diagnosis.diagnose import diagnose
+    from stethoscope.diagnosis.listen import listen
+    from stethoscope.diagnosis.statistics import save_statistics
+
+    recipe, options, crew = context.recipe, context.recipe.diagnose, context.crew
+    texts = {name: context.found.texts[name] for name in corpora(recipe)}
+    worth = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
+    memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
+    split = recipe.ray.split if recipe.ray else "auto"
+    if crew:
+        memory = memory or crew.sae_memory(context.found.base.nbytes)
+    heard = listen(
+        context.model,
+        context.tokenizer,
+        context.found.saes,
+        texts,
+        block_size=options.block_size,
+        max_tokens=options.max_tokens,
+        tokens=options.tokens,
+        memory=memory,
+        skip_broken=options.skip_broken,
+        split=split,
+        spread=crew.listening if crew else None,
+        progress=progress,
+    )
+    save_statistics(context.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
+    return diagnose(
+        heard,
+        documents={name: len(documents) for name, documents in texts.items()},
+        provenance=provenance,
+        score=recipe.score,
+        worth=worth,
+        increments=recipe.increments,
+        permutations=options.permutations,
+        resamples=options.resamples,
+        top_features=max(64, context.projected_features),
+    )
+
+
+def _attribution(
+    context: "Context", texts: Mapping[str, Sequence[Any]], progress: Progress
+) -> "dict[str, FeatureStatistics]":
+    """What each layer's own edit is worth to target and control loss, by feature."""
+    from stethoscope.diagnosis.attribution import attribute
+    from stethoscope.saes.sources import load_sae
+
+    edits, saes = context.layer_edits(), {layer: load_sae(sae) for layer, sae in context.found.saes.items()}
+    parts = {name: context.batches(name) for name in texts}
+    total, before, worth = sum(map(len, parts.values())), 0, {}
+    for name, part in parts.items():
+        worth[name] = attribute(
+            context.model,
+            edits,
+            saes,
+            part,
+            site=context.sae_site.site,
+            tap=context.sae_site.tap,
+            coefficient=context.recipe.edit.coefficient,
+            block_size=context.recipe.diagnose.block_size,
+            progress=lambda done, _, before=before: progress(before + done, total),  # type: ignore[misc]
+        ).statistics()
+        before += len(part)
+    return worth
+
+
+def make_evidence(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Evidence":
+    """Find the contexts in which each layer's most specific features are strongest."""
+    from stethoscope.diagnosis.evidence import gather_evidence
+
+    diagnosis: Diagnosis = results["diagnose"]
+    return gather_evidence(
+        context.model,
+        context.tokenizer,
+        context.found.saes,
+        {name: context.documents(name, corpus.broken) for name, corpus in diagnosis.corpora.items()},
+        diagnosis,
+        max_tokens=context.recipe.diagnose.max_tokens,
+        tokens=context.recipe.diagnose.tokens,
+        progress=progress,
+        provenance=provenance,
+    )
+
+
+def make_calibration(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Calibration":
+    """Find layers and coefficient on the recipe's calibration text."""
+    from stethoscope.selection.calibration import calibrate
+
+    options = context.recipe.calibrate
+    if options is None:
+        raise RecipeError("the recipe has no section `calibrate`", hint="it names target and control text")
+    flagged = context.recipe.select.include_flagged
+    return calibrate(
+        context.model,
+        context.layer_edits(),
+        {side: context.batches(f"calibration {side}") for side in ("target", "control")},
+        {layer.layer: layer.z for layer in results["diagnose"].layers if flagged or layer.flag is None},
+        seen={side: context.hashes[f"calibration {side}"] for side in ("target", "control")},
+        provenance=provenance,
+        coefficients=options.coefficients,
+        budget=options.budget,
+        per_layer=options.per_layer,
+        spread=context.crew.injecting if context.crew else None,
+        progress=progress,
+    )
+
+
+def make_selection(context: "Context", results: Results, provenance: Provenance, _: Progress) -> "Selection":
+    """Choose layers by the recipe's policy."""
+    from stethoscope.selection.policies import select, select_calibrated
+
+    if context.recipe.select.policy == "calibrated":
+        return select_calibrated(results["diagnose"], results["calibrate"], provenance=provenance)
+    return select(results["diagnose"], context.recipe.select, provenance=provenance)
+
+
+def make_claim(context: "Context", _: Results, provenance: Provenance, __: Progress) -> "Claim":
+    """Say which test items the choice of layers has seen."""
+    from stethoscope.evaluation.peeking import Claim
+
+    context.found.seen.save(context.folder)
+    return Claim(
+        provenance=provenance,
+        kind="exploratory" if context.found.seen_items else "confirmatory",
+        seen_items=context.found.seen_items,
+        seen_texts={name: context.hashes[name] for name in context.found.texts if name not in (GENERAL, HELD_OUT)},
+    )
+
+
+def make_geometry(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Geometry":
+    """Measure how much of the task vector lies in the SAE feature subspace."""
+    from stethoscope.editing.geometry import measure_geometry
+
+    diagnosis: Diagnosis = results["diagnose"]
+    return measure_geometry(
+        context.found.task_vector,
+        _features(context, diagnosis),
+        provenance=provenance,
+        model=context.model,
+        texts={
+            name: context.batches(name, GEOMETRY_DOCUMENTS, diagnosis.corpora[name].broken)
+            for name in corpora(context.recipe)
+        },
+        draws=context.recipe.project.draws,
+        tokens=context.recipe.project.tokens,
+        progress=progress,
+    )
+
+
+def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable[[], LayerFeatures]]":
+    """By layer, what loads its feature directions: those first that differ most toward the target."""
+    from stethoscope.diagnosis.statistics import load_statistics
+    from stethoscope.editing.geometry import LayerFeatures
+    from stethoscope.saes.sources import load_sae
+
+    statistics = cache(lambda: load_statistics(context.folder / "statistics.safetensors"))
+
+    def load(layer: int, against: str) -> LayerFeatures:
+        ours, theirs = (statistics()[name].layers[layer] for name in ("target", against))
+        sae = load_sae(context.found.saes[layer])
+        return LayerFeatures(
+            decoder=sae.W_dec.detach(),
+            encoder=sae.W_enc.detach().T,
+            order=ours.toward(theirs).tolist(),
+            chosen=context.projected_features,
+        )
+
+    return {layer.layer: partial(load, layer.layer, layer.against) for layer in diagnosis.layers}
+
+
+def make_edit(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Planned":
+    """Make every arm's plan, and write the selected layers' checkpoint."""
+    from stethoscope.editing.writer import write_edit
+    from stethoscope.selection.arms import Edits, plan_arms, save_plans
+
+    task_vector, diagnosis = context.found.task_vector, results["diagnose"]
+    planned = plan_arms(
+        context.recipe,
+        task_vector,
+        results["select"].coefficients or dict.fromkeys(results["select"].layers, context.recipe.edit.coefficient),
+        {layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
+        {n: lambda load=load: load().directions for n, load in _features(context, diagnosis).items()},  # type: ignore[misc]
+        features=context.projected_features,
+    )
+    # removed before the checkpoint changes: plans that are current must not lie beside another plan's edit
+    (context.folder / Edits.FILE).unlink(missing_ok=True)
+    if selected := planned.plans.get("selected"):
+        edited = context.folder / "edited"
+        write_edit(context.found.base, task_vector, selected, edited, overwrite=True, progress=progress)
+    save_plans(context.folder, planned, task_vector.energy_by_layer(), provenance=provenance)
+    return planned
+
+
+def _load_plans(folder: Path, _: Recipe, provenance: Provenance) -> "Planned | None":
+    from stethoscope.selection.arms import load_plans
+
+    planned = load_plans(folder, provenance)
+    whole = planned is not None and ("selected" not in planned.plans or (folder / "edited").exists())
+    return planned if whole else None
+
+
+def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts: str) -> dict[str, Provenance]:
+    """What each arm's results are made from; arms are compared, so all are measured on one kind of device."""
+    device = context.device.type
+    where = {} if device == "cpu" else {"device": device}
+    return {
+        name: context.provenance("base", "tuned", *texts, plan=plan.to_json() if plan else None, **where)
+        for name, plan in plans.items()
+    }
+
+
+def make_outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
+    """Run every arm on every task; what is stored by arm and task is read."""
+    from contextlib import nullcontext
+
+    from stethoscope.evaluation.run import evaluate
+
+    options, plans = context.recipe.evaluate, results["edit"].plans
+    crew = context.crew
+    return evaluate(
+        context.model,
+        context.tokenizer,
+        # workers have their own arms
+        {name: nullcontext if crew else context.arm(plan) for name, plan in plans.items()},
+        [*options.tasks, *options.control_tasks],
+        out=context.folder,
+        include_path=options.include_path,
+        data=options.data,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seed=context.recipe.seed,
+        keys={name: made.key for name, made in _arm_keys(context, plans).items()},
+        spread=crew.answering(plans) if crew else None,
+        progress=lambda done, total, _: progress(done, total),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """Every arm's losses on the recipe's texts; each is empty where the recipe names no such text."""
+
+    general: "dict[str, DocumentCosts]"
+    target: "dict[str, DocumentLosses]"
+
+
+def make_losses(context: "Context", results: Results, _: Provenance, progress: Progress) -> Losses:
+    """Measure every arm's loss on held-out target text, and loss and divergence from the base on general text."""
+    plans = results["edit"].plans
+    return Losses(general=_costs(context, plans, progress), target=_target_losses(context, plans, progress))
+
+
+def _target_losses(
+    context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
+) -> "dict[str, DocumentLosses]":
+    from stethoscope.evaluation.control import TextLoss, document_losses
+
+    if not context.found.texts.get(HELD_OUT):
+        return {}
+    losses = {}
+    rows = cache(partial(context.rows, HELD_OUT))  # not tokenized where every loss is saved
+    for number, (name, provenance) in enumerate(_arm_keys(context, plans, HELD_OUT).items()):
+        folder = context.folder / "losses" / HELD_OUT.replace(" ", "-") / name
+        saved = TextLoss.load_if_current(folder, provenance)
+        if saved is None:
+            ids, starts = rows()
+            with context.arm(plans[name])():
+                measured = document_losses(context.model, ids, starts=starts)
+            saved = TextLoss.of(measured, provenance)
+            saved.save(folder)
+        losses[name] = saved.measured
+        progress(number + 1, len(plans))
+    return losses
+
+
+def _costs(
+    context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
+) -> "dict[str, DocumentCosts]":
+    from stethoscope.evaluation.control import DocumentCosts, document_costs
+
+    if not context.found.texts.get(GENERAL):
+        return {}
+    keys = _arm_keys(context, plans, GENERAL)
+    places = {name: context.folder / "losses" / GENERAL / name for name in plans}
+    known = {name: DocumentCosts.load_if_current(places[name], keys[name]) for name in plans}
+    missing = {name: plan for name, plan in plans.items() if known[name] is None}
+    groups = context.held_together(missing) if missing else []
+    for number, group in enumerate(groups):
+        ids, starts = context.rows(GENERAL)
+        total = len(groups) * len(ids)
+        found = document_costs(
+            context.model,
+            {name: context.held_arm(plan) for name, plan in group.items()},
+            ids,
+            starts=starts,
+            progress=lambda done, of, number=number, total=total: progress(number * of + done, total),  # type: ignore[misc]
+        )
+        for name, costs in found.items():
+            costs.save(places[name], keys[name])
+        known |= found
+    return {name: costs for name, costs in known.items() if costs}
+
+
+def make_comparison(context: "Context", results: Results, _: Provenance, __: Progress) -> "Comparison":
+    """Compare the arms with paired tests."""
+    from stethoscope.editing.manifest import write_results
+    from stethoscope.evaluation.comparison import compare
+
+    losses: Losses = results["losses"]
+    made = compare(
+        results["outcomes"],
+        family=context.found.tasks,
+        losses={name: one.loss for name, one in losses.general.items()} or None,
+        target_losses=losses.target or None,
+        divergences={name: one.divergence for name, one in losses.general.items()} or None,
+        seed=context.recipe.seed,
+        inputs={
+            **context.hashes,
+            **{name: results[name].provenance.key for name in ("diagnose", "calibrate") if name in results},
+        },
+    )
+    made.save(context.folder / "comparison.json")
+    if "selected" in results["edit"].plans:
+        write_results(context.folder / "edited", made.contrast("selected").summary())
+    return made
+
+
+def make_validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
+    """Judge every score against the effect that injecting the layers has."""
+    from stethoscope.diagnosis.statistics import load_statistics
+    from stethoscope.saes.sources import load_sae
+    from stethoscope.selection.hearing import judge_hearing
+    from stethoscope.selection.scoring import edit_scores, text_scores
+
+    recipe, options = context.recipe, context.recipe.validation
+    statistics = load_statistics(context.folder / "statistics.safetensors")
+    edits = context.layer_edits()
+    texts = {name: context.batches(name, options.documents) for name in ("target", options.control)}
+    truth = context.batches(HELD_OUT, options.documents) if HELD_OUT in context.found.texts else texts["target"]
+    scores = text_scores(statistics, control=options.control, seed=recipe.seed) | edit_scores(
+        context.model,
+        edits,
+        {layer: load_sae(sae) for layer, sae in context.found.saes.items()},
+        statistics,
+        texts,
+        control=options.control,
+        site=context.sae_site.site,
+        tap=context.sae_site.tap,
+        progress=progress,
+    )
+    return judge_hearing(
+        context.model,
+        edits,
+        scores,
+        {"target": truth, options.control: texts[options.control]},
+        provenance=provenance,
+        control=options.control,
+        matched=options.matched if options.matched is not None else (recipe.score, ATTRIBUTION),
+        random_sets=options.random_sets,
+        coefficient=recipe.edit.coefficient,
+        spread=context.crew.injecting if context.crew else None,
+        progress=progress,
+    )
+
+
+def make_report(context: "Context", _: Results, __: Provenance, ___: Progress) -> Path:
+    """Write the report from what is saved."""
+    from stethoscope.report.render import render_report
+
+    return render_report(context.folder)
+
+
+def _artifact(module: str, name: str, place: Callable[[Recipe], str] = lambda _recipe: "") -> dict[str, Any]:
+    """How a stage loads and saves a result that is an `Artifact`: its class, and where in the run's folder it lies."""
+
+    def load(folder: Path, recipe: Recipe, provenance: Provenance) -> Any:
+        return getattr(import_module(module), name).load_if_current(folder / place(recipe), provenance)
+
+    def save(folder: Path, recipe: Recipe, made: Any) -> None:
+        made.save(folder / place(recipe))
+
+    return {"load": load, "save": save}
+
+
+def _warnings(made: Any) -> list[str]:
+    return [f"warning: {warning}" for warning in made.warnings]
+
+
+def _verdict_and_warnings(made: Any, _: Recipe) -> list[str]:
+    return [made.verdict, *_warnings(made)]
+
+
+def _edited_layers(recipe: Recipe) -> dict[str, Any]:
+    """What decides the arms' plans beside the selection."""
+    arms = {"arms": recipe.arms, "random_sets": recipe.random_sets, "share": recipe.project.share}
+    return {**arms, "features": recipe.project.features, "coefficient": recipe.edit.coefficient}
+
+
+def _diagnosis_needs(recipe: Recipe) -> tuple[str, ...]:
+    return ("base", "saes", *corpora(recipe), *(["tuned"] if recipe.score == ATTRIBUTION else []))
+
+
+def _diagnosis_settings(recipe: Recipe) -> dict[str, Any]:
+    by = {"by": recipe.edit.coefficient} if recipe.score == ATTRIBUTION else {}
+    return {
+        **by,
+        "score": recipe.score,
+        "increments": recipe.increments,
+        "features": recipe.project.features,
+        **recipe.diagnose.model_dump(exclude={"sae_memory_gb"}),
+    }
+
+
+def _calibration_settings(recipe: Recipe) -> dict[str, Any]:
+    options = recipe.calibrate.model_dump(exclude={"target", "control"}) if recipe.calibrate else {}
+    return options | recipe.select.model_dump()
+
+
+def _selection_needs(recipe: Recipe) -> tuple[str, ...]:
+    return ("diagnose", "calibrate") if recipe.select.policy == "calibrated" else ("diagnose",)
+
+
+def _validation_folder(recipe: Recipe) -> str:
+    return f"hearing/{recipe.validation.control}"
+
+
+def _validation_says(made: "Hearing", recipe: Recipe) -> list[str]:
+    size = made.size(recipe.select.k or 5)
+    return [made.verdict(score, size) for score in dict.fromkeys((recipe.score, ATTRIBUTION))]
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        name="diagnose",
+        title="Diagnose: score every layer",
+        needs=_diagnosis_needs,
+        settings=_diagnosis_settings,
+        make=make_diagnosis,
+        **_artifact("stethoscope.diagnosis.diagnose", "Diagnosis"),
+        also=("evidence",),
+        help="Score every layer with its SAE: how specific it is to the target, compared with chance.",
+        says=_verdict_and_warnings,
+        wrote=lambda _: ("diagnosis.json", "statistics.safetensors", "evidence.json"),
+        then="select",
+    ),
+    Stage(
+        name="evidence",
+        title="Evidence: strongest contexts",
+        needs=lambda _: ("diagnose",),
+        settings=lambda _: {},
+        make=make_evidence,
+        **_artifact("stethoscope.diagnosis.evidence", "Evidence"),
+    ),
+    Stage(
+        name="calibrate",
+        title="Calibrate: layers and coefficient",
+        needs=lambda _: ("base", "tuned", "diagnose", "calibration target", "calibration control"),
+        settings=_calibration_settings,
+        make=make_calibration,
+        **_artifact("stethoscope.selection.calibration", "Calibration"),
+        wanted=lambda recipe: recipe.select.policy == "calibrated",
+        notes=lambda made: [made.reason],
+        help="Find layers and coefficient on the recipe's calibration text: target loss gained per control loss paid.",
+        says=lambda made, _: [made.rule, made.reason],
+        wrote=lambda _: ("calibration.json",),
+    ),
+    Stage(
+        name="select",
+        title="Select layers",
+        needs=_selection_needs,
+        settings=lambda recipe: recipe.select.model_dump(),
+        make=make_selection,
+        **_artifact("stethoscope.selection.policies", "Selection"),
+        notes=lambda made: [f"layers chosen: {', '.join(map(str, made.layers))}", *_warnings(made)],
+        also=("claim",),
+        help="Choose layers by the recipe's policy, with the reason for each.",
+        says=_verdict_and_warnings,
+        left=2,
+        wrote=lambda _: ("selection.json",),
+    ),
+    Stage(
+        name="claim",
+        title="Look for test items that were seen",
+        needs=lambda _: ("diagnose",),
+        settings=lambda _: {},
+        make=make_claim,
+        save=lambda folder, _, made: made.save(folder),
+        notes=lambda made: ["exploratory: the choice of layers has seen some test items"] if made.seen_items else [],
+    ),
+    Stage(
+        name="geometry",
+        title="Geometry: energy in the SAE subspace",
+        needs=lambda _: ("base", "tuned", "diagnose"),
+        settings=lambda recipe: recipe.project.model_dump(include={"features", "draws", "tokens"}),
+        make=make_geometry,
+        **_artifact("stethoscope.editing.geometry", "Geometry"),
+        wanted=lambda recipe: bool(set(recipe.arms) & set(SCALPEL_ARMS)),
+        notes=lambda made: [made.verdict],
+        help="Measure how much of the task vector lies in the SAE feature subspace, compared with chance.",
+        wrote=lambda _: ("geometry.json",),
+    ),
+    Stage(
+        name="edit",
+        title="Edit: write the checkpoint",
+        needs=lambda _: ("base", "tuned", "diagnose", "select"),
+        settings=_edited_layers,
+        make=make_edit,
+        load=_load_plans,
+        notes=_warnings,
+    ),
+    Stage(
+        name="outcomes",
+        title="Evaluate: arms on tasks",
+        needs=lambda _: ("edit",),
+        settings=lambda _: {},
+        make=make_outcomes,
+    ),
+    Stage(
+        name="losses",
+        title="Evaluate: loss on text",
+        needs=lambda _: ("edit",),
+        settings=lambda _: {},
+        make=make_losses,
+    ),
+    Stage(
+        name="compare",
+        title="Compare: paired tests",
+        needs=lambda _: ("outcomes", "losses"),
+        settings=lambda _: {},
+        make=make_comparison,
+    ),
+    Stage(
+        name="validate",
+        title="Validate: inject layers and sets of layers",
+        needs=lambda recipe: (
+            "base", "tuned", "saes", "diagnose", "target", recipe.validation.control,
+            *([HELD_OUT] if recipe.evaluate.target else []),
+        ),
+        settings=lambda recipe: {**recipe.validation.model_dump(), "coefficient": recipe.edit.coefficient},
+        make=make_validation,
+        **_artifact("stethoscope.selection.hearing", "Hearing", _validation_folder),
+        wanted=lambda _: False,
+        help="Judge every score of the layers against what injecting them truly does.",
+        says=_validation_says,
+        wrote=lambda recipe: (f"{_validation_folder(recipe)}/hearing.json",),
+    ),
+    Stage(
+        name="report",
+        title="Report",
+        needs=lambda _: ("compare",),
+        settings=lambda _: {},
+        make=make_report,
+    ),
+)  # fmt: skip
