@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.folder import SAEFolder
 from stethoscope.saes.layouts import read_folder
+from stethoscope.saes.layouts.base import SAEFolder
 from stethoscope.saes.sources import load_sae
 
 D, W, K = 12, 40, 5

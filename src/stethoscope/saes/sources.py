@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.errors import CheckpointError, SAEError
-from stethoscope.saes.folder import SITES, SAEFolder
-from stethoscope.saes.layouts import LAYOUTS, layout_of, read_folder
+from stethoscope.saes.layouts import LAYOUTS, convert, layout_of, read_folder
+from stethoscope.saes.layouts.base import SAEFolder
+from stethoscope.saes.layouts.hook_names import SITES
 from stethoscope.saes.releases import releases as _releases
 from stethoscope.shown import first_of
 
@@ -196,11 +197,9 @@ def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]
     import torch
     from sae_lens import SAE
 
-    from stethoscope.saes.formats import CONVERTERS
-
     settings = {"dtype": str(dtype or torch.float32).removeprefix("torch."), "device": "cpu"}
     try:
-        config, state = CONVERTERS[folder.layout](folder)
+        config, state = convert(folder)
         sae: SAE[Any] = SAE.load_from_disk(
             folder.path, converter=lambda *_args, **_options: ({**config, **settings}, state)
         )
