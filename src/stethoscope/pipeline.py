@@ -40,7 +40,7 @@ from stethoscope.models import find_device, load_model, load_tokenizer, preferre
 from stethoscope.preflight import GENERAL, HELD_OUT, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.report.render import render_report
-from stethoscope.saes.sources import SAEFolder, load_sae
+from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.scaling.bench import Bench
 from stethoscope.scaling.crew import Crew, import_ray
 from stethoscope.selection.arms import Edits, load_plans, plan_arms, save_plans
