@@ -124,11 +124,6 @@ class Layout:
     convert: Callable[[SAEFolder, dict[str, Any], State], Converted]
 
 
-def table(value: Any) -> dict[str, Any]:
-    """A table of a configuration, empty where there is none."""
-    return value if isinstance(value, dict) else {}
-
-
 def sae_lens_config(folder: SAEFolder, architecture: str, *, b_dec_to_input: bool, **extra: Any) -> dict[str, Any]:
     """SAELens' configuration of an SAE; ``extra`` are entries that only its architecture has."""
     import sae_lens
@@ -146,8 +141,3 @@ def unit_decoder(state: State) -> State:
     larger = ("W_enc", "b_enc", "b_gate", "b_mag", "threshold")
     scaled = {name: value * norms if name in larger else value for name, value in state.items()}
     return {**scaled, "W_dec": state["W_dec"] / norms[:, None]}
-
-
-def turned(tensors: State, names: Mapping[str, str]) -> State:
-    """Matrices that are stored the other way round; ``names`` are SAELens' and the layout's."""
-    return {ours: tensors[theirs].T.contiguous() for ours, theirs in names.items() if theirs in tensors}

@@ -3,31 +3,21 @@
 import re
 from typing import Any
 
-from stethoscope.saes.layouts.base import (
-    Claim,
-    Converted,
-    Layout,
-    SAEFolder,
-    Stored,
-    sae_lens_config,
-    table,
-    turned,
-    unit_decoder,
-)
-from stethoscope.saes.layouts.files import State
+from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config, unit_decoder
+from stethoscope.saes.layouts.files import State, renamed, table
 
 _ARCHITECTURE_OF_CLASS = {
     "AutoEncoder": "standard", "AutoEncoderNew": "standard", "GatedAutoEncoder": "gated",
     "JumpReluAutoEncoder": "jumprelu", "AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk",
     "MatryoshkaBatchTopKSAE": "matryoshka_batchtopk",
 }  # fmt: skip
-# Its names for SAELens' tensors, which differ by class; weights of linear layers lie the other way.
+# Its names of tensors, which differ by class, and SAELens'; weights of linear layers lie the other way.
 _NAMES = {
-    "b_dec": ("b_dec", "bias", "decoder_bias", "decoder.bias"), "b_enc": ("b_enc", "encoder.bias"),
-    "b_gate": ("gate_bias",), "b_mag": ("mag_bias",), "r_mag": ("r_mag",), "threshold": ("threshold",),
-    "W_enc": ("W_enc",), "W_dec": ("W_dec",),
+    "b_dec": "b_dec", "bias": "b_dec", "decoder_bias": "b_dec", "decoder.bias": "b_dec", "b_enc": "b_enc",
+    "encoder.bias": "b_enc", "gate_bias": "b_gate", "mag_bias": "b_mag", "r_mag": "r_mag", "threshold": "threshold",
+    "W_enc": "W_enc", "W_dec": "W_dec",
 }  # fmt: skip
-_TURNED = {"W_enc": "encoder.weight", "W_dec": "decoder.weight"}
+_TURNED = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
 
 
 def read(stored: Stored) -> Claim:
@@ -51,8 +41,8 @@ def convert(folder: SAEFolder, config: dict[str, Any], tensors: State) -> Conver
     """By class: two multiply features by decoder norms, two never subtract a bias, two have one threshold for all."""
     trainer = config["trainer"]
     kind = trainer["dict_class"]
-    state = {ours: tensors[theirs] for ours, names in _NAMES.items() for theirs in names if theirs in tensors}
-    state |= turned(tensors, _TURNED)
+    names, turned = ({ours[name]: name for name in tensors if name in ours} for ours in (_NAMES, _TURNED))
+    state = renamed(tensors, names, turned)
     if kind in ("GatedAutoEncoder", "JumpReluAutoEncoder"):
         state = unit_decoder(state)
     architecture = "jumprelu" if folder.architecture.endswith("batchtopk") else folder.architecture

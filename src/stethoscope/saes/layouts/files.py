@@ -1,8 +1,9 @@
-"""Files of SAEs: configurations, shapes of tensors without the tensors, and the tensors."""
+"""Files of SAEs: configurations, shapes of tensors without the tensors, and the tensors by SAELens' names."""
 
 import json
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,11 @@ def read_json(path: Path) -> dict[str, Any]:
         reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise unusable([f"`{path.name}` {reason}"]) from error
     return value
+
+
+def table(value: Any) -> dict[str, Any]:
+    """A table of a configuration, empty where there is none."""
+    return value if isinstance(value, dict) else {}
 
 
 def read_shapes(path: Path) -> Shapes:
@@ -90,3 +96,9 @@ def read_tensors(path: Path) -> State:
 
         tensors = load_file(path)
     return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+def renamed(tensors: State, names: Mapping[str, str], turned: Mapping[str, str]) -> State:
+    """Tensors by SAELens' names, which come first in both mappings; those of ``turned`` lie the other way."""
+    state = {ours: tensors[theirs] for ours, theirs in names.items()}
+    return state | {ours: tensors[theirs].T.contiguous() for ours, theirs in turned.items()}

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config, turned
+from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config
 from stethoscope.saes.layouts.files import State
 
 TAPS = {
@@ -41,8 +41,7 @@ def read(stored: Stored) -> Claim:
 def convert(folder: SAEFolder, _config: dict[str, Any], tensors: State) -> Converted:
     state = {name.replace("w_", "W_"): value for name, value in tensors.items()}
     if folder.architecture == "jumprelu_skip_transcoder":
-        state |= turned(state, {"W_skip": "affine_skip_connection"})
-        del state["affine_skip_connection"]
+        state["W_skip"] = state.pop("affine_skip_connection").T.contiguous()
     extra = {"d_out": folder.d_in} if folder.transcoder else {}
     return sae_lens_config(folder, folder.architecture, b_dec_to_input=False, **extra), state
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config, table
-from stethoscope.saes.layouts.files import State
+from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config
+from stethoscope.saes.layouts.files import State, table
 
 
 def read(stored: Stored) -> Claim:

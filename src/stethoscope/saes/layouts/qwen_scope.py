@@ -3,8 +3,8 @@
 import re
 from typing import Any
 
-from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config, turned
-from stethoscope.saes.layouts.files import State
+from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config
+from stethoscope.saes.layouts.files import State, renamed
 
 
 def read(stored: Stored) -> Claim:
@@ -23,8 +23,8 @@ def read(stored: Stored) -> Claim:
 def convert(folder: SAEFolder, _config: dict[str, Any], tensors: State) -> Converted:
     """The k largest of relu(z), k by the repository's name; b_dec is not subtracted, and matrices lie the other way."""
     k = re.findall(r"SAE-Res-[^/]+-L0_(\d+)", folder.path.absolute().as_posix())[-1]
-    state = {name: tensors[name] for name in ("b_enc", "b_dec")}
-    state |= turned(tensors, {"W_enc": "W_enc", "W_dec": "W_dec"})
+    names = {"b_enc": "b_enc", "b_dec": "b_dec"}
+    state = renamed(tensors, names, turned={"W_enc": "W_enc", "W_dec": "W_dec"})
     return sae_lens_config(folder, "topk", b_dec_to_input=False, k=int(k)), state
 
 

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from stethoscope.saes.layouts.base import OUTPUT, Claim, Converted, Layout, SAEFolder, Stored, table, unit_decoder
-from stethoscope.saes.layouts.files import State
+from stethoscope.saes.layouts.base import OUTPUT, Claim, Converted, Layout, SAEFolder, Stored, unit_decoder
+from stethoscope.saes.layouts.files import State, table
 
 # Tensors that hold a value per feature, by architecture.
 PER_FEATURE = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}

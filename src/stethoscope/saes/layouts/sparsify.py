@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config, turned
-from stethoscope.saes.layouts.files import State, read_json
+from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config
+from stethoscope.saes.layouts.files import State, read_json, renamed
 
 
 def read(stored: Stored) -> Claim:
@@ -25,8 +25,8 @@ def read(stored: Stored) -> Claim:
 
 def convert(folder: SAEFolder, config: dict[str, Any], tensors: State) -> Converted:
     """The k largest of relu((x - b_dec) W_enc + b_enc); a transcoder subtracts no bias."""
-    state = {**turned(tensors, {"W_enc": "encoder.weight"}), "b_enc": tensors["encoder.bias"]}
-    state |= {name: tensors[name] for name in ("W_dec", "b_dec")}
+    names = {"W_dec": "W_dec", "b_enc": "encoder.bias", "b_dec": "b_dec"}
+    state = renamed(tensors, names, turned={"W_enc": "encoder.weight"})
     return sae_lens_config(folder, "topk", b_dec_to_input=not folder.transcoder, k=config["k"]), state
 
 
