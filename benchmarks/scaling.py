@@ -46,7 +46,7 @@ from stethoscope.diagnosis.listener import Listener
 from stethoscope.diagnosis.sharing import share
 from stethoscope.models import load_model, load_tokenizer
 from stethoscope.recipe import Ray
-from stethoscope.saes.sources import open_saes
+from stethoscope.saes.open import open_saes
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
 from stethoscope.scaling.crew import CrewRun, import_ray

@@ -22,7 +22,7 @@ from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.models import load_model, load_tokenizer
-from stethoscope.saes.sources import open_saes
+from stethoscope.saes.open import open_saes
 from stethoscope_demo.base_model import unpack_base
 
 RESULTS = Path(__file__).parent / "results" / "scores.json"

@@ -29,7 +29,7 @@ from stethoscope.recipe import Diagnose, Recipe, Text
 from stethoscope.run import run_recipe
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import measure_health
-from stethoscope.saes.sources import load_sae, open_saes
+from stethoscope.saes.open import load_sae, open_saes
 from stethoscope.selection.policies import unsteady
 from stethoscope_demo.items import MATH_SUBJECTS, join_items, stream
 from stethoscope_demo.tasks import general_documents

@@ -326,7 +326,7 @@ def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
         "evaluation.control": ("document_costs",),
-        "saes.sources": ("load_sae",),
+        "saes.open": ("load_sae",),
         "selection.arms": ("plan_arms",),
         "editing.apply": ("prepare",),
         "checkpoints.task_vector.TaskVector": ("energy", "delta", "edited"),

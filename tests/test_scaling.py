@@ -39,7 +39,7 @@ from stethoscope.evaluation.run import evaluate, evaluate_checkpoints
 from stethoscope.models import load_model
 from stethoscope.recipe import Ray, Recipe
 from stethoscope.run import run_recipe
-from stethoscope.saes.sources import open_saes
+from stethoscope.saes.open import open_saes
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
 from stethoscope.scaling.crew import AHEAD, CrewRun, _greet, _Member, _Queue

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stethoscope.recipe import Recipe
     from stethoscope.report import render_report
     from stethoscope.run import run_recipe
-    from stethoscope.saes.sources import load_sae, open_saes
+    from stethoscope.saes.open import load_sae, open_saes
     from stethoscope.selection.policies import Selection, select
 
 _MODULES = {
@@ -41,7 +41,7 @@ _MODULES = {
     "run": ["run_recipe"],
     "recipe": ["Recipe"],
     "report": ["render_report"],
-    "saes.sources": ["load_sae", "open_saes"],
+    "saes.open": ["load_sae", "open_saes"],
     "selection.policies": ["Selection", "select"],
 }
 _HOME = {name: f"stethoscope.{module}" for module, names in _MODULES.items() for name in names}

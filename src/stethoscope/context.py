@@ -16,7 +16,7 @@ from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.preflight import Preflight
 from stethoscope.recipe import Recipe
-from stethoscope.saes.sources import SAEFolder
+from stethoscope.saes.open import SAEFolder
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from stethoscope.editing.sides import SCALPEL_ARMS, residual_sides
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import FEWEST_BLOCKS, OTHERS, LossText, Recipe, Text
-from stethoscope.saes.sources import SITES, SAEFolder, check_fit, check_source, open_saes
+from stethoscope.saes.open import SITES, SAEFolder, check_fit, check_source, open_saes
 from stethoscope.seen import Seen
 
 GENERAL, HELD_OUT = "general", "held-out target"

@@ -129,7 +129,7 @@ def _attribution(
 ) -> "dict[str, FeatureStatistics]":
     """What each layer's own edit is worth to target and control loss, by feature."""
     from stethoscope.diagnosis.attribution import attribute
-    from stethoscope.saes.sources import load_sae
+    from stethoscope.saes.open import load_sae
 
     edits, saes = context.layer_edits(), {layer: load_sae(sae) for layer, sae in context.found.saes.items()}
     parts = {name: context.batches(name) for name in texts}
@@ -237,7 +237,7 @@ def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable
     """By layer, what loads its feature directions: those first that differ most toward the target."""
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.editing.geometry import LayerFeatures
-    from stethoscope.saes.sources import load_sae
+    from stethoscope.saes.open import load_sae
 
     statistics = cache(lambda: load_statistics(context.folder / "statistics.safetensors"))
 
@@ -413,7 +413,7 @@ def make_comparison(context: "Context", results: Results, _: Provenance, __: Pro
 def make_validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
     """Judge every score against the effect that injecting the layers has."""
     from stethoscope.diagnosis.statistics import load_statistics
-    from stethoscope.saes.sources import load_sae
+    from stethoscope.saes.open import load_sae
     from stethoscope.selection.hearing import judge_hearing
     from stethoscope.selection.scoring import edit_scores, text_scores
 

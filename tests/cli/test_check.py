@@ -16,8 +16,7 @@ from stethoscope.errors import RecipeError, SAEError
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
-from stethoscope.saes.releases import releases
-from stethoscope.saes.sources import check_source
+from stethoscope.saes.open import check_source, read_release, release_texts
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "pandas", "sae_lens", "peft", "pyarrow")
 ON_THE_HUB = {
@@ -106,9 +105,9 @@ def test_a_release_parsed_alone_is_the_same():
     spec = importlib.util.find_spec("sae_lens")
     text = (Path(spec.origin).parent / "pretrained_saes.yaml").read_text(encoding="utf-8")
     whole = yaml.load(text, Loader=yaml.CSafeLoader)
-    found = releases()
-    assert list(found) == list(whole)
-    assert all(found[name] == whole[name] for name in [*list(whole)[::12], "gemma-scope-2-4b-it-res-all"])
+    names = list(release_texts())
+    assert names == list(whole)
+    assert all(read_release(name) == whole[name] for name in [*names[::12], "gemma-scope-2-4b-it-res-all"])
 
 
 def test_tasks_are_known_by_name(tmp_path):

@@ -14,7 +14,7 @@ from stethoscope.diagnosis import evidence as room
 from stethoscope.diagnosis.diagnose import diagnose
 from stethoscope.diagnosis.evidence import Evidence, FeatureEvidence, gather_evidence
 from stethoscope.diagnosis.listen import listen
-from stethoscope.saes.sources import open_saes
+from stethoscope.saes.open import open_saes
 
 # q fires less strongly than Z, which only one document has
 TARGET = [

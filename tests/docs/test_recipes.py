@@ -15,7 +15,7 @@ from tiny_world import make_world
 
 from stethoscope.cli import main
 from stethoscope.recipe import Recipe
-from stethoscope.saes import sources
+from stethoscope.saes import open as opening
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -55,7 +55,7 @@ def test_a_recipe_is_valid_and_editors_are_told_so(path):
 )
 def test_saes_are_a_release_of_sae_lens_with_one_for_each_layer(name, layers, monkeypatch):
     recipe = Recipe.from_yaml(FOLDER / f"{name}.yaml")
-    release = sources._releases()[recipe.saes]
+    release = opening.read_release(recipe.saes)
     assert release["model"] == recipe.base
 
     def fetched(repository: str, wanted: list[str]) -> Path:
@@ -65,9 +65,9 @@ def test_saes_are_a_release_of_sae_lens_with_one_for_each_layer(name, layers, mo
         assert found == set(range(layers))
         raise LookupError
 
-    monkeypatch.setattr(sources, "_snapshot", fetched)
+    monkeypatch.setattr(opening, "_snapshot", fetched)
     with pytest.raises(LookupError):  # as far as what would be fetched
-        sources.open_saes(recipe.saes, recipe.sae_id)
+        opening.open_saes(recipe.saes, recipe.sae_id)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)

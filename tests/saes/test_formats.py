@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.folder import SAEFolder
 from stethoscope.saes.layouts import read_folder
-from stethoscope.saes.sources import load_sae
+from stethoscope.saes.layouts.base import SAEFolder
+from stethoscope.saes.open import load_sae
 
 D, W, K = 12, 40, 5
 Reading = Callable[[Tensor], Tensor]

@@ -14,8 +14,8 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.folder import SITES, site_of
-from stethoscope.saes.sources import check_fit, load_sae, open_saes
+from stethoscope.saes.layouts.hook_names import SITES, site_of
+from stethoscope.saes.open import check_fit, load_sae, open_saes
 from stethoscope.sites import TAPS, hear, hook_point
 
 

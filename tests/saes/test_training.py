@@ -25,7 +25,7 @@ from stethoscope.cli import main
 from stethoscope.errors import SAEError
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import HealthSums, health_rows, measure_health
-from stethoscope.saes.sources import check_fit, load_sae, open_saes
+from stethoscope.saes.open import check_fit, load_sae, open_saes
 from stethoscope.saes.training import TrainingSettings, _LeanBatchTopK, hold_out, train_saes
 
 Llama = Callable[..., LlamaForCausalLM]

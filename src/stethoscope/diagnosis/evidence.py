@@ -25,7 +25,7 @@ from stethoscope.corpus import Document, Tokens, batches
 from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.diagnosis.listener import Rows, countable, loaded, point_of
 from stethoscope.models import decoder_layers
-from stethoscope.saes.sources import SAEFolder
+from stethoscope.saes.open import SAEFolder
 from stethoscope.sites import hear
 
 # Tokens of text on each side of the one that fired.

@@ -24,7 +24,7 @@ from stethoscope.diagnosis.sharing import Layers, Sharing, Split, share, waves
 from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
 from stethoscope.errors import StethoscopeError
 from stethoscope.saes.health import SAEHealth
-from stethoscope.saes.sources import SAEFolder
+from stethoscope.saes.open import SAEFolder
 from stethoscope.work import Alone, Lost, Piece, Run, Spread
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from stethoscope.diagnosis.streams import Begun, Forward, Reading, Streams
 from stethoscope.errors import SAEError
 from stethoscope.saes.activations import lent, loud_positions
 from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
-from stethoscope.saes.sources import SAEFolder, load_sae
+from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.sites import HookPoint, hear, hook_point
 from stethoscope.work import Lost
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from stethoscope.diagnosis.encoding import PLAIN
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
-from stethoscope.saes.sources import SAEFolder
+from stethoscope.saes.open import SAEFolder
 from stethoscope.work import Means
 
 Split = Literal["auto", "documents", "layers", "streams"]

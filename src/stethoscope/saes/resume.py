@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from stethoscope.artifacts import new_folder, write_json
 from stethoscope.errors import SAEError
 from stethoscope.saes.activations import StreamPosition
-from stethoscope.saes.folder import read_json
+from stethoscope.saes.layouts.files import read_json
 
 _STEP = "step_"
 

@@ -1,4 +1,4 @@
-"""Where SAEs come from and whether they fit the model, from configurations and headers alone: instant, without torch.
+"""Find SAEs and check that they fit the model, from configurations and headers alone, without torch; then load them.
 
 saes = open_saes("saes/")                                                   # {layer: SAEFolder}
 saes = open_saes("gemma-scope-2-4b-it-res-all", "layer_{layer}_width_16k_l0_small")
@@ -6,18 +6,22 @@ check_fit(saes, hidden_size=2560, num_layers=34)
 sae = load_sae(saes[12])                                                    # a sae_lens SAE
 """
 
+import importlib.util
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.errors import CheckpointError, SAEError
-from stethoscope.saes.folder import SITES, SAEFolder
-from stethoscope.saes.layouts import LAYOUTS, layout_of, read_folder
-from stethoscope.saes.releases import releases as _releases
+from stethoscope.saes.layouts import LAYOUTS, convert, layout_of, read_folder
+from stethoscope.saes.layouts.base import SAEFolder
+from stethoscope.saes.layouts.hook_names import SITES
 from stethoscope.shown import first_of
 
 if TYPE_CHECKING:
@@ -28,17 +32,12 @@ __all__ = ["SITES", "SAEFolder", "check_fit", "load_sae", "open_saes"]
 
 log = logging.getLogger(__name__)
 
-# What SAELens' directory of releases calls the layouts that are read here; None is its own.
+Found = list[tuple[int | None, Path]]  # the layer, where it was said, and the SAE's path
+
+# SAELens' names in its directory of releases for the layouts that are read here; None is its own.
 _RELEASE_LAYOUTS = (
-    None,
-    "sae_lens",
-    "gemma_3",
-    "gemma_2",
-    "llama_scope",
-    "dictionary_learning_1",
-    "sparsify",
-    "qwen_scope",
-)
+    None, "sae_lens", "gemma_3", "gemma_2", "llama_scope", "dictionary_learning_1", "sparsify", "qwen_scope",
+)  # fmt: skip
 # The layer in the id of a release's SAE.
 _LAYER_IN_ID = re.compile(r"(?<=layer_)\d+|(?<=layers\.)\d+|(?<=blocks\.)\d+|(?<=layer)\d+|(?<=^l)\d+")
 ONE_FILE = LAYOUTS["qwen_scope"].marker  # what the name of an SAE in a single file ends with
@@ -63,13 +62,14 @@ def open_saes(source: str | Path | Mapping[int, str | Path], sae_id: str | None 
             supported, or two SAEs for one layer; all of it at once.
     """
     overrides: dict[Path, dict[str, Any]] = {}
+    found: Found
     if isinstance(source, Mapping):
-        found: list[tuple[int | None, Path]] = [(int(layer), Path(path)) for layer, path in source.items()]
+        found = [(int(layer), Path(path)) for layer, path in source.items()]
         if not found:
             raise SAEError("no SAEs were given")
     elif Path(source).is_dir():
         found = _in_folder(Path(source), sae_id)
-    elif "/" not in str(source) and str(source) in _releases():
+    elif str(source) in release_texts():
         overrides = _fetch_release(str(source), sae_id)
         found = [(None, path) for path in overrides]
     else:
@@ -79,7 +79,7 @@ def open_saes(source: str | Path | Mapping[int, str | Path], sae_id: str | None 
 
 
 def check_source(source: str, sae_id: str | None = None) -> dict[int, SAEFolder]:
-    """What `open_saes` finds in a folder; of a release or a hub repository only its name and ``sae_id`` are checked.
+    """Open the SAEs of a folder; of a release or a hub repository check only its name and ``sae_id``.
 
     Returns:
         the SAEs of a folder by layer, else none.
@@ -89,16 +89,14 @@ def check_source(source: str, sae_id: str | None = None) -> dict[int, SAEFolder]
     """
     if Path(source).is_dir():
         return open_saes(source, sae_id)
-    if "/" not in source and source in _releases():
+    if source in release_texts():
         _chosen(source, sae_id)
     else:
         _check_repository(source, sae_id)
     return {}
 
 
-def _read_all(
-    found: Iterable[tuple[int | None, Path]], overrides: Mapping[Path, Mapping[str, Any]]
-) -> dict[int, SAEFolder]:
+def _read_all(found: Found, overrides: Mapping[Path, Mapping[str, Any]]) -> dict[int, SAEFolder]:
     saes: dict[int, list[SAEFolder]] = {}
     problems: list[str] = []
     for wanted, folder in found:
@@ -112,8 +110,8 @@ def _read_all(
         saes.setdefault(sae.layer, []).append(sae)
     for layer, several in sorted(saes.items()):
         if len(several) > 1:
-            names = first_of([f"`{sae.path}`" for sae in several], 3)
-            problems.append(f"layer {layer}: one SAE is wanted, there are {names}")
+            paths = _quoted([str(sae.path) for sae in several], 3)
+            problems.append(f"layer {layer}: one SAE is wanted, there are {paths}")
     if problems:
         raise SAEError(
             "some SAEs cannot be used",
@@ -164,17 +162,12 @@ def check_fit(
         if sae.site not in sites:
             problems.append(f"layer {sae.layer}: the site `{sae.site}` is not one of {', '.join(sites)}, {where}")
     if len(places := sorted({sae.site for sae in saes.values()} & set(sites))) > 1:
-        problems.append(f"the SAEs read {', '.join(f'`{site}`' for site in places)}: layers would not be comparable")
+        problems.append(f"the SAEs read {_quoted(places)}: layers would not be comparable")
     names = sorted({sae.model_name for sae in saes.values() if sae.model_name})
     if problems:
-        made_for = (
-            f"were made for {', '.join(f'`{name}`' for name in names)}" if names else "look made for another model"
-        )
-        raise SAEError(
-            "the SAEs do not fit the base model",
-            problems=problems,
-            hint=f"these SAEs {made_for}; choose others in `saes`",
-        )
+        made_for = f"were made for {_quoted(names)}" if names else "look made for another model"
+        hint = f"these SAEs {made_for}; choose others in `saes`"
+        raise SAEError("the SAEs do not fit the base model", problems=problems, hint=hint)
     for name in names if model_name is not None else ():
         if Path(name).name.lower() != Path(str(model_name)).name.lower():
             log.warning("the SAEs were made for `%s`, the base model is `%s`", name, model_name)
@@ -196,11 +189,9 @@ def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]
     import torch
     from sae_lens import SAE
 
-    from stethoscope.saes.formats import CONVERTERS
-
     settings = {"dtype": str(dtype or torch.float32).removeprefix("torch."), "device": "cpu"}
     try:
-        config, state = CONVERTERS[folder.layout](folder)
+        config, state = convert(folder)
         sae: SAE[Any] = SAE.load_from_disk(
             folder.path, converter=lambda *_args, **_options: ({**config, **settings}, state)
         )
@@ -209,34 +200,35 @@ def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]
     return sae.requires_grad_(False).eval()
 
 
-def _in_folder(folder: Path, sae_id: str | None) -> list[tuple[int | None, Path]]:
-    if sae_id is None:
-        if layout_of(folder):
-            return [(None, folder)]
-        markers = {layout.marker for layout in LAYOUTS.values()} - {ONE_FILE}
-        below = (path for depth in range(1, _DEPTH + 1) for path in folder.glob("*/" * depth + "*"))
-        folders = {path.parent for path in below if path.name in markers}
-        found: list[tuple[int | None, Path]] = [
-            (None, path) for path in sorted(folders | {*folder.glob(f"*{ONE_FILE}")})
-        ]
-        if not found:
-            files = ", ".join(f"`{name}`" for name in sorted(markers))
-            raise SAEError(
-                f"no SAEs in `{folder}`",
-                hint=f"a folder for each layer is expected, with one of {files}, or files `layer*{ONE_FILE}`",
-            )
-        return found
-    matches = _pattern(sae_id)
-    glob = sae_id.replace("{layer}", "*")
-    places = (path for path in sorted(folder.glob(glob)) if path.is_dir() or path.name.endswith(ONE_FILE))
-    names = {path.relative_to(folder).as_posix(): path for path in places}
-    matched: list[tuple[int | None, Path]] = [
-        (int(match[1]), path) for name, path in names.items() if (match := matches.fullmatch(name))
+def _in_folder(folder: Path, sae_id: str | None) -> Found:
+    if sae_id is not None:
+        return _called(folder, sae_id)
+    if layout_of(folder):
+        return [(None, folder)]
+    markers = {layout.marker for layout in LAYOUTS.values()} - {ONE_FILE}
+    below = (path for depth in range(1, _DEPTH + 1) for path in folder.glob("*/" * depth + "*"))
+    found = {path.parent for path in below if path.name in markers} | {*folder.glob(f"*{ONE_FILE}")}
+    if not found:
+        files = _quoted(sorted(markers))
+        hint = f"a folder for each layer is expected, with one of {files}, or files `layer*{ONE_FILE}`"
+        raise SAEError(f"no SAEs in `{folder}`", hint=hint)
+    return [(None, path) for path in sorted(found)]
+
+
+def _called(folder: Path, sae_id: str) -> Found:
+    """The SAEs below a folder whose paths match a pattern."""
+    pattern = _pattern(sae_id)
+    places = sorted(folder.glob(sae_id.replace("{layer}", "*")))
+    matches = [
+        (pattern.fullmatch(path.relative_to(folder).as_posix()), path)
+        for path in places
+        if path.is_dir() or path.name.endswith(ONE_FILE)
     ]
-    if not matched:
+    found: Found = [(int(match[1]), path) for match, path in matches if match]
+    if not found:
         have = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
         raise SAEError(f"nothing in `{folder}` is called `{sae_id}`", hint=f"it has: {have}" if have else None)
-    return matched
+    return found
 
 
 def _pattern(sae_id: str) -> re.Pattern[str]:
@@ -250,9 +242,30 @@ def _pattern(sae_id: str) -> re.Pattern[str]:
     return re.compile(rf"{first}(\d+)" + r"\1".join(rest))
 
 
+@cache
+def release_texts() -> dict[str, str]:
+    """SAELens' directory of releases as YAML, a text for each, because to parse all together takes a second.
+
+    The file is found without importing SAELens, which would bring torch.
+    """
+    spec = importlib.util.find_spec("sae_lens")
+    assert spec is not None
+    assert spec.origin is not None
+    text = (Path(spec.origin).parent / "pretrained_saes.yaml").read_text(encoding="utf-8")
+    starts = list(re.finditer(r"^([^\s#:][^:\n]*):", text, re.MULTILINE))
+    ends = [*(start.start() for start in starts[1:]), len(text)]
+    return {start[1].strip("\"'"): text[start.end() : end] for start, end in zip(starts, ends, strict=True)}
+
+
+def read_release(name: str) -> dict[str, Any]:
+    """A release of SAEs as SAELens' directory has it."""
+    found: dict[str, Any] = yaml.load(release_texts()[name], Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return found
+
+
 def _chosen(name: str, sae_id: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A release, and those of its SAEs that are meant, as its directory has them."""
-    release = _releases()[name]
+    release = read_release(name)
     if (layout := release.get("conversion_func")) not in _RELEASE_LAYOUTS:
         raise SAEError(
             f"the SAEs of the release `{name}` are stored as `{layout}`, which is not supported",
@@ -261,15 +274,13 @@ def _chosen(name: str, sae_id: str | None) -> tuple[dict[str, Any], list[dict[st
     ids = {str(sae["id"]): sae for sae in release["saes"]}
     patterns = list(dict.fromkeys(_LAYER_IN_ID.sub("{layer}", known, count=1) for known in ids))
     if sae_id is None and len(patterns) > 1:
-        raise SAEError(
-            f"the release `{name}` has several SAEs for a layer",
-            hint=f"choose with `sae_id`: {_some(patterns)}",
-        )
-    matches = _pattern(sae_id or patterns[0])
-    chosen = [sae for known, sae in ids.items() if matches.fullmatch(known)]
+        hint = f"choose with `sae_id`: {_quoted(patterns)}"
+        raise SAEError(f"the release `{name}` has several SAEs for a layer", hint=hint)
+    pattern = _pattern(sae_id or patterns[0])
+    chosen = [sae for known, sae in ids.items() if pattern.fullmatch(known)]
     if not chosen:
         close = get_close_matches(sae_id or "", patterns, n=3, cutoff=0.3) or patterns
-        raise SAEError(f"no SAE of the release `{name}` is called `{sae_id}`", hint=f"there are: {_some(close)}")
+        raise SAEError(f"no SAE of the release `{name}` is called `{sae_id}`", hint=f"there are: {_quoted(close)}")
     return release, chosen
 
 
@@ -288,14 +299,14 @@ def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
     }
 
 
-def _some(names: Sequence[str]) -> str:
-    return first_of([f"`{name}`" for name in names], 6)
+def _quoted(names: Sequence[str], most: int = 6) -> str:
+    return first_of([f"`{name}`" for name in names], most)
 
 
 def _check_repository(name: str, sae_id: str | None) -> str:
     """The pattern of the SAEs that are meant in a hub repository."""
     if not HUB_ID.fullmatch(name) or "/" not in name:
-        close = [] if "/" in name else get_close_matches(name, _releases(), n=3)
+        close = [] if "/" in name else get_close_matches(name, release_texts(), n=3)
         hint = f"did you mean {' or '.join(f'`{known}`' for known in close)}?" if close else None
         what = "folder of SAEs and no SAELens release" if HUB_ID.fullmatch(name) else "folder"
         raise SAEError(f"there is no {what} `{name}`", hint=hint or "give a folder, a SAELens release or a hub id")
