@@ -19,7 +19,7 @@ from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.editing.geometry import Geometry
-from stethoscope.editing.sides import SCALPEL_ARMS
+from stethoscope.editing.residual_axis import SCALPEL_ARMS
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs

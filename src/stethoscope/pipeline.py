@@ -24,11 +24,12 @@ from stethoscope.diagnosis.listen import encoder_dtype, listen
 from stethoscope.diagnosis.sharing import share
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.editing.apply import applied, prepare
-from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
+from stethoscope.editing.geometry import Geometry, measure_geometry
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.manifest import write_results
 from stethoscope.editing.plan import EditPlan, coefficients
-from stethoscope.editing.sides import SCALPEL_ARMS
+from stethoscope.editing.residual_axis import SCALPEL_ARMS
+from stethoscope.editing.subspace import LayerFeatures
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError
 from stethoscope.evaluation.comparison import Comparison, compare

@@ -18,7 +18,7 @@ from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.documents import Document, read_documents
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
-from stethoscope.editing.sides import SCALPEL_ARMS, residual_sides
+from stethoscope.editing.residual_axis import SCALPEL_ARMS, residual_axes
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import FEWEST_BLOCKS, OTHERS, LossText, Recipe, Text
@@ -307,7 +307,7 @@ def _look_at_weights(found: Look, recipe: Recipe, *, headers_only: bool, offline
             attn_width=heads.shape[1] if heads else None,
         )
         if cut and found.task_vector:
-            found.attempt(residual_sides, found.task_vector, saes, base.hidden_size)
+            found.attempt(residual_axes, found.task_vector, saes, base.hidden_size)
 
 
 def _could_be_on_hub(name: str) -> None:
