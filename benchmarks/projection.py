@@ -22,7 +22,7 @@ from edit import GEMMA, make_pair
 
 from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
-from stethoscope.editing.projection import FeatureProjection, energy_kept, feature_basis
+from stethoscope.editing.subspace import FeatureProjection, energy_kept, feature_basis
 
 RESULTS = Path(__file__).parent / "results" / "projection.json"
 

@@ -16,9 +16,9 @@ from common import NAMES, Bench, arguments, recipe_of, resume
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.editing.plan import EditPlan
-from stethoscope.editing.projection import FeatureProjection, random_basis
 from stethoscope.editing.scalpel import scalpel_plans
-from stethoscope.editing.sides import SCALPEL_ARMS
+from stethoscope.editing.subspace import FeatureProjection, random_basis
+from stethoscope.recipe import SCALPEL_ARMS
 from stethoscope.run import run_recipe
 from stethoscope.selection.controls import control_plan
 

@@ -19,14 +19,13 @@ from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.editing.geometry import Geometry
-from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.tables import accuracy_table
 from stethoscope.preflight import check_recipe, preflight
-from stethoscope.recipe import OTHERS, Recipe
+from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
 from stethoscope.run import run_recipe
 from stethoscope.seen import Seen
 from stethoscope.selection.arms import Edits, plan_arms

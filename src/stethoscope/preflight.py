@@ -18,14 +18,22 @@ from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.documents import Document, read_documents
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
-from stethoscope.editing.sides import SCALPEL_ARMS, residual_sides
+from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.names import unknown_tasks
-from stethoscope.recipe import FEWEST_BLOCKS, OTHERS, LossText, Recipe, Text
+from stethoscope.recipe import (
+    ATTRIBUTION,
+    FEWEST_BLOCKS,
+    GENERAL,
+    HELD_OUT,
+    OTHERS,
+    SCALPEL_ARMS,
+    LossText,
+    Recipe,
+    Text,
+)
 from stethoscope.saes.open import SITES, SAEFolder, check_fit, check_source, open_saes
 from stethoscope.seen import Seen
-
-GENERAL, HELD_OUT = "general", "held-out target"
 
 
 @dataclass(kw_only=True)
@@ -307,7 +315,7 @@ def _look_at_weights(found: Look, recipe: Recipe, *, headers_only: bool, offline
             attn_width=heads.shape[1] if heads else None,
         )
         if cut and found.task_vector:
-            found.attempt(residual_sides, found.task_vector, saes, base.hidden_size)
+            found.attempt(residual_axes, found.task_vector, saes, base.hidden_size)
 
 
 def _could_be_on_hub(name: str) -> None:
@@ -318,7 +326,7 @@ def _could_be_on_hub(name: str) -> None:
 def _look_at_score(found: Look, recipe: Recipe) -> None:
     from stethoscope.diagnosis.scores import SCORES
 
-    known = (*SCORES, "attribution")
+    known = (*SCORES, ATTRIBUTION)
     if recipe.score not in known:
         near = get_close_matches(recipe.score, known, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(known)}"

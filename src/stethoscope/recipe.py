@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,10 +23,11 @@ FEWEST_BLOCKS = 4
 OTHERS: tuple[ArmName, ...] = (
     "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid",
 )  # fmt: skip
-SCALPEL_ARMS: tuple[ArmName, ...] = (
+ScalpelArm = Literal[
     "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
     "hybrid", "filtered",
-)  # fmt: skip
+]  # fmt: skip
+SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
 ATTRIBUTION = "attribution"  # the score that needs the task vector
 GENERAL, HELD_OUT = "general", "held-out target"  # names of the texts of `evaluate`
 ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.diagnose import Diagnosis
     from stethoscope.diagnosis.evidence import Evidence
     from stethoscope.diagnosis.statistics import FeatureStatistics
-    from stethoscope.editing.geometry import Geometry, LayerFeatures
+    from stethoscope.editing.geometry import Geometry
     from stethoscope.editing.plan import EditPlan
+    from stethoscope.editing.subspace import LayerFeatures
     from stethoscope.evaluation.comparison import Comparison
     from stethoscope.evaluation.control import DocumentCosts
     from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
@@ -236,7 +237,7 @@ def make_geometry(context: "Context", results: Results, provenance: Provenance, 
 def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable[[], LayerFeatures]]":
     """By layer, what loads its feature directions: those first that differ most toward the target."""
     from stethoscope.diagnosis.statistics import load_statistics
-    from stethoscope.editing.geometry import LayerFeatures
+    from stethoscope.editing.subspace import LayerFeatures
     from stethoscope.saes.open import load_sae
 
     statistics = cache(lambda: load_statistics(context.folder / "statistics.safetensors"))

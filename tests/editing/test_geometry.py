@@ -15,10 +15,16 @@ from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.corpus import TokenBatch
 from stethoscope.editing.energy import energy_curve
-from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
-from stethoscope.editing.projection import FeatureProjection, feature_basis, nested_basis
-from stethoscope.editing.sides import residual_sides
-from stethoscope.editing.spectrum import LinearChange, principal_angles
+from stethoscope.editing.geometry import Geometry, measure_geometry
+from stethoscope.editing.residual_axis import residual_axes
+from stethoscope.editing.subspace import (
+    FeatureProjection,
+    LayerFeatures,
+    LinearChange,
+    feature_basis,
+    nested_basis,
+    principal_angles,
+)
 from stethoscope.errors import SAEError, StethoscopeError
 
 D, FEATURES = 16, 24
@@ -197,10 +203,10 @@ def test_spectra_and_angles_in_closed_form(tmp_path: Path) -> None:
         return left[shape[0]] @ torch.diag(values) @ left[shape[1]].T
 
     made = save_change(tmp_path, change)
-    for name, side in residual_sides(made, [0], D).items():
-        if side is None:
+    for name, axis in residual_axes(made, [0], D).items():
+        if axis is None:
             continue
-        spectrum = LinearChange.of(made, name, side).spectrum(side, 2)
+        spectrum = LinearChange.of(made, name, axis).spectrum(axis, 2)
         assert spectrum.stable_rank == pytest.approx(88 / 64, rel=1e-4)
         shares = values / values.sum()
         assert spectrum.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-3)
@@ -217,15 +223,15 @@ def test_lora_factors_give_what_the_product_gives(layout: str, tmp_path: Path) -
     if layout == "gpt2":
         options = {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}
     change = adapter(make(LAYOUTS[layout], dtype=torch.float32), tmp_path, **options)
-    for name, side in residual_sides(change, [1], D).items():
-        low = LinearChange.of(change, name, side)
+    for name, axis in residual_axes(change, [1], D).items():
+        low = LinearChange.of(change, name, axis)
         assert low.left is not None
         delta = change.delta(name)
-        linear = delta if side.axis == (0 if side.writes else 1) else delta.T
+        linear = delta if axis.dim == (0 if axis.writes else 1) else delta.T
         full = LinearChange(left=None, right=linear)
         x = torch.randn(5, linear.shape[1])
         torch.testing.assert_close(low.outputs(x), full.outputs(x), rtol=1e-4, atol=1e-4)
-        one, two = low.spectrum(side, 3), full.spectrum(side, 3)
+        one, two = low.spectrum(axis, 3), full.spectrum(axis, 3)
         assert one.effective_rank == pytest.approx(two.effective_rank, rel=2e-2)
         assert one.stable_rank == pytest.approx(two.stable_rank, rel=1e-3)
         assert np.cos(principal_angles(one.leading, two.leading)) == pytest.approx(np.ones(3), abs=1e-3)

@@ -15,20 +15,19 @@ from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.editing.apply import applied, live_tensors
 from stethoscope.editing.plan import EditPlan
-from stethoscope.editing.projection import (
+from stethoscope.editing.residual_axis import residual_axes, residual_axis
+from stethoscope.editing.scalpel import scalpel_plans
+from stethoscope.editing.subspace import (
     FeatureProjection,
     bases_through_norms,
     energy_along,
     energy_kept,
     feature_basis,
     nested_basis,
-    residual_side,
-    residual_sides,
 )
-from stethoscope.editing.scalpel import scalpel_plans
-from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
+from stethoscope.recipe import SCALPEL_ARMS
 
 WRITER = "layers.1.self_attn.o_proj.weight"  # [d, heads]
 READER = "layers.1.mlp.up_proj.weight"  # [mlp, d]
@@ -107,7 +106,7 @@ def test_equal_descriptions_mean_equal_bases():
 
 @pytest.mark.parametrize("blocks", [1, 20])
 def test_the_first_columns_span_the_first_directions(blocks, monkeypatch):
-    monkeypatch.setattr("stethoscope.editing.projection._BLOCK", -(-60 // blocks))
+    monkeypatch.setattr("stethoscope.editing.subspace._BLOCK", -(-60 // blocks))
     rows = random_directions(60)  # more than there are dimensions
     rows[4] = -2 * rows[1]
     rows[7] = rows[:7].sum(0) + 1e-5 * rows[8]
@@ -156,20 +155,20 @@ def test_a_projected_matrix_sees_or_says_only_what_lies_in_the_subspace(layout):
 def test_every_layout_on_disk_has_known_roles(layout, tmp_path):
     base = open_checkpoint(save_pair(LAYOUTS[layout], tmp_path)[0])
     for name, entry in base.entries.items():
-        if entry.layer is not None and entry.kind != "buffer" and (side := residual_side(name, entry.shape, 16)):
-            assert side.writes == (name.split(".")[-2] in WRITES), name
+        if entry.layer is not None and entry.kind != "buffer" and (axis := residual_axis(name, entry.shape, 16)):
+            assert axis.writes == (name.split(".")[-2] in WRITES), name
 
 
 def test_matrices_of_unknown_role_are_all_named(pair, tmp_path):
     base = open_checkpoint(pair[0])
     change = open_task_vector(base, pair[1])
     with pytest.raises(CheckpointError) as error:
-        residual_sides(change, [0, 1], 24)
+        residual_axes(change, [0, 1], 24)
     assert len(error.value.problems) == 14
     with pytest.raises(CheckpointError, match=r"`layers.1.linear_attn.in_proj_qkvz.weight`: not known"):
-        residual_side("model.layers.1.linear_attn.in_proj_qkvz.weight", (64, D), D)
+        residual_axis("model.layers.1.linear_attn.in_proj_qkvz.weight", (64, D), D)
     with pytest.raises(CheckpointError, match="along axis 0"):  # a Linear under the name of a Conv1D
-        residual_side("transformer.h.1.attn.c_attn.weight", (3 * D, D), D)
+        residual_axis("transformer.h.1.attn.c_attn.weight", (3 * D, D), D)
 
 
 def test_a_norm_between_is_taken_into_account(tmp_path):
@@ -214,10 +213,10 @@ def test_the_factors_energy_is_the_products(kind, tmp_path):
     change = adapter(make(LAYOUTS[layout], dtype=torch.float32), tmp_path, **options)
     Q = feature_basis(torch.randn(5, 16))
     made = FeatureProjection(bases={1: Q})
-    sides = residual_sides(change, [1], 16)
-    assert len(sides) >= 4
-    for name, side in sides.items():
-        energy, along = energy_along(change, name, side, Q)
+    axes = residual_axes(change, [1], 16)
+    assert len(axes) >= 4
+    for name, axis in axes.items():
+        energy, along = energy_along(change, name, axis, Q)
         delta = change.delta(name)
         assert energy == pytest.approx(float(delta.square().sum()), rel=1e-5)
         assert float(along.sum()) == pytest.approx(float(made.apply(name, delta).square().sum()), rel=1e-4)
@@ -225,12 +224,12 @@ def test_the_factors_energy_is_the_products(kind, tmp_path):
 
 def test_energies_in_the_hardwares_dtype_are_those_in_float32(change, monkeypatch):
     name = "layers.1.mlp.down_proj.weight"
-    side = residual_sides(change, [1], 16)[name]
+    axis = residual_axes(change, [1], 16)[name]
     Q = feature_basis(torch.randn(5, 16))
-    exact = energy_along(change, name, side, Q)
-    monkeypatch.setattr("stethoscope.editing.projection._LARGE", 0)
-    monkeypatch.setattr("stethoscope.editing.projection.preferred_dtype", lambda: torch.bfloat16)
-    rough = energy_along(change, name, side, Q)
+    exact = energy_along(change, name, axis, Q)
+    monkeypatch.setattr("stethoscope.editing.subspace._LARGE", 0)
+    monkeypatch.setattr("stethoscope.editing.subspace.preferred_dtype", lambda: torch.bfloat16)
+    rough = energy_along(change, name, axis, Q)
     assert rough[0] == exact[0]
     torch.testing.assert_close(rough[1], exact[1], rtol=1e-2, atol=0)
     assert float(rough[1].sum()) == pytest.approx(float(exact[1].sum()), rel=2e-3)

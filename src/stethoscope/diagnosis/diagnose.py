@@ -15,12 +15,12 @@ from stethoscope.diagnosis.scores import SCORES, positive_difference
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.errors import StethoscopeError
+from stethoscope.recipe import ATTRIBUTION
 from stethoscope.saes.health import SAEHealth
 from stethoscope.shown import Rows, Shown, first_of, text_rows
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
-ATTRIBUTION = "attribution"
 ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
 NAMED = 8  # layers that a sentence names
 # Of the frame, those that a table shows, by heading and with their formats.

@@ -1,40 +1,42 @@
-"""How a task vector lies to SAE features: what their span keeps of it beside what chance keeps, and what that does.
+"""How much of a task vector lies in the subspace of SAE features, compared with chance.
 
     made = measure_geometry(task_vector, features, provenance=provenance, model=model, texts=texts)
     print(made.verdict)
 
-One pass over the weights per layer: every subspace is a group of unit directions, and energy along them adds up.
+Each weight is read once: energies along the basis vectors of all subspaces are taken together, and add up per subspace.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.artifacts import Artifact, Frozen, Provenance
+from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.corpus import TokenBatch
 from stethoscope.editing.energy import Curve, Kept, TensorEnergy, energy_curve, sum_energies
-from stethoscope.editing.inputs import matrix_inputs
-from stethoscope.editing.projection import (
+from stethoscope.editing.residual_axis import READERS, ResidualAxis, residual_axes
+from stethoscope.editing.subspace import (
     FeatureProjection,
+    LayerFeatures,
+    LinearChange,
     bases_through_norms,
     energy_along,
     nested_basis,
+    principal_angles,
     random_basis,
 )
-from stethoscope.editing.sides import Side, residual_sides
-from stethoscope.editing.spectrum import LinearChange, Spectrum, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.shown import Rows, Shown, text_rows
+from stethoscope.sites import HookPoint, hear, hook_point
 
-_FUNCTIONAL_DRAWS = 4
+_FUNCTIONAL_DRAWS = 4  # random bases that functional energy is compared with
+_SINK = 10.0  # times the median residual norm: an attention sink, which statistics leave out too
 # Of the frame, those that a table shows, by heading and with their formats.
 _COLUMNS = {
     "layer": ("layer", "d"),
@@ -48,35 +50,14 @@ _COLUMNS = {
 Texts = Mapping[str, Sequence[TokenBatch]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerFeatures:
-    """One SAE's directions in the residual stream.
-
-    Attributes:
-        decoder, encoder: one row a feature.
-        order: features, most specific first.
-        chosen: how many from the top span the subspace.
-    """
-
-    decoder: Float[Tensor, "features d"]
-    encoder: Float[Tensor, "features d"]
-    order: Sequence[int]
-    chosen: int
-
-    @property
-    def directions(self) -> Float[Tensor, "features d"]:
-        """Decoder directions, most specific first."""
-        return self.decoder[list(self.order)]
-
-
 class TensorGeometry(Frozen):
     """One tensor's change against its layer's feature subspace.
 
     Attributes:
         functional: corpus -> mean ``|tau' x|^2`` over mean ``|tau x|^2`` on the matrix' real inputs.
         functional_chance: the same for random bases.
-        angles: principal angles in degrees between the subspace and the change's leading singular subspace on the
-            residual stream's side, smallest first.
+        angles: principal angles in degrees between the subspace and the change's leading singular subspace along the
+            residual axis, smallest first.
         overlap: mean squared cosine of these over the leading directions; r/d for a random subspace.
         effective_rank: exp of the entropy of the singular values' shares (Roy and Vetterli, 2007).
         stable_rank: squared Frobenius over squared spectral norm.
@@ -102,7 +83,7 @@ class Written(Frozen):
 
 
 class LayerGeometry(Frozen):
-    """One layer; ``unprojected`` is the share of its energy in norms and biases, which have no side in the stream."""
+    """One layer; ``unprojected`` is the share of its energy in norms and biases, which have no residual axis."""
 
     layer: int
     features: int
@@ -198,37 +179,35 @@ def measure_geometry(
     """Measure every layer that has features.
 
     Args:
-        features: layer -> what loads its SAE's directions; one layer's are held at a time.
+        features: layer -> loads its SAE's directions; one layer's are held at a time.
         provenance: what the result is saved with; its seed drives the draws, and is 0 if None.
         model: the base, for functional energy; none is measured without it.
         texts: corpus -> batches.
         draws: random feature sets, and as many random bases.
         leading: singular directions of each matrix that principal angles are taken to.
         tokens: of each corpus, evenly spread, attention sinks left out.
-        through_norms: take directions as each matrix meets them, see `bases_through_norms`; curves and ``written`` take
-            them as they are.
+        through_norms: use `bases_through_norms`, except for curves and ``written``.
 
     Raises:
         CheckpointError: with every matrix whose role is not known or does not fit.
         StethoscopeError: the task vector changes nothing in these layers.
     """
     provenance = provenance or Provenance()
-    width = task_vector.base.hidden_size
-    sides = residual_sides(task_vector, features, width)
-    projected = [name for name, side in sides.items() if side and len(task_vector.base.entries[name].shape) == 2]
-    inputs = {
-        corpus: matrix_inputs(model, projected, batches, tokens)
-        for corpus, batches in (texts or {}).items()
-        if model is not None
-    }
+    entries = task_vector.base.entries
+    axes = residual_axes(task_vector, features, task_vector.base.hidden_size)
+    matrices = [name for name, axis in axes.items() if axis and len(entries[name].shape) == 2]
+    inputs: dict[str, dict[str, Tensor]] = {}
+    counts: dict[str, int] = {}
+    for corpus, batches in (texts or {}).items():
+        if model is not None:
+            counts[corpus], inputs[corpus] = _matrix_inputs(model, matrices, batches, tokens)
     rng = np.random.default_rng(provenance.seed)
     layers: list[LayerGeometry] = []
     energies: list[TensorEnergy] = []
     for number, (layer, load) in enumerate(sorted(features.items())):
-        mine = {name: sides[name] for name in sides if task_vector.base.entries[name].layer == layer}
-        heard = {corpus: found.layers.get(layer, {}) for corpus, found in inputs.items()}
-        measured = _Layer(task_vector, layer, load(), draws, leading, through_norms, rng).measure(mine, heard)
-        if measured:
+        own = {name: axis for name, axis in axes.items() if entries[name].layer == layer}
+        subspaces = _Subspaces(task_vector, layer, load(), rng, draws=draws, through_norms=through_norms)
+        if measured := subspaces.measure(own, inputs, leading):
             layers.append(measured[0])
             energies += measured[1]
         if progress:
@@ -242,7 +221,7 @@ def measure_geometry(
         draws=draws,
         leading=leading,
         through_norms=through_norms,
-        tokens={corpus: found.tokens for corpus, found in inputs.items()},
+        tokens=counts,
         layers=tuple(layers),
         kinds={kind: sum_energies(several, rng) for kind, several in kinds.items()},
         total=total,
@@ -250,19 +229,58 @@ def measure_geometry(
     )
 
 
-class _Layer:
+@torch.no_grad()
+def _matrix_inputs(
+    model: PreTrainedModel, names: Sequence[str], batches: Sequence[TokenBatch], tokens: int
+) -> tuple[int, dict[str, Tensor]]:
+    """How many tokens were taken, evenly spread, and what every matrix reads there: name -> one row a token.
+
+    Left out are matrices that are no module of their own or see only some tokens, and the tokens of attention sinks.
+    Readers of one part of a block share their input, which is kept once.
+    """
+    modules = {parse_name(f"{name}.weight").canonical: module for name, module in model.named_modules()}
+    places: dict[str, tuple[int, str]] = {}
+    points: dict[tuple[int, str], HookPoint] = {}
+    for name in names:
+        layer = parse_name(name).layer
+        if name in modules and layer is not None and ".experts." not in name:
+            module = name.removesuffix(".weight")
+            part, _, last = module.rpartition(".")
+            places[name] = (layer, part if last in READERS else module)
+            points.setdefault(places[name], HookPoint(module=modules[name], reads_input=True))
+            points.setdefault((layer, ""), hook_point(model, layer, "resid_pre"))
+    countable = sum(int(batch.countable.sum()) for batch in batches)
+    picked = np.unique(np.linspace(0, countable - 1, min(tokens, countable)).round().astype(int))
+    kept: dict[tuple[int, str], list[Tensor]] = {key: [] for key in points}
+    before = 0
+    for batch in batches:
+        count = int(batch.countable.sum())
+        here = torch.from_numpy(picked[(picked >= before) & (picked < before + count)] - before)
+        before += count
+        if len(here) and points:
+            for key, values in hear(model, points, batch.input_ids).items():
+                kept[key].append(values[batch.countable.to(values.device)][here.to(values.device)].float().cpu())
+    rows = {key: torch.cat(several) for key, several in kept.items() if several}
+    norms = {layer: values.norm(dim=1) for (layer, place), values in rows.items() if not place}
+    ordinary = {layer: values <= _SINK * values.median() for layer, values in norms.items()}
+    rows = {(layer, place): values[ordinary[layer]] for (layer, place), values in rows.items()}
+    return len(picked), {name: rows[key] for name, key in places.items() if key in rows}
+
+
+class _Subspaces:
+    """One layer's subspaces: of its features, of all features in order, of encoders, and at random."""
+
     def __init__(
         self,
         task_vector: TaskVector,
         layer: int,
         found: LayerFeatures,
-        draws: int,
-        leading: int,
-        through_norms: bool,
         rng: np.random.Generator,
+        *,
+        draws: int,
+        through_norms: bool,
     ) -> None:
-        self.task_vector, self.layer, self.found = task_vector, layer, found
-        self.leading, self.rng = leading, rng
+        self.task_vector, self.layer, self.found, self.rng = task_vector, layer, found, rng
         width = task_vector.base.hidden_size
         if {found.decoder.shape[1], found.encoder.shape[1]} != {width}:
             raise SAEError(
@@ -270,116 +288,108 @@ class _Layer:
                 f" {found.decoder.shape[1]} values to write and {found.encoder.shape[1]} to read, it has {width}",
                 hint="geometry needs SAEs of the residual stream, or of what attention or MLP add to it",
             )
-        self.ordered = found.directions
-        self.whole, self.came = nested_basis(self.ordered)
 
         def subspace(rows: Tensor) -> FeatureProjection:
             placed = {layer: bases_through_norms(task_vector.base, layer, rows)} if through_norms else {}
             return FeatureProjection(bases={layer: nested_basis(rows)[0]}, placed=placed)
 
-        self.projection = subspace(self.ordered[: found.chosen])
-        Q = self.projection.bases[layer]
+        ordered, every = found.directions, len(found.decoder)
+        self.whole, self.came = nested_basis(ordered)
+        self.projection = subspace(ordered[: found.chosen])
+        self.rank = self.projection.bases[layer].shape[1]
         self.encoder, _ = nested_basis(found.encoder[list(found.order)[: found.chosen]])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        self.bases = [random_basis(len(Q), Q.shape[1], generator) for _ in range(draws)]
-        every = len(found.decoder)
+        self.bases = [random_basis(width, self.rank, generator) for _ in range(draws)]
         sets = [rng.choice(every, min(found.chosen, every), replace=False) for _ in range(draws)]
         self.sets = [subspace(found.decoder[torch.from_numpy(one)]) for one in sets]
         self.along = torch.zeros(self.whole.shape[1], dtype=torch.float64)
 
     def measure(
-        self, sides: Mapping[str, Side | None], heard: Mapping[str, Mapping[str, Tensor]]
+        self, axes: Mapping[str, ResidualAxis | None], inputs: Mapping[str, Mapping[str, Tensor]], leading: int
     ) -> tuple[LayerGeometry, list[TensorEnergy]] | None:
         """The layer and its tensors' energies; None where nothing changes."""
         tensors: list[TensorGeometry] = []
         energies: list[TensorEnergy] = []
         outside = read = writers = 0.0
-        squares: dict[str, np.ndarray] = {corpus: np.zeros(3) for corpus in heard}
-        for name, side in sides.items():
-            if side is None:
+        squares: dict[str, np.ndarray] = {corpus: np.zeros(3) for corpus in inputs}
+        for name, axis in axes.items():
+            if axis is None:
                 outside += self.task_vector.energy(name)
                 continue
-            energy, written = self._energy(name, side)
+            energy, written = self._energy(name, axis)
             if energy.energy == 0:
                 continue
             energies.append(energy)
-            if side.writes:
+            if axis.writes:
                 writers, read = writers + energy.energy, read + written
-            change = None
-            if len(self.task_vector.base.entries[name].shape) == 2:
-                change = LinearChange.of(self.task_vector, name, side)
-            functional = {}
-            for corpus, found in heard.items():
-                if change is not None and name in found:
-                    functional[corpus] = self._functional(change, side, found[name])
-                    squares[corpus] += functional[corpus]
-            tensors.append(self._tensor(name, side, energy, change, functional))
+            matrix = len(self.task_vector.base.entries[name].shape) == 2
+            change = LinearChange.of(self.task_vector, name, axis) if matrix else None
+            functional = {
+                corpus: self._functional(change, axis, found[name])
+                for corpus, found in inputs.items()
+                if change is not None and name in found
+            }
+            for corpus, sums in functional.items():
+                squares[corpus] += sums
+            spectrum = change.spectrum(axis, leading) if change else None
+            Q = self.projection.basis(self.layer, axis)
+            angles = principal_angles(Q, spectrum.leading) if spectrum else np.zeros(0)
+            tensors.append(
+                TensorGeometry(
+                    name=name,
+                    kind=energy.kind,
+                    writes=axis.writes,
+                    kept=sum_energies([energy], self.rng),
+                    **_shares(functional),
+                    angles=tuple(np.degrees(angles).tolist()),
+                    overlap=float((np.cos(angles) ** 2).sum() / spectrum.leading.shape[1]) if spectrum else None,
+                    effective_rank=spectrum.effective_rank if spectrum else None,
+                    stable_rank=spectrum.stable_rank if spectrum else None,
+                )
+            )
         if not energies:
             return None
         total = sum(one.energy for one in energies)
-        Q = self.projection.bases[self.layer]
-        made = LayerGeometry(
+        width = len(self.whole)
+        return LayerGeometry(
             layer=self.layer,
             features=self.found.chosen,
-            rank=Q.shape[1],
+            rank=self.rank,
             kept=sum_energies(energies, self.rng),
             unprojected=outside / (outside + total),
             **_shares(squares),
-            curve=energy_curve(self.along / total, self.came, len(self.ordered), len(Q)),
-            written=Written(share=read / writers, chance=self.encoder.shape[1] / len(Q)) if writers else None,
+            curve=energy_curve(self.along / total, self.came, len(self.found.order), width),
+            written=Written(share=read / writers, chance=self.encoder.shape[1] / width) if writers else None,
             tensors=tuple(tensors),
-        )
-        return made, energies
+        ), energies
 
-    def _energy(self, name: str, side: Side) -> tuple[TensorEnergy, float]:
-        """A tensor's energies, and what of it lies along the encoder directions."""
-        Q = self.projection.basis(self.layer, side)
-        drawn = [one.basis(self.layer, side) for one in self.sets]
+    def _energy(self, name: str, axis: ResidualAxis) -> tuple[TensorEnergy, float]:
+        """A tensor's energies, and how much of it lies in the span of the encoder directions."""
+        Q = self.projection.basis(self.layer, axis)
+        drawn = [one.basis(self.layer, axis) for one in self.sets]
         groups = [self.whole, Q, self.encoder, *drawn, *self.bases]
-        energy, along = energy_along(self.task_vector, name, side, torch.cat(groups, 1))
+        energy, along = energy_along(self.task_vector, name, axis, torch.cat(groups, 1))
         parts = along.split([group.shape[1] for group in groups])
         self.along += parts[0]
-        sums = np.array([float(part.sum()) for part in parts[1:]])
-        count = len(self.sets)
-        found = TensorEnergy(layer=self.layer, kind=side.place.split(".")[0], energy=energy, kept=sums[0],
-                        chance=Q.shape[1] / len(Q), features=sums[2 : 2 + count], bases=sums[2 + count :])  # fmt: skip
-        return found, float(sums[1])
+        kept, read, *random = (float(part.sum()) for part in parts[1:])
+        features, bases = np.array(random[: len(drawn)]), np.array(random[len(drawn) :])
+        kind, chance = axis.place.split(".")[0], Q.shape[1] / len(Q)
+        return TensorEnergy(
+            layer=self.layer, kind=kind, energy=energy, kept=kept, chance=chance, features=features, bases=bases
+        ), read
 
-    def _functional(self, change: LinearChange, side: Side, x: Tensor) -> np.ndarray:
+    def _functional(self, change: LinearChange, axis: ResidualAxis, x: Tensor) -> np.ndarray:
         """Sums over tokens of |tau x|^2, of |tau' x|^2, and of the latter for random bases on average."""
         raw = change.outputs(x)
 
         def kept(Q: Tensor) -> float:
             Q = Q.float()
-            values = raw @ Q if side.writes else change.outputs((x @ Q) @ Q.T)
+            values = raw @ Q if axis.writes else change.outputs((x @ Q) @ Q.T)
             return float(values.double().square().sum())
 
         drawn = [kept(Q) for Q in self.bases[:_FUNCTIONAL_DRAWS]]
-        return np.array([float(raw.double().square().sum()), kept(self.projection.basis(self.layer, side)),
-                         float(np.mean(drawn))])  # fmt: skip
-
-    def _tensor(
-        self,
-        name: str,
-        side: Side,
-        energy: TensorEnergy,
-        change: LinearChange | None,
-        functional: Mapping[str, np.ndarray],
-    ) -> TensorGeometry:
-        spectrum: Spectrum | None = change.spectrum(side, self.leading) if change else None
-        Q = self.projection.basis(self.layer, side)
-        angles = principal_angles(Q, spectrum.leading) if spectrum else np.zeros(0)
-        return TensorGeometry(
-            name=name,
-            kind=energy.kind,
-            writes=side.writes,
-            kept=sum_energies([energy], self.rng),
-            **_shares(functional),
-            angles=tuple(np.degrees(angles).tolist()),
-            overlap=float((np.cos(angles) ** 2).sum() / spectrum.leading.shape[1]) if spectrum else None,
-            effective_rank=spectrum.effective_rank if spectrum else None,
-            stable_rank=spectrum.stable_rank if spectrum else None,
-        )
+        basis = self.projection.basis(self.layer, axis)
+        return np.array([float(raw.double().square().sum()), kept(basis), float(np.mean(drawn))])
 
 
 def _shares(squares: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The scalpel's arms: edits that cut a task vector along feature directions, each an ordinary plan.
+"""Plans of the arms that project a task vector onto feature directions.
 
     plans = scalpel_plans(["projected", "complement"], task_vector, {12: 1.0}, directions, features=77)
 
-Beside the raw edit they tell whether a projected one is weak because it is small (`projected_energy_matched`), because
-it is cut along the wrong directions (`random_subspace`), or because what worked was thrown away (`complement`).
+Compared with the raw edit they show whether a projected edit is weak because it is small (`projected_energy_matched`),
+because its directions are wrong (`random_subspace`), or because the part that works was removed (`complement`).
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -15,15 +15,10 @@ from torch import Tensor
 
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
-from stethoscope.editing.projection import (
-    FeatureProjection,
-    energy_along,
-    feature_basis,
-    nested_basis,
-    random_basis,
-)
-from stethoscope.editing.sides import ScalpelArm, residual_sides
+from stethoscope.editing.residual_axis import residual_axes
+from stethoscope.editing.subspace import FeatureProjection, energy_along, feature_basis, nested_basis, random_basis
 from stethoscope.errors import StethoscopeError
+from stethoscope.recipe import ScalpelArm
 
 
 def smallest_basis(
@@ -32,9 +27,9 @@ def smallest_basis(
     """A basis of the fewest directions, from the top, that keep a share of a layer's energy; of all if none do."""
     Q, _ = nested_basis(directions)
     before, along = 0.0, torch.zeros(Q.shape[1], dtype=torch.float64)
-    for name, side in residual_sides(task_vector, [layer], len(Q)).items():
-        if side:
-            energy, found = energy_along(task_vector, name, side, Q)
+    for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
+        if axis:
+            energy, found = energy_along(task_vector, name, axis, Q)
             before, along = before + energy, along + found
     short = int((along.cumsum(0) < share * before).sum())
     return Q[:, : short + 1].contiguous()
@@ -43,17 +38,15 @@ def smallest_basis(
 def energy_matched(task_vector: TaskVector, projection: FeatureProjection) -> FeatureProjection:
     """The same projection, rescaled per layer to the norm of the layer's raw change, norms and biases included.
 
-    It separates "too small" from "wrong direction".
-
     Raises:
         StethoscopeError: a layer's projected change is zero.
     """
     scale = {}
     for layer, Q in sorted(projection.bases.items()):
         raw = after = 0.0
-        for name, side in residual_sides(task_vector, [layer], len(Q)).items():
-            if side:
-                energy, along = energy_along(task_vector, name, side, projection.basis(layer, side))
+        for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
+            if axis:
+                energy, along = energy_along(task_vector, name, axis, projection.basis(layer, axis))
                 after += float(along.sum())
             else:
                 energy = task_vector.energy(name)
@@ -78,7 +71,7 @@ def scalpel_plans(
     share: float = 0.5,
     seed: int = 0,
 ) -> dict[ScalpelArm, EditPlan]:
-    """Arms that cut, as ordinary plans.
+    """The plan of each arm that projects.
 
     Args:
         arms: ``projected`` onto the first features; ``projected_energy_matched``, that at the raw edit's norm per
@@ -88,7 +81,9 @@ def scalpel_plans(
         coefficients: of the selected layers.
         directions: a layer's feature directions, most specific first; asked for once per layer.
         features: how many span the subspace.
-        layers: those that have features; for ``hybrid``.
+        layers: those that have features; only ``hybrid`` uses them.
+        share: of each layer's energy, for ``filtered`` and ``hybrid``.
+        seed: of the random subspaces.
 
     Raises:
         CheckpointError: with every matrix whose role is not known or does not fit.
@@ -103,7 +98,7 @@ def scalpel_plans(
         if layer in others or "filtered" in arms:
             fewest[layer] = smallest_basis(task_vector, layer, rows, share)
     if first:
-        residual_sides(task_vector, first, len(next(iter(first.values()))))
+        residual_axes(task_vector, first, len(next(iter(first.values()))))
     mean = sum(coefficients.values()) / len(coefficients)
     plans: dict[ScalpelArm, EditPlan] = {}
     for arm in arms:

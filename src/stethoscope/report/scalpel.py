@@ -1,4 +1,4 @@
-"""The scalpel, examined: what feature directions keep of the task vector, and whether cutting along them helps."""
+"""Charts, table and sentences on projected edits: the energy that feature directions keep, and what the edits gain."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -7,19 +7,18 @@ from typing import Any, NamedTuple
 import altair as alt
 
 from stethoscope.report.look import COLOURS, axis, configured, title, y_axis
-from stethoscope.report.results import Comparison, Contrast, Draws, Geometry, LayerGeometry
+from stethoscope.report.results import Comparison, Contrast, Geometry, Kept, LayerGeometry
 from stethoscope.report.tables import NONE, Row, percent
 from stethoscope.report.words import points, signed
 
 _KEPT = "energy of the layer's change that is kept, %"
-_HYBRIDS = ("hybrid", "filtered")
 
 
 def energy_by_layer(geometry: Any, selected: Sequence[int] = (), *, width: int = 640) -> alt.LayerChart:
-    """What each layer's top features keep of its change, above what random features and random directions keep.
+    """The share of each layer's change that its features keep, beside what random features and directions keep.
 
     Args:
-        geometry: a `Geometry`, or what was saved of one.
+        geometry: a `Geometry`, or its saved values.
         selected: layers that are marked.
         width: of the plotting area in pixels.
     """
@@ -42,9 +41,9 @@ def energy_by_layer(geometry: Any, selected: Sequence[int] = (), *, width: int =
     chance = base.mark_line(color=COLOURS["muted"], strokeDash=[4, 3], strokeWidth=1.5).encode(y=alt.Y("chance:Q", **y))
     dots = base.mark_point(filled=True, opacity=1).encode(
         y=alt.Y("kept:Q", **y),
-        color=alt.condition("datum.selected", alt.value(COLOURS["selected"]), alt.value(COLOURS["other"])),
-        shape=alt.condition("datum.selected", alt.value("diamond"), alt.value("circle")),
-        size=alt.condition("datum.selected", alt.value(110), alt.value(55)),
+        color=_if_selected(COLOURS["selected"], COLOURS["other"]),
+        shape=_if_selected("diamond", "circle"),
+        size=_if_selected(110, 55),
         tooltip=[
             alt.Tooltip("layer:Q"),
             alt.Tooltip("kept:Q", format=".1f", title="kept, %"),
@@ -78,8 +77,8 @@ def energy_curves(geometry: Any, selected: Sequence[int] = (), *, width: int = 6
     y: dict[str, Any] = {"title": None, "axis": y_axis("d"), "scale": alt.Scale(domain=[0, 100])}
     lines = base.mark_line(strokeWidth=1.25).encode(
         y=alt.Y("kept:Q", **y),
-        color=alt.condition("datum.selected", alt.value(COLOURS["selected"]), alt.value(COLOURS["other"])),
-        opacity=alt.condition("datum.selected", alt.value(1), alt.value(0.35)),
+        color=_if_selected(COLOURS["selected"], COLOURS["other"]),
+        opacity=_if_selected(1, 0.35),
         tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("features:Q"), alt.Tooltip("kept:Q"), alt.Tooltip("chance:Q")],
     )
     chance = base.mark_line(color=COLOURS["ink"], strokeDash=[4, 3], strokeWidth=1.5).encode(y=alt.Y("chance:Q", **y))
@@ -90,57 +89,48 @@ def energy_curves(geometry: Any, selected: Sequence[int] = (), *, width: int = 6
     return configured(chart.properties(width=width, height=280, title=title(_KEPT), datasets={"curves": rows}))
 
 
+def _if_selected(value: Any, otherwise: Any) -> Any:
+    return alt.condition("datum.selected", alt.value(value), alt.value(otherwise))
+
+
 def geometry_rows(geometry: Geometry) -> list[Row]:
     """A row per layer, per kind of module and for all; shares in percent."""
     rows = [_layer_row(layer) for layer in geometry.layers]
     sums = {**{f"all {kind}": kept for kind, kept in geometry.kinds.items()}, "all": geometry.total}
     empty = dict.fromkeys(rows[0], "") if rows else {}
-    return rows + [
-        {
-            **empty,
-            "layer": name,
-            "kept, %": percent(kept.share),
-            "chance": percent(kept.chance),
-            "random features": _drawn(kept.random_features),
-            "over chance": _over(kept.over_chance, kept.interval),
-        }
-        for name, kept in sums.items()
-    ]
+    return rows + [{**empty, "layer": name, **_kept_cells(kept)} for name, kept in sums.items()]
 
 
 def _layer_row(layer: LayerGeometry) -> Row:
-    kept, needed = layer.kept, layer.curve.needed
+    needed, written = layer.curve.needed, layer.written
     ranks = [t.effective_rank for t in layer.tensors if t.effective_rank is not None]
     overlaps = [t.overlap for t in layer.tensors if t.overlap is not None]
     return {
         "layer": str(layer.layer),
         "features": str(layer.features),
         "rank": str(layer.rank),
-        "kept, %": percent(kept.share),
-        "chance": percent(kept.chance),
-        "random features": _drawn(kept.random_features),
-        "over chance": _over(kept.over_chance, kept.interval),
+        **_kept_cells(layer.kept),
         "functional": " / ".join(f"{percent(share)} {name}" for name, share in layer.functional.items()) or NONE,
         "its chance": " / ".join(percent(share) for share in layer.functional_chance.values()) or NONE,
         "features for 50, 90, 99 %": " / ".join(str(needed.get(part) or NONE) for part in ("50", "90", "99")),
-        "writes where they read": f"{percent(layer.written.share)} ({percent(layer.written.chance)})"
-        if layer.written
-        else NONE,
+        "writes where they read": f"{percent(written.share)} ({percent(written.chance)})" if written else NONE,
         "effective rank": f"{median(ranks):.1f}" if ranks else NONE,
         "in leading directions": percent(sum(overlaps) / len(overlaps)) if overlaps else NONE,
     }
 
 
-def _drawn(draws: Draws) -> str:
-    return f"{percent(draws.low)} to {percent(draws.high)}"
-
-
-def _over(value: float, interval: tuple[float, float] | None) -> str:
-    return f"{value:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
+def _kept_cells(kept: Kept) -> Row:
+    drawn, interval = kept.random_features, kept.interval
+    return {
+        "kept, %": percent(kept.share),
+        "chance": percent(kept.chance),
+        "random features": f"{percent(drawn.low)} to {percent(drawn.high)}",
+        "over chance": f"{kept.over_chance:.2f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else ""),
+    }
 
 
 class _Gain(NamedTuple):
-    """What one arm gains over another, with its interval, and how that reads."""
+    """What one arm gains over another, with its interval, and that in words."""
 
     value: float
     low: float | None
@@ -156,25 +146,13 @@ class _Gain(NamedTuple):
         return self.high is not None and self.high < 0
 
 
-def answers(comparison: Comparison) -> list[tuple[str, str]]:
-    """The three questions that the cut arms were made for, each with what the data say; empty without such arms.
-
-    Gains are falls of loss on held-out target text where that was measured, else accuracy on the target tasks.
-    """
-    return [found for found in (_why_weak(comparison), _thrown_away(comparison), _hybrids(comparison)) if found]
-
-
-def _gain(comparison: Comparison, b: str, a: str | None = None) -> _Gain | None:
-    contrast = comparison.contrast(b, a)
-    return _read(contrast) if contrast else None
-
-
 def _accuracy(contrast: Contrast) -> _Gain:
     pooled = contrast.pooled
     return _Gain(pooled.difference, pooled.low, pooled.high, points(pooled))
 
 
-def _read(contrast: Contrast) -> _Gain:
+def _of_contrast(contrast: Contrast) -> _Gain:
+    """The fall of loss on held-out target text where that was measured, else the rise of accuracy."""
     if (loss := contrast.target_loss) is None:
         return _accuracy(contrast)
     low, high = (None if end is None else -end for end in (loss.high, loss.low))
@@ -184,22 +162,39 @@ def _read(contrast: Contrast) -> _Gain:
     return _Gain(-loss.difference, low, high, text)
 
 
-def _why_weak(comparison: Comparison) -> tuple[str, str] | None:
-    question = "Is the projected edit weak because it is small, because its direction is wrong, or both?"
+def answers(comparison: Comparison) -> list[tuple[str, str]]:
+    """Three questions and what the arms that project say of each; those without their arms are left out.
+
+    Gains are falls of loss on held-out target text where that was measured, else accuracy on the target tasks.
+    """
+    asked = {
+        "Is the projected edit weak because it is small, because its direction is wrong, or both?": _why_weak,
+        "Is what was thrown away what worked?": _thrown_away,
+        "Does any hybrid beat raw injection on the trade-off?": _hybrids,
+    }
+    return [(question, found) for question, answer in asked.items() if (found := answer(comparison))]
+
+
+def _gain(comparison: Comparison, b: str, a: str | None = None) -> _Gain | None:
+    contrast = comparison.contrast(b, a)
+    return _of_contrast(contrast) if contrast else None
+
+
+def _why_weak(comparison: Comparison) -> str | None:
     raw, cut = _gain(comparison, "selected"), _gain(comparison, "projected")
     lost = _gain(comparison, "selected", "projected")
     if raw is None or cut is None or lost is None:
         return None
     if not raw.up:
-        return question, f"Not answered: the raw edit itself has no clear gain here ({raw.text})."
+        return _no_raw_gain(raw)
     if not lost.up:
-        return question, f"It is not shown to be weak: raw over projected is {lost.text}."
+        return f"It is not shown to be weak: raw over projected is {lost.text}."
     weak = f"Raw gains {raw.text}, projected {cut.text}"
     matched = _gain(comparison, "projected_energy_matched")
     still = _gain(comparison, "selected", "projected_energy_matched")
     mended = _gain(comparison, "projected_energy_matched", "projected")
     if matched is None or still is None or mended is None:
-        return question, f"{weak}. The arm `projected_energy_matched` would tell which."
+        return f"{weak}. The arm `projected_energy_matched` would tell which."
     reason = {
         (True, False): "Because it is small",
         (False, True): "Because its direction is wrong",
@@ -207,35 +202,37 @@ def _why_weak(comparison: Comparison) -> tuple[str, str] | None:
         (False, False): "Undecided",
     }[mended.up, still.up]
     text = f"{reason}. {weak}; at the raw edit's norm it gains {matched.text}, {matched.value / raw.value:.0%} of raw."
-    chance = _gain(comparison, "random_subspace_energy_matched")
-    if chance:
+    if chance := _gain(comparison, "random_subspace_energy_matched"):
         text += f" As many random directions at that norm give {chance.value / raw.value:.0%} ({chance.text})."
-    return question, text
+    return text
 
 
-def _thrown_away(comparison: Comparison) -> tuple[str, str] | None:
-    question = "Is what was thrown away what worked?"
+def _no_raw_gain(raw: _Gain) -> str:
+    return f"Not answered: the raw edit itself has no clear gain here ({raw.text})."
+
+
+def _thrown_away(comparison: Comparison) -> str | None:
     raw, rest = _gain(comparison, "selected"), _gain(comparison, "complement")
     less = _gain(comparison, "selected", "complement")
     if raw is None or rest is None or less is None:
         return None
     if not raw.up:
-        return question, f"Not answered: the raw edit itself has no clear gain here ({raw.text})."
+        return _no_raw_gain(raw)
     share = f"without the features' directions the edit gains {rest.text}, {rest.value / raw.value:.0%} of raw"
     if not rest.up:
-        return question, f"No: {share}."
+        return f"No: {share}."
     if less.up:
-        return question, f"In part: {share}, and clearly less than it (raw is ahead by {less.text})."
-    return question, f"Yes: {share}, and not clearly less than it."
+        return f"In part: {share}, and clearly less than it (raw is ahead by {less.text})."
+    return f"Yes: {share}, and not clearly less than it."
 
 
-def _hybrids(comparison: Comparison) -> tuple[str, str] | None:
+def _hybrids(comparison: Comparison) -> str | None:
     found = []
-    for arm in _HYBRIDS:
+    for arm in ("hybrid", "filtered"):
         contrast = comparison.contrast("selected", arm)  # raw over the hybrid
         if contrast is None:
             continue
-        gain, right, cost = _read(contrast), _accuracy(contrast), contrast.loss
+        gain, right, cost = _of_contrast(contrast), _accuracy(contrast), contrast.loss
         dearer = bool(cost and cost.high is not None and cost.high < 0)  # raw costs clearly less
         cheaper = bool(cost and cost.low is not None and cost.low > 0)
         up, down = gain.up or right.up, gain.down or right.down
@@ -255,4 +252,4 @@ def _hybrids(comparison: Comparison) -> tuple[str, str] | None:
         if cost:
             paid.append(f"{signed(cost.difference, 3)} nats per token of control loss")
         found.append(f"`{arm}` {verdict}: raw injection is ahead of it by {', '.join(paid)}")
-    return ("Does any hybrid beat raw injection on the trade-off?", "; ".join(found) + ".") if found else None
+    return "; ".join(found) + "." if found else None

@@ -18,11 +18,10 @@ from torch import Tensor
 from stethoscope.artifacts import Artifact, Frozen, Provenance
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
-from stethoscope.editing.projection import FeatureProjection
 from stethoscope.editing.scalpel import scalpel_plans
-from stethoscope.editing.sides import SCALPEL_ARMS
+from stethoscope.editing.subspace import FeatureProjection
 from stethoscope.errors import CheckpointError
-from stethoscope.recipe import Recipe
+from stethoscope.recipe import SCALPEL_ARMS, Recipe
 from stethoscope.selection.controls import CONTROL_ARMS, NoOthersError, control_plan, mean_coefficient, random_layers
 
 BASES = "bases.safetensors"

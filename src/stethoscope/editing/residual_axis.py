@@ -1,18 +1,11 @@
-"""How tensors touch the residual stream, and the arms that cut along directions in it; without torch."""
+"""Which axis of a weight is the residual stream's, and the arms that project along it. Does not import torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
-
-ScalpelArm = Literal[
-    "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
-    "hybrid", "filtered",
-]  # fmt: skip
-SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
 
 # The last module of a canonical name -> the axis of the stored weight that is the residual stream's.
 READERS = {
@@ -21,27 +14,31 @@ READERS = {
     **dict.fromkeys(("gate", "shared_expert_gate"), 1),  # which expert a token goes to
     **dict.fromkeys(("c_attn", "c_fc"), 0),  # GPT-2's Conv1D stores (in, out)
 }
-WRITERS = {
-    **dict.fromkeys(("o_proj", "down_proj", "dense", "fc2", "dense_4h_to_h"), 0),
-    **dict.fromkeys(("c_proj",), 1),
-}
+WRITERS = {**dict.fromkeys(("o_proj", "down_proj", "dense", "fc2", "dense_4h_to_h"), 0), "c_proj": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Side:
-    """How a tensor touches the residual stream: which way, along which axis, and in which part of the block."""
+class ResidualAxis:
+    """The axis of a tensor that is the residual stream's.
+
+    Attributes:
+        writes: the tensor writes to the stream; otherwise it reads from it.
+        dim: the axis of the stored tensor.
+        place: the part of the block: "attention.reads", "mlp.writes", ...
+    """
 
     writes: bool
-    axis: int
+    dim: int
     place: str
 
 
-def residual_side(name: str, shape: Sequence[int], width: int) -> Side | None:
-    """How a layer's tensor touches a residual stream of some width; None for norms and readers' biases.
+def residual_axis(name: str, shape: Sequence[int], width: int) -> ResidualAxis | None:
+    """The residual axis of a layer's tensor; None for norms and readers' biases, which have none.
 
     Args:
         name: stored or canonical.
         shape: the stored tensor's.
+        width: of the residual stream.
 
     Raises:
         CheckpointError: the matrix' role is not known, or its shape is not that of its role.
@@ -51,17 +48,17 @@ def residual_side(name: str, shape: Sequence[int], width: int) -> Side | None:
     writes = module in WRITERS
     place = f"{parsed.kind}.{'writes' if writes else 'reads'}"
     if len(shape) < 2:
-        return Side(writes=True, axis=0, place=place) if writes and part == "bias" else None
-    axis = (WRITERS if writes else READERS).get(module) if part == "weight" and len(shape) == 2 else None
-    if axis is None:
+        return ResidualAxis(writes=True, dim=0, place=place) if writes and part == "bias" else None
+    dim = (WRITERS if writes else READERS).get(module) if part == "weight" and len(shape) == 2 else None
+    if dim is None:
         raise _cannot_project([f"`{parsed.canonical}`: not known to read or to write the residual stream"])
-    if shape[axis] != width:
+    if shape[dim] != width:
         role = "writes to" if writes else "reads from"
         raise _cannot_project([
-            f"`{parsed.canonical}` of shape {list(shape)} {role} the residual stream along axis {axis},"
+            f"`{parsed.canonical}` of shape {list(shape)} {role} the residual stream along axis {dim},"
             f" but the directions have {width} values"
         ])  # fmt: skip
-    return Side(writes=writes, axis=axis, place=place)
+    return ResidualAxis(writes=writes, dim=dim, place=place)
 
 
 def _cannot_project(problems: Sequence[str]) -> CheckpointError:
@@ -69,22 +66,22 @@ def _cannot_project(problems: Sequence[str]) -> CheckpointError:
     return CheckpointError("some matrices cannot be projected onto feature directions", problems=problems, hint=hint)
 
 
-def residual_sides(task_vector: TaskVector, layers: Iterable[int], width: int) -> dict[str, Side | None]:
-    """`residual_side` of every tensor that a task vector changes in some layers, by canonical name.
+def residual_axes(task_vector: TaskVector, layers: Iterable[int], width: int) -> dict[str, ResidualAxis | None]:
+    """`residual_axis` of every tensor that a task vector changes in some layers, by canonical name.
 
     Raises:
         CheckpointError: with every matrix whose role is not known or does not fit.
     """
-    sides: dict[str, Side | None] = {}
+    axes: dict[str, ResidualAxis | None] = {}
     problems: list[str] = []
     wanted = set(layers)
     for name in task_vector.names:
         entry = task_vector.base.entries[name]
         if entry.layer in wanted and entry.kind != "buffer":
             try:
-                sides[name] = residual_side(name, entry.shape, width)
+                axes[name] = residual_axis(name, entry.shape, width)
             except CheckpointError as error:
                 problems += error.problems
     if problems:
         raise _cannot_project(problems)
-    return sides
+    return axes
