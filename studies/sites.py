@@ -20,7 +20,7 @@ from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.diagnosis.statistics import load_statistics
 from stethoscope.models import load_tokenizer
 from stethoscope.run import run_recipe
-from stethoscope.saes.training import TrainingSettings, load_for_training, train_saes
+from stethoscope.saes.train import TrainingSettings, load_for_training, train_saes
 from stethoscope.selection.scoring import text_scores
 from stethoscope_demo.base_model import ORIGIN, unpack_base
 

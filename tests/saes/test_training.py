@@ -26,7 +26,7 @@ from stethoscope.errors import SAEError
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import HealthSums, health_rows, measure_health
 from stethoscope.saes.open import check_fit, load_sae, open_saes
-from stethoscope.saes.training import TrainingSettings, _LeanBatchTopK, hold_out, train_saes
+from stethoscope.saes.train import FastBatchTopK, TrainingSettings, hold_out, train_saes
 
 Llama = Callable[..., LlamaForCausalLM]
 DOCUMENTS = [f"{n} cats and {n * n % 97} dogs met at house {n % 13} in the year {1900 + n}." for n in range(120)]
@@ -198,7 +198,7 @@ def test_one_checkpoint_is_kept_and_half_ones_do_not_count(training: Training, t
 def test_other_settings_text_or_model_are_refused_by_name(training: Training, llama: Llama, tmp_path: Path) -> None:
     training.run(tmp_path / "saes", stop_at=512)
     kept = contents(tmp_path / "saes.training")
-    with pytest.raises(SAEError, match="begun otherwise") as caught:
+    with pytest.raises(SAEError, match="checkpoints of another training") as caught:
         training.run(tmp_path / "saes", settings=replace(training.settings, k=5, seed=1), layers=[0])
     assert sorted(caught.value.problems) == [
         "k was `4`, now it is `5`",
@@ -237,7 +237,7 @@ def test_what_cannot_be_trained_is_refused_at_once(training: Training, tmp_path:
     assert [problem.split()[0] for problem in caught.value.problems] == ["tokens", "k", "max_tokens"]
     with pytest.raises(SAEError, match="no site `resid`"):
         training.run(tmp_path / "saes", site="resid")
-    with pytest.raises(SAEError, match="one token"):
+    with pytest.raises(SAEError, match="only one token"):
         training.run(tmp_path / "saes", documents=["a", "b"])
     assert not any(tmp_path.iterdir())
 
@@ -328,7 +328,7 @@ def test_an_interrupted_command_says_how_to_go_on(
 
 
 def test_a_lean_step_is_sae_lens_batch_top_k() -> None:
-    sae = _LeanBatchTopK(BatchTopKTrainingSAEConfig(d_in=16, d_sae=64, k=6, rescale_acts_by_decoder_norm=False))
+    sae = FastBatchTopK(BatchTopKTrainingSAEConfig(d_in=16, d_sae=64, k=6, rescale_acts_by_decoder_norm=False))
     x = torch.randn(128, 16)
     step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
     ours = sae.training_forward_pass(step)

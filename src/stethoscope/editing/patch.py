@@ -8,15 +8,13 @@ for is refused and nothing is written.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from stethoscope.artifacts import new_folder
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry, open_checkpoint
-from stethoscope.checkpoints.hashing import Digest, fingerprint, hash_tensor, new_digest
+from stethoscope.checkpoints.hashing import Digest, fingerprint, new_digest
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.editing.manifest import copy_side_files, describe_patched, read_manifest, write_generated
@@ -25,12 +23,11 @@ from stethoscope.editing.transfer import (
     Output,
     Progress,
     copy_tensor,
-    disk_errors,
-    in_parallel,
+    hash_tensors,
+    output_folder,
     rewrite,
     send,
     stored_pieces,
-    sync_to_disk,
 )
 from stethoscope.errors import CheckpointError
 
@@ -104,10 +101,7 @@ def _patched(
         digest = new_digest(algorithm)
         record: dict[str, Any] = {"file": entry.file, "dtype": entry.dtype, "shape": list(entry.shape)}
         if entry.name not in records:
-            if shared:
-                send(stored_pieces(source, entry), digest, None, entry.start)
-            else:
-                copy_tensor(source, entry, digest, output)
+            copy_tensor(source, entry, digest, output, shared=shared)
             return record | {"from": "base", "hash": digest.hexdigest()}
         pieces = stored_pieces(differences, differences.entries[entry.name])
         send(exclusive_or(source, entry, pieces), digest, output, entry.start)
@@ -116,16 +110,11 @@ def _patched(
         kept = {key: records[entry.name][key] for key in ("from", "coefficient", "base_hash")}
         return record | kept | {"hash": digest.hexdigest()}
 
-    with disk_errors(out), new_folder(out, overwrite=overwrite) as folder:
+    with output_folder(out, overwrite=overwrite, sync=sync) as folder:
         tensors = rewrite(source, folder, fill, progress=progress)
         copy_side_files(source.path, folder, undo=direction == "undo")
         if direction == "apply":
             write_generated(describe_patched(manifest, tensors), source.config, folder)
-        if sync:
-            for path in (*folder.iterdir(), folder):
-                sync_to_disk(path)
-    if sync:
-        sync_to_disk(out.parent)
     return out
 
 
@@ -160,7 +149,7 @@ def _misfits(
     if rest != manifest["base"]["rest_fingerprint"]:
         problems.append("the tensors that the patch leaves alone differ")
     entries = [source.entries[name] for name in records]
-    found = in_parallel([(e.nbytes, partial(hash_tensor, source, e, manifest["hash"])) for e in entries])
+    found = hash_tensors(source, entries, manifest["hash"])
     return problems + [
         f"`{entry.stored}` has other contents"
         for entry, digest in zip(entries, found, strict=True)

@@ -18,8 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from stethoscope.artifacts import new_folder
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, read_exactly
-from stethoscope.checkpoints.hashing import PIECE, Digest
+from stethoscope.checkpoints.hashing import PIECE, Digest, hash_tensor
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -104,6 +105,30 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(message, hint=hint) from error
 
 
+@contextmanager
+def output_folder(out: Path, *, overwrite: bool, sync: bool) -> Iterator[Path]:
+    """A folder that becomes ``out`` if the block succeeds; with ``sync``, once it is on the disk itself."""
+    with disk_errors(out), new_folder(out, overwrite=overwrite) as folder:
+        yield folder
+        if sync:
+            for path in (*folder.iterdir(), folder):
+                sync_to_disk(path)
+    if sync:
+        sync_to_disk(out.parent)
+
+
+@contextmanager
+def output_file(path: Path, header: bytes, size: int) -> Iterator[Output]:
+    """A new file with its header written and ``size`` bytes claimed behind it."""
+    output = Output(path, len(header) + size)
+    try:
+        output.allocate()
+        output.write(0, memoryview(header))
+        yield output
+    finally:
+        output.close()
+
+
 def stored_pieces(checkpoint: Checkpoint, entry: Entry) -> Iterator[memoryview]:
     """A tensor's bytes as stored, in pieces; each is valid until the next is asked for."""
     buffer = memoryview(bytearray(min(PIECE, entry.nbytes)))
@@ -127,8 +152,10 @@ def send(pieces: Iterable[memoryview], digest: Digest, output: Output | None, of
         offset += len(piece)
 
 
-def copy_tensor(checkpoint: Checkpoint, entry: Entry, digest: Digest, output: Output) -> None:
-    """Copy a tensor to the same place of a file with the same layout, and hash it."""
+def copy_tensor(checkpoint: Checkpoint, entry: Entry, digest: Digest, output: Output, *, shared: bool) -> None:
+    """Copy a tensor to the same place of a file with the same layout, and hash it; only hash it if ``shared``."""
+    if shared:
+        return send(stored_pieces(checkpoint, entry), digest, None, entry.start)
     buffer = memoryview(bytearray(min(PIECE, entry.nbytes)))
     source = os.open(checkpoint.path / entry.file, os.O_RDONLY)
     try:
@@ -189,6 +216,14 @@ def in_parallel(
     finally:
         stopped.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def hash_tensors(
+    checkpoint: Checkpoint, entries: Iterable[Entry], algorithm: str, *, progress: Progress | None = None
+) -> list[str]:
+    """The hash of each tensor's stored bytes."""
+    jobs = [(entry.nbytes, partial(hash_tensor, checkpoint, entry, algorithm)) for entry in entries]
+    return in_parallel(jobs, progress=progress)
 
 
 def rewrite(

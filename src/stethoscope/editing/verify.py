@@ -5,14 +5,12 @@ report.ok, report.problems
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
-from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
 from stethoscope.checkpoints.header import read_header
 from stethoscope.editing.manifest import MANIFEST, hash_file, read_manifest
-from stethoscope.editing.transfer import Progress, in_parallel
+from stethoscope.editing.transfer import Progress, hash_tensors
 from stethoscope.errors import CheckpointError
 
 
@@ -60,15 +58,12 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
         for stored, slot in slots.items():
             if stored not in manifest["tensors"]:
                 problems.append(f"`{stored}` in `{file}` is not in the manifest")
-            entries[stored] = Entry(
-                name=stored, stored=stored, layer=None, kind="other", dtype=slot.dtype, shape=slot.shape,
-                file=file, start=slot.start, end=slot.end,
-            )  # fmt: skip
+            entries[stored] = make_entry(stored, slot, file)
     store = Checkpoint(path, {}, entries, source=str(path), revision=None)
     present = {stored: record for stored, record in manifest["tensors"].items() if stored in entries}
     problems += [f"`{stored}` is missing" for stored in manifest["tensors"] if stored not in present]
-    jobs = [(entries[stored].nbytes, partial(hash_tensor, store, entries[stored], algorithm)) for stored in present]
-    for (stored, record), found in zip(present.items(), in_parallel(jobs, progress=progress), strict=True):
+    hashes = hash_tensors(store, [entries[stored] for stored in present], algorithm, progress=progress)
+    for (stored, record), found in zip(present.items(), hashes, strict=True):
         if found != record["hash"]:
             problems.append(f"the bytes of `{stored}` are not those that were written")
     for name, expected in manifest["files"].items():
@@ -99,7 +94,7 @@ def _against_base(records: dict[str, dict[str, object]], base: Checkpoint, algor
     }
     problems = [f"`{base.source}` has no tensor `{name}`" for name in expected if name not in stored]
     names = [name for name in expected if name in stored]
-    found = in_parallel([(stored[n].nbytes, partial(hash_tensor, base, stored[n], algorithm)) for n in names])
+    found = hash_tensors(base, [stored[name] for name in names], algorithm)
     return problems + [
         f"`{name}` of `{base.source}` is not what the edit was made from"
         for name, digest in zip(names, found, strict=True)

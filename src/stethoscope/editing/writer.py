@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from stethoscope.artifacts import new_folder, write_json
+from stethoscope.artifacts import write_json
 from stethoscope.checkpoints.adapter import CONFIG, WEIGHTS, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
 from stethoscope.checkpoints.hashing import hash_tensor, new_digest
@@ -31,12 +31,12 @@ from stethoscope.editing.transfer import (
     Output,
     Progress,
     copy_tensor,
-    disk_errors,
     in_parallel,
+    output_file,
+    output_folder,
     rewrite,
     send,
     stored_pieces,
-    sync_to_disk,
     tensor_bytes,
 )
 from stethoscope.errors import CheckpointError
@@ -101,17 +101,12 @@ def write_edit(
         "checkpoint": _write_checkpoint, "patch": _write_patch, "adapter": _write_adapter,
     }  # fmt: skip
     chosen = coefficients(task_vector, plan)
-    with disk_errors(out), new_folder(out, overwrite=overwrite) as folder:
+    with output_folder(out, overwrite=overwrite, sync=sync) as folder:
         written = writers[kind](base, task_vector, plan, chosen, folder, progress=progress)
         manifest = describe_edit(kind, base, task_vector, plan, chosen, written.tensors)
         if kind == "checkpoint":
             copy_side_files(base.path, folder)
         write_generated(manifest, base.config, folder)
-        if sync:
-            for path in (*folder.iterdir(), folder):
-                sync_to_disk(path)
-    if sync:
-        sync_to_disk(out.parent)
     return Edit(
         path=out,
         kind=kind,
@@ -159,10 +154,7 @@ def _write_checkpoint(
                 if raw := task_vector.raw(entry.name):
                     record["tuned_hash"] = hash_tensor(*raw)
         else:
-            if shared:
-                send(stored_pieces(base, entry), digest, None, entry.start)
-            else:
-                copy_tensor(base, entry, digest, output)
+            copy_tensor(base, entry, digest, output, shared=shared)
             record |= {"from": "base", "hash": digest.hexdigest()}
         with lock:
             written += 0 if shared and record["from"] == "base" else entry.nbytes
@@ -220,18 +212,13 @@ def _write_patch(
     """Base XOR edited, tensor by tensor: it turns either into the other, and is as large as what it changes."""
     entries = [base.entries[name] for name in chosen]
     header = build_header({entry.stored: (INTEGERS[DTYPE_BITS[entry.dtype]], entry.shape) for entry in entries})
-    output = Output(folder / PATCH, len(header) + sum(entry.nbytes for entry in entries))
     jobs: list[tuple[int, Callable[[], dict[str, Any]]]] = []
-    try:
-        output.allocate()
-        output.write(0, memoryview(header))
-        offset = len(header)
+    offset = len(header)
+    with output_file(folder / PATCH, header, sum(entry.nbytes for entry in entries)) as output:
         for entry in entries:
             jobs.append((entry.nbytes, partial(_difference, entry, task_vector, plan, chosen, output, offset)))
             offset += entry.nbytes
         records = in_parallel(jobs, progress=progress, arithmetic=_computes(task_vector, plan, chosen))
-    finally:
-        output.close()
     tensors = {entry.stored: record for entry, record in zip(entries, records, strict=True)}
     return _Written(tensors=tensors, bytes_written=offset, bytes_read=2 * (offset - len(header)))
 
@@ -268,12 +255,9 @@ def _write_adapter(
         scaled |= {key: coefficient if part in ("B", "bias") else 1.0 for part, key in keys.items() if key}
     slots = {key: task_vector.slots[key] for key in sorted(scaled)}
     header = build_header({key: (slot.dtype, slot.shape) for key, slot in slots.items()})
-    output = Output(folder / WEIGHTS, len(header) + sum(slot.nbytes for slot in slots.values()))
     records: dict[str, dict[str, Any]] = {}
-    try:
-        output.allocate()
-        output.write(0, memoryview(header))
-        offset = len(header)
+    offset = len(header)
+    with output_file(folder / WEIGHTS, header, sum(slot.nbytes for slot in slots.values())) as output:
         for key, slot in slots.items():
             digest, entry = new_digest(), task_vector.store.entries[key]
             pieces = _checked(stored_pieces(task_vector.store, entry), entry, task_vector.source)
@@ -286,8 +270,6 @@ def _write_adapter(
                 "from": "tuned" if scaled[key] == 1 else "computed", "hash": digest.hexdigest(),
             }  # fmt: skip
             offset += slot.nbytes
-    finally:
-        output.close()
     write_json(folder / CONFIG, restricted_config(task_vector, chosen))
     return _Written(tensors=records, bytes_written=offset, bytes_read=offset - len(header))
 

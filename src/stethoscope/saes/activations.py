@@ -1,4 +1,4 @@
-"""Activations as SAEs are trained and measured on: each layer's output, without the positions that mislead."""
+"""The activations that SAEs are trained and measured on: each layer's, without the positions that mislead."""
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,55 +6,56 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.corpus import Document, batches, tokenize
-from stethoscope.sites import hear, hook_point
+from stethoscope.sites import HookPoint, hear, hook_point
 
-# Positions louder than this many times the median of their document are attention sinks. The first position is one in
-# most models; left in, they take the whole loss.
+# Positions whose norm is above this many times the median of their document are attention sinks. The first position is
+# one in most models; left in, they dominate the loss.
 SINK_RATIO = 10.0
 
 Activations = dict[str, Float[Tensor, "tokens d_in"]]
 
 
 class ActivationStream:
-    """A site of every chosen layer on text, tokens aligned between layers, without special tokens and sinks.
+    """Activations at one site of the chosen layers, without special tokens, first positions and attention sinks.
 
     Attributes:
-        hooks: layer -> the module whose output is read, as `named_modules` calls it.
+        hooks: layer -> name of the module whose output (or ``.input``) is read.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        layers: Sequence[int],
+        layers: Iterable[int],
         *,
         site: str = "resid_post",
         max_tokens: int = 384,
         batch_tokens: int = 512,
     ) -> None:
-        self.model, self.tokenizer, self.layers = model, tokenizer, list(layers)
+        self.model, self.tokenizer = model, tokenizer
         self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
         names = {id(module): name for name, module in model.named_modules()}
-        points = {layer: hook_point(model, layer, site) for layer in self.layers}
-        ends = {True: ".input", False: ""}
-        self.hooks = {layer: names[id(point.module)] + ends[point.reads_input] for layer, point in points.items()}
-        self.points = {self.hooks[layer]: point for layer, point in points.items()}
+        self.hooks: dict[int, str] = {}
+        self.points: dict[str, HookPoint] = {}
+        for layer in layers:
+            point = hook_point(model, layer, site)
+            self.hooks[layer] = names[id(point.module)] + (".input" if point.reads_input else "")
+            self.points[self.hooks[layer]] = point
 
     def tokenize(self, documents: Sequence[Document]) -> list[list[int]]:
-        """Token ids per document, of those with enough tokens to have any left after the first."""
+        """Token ids of the documents that have more than the first token, which is always left out."""
         return [row for row in tokenize(documents, self.tokenizer, max_tokens=self.max_tokens) if len(row) > 1]
 
     @torch.no_grad()
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[Activations]:
-        """Each layer's output on some documents, a batch of documents at a time."""
+        """Activations by hook name, one batch of documents at a time; tokens are aligned between layers."""
         for batch in batches(rows, self.tokenizer, batch_tokens=self.batch_tokens):
             heard = hear(self.model, self.points, batch.input_ids)
-            # tokens worth training on: no padding, no special token, not a document's first, no sink in any layer
             keep = batch.countable & ~loud_positions(heard.values(), batch.attention_mask)
             keep[:, 0] = False
             yield {name: hidden[keep.to(hidden.device)] for name, hidden in heard.items()}
@@ -68,17 +69,17 @@ class ActivationStream:
         seed: int,
         start: "StreamPosition | None" = None,
     ) -> Iterator[tuple[Activations, "StreamPosition"]]:
-        """Batches of single tokens, mixed over at least ``buffer`` tokens of shuffled documents, without end.
+        """Endless batches of single tokens, mixed over at least ``buffer`` tokens of shuffled documents.
 
         Args:
-            start: where an earlier stream of the same rows and settings stood; the beginning if None.
+            start: position of an earlier stream of the same rows and settings to resume; the beginning if None.
 
         Yields:
-            a batch, and the place behind it, from which another stream goes on with the same batches.
+            a batch, and the position after it.
         """
-        shuffle = torch.Generator().manual_seed(seed)
-        at = start or StreamPosition(shuffle=shuffle.get_state())
-        documents = _without_end(rows, seed, at.taken)
+        generator = torch.Generator().manual_seed(seed)
+        at = start or StreamPosition(shuffle=generator.get_state())
+        documents = _endless(rows, seed, at.taken)
         while True:
             held, fill = _tokens(at.rest), []
             while held < max(buffer, batch):
@@ -86,27 +87,25 @@ class ActivationStream:
                 held += len(fill[-1])
             parts = [*([at.rest] if at.rest else ()), *self.outputs(fill)]
             packed = {name: torch.cat([part[name].to(self.model.device) for part in parts]) for name in parts[0]}
-            shuffle.set_state(at.shuffle)
-            rest: Activations = {}
-            for number, chosen in enumerate(torch.randperm(_tokens(packed), generator=shuffle).split(batch), 1):
-                if number <= at.given:
-                    continue
-                mixed = {name: values[chosen.to(values.device)] for name, values in packed.items()}
-                if len(chosen) == batch:
-                    yield mixed, replace(at, given=number)
-                else:
-                    rest = mixed
-            at = StreamPosition(shuffle=shuffle.get_state(), taken=at.taken + len(fill), rest=rest)
+            generator.set_state(at.shuffle)
+            chosen = torch.randperm(_tokens(packed), generator=generator).to(self.model.device)
+            end = len(chosen) - len(chosen) % batch
+            for given, place in enumerate(range(0, end, batch), 1):
+                if given > at.given:
+                    yield _take(packed, chosen[place : place + batch]), replace(at, given=given)
+            at = StreamPosition(
+                shuffle=generator.get_state(), taken=at.taken + len(fill), rest=_take(packed, chosen[end:])
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamPosition:
-    """Where a stream of shuffled batches stands: how it was when it last filled its buffer, and how far it has come.
+    """Position in a stream of shuffled batches: its state when it last filled its buffer, and batches since.
 
     Attributes:
-        shuffle: the state of the generator that mixes the buffer.
-        taken: documents taken, over all passes over them.
-        rest: what the buffer before had left, less than a batch.
+        shuffle: state of the generator that mixes the buffer.
+        taken: documents read before, over all passes.
+        rest: tokens left over from the buffer before, fewer than a batch.
         given: batches cut from the buffer since.
     """
 
@@ -116,22 +115,25 @@ class StreamPosition:
     given: int = 0
 
 
-def _without_end(rows: Sequence[Sequence[int]], seed: int, taken: int) -> Iterator[Sequence[int]]:
-    """Documents in an order of each pass's own, from the one behind so many."""
-    number, place = divmod(taken, len(rows))
+def _endless(rows: Sequence[Sequence[int]], seed: int, taken: int) -> Iterator[Sequence[int]]:
+    """Documents in a new order for each pass, without the first ``taken``."""
+    epoch, place = divmod(taken, len(rows))
     while True:
-        order = random.Random(seed + number).sample(range(len(rows)), len(rows))
-        yield from (rows[row] for row in order[place:])
-        number, place = number + 1, 0
+        yield from random.Random(seed + epoch).sample(rows, len(rows))[place:]
+        epoch, place = epoch + 1, 0
 
 
 def _tokens(part: Activations) -> int:
     return len(next(iter(part.values()))) if part else 0
 
 
+def _take(part: Activations, chosen: Int[Tensor, " chosen"]) -> dict[str, Float[Tensor, "chosen d_in"]]:
+    return {name: values[chosen] for name, values in part.items()}
+
+
 @contextmanager
 def lent(sae: nn.Module, device: torch.device) -> Iterator[None]:
-    """An SAE on another device for the length of a block: a copy is lent, and its own weights stay where they are."""
+    """Put a copy of an SAE's weights on another device inside the block; its own weights stay where they are."""
     own = [(tensor, tensor.data) for tensor in (*sae.parameters(), *sae.buffers())]
     try:
         for tensor, data in own:
@@ -145,9 +147,9 @@ def lent(sae: nn.Module, device: torch.device) -> Iterator[None]:
 def loud_positions(
     layers: Iterable[Float[Tensor, "rows tokens d_in"]], attention_mask: Bool[Tensor, "rows tokens"]
 ) -> Bool[Tensor, "rows tokens"]:
-    """True at attention sinks: positions far louder than their document's median in any layer.
+    """True at attention sinks: norms far above their document's median in any layer.
 
-    The median is per document, so that it depends on nothing else in the batch.
+    The median is per document, so it does not depend on the rest of the batch.
     """
     loud = torch.zeros_like(attention_mask)
     for hidden in layers:
