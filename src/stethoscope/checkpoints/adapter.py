@@ -18,7 +18,6 @@ from jaxtyping import Float
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, torch_dtype
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
 from stethoscope.checkpoints.header import read_header
-from stethoscope.checkpoints.hub import from_hub
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
 from stethoscope.checkpoints.task_vector import Chunk, TaskVector, is_finite, not_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError
@@ -68,16 +67,6 @@ class Change:
     transposed: bool
     scaling: float
     replaced_by: str | None = None
-
-
-def find_adapter(tuned: str | Path, *, revision: str | None, cache: Path | None) -> Path | None:
-    """The folder of an adapter, or None if ``tuned`` is something else."""
-    folder = Path(tuned)
-    if not folder.exists():
-        folder = from_hub(str(tuned), revision, cache, weights=False)
-    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
-        return None
-    return folder if Path(tuned).exists() else from_hub(str(tuned), revision, cache)
 
 
 class AdapterTaskVector(TaskVector):
