@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, KeysView, Mapping
 from dataclasses import dataclass
@@ -32,30 +33,19 @@ def torch_dtype(stored: str) -> torch.dtype:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One tensor of a checkpoint: its names, what it is, and where its bytes lie in which file."""
+class Entry(Slot):
+    """One tensor of a checkpoint: a file's slot, which file that is, and what the tensor's stored name means."""
 
     name: str
     stored: str
     layer: int | None
     kind: Kind
-    dtype: str
-    shape: tuple[int, ...]
     file: str
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
 
     @property
     def rows(self) -> int:
         """Rows of the tensor seen as a matrix of its last dimension: what chunked reading counts in."""
-        size = 1
-        for extent in self.shape[:-1]:
-            size *= extent
-        return size
+        return math.prod(self.shape[:-1])
 
     @property
     def columns(self) -> int:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, config_value, torch_dtype
-from stethoscope.checkpoints.task_vector import Chunk, TaskVector, is_finite, not_finite, require_float, row_chunks
+from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.task_vector import (
+    Chunk,
+    TaskVector,
+    is_finite,
+    not_finite,
+    require_finite,
+    require_float,
+    row_chunks,
+)
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -43,16 +52,14 @@ class FullTaskVector(TaskVector):
             if not is_finite(result):
                 # the chunk's delta is gone: look at the inputs again to say whose fault it is
                 for checkpoint, key in ((self.base, name), (self.store, self.matches[name])):
-                    if not is_finite(checkpoint.read_rows(key, start, stop)):
-                        raise not_finite(name, checkpoint.source)
+                    require_finite(checkpoint.read_rows(key, start, stop), name, checkpoint.source)
                 raise self.out_of_range(name, coefficient)
             yield Chunk(start, stop, result)
 
     def _both(self, name: str) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
         """Base and change in float32, chunk by chunk, in memory that is used again."""
         entry, other = self._pair(name)
-        require_float(entry)
-        require_float(other)
+        require_float(entry, other)
         largest = max(((stop - start) * entry.columns for start, stop in row_chunks(entry)), default=0)
         # memory from the kernel costs more than the arithmetic, so it is asked for once per tensor
         raw = torch.empty(8 * largest, dtype=torch.uint8)
@@ -68,12 +75,11 @@ class FullTaskVector(TaskVector):
         entry, other = self._pair(name)
         wanted = torch_dtype(entry.dtype)
         if entry.dtype != other.dtype:
-            require_float(entry)
-            require_float(other)
+            require_float(entry, other)
         for start, stop in row_chunks(entry):
             rows = self.store.read_rows(other.name, start, stop)
-            if rows.is_floating_point() and not is_finite(rows):
-                raise not_finite(name, self.source)
+            if rows.is_floating_point():
+                require_finite(rows, name, self.source)
             cast = rows.to(wanted)
             if cast is not rows and not is_finite(cast):
                 raise CheckpointError(
@@ -138,14 +144,7 @@ def _config_problems(base: Checkpoint, tuned: Checkpoint) -> list[str]:
 
 
 def _same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    if not {one, two} <= set(checkpoint.entries):
+    first, second = checkpoint.entries.get(one), checkpoint.entries.get(two)
+    if first is None or second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    first, second = checkpoint.entries[one], checkpoint.entries[two]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return all(
-        torch.equal(
-            checkpoint.read_rows(one, *rows).view(torch.uint8), checkpoint.read_rows(two, *rows).view(torch.uint8)
-        )
-        for rows in row_chunks(first)
-    )
+    return hash_tensor(checkpoint, first) == hash_tensor(checkpoint, second)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import NamedTuple, TypeVar
 
@@ -126,12 +126,6 @@ class TaskVector(ABC):
         norms = (float(torch.linalg.vector_norm(rows, dtype=torch.float64)) for _, _, rows in self.delta_chunks(name))
         return math.fsum(norm**2 for norm in norms)
 
-    def energies(self, names: Iterable[str] | None = None) -> dict[str, float]:
-        """Energy per tensor; by default of all float tensors but vision's."""
-        if names is None:
-            names = [name for name in self.names if self._counts(self.base.entries[name])]
-        return {name: self.energy(name) for name in names}
-
     def energy_by_layer(self) -> dict[int, float]:
         """Energy per decoder layer: the sum over its tensors."""
         return dict(sorted(_sum_by(self.base, self._energies, lambda entry: entry.layer).items()))
@@ -142,10 +136,9 @@ class TaskVector(ABC):
 
     @cached_property
     def _energies(self) -> dict[str, float]:
-        return self.energies()  # kept: a second summary must not read two models again
-
-    def _counts(self, entry: Entry) -> bool:
-        return entry.dtype in ARITHMETIC and entry.kind != "vision"
+        """Energy per float tensor but vision's; kept, so that a second summary does not read two models again."""
+        entries = [self.base.entries[name] for name in self.names]
+        return {e.name: self.energy(e.name) for e in entries if e.dtype in ARITHMETIC and e.kind != "vision"}
 
     def _assemble(self, name: str, chunks: Iterator[Chunk], dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
@@ -192,13 +185,20 @@ def not_finite(name: str, source: str) -> CheckpointError:
     )
 
 
-def require_float(entry: Entry) -> None:
-    """Raise unless differences of this tensor mean something."""
-    if entry.dtype not in ARITHMETIC:
-        raise CheckpointError(
-            f"`{entry.stored}` has dtype `{entry.dtype}`, whose difference means nothing",
-            hint="use the unquantised checkpoints of base and tuned",
-        )
+def require_finite(values: torch.Tensor, name: str, source: str) -> None:
+    """Raise if a tensor's values hold NaN or infinity."""
+    if not is_finite(values):
+        raise not_finite(name, source)
+
+
+def require_float(*entries: Entry) -> None:
+    """Raise unless differences of these tensors mean something."""
+    for entry in entries:
+        if entry.dtype not in ARITHMETIC:
+            raise CheckpointError(
+                f"`{entry.stored}` has dtype `{entry.dtype}`, whose difference means nothing",
+                hint="use the unquantised checkpoints of base and tuned",
+            )
 
 
 def _sum_by(base: Checkpoint, energies: dict[str, float], key: Callable[[Entry], Key | None]) -> dict[Key, float]:
