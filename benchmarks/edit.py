@@ -24,9 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.header import build_header, read_header
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import write_edit
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from edit import GEMMA, make_pair
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.subspace import FeatureProjection, energy_kept, feature_basis
 
 RESULTS = Path(__file__).parent / "results" / "projection.json"

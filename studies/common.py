@@ -14,8 +14,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.context import INJECTED_TOKENS
 from stethoscope.corpus import batches, prompt_lengths, tokenize

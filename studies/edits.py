@@ -17,8 +17,7 @@ from common import NAMES, TEXTS, Bench, arguments, loss_rows, resume, save
 from torch import Tensor, nn
 
 from stethoscope.artifacts import sha256_file
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.patch import undo_patch
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import write_edit

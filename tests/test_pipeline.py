@@ -15,7 +15,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stethoscope.artifacts import sha256_file
-from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.editing.geometry import Geometry

@@ -6,8 +6,7 @@ import pytest
 import torch
 from editing.tiny_models import LAYOUTS, save_pair
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.losses import replaced_forward, run
 from stethoscope.models import decoder_layers, load_model

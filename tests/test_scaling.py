@@ -23,8 +23,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 import stethoscope
 from stethoscope.artifacts import Provenance
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli.stages import _read
 from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis.listen import Listening, listen

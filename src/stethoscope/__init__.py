@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stethoscope.checkpoints.checkpoint import open_checkpoint
-    from stethoscope.checkpoints.task_vector import open_task_vector
+    from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
     from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
     from stethoscope.diagnosis.listen import listen
     from stethoscope.editing.apply import applied
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
     from stethoscope.selection.policies import Selection, select
 
 _MODULES = {
-    "checkpoints.checkpoint": ["open_checkpoint"],
-    "checkpoints.task_vector": ["open_task_vector"],
+    "checkpoints.open": ["open_checkpoint", "open_task_vector"],
     "diagnosis.diagnose": ["Diagnosis", "diagnose"],
     "diagnosis.listen": ["listen"],
     "editing.apply": ["applied"],

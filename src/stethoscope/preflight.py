@@ -11,10 +11,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.hub import HUB_ID
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.documents import Document, read_documents
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.files import INDEX
+from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.errors import CheckpointError
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from stethoscope.checkpoints import task_vector as module
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"

@@ -78,7 +78,7 @@ def test_quiet_hushes_libraries_until_the_command_ends(monkeypatch, capfd):
             pass
         raise StethoscopeError("what matters")
 
-    monkeypatch.setattr("stethoscope.checkpoints.checkpoint.open_checkpoint", report)
+    monkeypatch.setattr("stethoscope.checkpoints.open.open_checkpoint", report)
     try:
         with pytest.raises(SystemExit):
             main(["edit", "--base", "x", "--tuned", "x", "--layers", "all", "--out", "y", "--quiet"])

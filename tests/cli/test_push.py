@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from local_hub import local_hub
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli import main
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import write_edit

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from tiny_models import LAYOUTS, save_pair
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from stethoscope.artifacts import sha256_file
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import OutputKind, write_edit
 

@@ -14,8 +14,9 @@ from kill_loop import kill_loop
 from safetensors.torch import load_file, save_file
 from test_writer import contents
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import OutputKind, write_edit

@@ -10,9 +10,9 @@ from test_projection import LINEAR, adapter
 from tiny_models import LAYOUTS, make
 
 from stethoscope.artifacts import Provenance
-from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.corpus import TokenBatch
 from stethoscope.editing.energy import energy_curve
 from stethoscope.editing.geometry import Geometry, measure_geometry

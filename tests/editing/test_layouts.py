@@ -7,9 +7,8 @@ import torch
 from tiny_models import LAYOUTS, gemma3_multimodal, gemma3_text, make, rename, save_pair, stored
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify

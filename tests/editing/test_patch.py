@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from test_writer import contents, flip
 from tiny_models import stored
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.patch import apply_patch, undo_patch
 from stethoscope.editing.plan import EditPlan

@@ -10,9 +10,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.apply import applied, live_tensors
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.residual_axis import residual_axes, residual_axis

@@ -13,8 +13,9 @@ from tiny_models import LAYOUTS, make, save_pair, stored
 from transformers import AutoModelForCausalLM
 
 from stethoscope.artifacts import sha256_file
-from stethoscope.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.cli import main
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import check_edit, preview

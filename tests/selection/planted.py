@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.corpus import TokenBatch, batches, tokenize
 from stethoscope.models import load_model
 

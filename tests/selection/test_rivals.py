@@ -8,8 +8,7 @@ import torch
 from editing.tiny_models import LAYOUTS, save_pair
 from planted import Planted, plant
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
-from stethoscope.checkpoints.task_vector import open_task_vector
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError

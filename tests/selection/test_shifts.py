@@ -6,7 +6,7 @@ import torch
 from planted import Planted, plant
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-from stethoscope.checkpoints.task_vector import FullTaskVector
+from stethoscope.checkpoints.full import FullTaskVector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
 from stethoscope.selection.shifts import residual_shift, tuned_shift

@@ -18,9 +18,8 @@ from jaxtyping import Float
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, torch_dtype
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
 from stethoscope.checkpoints.header import read_header
-from stethoscope.checkpoints.hub import from_hub
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
-from stethoscope.checkpoints.task_vector import Chunk, TaskVector, is_finite, not_finite, require_float, row_chunks
+from stethoscope.checkpoints.task_vector import Chunk, TaskVector, require_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -70,16 +69,6 @@ class Change:
     replaced_by: str | None = None
 
 
-def find_adapter(tuned: str | Path, *, revision: str | None, cache: Path | None) -> Path | None:
-    """The folder of an adapter, or None if ``tuned`` is something else."""
-    folder = Path(tuned)
-    if not folder.exists():
-        folder = from_hub(str(tuned), revision, cache, weights=False)
-    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
-        return None
-    return folder if Path(tuned).exists() else from_hub(str(tuned), revision, cache)
-
-
 class AdapterTaskVector(TaskVector):
     """The change that merging a PEFT adapter would make.
 
@@ -119,8 +108,7 @@ class AdapterTaskVector(TaskVector):
             return None
         read = {part: self.store.read(key).float() for part, key in change.parts.items()}
         for part, values in read.items():
-            if not is_finite(values):
-                raise not_finite(f"{change.module}, {part}", self.source)
+            require_finite(values, f"{change.module}, {part}", self.source)
         return LoraFactors(
             A=read["A"],
             B=read["B"],
@@ -133,8 +121,7 @@ class AdapterTaskVector(TaskVector):
         entry = self._entry(name)
         require_float(entry)
         for start, stop, delta in self._raw_delta_chunks(entry):
-            if not is_finite(delta):
-                raise not_finite(name, self.source)
+            require_finite(delta, name, self.source)
             yield Chunk(start, stop, delta)
 
     def _raw_delta_chunks(self, entry: Entry) -> Iterator[Chunk]:
@@ -164,8 +151,7 @@ class AdapterTaskVector(TaskVector):
         if replaced_by:
             for start, stop in row_chunks(entry):
                 rows = self.store.read_rows(replaced_by, start, stop).to(torch_dtype(entry.dtype))
-                if not is_finite(rows):
-                    raise not_finite(name, self.source)
+                require_finite(rows, name, self.source)
                 yield Chunk(start, stop, rows)
         else:
             for start, stop, delta in self.delta_chunks(name):
@@ -195,6 +181,7 @@ class AdapterTaskVector(TaskVector):
     def _match(self) -> dict[str, Change]:
         """Adapter keys -> base tensors; raises with every key that fits none."""
         problems = self._check_config()
+        understood = not problems
         modules: dict[str, dict[str, str]] = {}
         embeddings: set[str] = set()
         changes: dict[str, Change] = {}
@@ -216,7 +203,7 @@ class AdapterTaskVector(TaskVector):
                 )
             else:
                 changes[name] = Change(module=module, parts={}, transposed=False, scaling=1.0, replaced_by=key)
-        for module, parts in modules.items() if not self._check_config() else ():
+        for module, parts in modules.items() if understood else ():
             self._match_module(module, module in embeddings, parts, changes, problems)
         if problems:
             raise CheckpointError(
@@ -293,9 +280,7 @@ class AdapterTaskVector(TaskVector):
 
 def _split_key(key: str) -> tuple[str, str | None, bool]:
     """An adapter key -> (module, part, is an embedding), or (tensor name, None, False) for a replaced tensor."""
-    parts = tuple(key.split("."))
-    if parts[: len(ADAPTER_PREFIX)] == ADAPTER_PREFIX:
-        parts = parts[len(ADAPTER_PREFIX) :]
+    parts = tuple(key.removeprefix(ADAPTER_PREFIX).split("."))
     for length in (2, 1):
         if parts[-length:] in PARTS:
             return ".".join(parts[:-length]), PARTS[parts[-length:]], parts[-length].startswith("lora_embedding")

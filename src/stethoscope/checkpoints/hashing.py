@@ -8,6 +8,8 @@ import hashlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+from blake3 import blake3
+
 from stethoscope.artifacts import canonical_json
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
 from stethoscope.errors import CheckpointError
@@ -24,30 +26,17 @@ class Digest(Protocol):
     def hexdigest(self) -> str: ...
 
 
-def _algorithms() -> dict[str, Callable[[], Digest]]:
-    import blake3
-
-    return {"blake3": blake3.blake3, "sha256": hashlib.sha256}
-
-
 ALGORITHM = "blake3"
+ALGORITHMS: dict[str, Callable[[], Digest]] = {"blake3": blake3, "sha256": hashlib.sha256}
 
 
 def new_digest(algorithm: str = ALGORITHM) -> Digest:
     """A hash to be fed; the algorithm's name is kept in every manifest."""
-    algorithms = _algorithms()
-    if algorithm not in algorithms:
+    if algorithm not in ALGORITHMS:
         raise CheckpointError(
             f"the manifest uses the unknown hash `{algorithm}`", hint="it was made by a newer version of stethoscope"
         )
-    return algorithms[algorithm]()
-
-
-def hash_bytes(data: bytes, algorithm: str = ALGORITHM) -> str:
-    """The hash of some bytes, in hexadecimal."""
-    digest = new_digest(algorithm)
-    digest.update(data)
-    return digest.hexdigest()
+    return ALGORITHMS[algorithm]()
 
 
 def hash_tensor(checkpoint: Checkpoint, entry: Entry, algorithm: str = ALGORITHM) -> str:

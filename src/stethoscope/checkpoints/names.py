@@ -13,7 +13,7 @@ Kind = Literal["attention", "mlp", "norm", "embedding", "head", "vision", "buffe
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 # PEFT puts this in front of whatever the model itself calls a tensor.
-ADAPTER_PREFIX = ("base_model", "model")
+ADAPTER_PREFIX = "base_model.model."
 
 # What stands in front of the decoder, the longer before the shorter: `model.language_model` is not `model`.
 DECODERS: tuple[tuple[str, ...], ...] = (
@@ -94,9 +94,7 @@ def parse_name(stored: str) -> TensorName:
     >>> parse_name("h.3.attn.c_attn.weight") == parse_name("transformer.h.3.attn.c_attn.weight")
     True
     """
-    parts = tuple(stored.split("."))
-    if parts[: len(ADAPTER_PREFIX)] == ADAPTER_PREFIX:
-        parts = parts[len(ADAPTER_PREFIX) :]
+    parts = tuple(stored.removeprefix(ADAPTER_PREFIX).split("."))
     outer = parts[1:] if parts[0] == "model" else parts
     if outer and outer[0] in VISION:
         # SigLIP's inner `vision_model` comes and goes with the version of Transformers that saved it.

@@ -1,6 +1,6 @@
-"""Tuned minus base, one tensor at a time, whether tuned is a checkpoint or a PEFT adapter.
+"""Tuned minus base, one tensor at a time, whether tuned is a checkpoint (full.py) or a PEFT adapter (adapter.py).
 
-    change = open_task_vector(open_checkpoint("base"), "tuned-or-adapter")
+    change = open_task_vector(open_checkpoint("base"), "tuned-or-adapter")    # of open.py
     change.delta("layers.3.mlp.up_proj.weight")    # float32
     change.energy_by_layer()                       # squared Frobenius norms
 
@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -24,8 +23,6 @@ from stethoscope.checkpoints.checkpoint import (
     ARITHMETIC,
     Checkpoint,
     Entry,
-    config_value,
-    open_checkpoint,
     torch_dtype,
 )
 from stethoscope.checkpoints.names import Kind
@@ -129,12 +126,6 @@ class TaskVector(ABC):
         norms = (float(torch.linalg.vector_norm(rows, dtype=torch.float64)) for _, _, rows in self.delta_chunks(name))
         return math.fsum(norm**2 for norm in norms)
 
-    def energies(self, names: Iterable[str] | None = None) -> dict[str, float]:
-        """Energy per tensor; by default of all float tensors but vision's."""
-        if names is None:
-            names = [name for name in self.names if self._counts(self.base.entries[name])]
-        return {name: self.energy(name) for name in names}
-
     def energy_by_layer(self) -> dict[int, float]:
         """Energy per decoder layer: the sum over its tensors."""
         return dict(sorted(_sum_by(self.base, self._energies, lambda entry: entry.layer).items()))
@@ -145,10 +136,9 @@ class TaskVector(ABC):
 
     @cached_property
     def _energies(self) -> dict[str, float]:
-        return self.energies()  # kept: a second summary must not read two models again
-
-    def _counts(self, entry: Entry) -> bool:
-        return entry.dtype in ARITHMETIC and entry.kind != "vision"
+        """Energy per float tensor but vision's; kept, so that a second summary does not read two models again."""
+        entries = [self.base.entries[name] for name in self.names]
+        return {e.name: self.energy(e.name) for e in entries if e.dtype in ARITHMETIC and e.kind != "vision"}
 
     def _assemble(self, name: str, chunks: Iterator[Chunk], dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
@@ -166,171 +156,6 @@ class TaskVector(ABC):
     @cached_property
     def _name_set(self) -> frozenset[str]:
         return frozenset(self.names)
-
-
-class FullTaskVector(TaskVector):
-    """Against a full checkpoint of the same model, in whatever layout.
-
-    Attributes:
-        matches: the base's canonical name -> tuned's; they differ only where heads are tied.
-    """
-
-    def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
-        self.base = base
-        self.source = tuned.source
-        self.store = tuned
-        self.matches = match(base, tuned)
-        self.names = tuple(self.matches)
-
-    def delta_chunks(self, name: str) -> Iterator[Chunk]:
-        for start, stop, base, delta in self._both(name):
-            if not is_finite(delta):
-                raise not_finite(name, self.source if is_finite(base) else self.base.source)
-            yield Chunk(start, stop, delta)
-
-    def edited_chunks(self, name: str, coefficient: float) -> Iterator[Chunk]:
-        if coefficient == 1:
-            yield from self.tuned_chunks(name)
-            return
-        entry = self._entry(name)
-        memory: torch.Tensor | None = None
-        for start, stop, base, delta in self._both(name):
-            if memory is None:
-                memory = torch.empty(delta.numel(), dtype=torch_dtype(entry.dtype))
-            result = memory[: delta.numel()].view_as(delta).copy_(delta.mul_(coefficient).add_(base))
-            if not is_finite(result):
-                # the chunk's delta is gone: look at the inputs again to say whose fault it is
-                for checkpoint, key in ((self.base, name), (self.store, self.matches[name])):
-                    if not is_finite(checkpoint.read_rows(key, start, stop)):
-                        raise not_finite(name, checkpoint.source)
-                raise self.out_of_range(name, coefficient)
-            yield Chunk(start, stop, result)
-
-    def _both(self, name: str) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
-        """Base and change in float32, chunk by chunk, in memory that is used again."""
-        entry, other = self._pair(name)
-        require_float(entry)
-        require_float(other)
-        largest = max(((stop - start) * entry.columns for start, stop in row_chunks(entry)), default=0)
-        # memory from the kernel costs more than the arithmetic, so it is asked for once per tensor
-        raw = torch.empty(8 * largest, dtype=torch.uint8)
-        base_memory, delta_memory = torch.empty(largest), torch.empty(largest)
-        for start, stop in row_chunks(entry):
-            size = (stop - start) * entry.columns
-            shape = (stop - start, entry.columns)
-            base = base_memory[:size].view(shape).copy_(self.base.read_rows(name, start, stop, buffer=raw))
-            delta = delta_memory[:size].view(shape).copy_(self.store.read_rows(other.name, start, stop, buffer=raw))
-            yield start, stop, base, delta.sub_(base)
-
-    def tuned_chunks(self, name: str) -> Iterator[Chunk]:
-        entry, other = self._pair(name)
-        wanted = torch_dtype(entry.dtype)
-        if entry.dtype != other.dtype:
-            require_float(entry)
-            require_float(other)
-        for start, stop in row_chunks(entry):
-            rows = self.store.read_rows(other.name, start, stop)
-            if rows.is_floating_point() and not is_finite(rows):
-                raise not_finite(name, self.source)
-            cast = rows.to(wanted)
-            if cast is not rows and not is_finite(cast):
-                raise CheckpointError(
-                    f"`{name}` of `{self.source}` has values that `{entry.dtype}` cannot hold",
-                    hint="convert the base to a wider dtype first",
-                )
-            yield Chunk(start, stop, cast)
-
-    def _pair(self, name: str) -> tuple[Entry, Entry]:
-        return self._entry(name), self.store.entries[self.matches[name]]
-
-    def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
-        entry = self.store.entries[self.matches[name]]
-        return (self.store, entry) if entry.dtype == self.base.entries[name].dtype else None
-
-
-def open_task_vector(
-    base: Checkpoint,
-    tuned: str | Path,
-    *,
-    revision: str | None = None,
-    cache: Path | None = None,
-    headers_only: bool = False,
-) -> TaskVector:
-    """The change from ``base`` to a full checkpoint or a PEFT adapter (folder or hub id); reads headers only.
-
-    Args:
-        headers_only: as for `open_checkpoint`; an adapter is small and is fetched all the same.
-
-    Raises:
-        CheckpointError: with every tensor that is missing, extra or of another shape.
-    """
-    from stethoscope.checkpoints.adapter import AdapterTaskVector, find_adapter
-
-    folder = find_adapter(tuned, revision=revision, cache=cache)
-    if folder is not None:
-        return AdapterTaskVector(base, folder, source=str(tuned) if not Path(tuned).exists() else None)
-    return FullTaskVector(base, open_checkpoint(tuned, revision=revision, cache=cache, headers_only=headers_only))
-
-
-def match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
-    """The base's canonical names -> tuned's, for every tensor that both have.
-
-    A vision tower may be missing on either side, and so may constants and a tied head's copy.
-    """
-    problems = _config_problems(base, tuned)
-    matches: dict[str, str] = {}
-    for name, entry in base.entries.items():
-        other = name if name in tuned.entries else None
-        if other is None and name == "lm_head.weight" and base.tied:
-            other = "embed_tokens.weight" if "embed_tokens.weight" in tuned.entries else None
-        if entry.kind == "buffer" or (other is None and entry.kind == "vision"):
-            continue
-        if other is None:
-            problems.append(f"`{entry.stored}` is missing in `{tuned.source}`")
-        elif tuned.entries[other].shape != entry.shape:
-            shape = list(tuned.entries[other].shape)
-            problems.append(f"`{entry.stored}` is {list(entry.shape)} in `{base.source}`, {shape} in `{tuned.source}`")
-        else:
-            matches[name] = other
-    for name, entry in tuned.entries.items():
-        if name in base.entries or entry.kind in ("buffer", "vision"):
-            continue
-        if not (name == "lm_head.weight" and (tuned.tied or _same_bytes(tuned, name, "embed_tokens.weight"))):
-            problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
-    if problems:
-        raise CheckpointError(
-            f"`{tuned.source}` is not a fine-tune of `{base.source}` as it stands",
-            problems=problems,
-            hint="base and tuned must be the same architecture with the same vocabulary",
-        )
-    return matches
-
-
-# Heads are cut out of matrices whose shapes do not show how: a difference here would pass every check of shapes.
-HEADS = (("num_attention_heads", "n_head"), ("num_key_value_heads", "num_kv_heads"), ("head_dim",))
-
-
-def _config_problems(base: Checkpoint, tuned: Checkpoint) -> list[str]:
-    problems = []
-    for keys in HEADS:
-        one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
-        if one is not None and two is not None and one != two:
-            problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
-    return problems
-
-
-def _same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    if not {one, two} <= set(checkpoint.entries):
-        return False
-    first, second = checkpoint.entries[one], checkpoint.entries[two]
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    return all(
-        torch.equal(
-            checkpoint.read_rows(one, *rows).view(torch.uint8), checkpoint.read_rows(two, *rows).view(torch.uint8)
-        )
-        for rows in row_chunks(first)
-    )
 
 
 def is_finite(values: torch.Tensor) -> bool:
@@ -360,13 +185,20 @@ def not_finite(name: str, source: str) -> CheckpointError:
     )
 
 
-def require_float(entry: Entry) -> None:
-    """Raise unless differences of this tensor mean something."""
-    if entry.dtype not in ARITHMETIC:
-        raise CheckpointError(
-            f"`{entry.stored}` has dtype `{entry.dtype}`, whose difference means nothing",
-            hint="use the unquantised checkpoints of base and tuned",
-        )
+def require_finite(values: torch.Tensor, name: str, source: str) -> None:
+    """Raise if a tensor's values hold NaN or infinity."""
+    if not is_finite(values):
+        raise not_finite(name, source)
+
+
+def require_float(*entries: Entry) -> None:
+    """Raise unless differences of these tensors mean something."""
+    for entry in entries:
+        if entry.dtype not in ARITHMETIC:
+            raise CheckpointError(
+                f"`{entry.stored}` has dtype `{entry.dtype}`, whose difference means nothing",
+                hint="use the unquantised checkpoints of base and tuned",
+            )
 
 
 def _sum_by(base: Checkpoint, energies: dict[str, float], key: Callable[[Entry], Key | None]) -> dict[Key, float]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,10 +68,11 @@ def demo(
 ) -> None:
     """Run the embedded recipe on a real language model, end to end."""
     try:
-        from stethoscope_demo.recipe import prepare_demo
-    except ModuleNotFoundError as error:
+        prepare_demo = metadata.entry_points(group="stethoscope.demos")["demo"].load()
+    except (KeyError, ModuleNotFoundError) as error:
+        reason = "no entry point `demo`" if isinstance(error, KeyError) else error
         raise StethoscopeError(
-            f"the demo's package is not installed: {error}", hint="`make install`, or `pip install -e demo`"
+            f"the demo's package is not installed: {reason}", hint="`make install`, or `pip install -e demo`"
         ) from error
     from stethoscope.recipe import Recipe
 

@@ -46,8 +46,7 @@ def edit(
     """Put a fine-tune's raw weight change into some layers and write the result."""
     from dataclasses import asdict
 
-    from stethoscope.checkpoints.checkpoint import open_checkpoint
-    from stethoscope.checkpoints.task_vector import open_task_vector
+    from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
     from stethoscope.editing.plan import EditPlan
     from stethoscope.editing.preview import check_edit
     from stethoscope.editing.writer import write_edit
@@ -133,7 +132,7 @@ def verify(
     as_json: AsJSON = False,
 ) -> None:
     """Compare every tensor and file of an edit with its manifest."""
-    from stethoscope.checkpoints.checkpoint import open_checkpoint
+    from stethoscope.checkpoints.open import open_checkpoint
     from stethoscope.editing.verify import verify as verify_edit
 
     with ConsoleReporter(quiet=quiet).stage("Verify") as advance:

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry, open_checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
 from stethoscope.checkpoints.hashing import Digest, fingerprint, new_digest
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import parse_name
+from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.manifest import copy_side_files, describe_patched, read_manifest, write_generated
 from stethoscope.editing.preview import refuse_overlap
 from stethoscope.editing.transfer import (

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint, open_checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
+from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.manifest import MANIFEST, read_manifest
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.errors import CheckpointError

@@ -23,7 +23,7 @@ from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_files
-from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.outcomes import Outcomes

@@ -55,8 +55,7 @@ class Bench:
     @cached_property
     def task_vector(self) -> Any:
         """Tuned less base."""
-        from stethoscope.checkpoints.checkpoint import open_checkpoint
-        from stethoscope.checkpoints.task_vector import open_task_vector
+        from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 
         assert self.base is not None
         assert self.tuned is not None

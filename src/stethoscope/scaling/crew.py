@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from stethoscope.checkpoints.checkpoint import open_checkpoint
+from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
 from stethoscope.lazy import torch

@@ -1,0 +1,148 @@
+"""Open a checkpoint, and the change from it to a tuned one, whatever form that has.
+
+    base = open_checkpoint("google/gemma-3-4b-it")              # or a folder
+    change = open_task_vector(base, "tuned-or-adapter")
+
+Opening reads config.json, the index and the headers, and says everything that is wrong with them at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, config_value, make_entry
+from stethoscope.checkpoints.files import read_json_object, weight_files
+from stethoscope.checkpoints.full import FullTaskVector
+from stethoscope.checkpoints.header import Slot, read_header
+from stethoscope.checkpoints.hub import from_hub, headers_from_hub
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.errors import CheckpointError
+
+
+def open_checkpoint(
+    path: str | Path, *, revision: str | None = None, cache: Path | None = None, headers_only: bool = False
+) -> Checkpoint:
+    """Open a local folder or a hub id; reads headers only.
+
+    Args:
+        path: a folder with config.json and safetensors, or `owner/name` on the hub.
+        revision: a branch, tag or commit of the hub repository.
+        cache: the hub's cache folder; the library's own by default.
+        headers_only: do not download weights that are not in the cache; such a checkpoint can be looked at, not read.
+
+    Raises:
+        CheckpointError: with everything that is wrong with the checkpoint.
+    """
+    folder = Path(path)
+    source = folder.resolve().name
+    remote = not folder.exists()
+    if remote:
+        source = str(path)
+        folder = from_hub(source, revision, cache, weights=not headers_only)
+        revision = folder.name  # the commit
+    if not folder.is_dir():
+        raise CheckpointError(f"`{path}` is not a folder", hint="give the folder that holds config.json")
+    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"`{path}` is a PEFT adapter, not a checkpoint", hint="adapters can be `tuned`, not `base`"
+        )
+    config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
+    if remote and headers_only and not any(folder.glob("*.safetensors")):
+        entries = _entries(source, headers_from_hub(source, revision), [])
+    else:
+        entries = _entries(str(folder), *_read_headers(folder))
+    checkpoint = Checkpoint(folder, config, entries, source=source, revision=revision)
+    _check_layers(checkpoint)
+    return checkpoint
+
+
+def open_task_vector(
+    base: Checkpoint,
+    tuned: str | Path,
+    *,
+    revision: str | None = None,
+    cache: Path | None = None,
+    headers_only: bool = False,
+) -> TaskVector:
+    """The change from ``base`` to a full checkpoint or a PEFT adapter (folder or hub id); reads headers only.
+
+    Args:
+        headers_only: as for `open_checkpoint`; an adapter is small and is fetched all the same.
+
+    Raises:
+        CheckpointError: with every tensor that is missing, extra or of another shape.
+    """
+    folder = _find_adapter(tuned, revision=revision, cache=cache)
+    if folder is not None:
+        return AdapterTaskVector(base, folder, source=str(tuned) if not Path(tuned).exists() else None)
+    return FullTaskVector(base, open_checkpoint(tuned, revision=revision, cache=cache, headers_only=headers_only))
+
+
+def _find_adapter(tuned: str | Path, *, revision: str | None, cache: Path | None) -> Path | None:
+    """The folder of an adapter, or None if ``tuned`` is something else."""
+    folder = Path(tuned)
+    if not folder.exists():
+        folder = from_hub(str(tuned), revision, cache, weights=False)
+    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    return folder if Path(tuned).exists() else from_hub(str(tuned), revision, cache)
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Slot]], list[str]]:
+    """The tensors of each weight file, and what is wrong with the files or differs from the index."""
+    headers: dict[str, dict[str, Slot]] = {}
+    problems: list[str] = []
+    for file, promised in weight_files(folder).items():
+        try:
+            slots = headers[file] = read_header(folder / file)
+        except CheckpointError as error:
+            problems += [f"`{file}`: {problem}" for problem in error.problems or (error.message,)]
+            continue
+        if promised is not None:
+            lacking, unlisted = sorted(promised - set(slots)), sorted(set(slots) - promised)
+            problems += [f"`{file}` lacks `{name}`, which the index says it has" for name in lacking]
+            # Transformers reads a whole shard whatever the index says, so an unlisted tensor is a second truth
+            problems += [f"`{file}` has `{name}`, which the index does not list there" for name in unlisted]
+    return headers, problems
+
+
+def _entries(source: str, headers: Mapping[str, Mapping[str, Slot]], problems: list[str]) -> dict[str, Entry]:
+    """All files' tensors by canonical name; raises ``problems`` and those of names."""
+    entries: dict[str, Entry] = {}
+    for file, slots in headers.items():
+        for stored, slot in slots.items():
+            entry = make_entry(stored, slot, file)
+            other = entries.get(entry.name)
+            if other is None:
+                entries[entry.name] = entry
+            elif other.stored == stored:
+                problems.append(f"`{stored}` is in `{other.file}` and in `{file}`")
+            else:
+                problems.append(f"`{other.stored}` and `{stored}` are the same tensor, `{entry.name}`")
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint `{source}` is damaged", problems=problems, hint="fetch the files named here again"
+        )
+    return entries
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    present = {entry.layer for entry in checkpoint.entries.values() if entry.layer is not None}
+    if not present:
+        raise CheckpointError(
+            f"no decoder layer is recognised in `{checkpoint.source}`",
+            problems=[f"for instance `{name}`" for name in list(checkpoint.entries)[:3]],
+            hint="the tables in stethoscope/checkpoints/names.py list the layouts that are known",
+        )
+    wanted = config_value(checkpoint.config, "num_hidden_layers", "n_layer", "num_layers")
+    count = wanted if type(wanted) is int and wanted > 0 else checkpoint.layers
+    if missing := sorted(set(range(min(count, 10_000))) - present):
+        raise CheckpointError(
+            f"the config of `{checkpoint.source}` says {count} layers, the files lack some",
+            problems=[f"layer {layer} has no tensor" for layer in missing],
+            hint="a shard may be missing",
+        )
+    # layers beyond the config's are extra heads for multi-token prediction, not part of the stack
+    checkpoint.layers = count
