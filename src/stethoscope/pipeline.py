@@ -167,8 +167,13 @@ class _Run:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where this process computes."""
-        return find_device(self.recipe.device)
+        """Where this process computes: `auto` leaves the GPUs to the workers, if there are any."""
+        auto_beside_workers = self.recipe.device == "auto" and self.has_workers
+        return find_device("cpu" if auto_beside_workers else self.recipe.device)
+
+    @property
+    def has_workers(self) -> bool:
+        return self.recipe.ray is not None and self.recipe.ray.workers != 0
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -188,7 +193,7 @@ class _Run:
     def crew(self) -> Crew | None:
         """Workers, if the recipe asks for any; they come when they are first needed."""
         options = self.recipe.ray
-        if options is None or options.workers == 0:
+        if options is None or not self.has_workers:
             return None
         bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.model.dtype)
         return self.open.enter_context(Crew(options, bench))
