@@ -282,7 +282,7 @@ class _Run:
         return made
 
     def gather_evidence(self, diagnosis: Diagnosis) -> None:
-        provenance = self.provenance("diagnosis")
+        options, provenance = self.recipe.diagnose, self.provenance("diagnosis")
         with self.reporter.stage("Evidence: what the features heard") as advance:
             if Evidence.load_if_current(self.folder, provenance):
                 return
@@ -292,8 +292,9 @@ class _Run:
                 self.found.saes,
                 {name: self.found.texts[name] for name in diagnosis.corpora},
                 diagnosis,
-                max_tokens=self.recipe.diagnose.max_tokens,
-                tokens=self.recipe.diagnose.tokens,
+                max_tokens=options.max_tokens,
+                tokens=options.tokens,
+                memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
                 progress=advance,
                 provenance=provenance,
             ).save(self.folder)
