@@ -319,7 +319,12 @@ def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     assert finished / "bases.safetensors" in before
     idle = {
-        "pipeline": ("listen", "gather_evidence", "write_edit", "document_costs", "load_sae", "tokenize", "plan_arms"),
+        "pipeline": (
+            *("load_model", "listen", "gather_evidence", "write_edit", "document_costs", "load_sae", "tokenize"),
+            "plan_arms",
+        ),
+        "artifacts": ("sha256_file",),
+        "evaluation.run": ("weights_hash", "SharedPrefixLM"),
         "editing.apply": ("prepare",),
         "checkpoints.task_vector.TaskVector": ("energy", "delta", "edited"),
     }

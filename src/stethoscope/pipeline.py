@@ -15,7 +15,14 @@ import torch
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes, sha256_files, write_text
+from stethoscope.artifacts import (
+    Provenance,
+    canonical_json,
+    remembered_hashes,
+    sha256_bytes,
+    sha256_files,
+    write_text,
+)
 from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, prompt_lengths, tokenize
 from stethoscope.diagnosis.attribution import attribute
 from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
@@ -36,7 +43,7 @@ from stethoscope.evaluation.control import DocumentCosts, TextLoss, document_cos
 from stethoscope.evaluation.outcomes import DocumentLosses
 from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.run import evaluate
-from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
+from stethoscope.models import find_device, load_model, load_skeleton, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.preflight import GENERAL, HELD_OUT, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.report.render import render_report
@@ -151,17 +158,17 @@ class _Run:
             if recipe.ray:
                 import_ray()
             self.found = preflight(recipe, folder)
-            self.hashes = {
-                "base": sha256_files(identity_files(self.found.base.path)),
-                "tuned": sha256_files(identity_files(self.found.task_vector.store.path)),
-                "saes": sha256_bytes(
-                    canonical_json({str(n): sae.sha256 for n, sae in self.found.saes.items()}).encode()
-                ),
-                **{
-                    name: documents_hash([*documents, *self.found.prompts.get(name, ())])
-                    for name, documents in self.found.texts.items()
-                },
-            }
+            with remembered_hashes(folder / "hashes.json") as hash_file:
+                saes = {str(layer): sae.hashed(hash_file) for layer, sae in self.found.saes.items()}
+                self.hashes = {
+                    "base": sha256_files(identity_files(self.found.base.path), hash_file),
+                    "tuned": sha256_files(identity_files(self.found.task_vector.store.path), hash_file),
+                    "saes": sha256_bytes(canonical_json(saes).encode()),
+                    **{
+                        name: documents_hash([*documents, *self.found.prompts.get(name, ())])
+                        for name, documents in self.found.texts.items()
+                    },
+                }
         for note in self.found.look.notes:
             reporter.note(note)
 
@@ -175,11 +182,14 @@ class _Run:
     def has_workers(self) -> bool:
         return self.recipe.ray is not None and self.recipe.ray.workers != 0
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model here and of the workers' models."""
+        return preferred_dtype("cuda" if self.recipe.ray and self.recipe.ray.gpus else self.device)
+
     @cached_property
     def model(self) -> PreTrainedModel:
-        on_gpus = self.recipe.ray and self.recipe.ray.gpus
-        dtype = preferred_dtype("cuda") if on_gpus else None
-        return load_model(self.found.base.path, dtype=dtype, device=self.device)
+        return load_model(self.found.base.path, dtype=self.dtype, device=self.device)
 
     def layer_edits(self) -> LayerEdits:
         """The task vector's layers, to be put into the model."""
@@ -195,7 +205,7 @@ class _Run:
         options = self.recipe.ray
         if options is None or not self.has_workers:
             return None
-        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.model.dtype)
+        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
         return self.open.enter_context(Crew(options, bench))
 
     def load_saes(self) -> dict[int, Any]:
@@ -516,15 +526,19 @@ class _Run:
         # arms are compared with each other, so all are measured on one kind of device
         where = {} if self.device.type == "cpu" else {"device": self.device.type}
         keys = {
-            name: self.provenance("base", "tuned", plan=plan.to_json() if plan else None, **where).key
+            name: self.provenance(
+                "base", "tuned", plan=plan.to_json() if plan else None, dtype=str(self.dtype), **where
+            ).key
             for name, plan in plans.items()
         }
         tasks = [*self.found.tasks, *self.found.control_tasks]
         with self.reporter.stage(f"Evaluate: {len(arms)} arms, {len(tasks)} tasks") as advance:
             outcomes = evaluate(
-                self.model,
+                partial(load_skeleton, self.found.base.path, dtype=self.dtype)
+                if self.has_workers
+                else lambda: self.model,
                 self.tokenizer,
-                dict.fromkeys(arms, nullcontext) if self.crew else arms,  # workers have their own
+                dict.fromkeys(arms, nullcontext) if self.has_workers else arms,  # workers have their own
                 [*options.tasks, *options.control_tasks],
                 out=self.folder,
                 include_path=options.include_path,
@@ -533,7 +547,7 @@ class _Run:
                 batch_size=options.batch_size,
                 seed=recipe.seed,
                 keys=keys,
-                spread=self.crew.answering(plans) if self.crew else None,
+                spread=(lambda make: self.crew.answering(plans)(make)) if self.has_workers else None,  # type: ignore[union-attr]
                 progress=lambda done, total, _: advance(done, total),
             )
         costs = self.costs(plans, keys)
