@@ -38,7 +38,10 @@ def test_a_recipe_names_a_device(tmp_path):
     )
     with pytest.raises(RecipeError, match="device"):
         Recipe.from_yaml(path)
-    path.write_text(path.read_text().replace("device: gpu", "device: 'cuda:1'"))
+    mistaken = path.read_text()
+    path.write_text(mistaken.replace(", device: gpu", ""))
+    assert Recipe.from_yaml(path).device == "auto"
+    path.write_text(mistaken.replace("device: gpu", "device: 'cuda:1'"))
     assert Recipe.from_yaml(path).device == "cuda:1"
 
 

@@ -320,13 +320,15 @@ def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.safetensors")}
     assert finished / "bases.safetensors" in before
     idle = {
-        "context": ("load_model", "load_tokenizer", "tokenize"),
+        "context": ("load_model", "tokenize"),
         "diagnosis.listen": ("listen",),
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
         "evaluation.control": ("document_costs",),
         "saes.open": ("load_sae",),
         "selection.arms": ("plan_arms",),
+        "artifacts": ("sha256_file",),
+        "evaluation.run": ("weights_hash", "SharedPrefixLM"),
         "editing.apply": ("prepare",),
         "checkpoints.task_vector.TaskVector": ("energy", "delta", "edited"),
     }

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -32,10 +32,35 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_files(paths: Iterable[Path]) -> str:
+def sha256_files(paths: Iterable[Path], hash_file: Callable[[Path], str] = sha256_file) -> str:
     """One hash of several files' names and contents; the order given does not matter."""
-    listed = sorted((path.name, sha256_file(path)) for path in paths)
+    listed = sorted((path.name, hash_file(path)) for path in paths)
     return sha256_bytes(canonical_json(listed).encode())
+
+
+@contextmanager
+def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
+    """A `sha256_file` that reads no file twice, in other processes too: the hashes are kept in the JSON file ``path``.
+
+    A file is known by its path, size, inode and times of change; whoever writes to it changes the last of these.
+    """
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    used = {}
+
+    def hash_file(file: Path) -> str:
+        found = file.stat()
+        state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+        name = str(file.resolve())
+        if known.get(name, {}).get("state") != state:
+            known[name] = {"state": state, "sha256": sha256_file(file)}
+        used[name] = known[name]
+        return str(used[name]["sha256"])
+
+    yield hash_file
+    write_json(path, used)
 
 
 def canonical_json(value: Any) -> str:

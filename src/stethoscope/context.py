@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes, sha256_files
+from stethoscope.artifacts import Provenance, canonical_json, remembered_hashes, sha256_bytes, sha256_files
 from stethoscope.corpus import TokenBatch, batches, documents_hash, prompt_lengths, tokenize
 from stethoscope.documents import Document
 from stethoscope.editing.apply import applied, prepare
@@ -49,15 +49,24 @@ class Context:
 
     @cached_property
     def device(self) -> "torch.device":
-        """Where this process computes."""
-        return find_device(self.recipe.device)
+        """Where this process computes: `auto` leaves the GPUs to the workers, if there are any."""
+        auto_beside_workers = self.recipe.device == "auto" and self.has_workers
+        return find_device("cpu" if auto_beside_workers else self.recipe.device)
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether the recipe asks for workers."""
+        return self.recipe.ray is not None and self.recipe.ray.workers != 0
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """Of the model here and of the workers' models."""
+        return preferred_dtype("cuda" if self.recipe.ray and self.recipe.ray.gpus else self.device)
 
     @cached_property
     def model(self) -> "PreTrainedModel":
         """The base model on its device."""
-        on_gpus = self.recipe.ray and self.recipe.ray.gpus
-        dtype = preferred_dtype("cuda") if on_gpus else None
-        return load_model(self.found.base.path, dtype=dtype, device=self.device)
+        return load_model(self.found.base.path, dtype=self.dtype, device=self.device)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -71,9 +80,9 @@ class Context:
         from stethoscope.scaling.crew import Crew
 
         options = self.recipe.ray
-        if options is None or options.workers == 0:
+        if options is None or not self.has_workers:
             return None
-        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.model.dtype)
+        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
         return self.stack.enter_context(Crew(options, bench))
 
     @property
@@ -151,11 +160,13 @@ def identity_files(folder: Path) -> list[Path]:
 
 def open_context(recipe: Recipe, folder: Path, found: Preflight, stack: ExitStack) -> Context:
     """A run's inputs with their hashes; ``stack`` stops workers when it closes."""
-    texts = found.texts.items()
-    hashes = {
-        "base": sha256_files(identity_files(found.base.path)),
-        "tuned": sha256_files(identity_files(found.task_vector.store.path)),
-        "saes": sha256_bytes(canonical_json({str(n): sae.sha256 for n, sae in found.saes.items()}).encode()),
-        **{name: documents_hash([*documents, *found.prompts.get(name, ())]) for name, documents in texts},
-    }
+    with remembered_hashes(folder / "hashes.json") as hash_file:
+        saes = {str(layer): sae.hashed(hash_file) for layer, sae in found.saes.items()}
+        hashes = {
+            "base": sha256_files(identity_files(found.base.path), hash_file),
+            "tuned": sha256_files(identity_files(found.task_vector.store.path), hash_file),
+            "saes": sha256_bytes(canonical_json(saes).encode()),
+        }
+    for name, documents in found.texts.items():
+        hashes[name] = documents_hash([*documents, *found.prompts.get(name, ())])
     return Context(recipe=recipe, folder=folder, found=found, hashes=hashes, stack=stack)

@@ -244,7 +244,8 @@ class Recipe(_Section):
         random_sets: arms of layers drawn at random.
         validation: how ``validate`` judges the scores.
         evaluate: the proof.
-        device: where this process computes: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, a GPU if there is one.
+        device: where this process computes: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one, but the
+            CPU beside workers, which may need the GPU.
         ray: a cluster that shares the work; without, all is done in this process.
         seed: of permutations, resamples, random layers and few-shot sampling.
     """
@@ -267,7 +268,7 @@ class Recipe(_Section):
     random_sets: int = Field(default=2, ge=1)
     validation: Validation = Validation()
     evaluate: Evaluate
-    device: str = Field(default="cpu", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
+    device: str = Field(default="auto", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
     ray: Ray | None = None
     seed: int = Field(default=0, ge=0)
 

@@ -156,14 +156,16 @@ def make_evidence(context: "Context", results: Results, provenance: Provenance, 
     from stethoscope.diagnosis.evidence import gather_evidence
 
     diagnosis: Diagnosis = results["diagnose"]
+    options = context.recipe.diagnose
     return gather_evidence(
         context.model,
         context.tokenizer,
         context.found.saes,
         {name: context.documents(name, corpus.broken) for name, corpus in diagnosis.corpora.items()},
         diagnosis,
-        max_tokens=context.recipe.diagnose.max_tokens,
-        tokens=context.recipe.diagnose.tokens,
+        max_tokens=options.max_tokens,
+        tokens=options.tokens,
+        memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
         progress=progress,
         provenance=provenance,
     )
@@ -289,7 +291,7 @@ def _load_plans(folder: Path, _: Recipe, provenance: Provenance) -> "Planned | N
 def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts: str) -> dict[str, Provenance]:
     """What each arm's results are made from; arms are compared, so all are measured on one kind of device."""
     device = context.device.type
-    where = {} if device == "cpu" else {"device": device}
+    where = {"dtype": str(context.dtype), **({} if device == "cpu" else {"device": device})}
     return {
         name: context.provenance("base", "tuned", *texts, plan=plan.to_json() if plan else None, **where)
         for name, plan in plans.items()
@@ -301,14 +303,21 @@ def make_outcomes(context: "Context", results: Results, _: Provenance, progress:
     from contextlib import nullcontext
 
     from stethoscope.evaluation.run import evaluate
+    from stethoscope.models import load_skeleton
 
     options, plans = context.recipe.evaluate, results["edit"].plans
-    crew = context.crew
+
+    def on_workers(make: Callable[..., Any]) -> Any:
+        assert context.crew
+        return context.crew.answering(plans)(make)  # they start when the first answer is missing
+
+    spread = on_workers if context.has_workers else None
+    base = context.found.base.path
     return evaluate(
-        context.model,
+        partial(load_skeleton, base, dtype=context.dtype) if spread else lambda: context.model,
         context.tokenizer,
         # workers have their own arms
-        {name: nullcontext if crew else context.arm(plan) for name, plan in plans.items()},
+        {name: nullcontext if spread else context.arm(plan) for name, plan in plans.items()},
         [*options.tasks, *options.control_tasks],
         out=context.folder,
         include_path=options.include_path,
@@ -317,7 +326,7 @@ def make_outcomes(context: "Context", results: Results, _: Provenance, progress:
         batch_size=options.batch_size,
         seed=context.recipe.seed,
         keys={name: made.key for name, made in _arm_keys(context, plans).items()},
-        spread=crew.answering(plans) if crew else None,
+        spread=spread,
         progress=lambda done, total, _: progress(done, total),
     )
 

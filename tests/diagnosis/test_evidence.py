@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 from editing.tiny_models import LAYOUTS, make
-from sae_lens import SAE, GatedSAE, GatedSAEConfig, JumpReLUSAE, JumpReLUSAEConfig, TopKSAE, TopKSAEConfig
+from sae_lens import (
+    SAE,
+    GatedSAE,
+    GatedSAEConfig,
+    JumpReLUSAE,
+    JumpReLUSAEConfig,
+    SkipTranscoder,
+    SkipTranscoderConfig,
+    TopKSAE,
+    TopKSAEConfig,
+)
 from sae_lens.saes.sae import SAEMetadata
 
 from stethoscope.artifacts import Provenance
@@ -161,6 +171,8 @@ def random_sae(kind: str) -> SAE:
         sae = TopKSAE(TopKSAEConfig(k=7, **size))
     elif kind == "gated":
         sae = GatedSAE(GatedSAEConfig(**size))
+    elif kind == "transcoder":
+        sae = SkipTranscoder(SkipTranscoderConfig(d_out=48, apply_b_dec_to_input=False, **size))
     else:
         sae = JumpReLUSAE(JumpReLUSAEConfig(normalize_activations="layer_norm", **size))
         sae.threshold.data = torch.rand(200)
@@ -170,17 +182,35 @@ def random_sae(kind: str) -> SAE:
     return sae.requires_grad_(False)
 
 
-@pytest.mark.parametrize("kind", ["jumprelu", "gated"])
+@pytest.mark.parametrize("kind", ["jumprelu", "gated", "transcoder"])
 def test_some_features_alone_encode_as_among_all(kind):
     sae, hidden, some = random_sae(kind), torch.randn(50, 64), [3, 199, 4, 77]
     torch.testing.assert_close(room._narrowed(sae, some).encode(hidden), sae.encode(hidden)[:, some])
 
 
-def test_features_that_compete_are_encoded_among_all(model, tokenizer):
-    saes, seen = {layer: random_sae("topk") for layer in (0, 2)}, []
-    evidence = gather(model, tokenizer, saes, progress=lambda *done: seen.append(done))
-    assert seen[-1] == (22, 22)  # a forward over 11 documents for each
-    for found in evidence.layers[1].features:
+def test_one_forward_feeds_all_layers_though_their_features_compete(model, tokenizer):
+    saes, forwards, seen = {layer: random_sae("topk") for layer in (0, 1, 2)}, [], []
+    texts = {"target": TARGET, "control": CONTROL}
+    heard = listen(model, tokenizer, saes, texts, block_size=1)
+    diagnosis = diagnose(
+        heard, documents={"target": 7, "control": 4}, provenance=Provenance(), permutations=5, resamples=5
+    )
+    counter = model.model.layers[0].register_forward_pre_hook(lambda _m, _a: forwards.append(1))
+    made = {}
+    for memory in (None, 2 * 4 * 64 * 200, 2 * 2 * 4 * 64 * 200):
+        forwards.clear()
+        made[memory] = gather_evidence(
+            model, tokenizer, saes, texts, diagnosis, provenance=Provenance(), memory=memory,
+            progress=lambda *done: seen.append(done),
+        ), len(forwards), seen[-1]  # fmt: skip
+    counter.remove()
+    (all_, once, told), (singly, thrice, _), (pairs, twice, told_twice) = made.values()
+    assert (once, twice, thrice) == (2, 4, 6)  # a batch for each of the corpora
+    assert all_ == singly == pairs
+    tokens = sum(len(tokenizer(text)["input_ids"]) for text in TARGET + CONTROL)
+    assert (told, told_twice) == ((tokens, tokens), (2 * tokens, 2 * tokens))
+    evidence = all_
+    for found in evidence.layers[2].features:
         peaks = [
             saes[2].encode(model.model.embed_tokens.weight[tokenizer(text)["input_ids"]])[:, found.feature].max().item()
             for text in TARGET

@@ -61,7 +61,9 @@ GPUs = Annotated[float | None, typer.Option("--gpus", min=0, help="Of each worke
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", metavar="cpu|cuda|auto", help="Where this process computes; `cuda:1` is the second GPU, `auto` any."
+        "--device",
+        metavar="cpu|cuda|auto",
+        help="Where this process computes; `auto` (default): a GPU if there is one.",
     ),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="No progress and no warnings: only the result.")]

@@ -1,9 +1,9 @@
-"""Evidence: what each layer's most specific features fire on, in the text itself, and what they make the model say.
+"""Evidence: the text on which each layer's most specific features fire, and the tokens that they promote.
 
     evidence = gather_evidence(model, tokenizer, saes, texts, diagnosis, provenance=provenance)
     evidence.layers[0].features[0].contexts["target"][0]     # text before, the token, text after, activation
 
-One forward over a sample feeds every layer; per feature and document only the strongest token is kept.
+One forward over a sample feeds every layer; for each feature and document only the strongest token is kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +32,11 @@ from stethoscope.sites import hear
 WINDOW = 12
 # Sites whose SAEs decode to directions of the residual stream.
 RESIDUAL_SITES = ("resid_pre", "resid_post", "mlp_out", "attn_out")
-# Architectures that decide about each feature without looking at the others: columns can be encoded alone.
-SEPARABLE = ("standard", "jumprelu", "gated")
+# Architectures that encode each feature without looking at the others: the shown ones alone are kept in memory.
+SEPARABLE = (
+    *("standard", "jumprelu", "gated"),
+    *("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+)
 PROMOTED = 8  # tokens of the logit lens that are shown
 _HEAD_ROWS = 16384  # of the head that are multiplied in float32 at once
 
@@ -104,15 +107,16 @@ def gather_evidence(
     max_tokens: int = 1024,
     tokens: Tokens = "all",
     site: str = "resid_post",
+    memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evidence:
-    """Show what each layer's most specific features fire on.
+    """Find the contexts in which each layer's most specific features fire.
 
     Tokens that the statistics leave out are left out here.
 
     Args:
         model: the base model.
-        saes: by layer, those of the diagnosis; those given as folders are loaded one after the other.
+        saes: those of the diagnosis, by layer; those given as folders are loaded once.
         corpora: documents by name, as listened to.
         diagnosis: its layers' first features are shown.
         features: of each layer.
@@ -121,65 +125,80 @@ def gather_evidence(
         max_tokens: documents are cut here.
         tokens: which count, as listened to.
         site: what the SAEs read; those given as folders say so themselves.
-        progress: called with documents done and in all.
+        memory: bytes that SAEs may take whose features compete (TopK), for all of their weights are needed. Layers that
+            do not fit wait for another forward over the sample; by default one forward feeds all layers.
+        progress: called with tokens done and in all.
     """
     chosen = {found.layer: [f.feature for f in found.features[:features]] for found in diagnosis.layers}
     rows = {name: Rows.of(some[:documents], tokenizer, max_tokens, tokens) for name, some in corpora.items()}
     points = {layer: point_of(model, layer, saes[layer], site) for layer in sorted(saes)}
-    parts: dict[int, _Part] = {}
-    for layer, wanted in chosen.items():
-        if wanted:
-            found = saes[layer]
-            in_residual = (found.site if isinstance(found, SAEFolder) else site) in RESIDUAL_SITES
-            parts[layer] = _Part.of(model, tokenizer, found, wanted, in_residual=in_residual)
-    # SAEs whose features compete need all of their weights: one at a time, each with a forward of its own.
-    together = [layer for layer, part in parts.items() if part.sae is not None]
-    passes = [*([together] if together else []), *([layer] for layer in parts if layer not in together)]
-    total, done = len(passes) * sum(len(some.ids) for some in rows.values()), 0
-    shown: dict[int, dict[str, list[tuple[Context, ...]]]] = {layer: {} for layer in parts}
-    for layers in passes:
-        encoders = {layer: parts[layer].encoder(saes[layer], model.device) for layer in layers}
+    groups = _groups({layer: saes[layer] for layer, wanted in chosen.items() if wanted}, memory)
+    total, done = len(groups) * sum(len(row) for some in rows.values() for row in some.ids), 0
+    shown: dict[int, tuple[FeatureEvidence, ...]] = dict.fromkeys(chosen, ())
+    for group in groups:
+        parts = {layer: _Part.of(model, tokenizer, saes[layer], chosen[layer], site) for layer in group}
+        peaks = {
+            (layer, name): _Peaks(len(some.ids), len(chosen[layer])) for layer in group for name, some in rows.items()
+        }
         for name, some in rows.items():
-            peaks = {layer: _Peaks(len(some.ids), len(chosen[layer])) for layer in layers}
             for batch in batches(some.ids, tokenizer, counted=some.counted):
                 heard, counted, _ = countable(hear(model, points, batch.input_ids), batch)
-                for layer, encode in encoders.items():
-                    values = encode(heard[layer][counted])
+                for layer, part in parts.items():
+                    values = part.encode(heard[layer][counted])
                     spread = values.new_zeros(*counted.shape, values.shape[1])
                     spread[counted] = values
-                    peaks[layer].add(batch.documents, spread.cpu().numpy())
-                done += len(batch.documents)
+                    peaks[layer, name].add(batch.documents, spread.cpu().numpy())
+                done += sum(len(some.ids[document]) for document in batch.documents)
                 if progress:
                     progress(done, total)
-            for layer, found_peaks in peaks.items():
-                shown[layer][name] = found_peaks.contexts(some.ids, tokenizer, contexts)
+        for layer, part in parts.items():
+            found = {name: peaks[layer, name].contexts(some.ids, tokenizer, contexts) for name, some in rows.items()}
+            shown[layer] = tuple(
+                FeatureEvidence(
+                    feature=feature,
+                    contexts={name: of_feature[place] for name, of_feature in found.items()},
+                    promotes=part.promotes[place],
+                    link=part.links[place],
+                )
+                for place, feature in enumerate(part.features)
+            )
+        del part, parts  # the next group needs their memory
     return Evidence(
         provenance=provenance,
         documents={name: len(some.ids) for name, some in rows.items()},
-        layers=tuple(
-            LayerEvidence(
-                layer=layer,
-                features=tuple(
-                    FeatureEvidence(
-                        feature=feature,
-                        contexts={name: found[place] for name, found in shown[layer].items()},
-                        promotes=parts[layer].promotes[place],
-                        link=parts[layer].links[place],
-                    )
-                    for place, feature in enumerate(wanted)
-                ),
-            )
-            for layer, wanted in chosen.items()
-        ),
+        layers=tuple(LayerEvidence(layer=layer, features=features) for layer, features in shown.items()),
     )
+
+
+def _groups(saes: Mapping[int, SAE | SAEFolder], memory: int | None) -> list[list[int]]:
+    """Layers that one forward feeds: all, unless SAEs whose features compete do not fit in memory together."""
+    groups: list[list[int]] = [[]] if saes else []
+    used = 0
+    for layer, sae in saes.items():
+        if isinstance(sae, SAEFolder):
+            architecture, values = sae.architecture, sae.width * sae.d_in
+        else:
+            architecture, values = sae.cfg.architecture(), sae.cfg.d_sae * sae.cfg.d_in
+        size = 2 * values * torch.float32.itemsize if architecture.startswith("topk") else 0
+        if memory is not None and groups[-1] and used + size > memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(layer)
+        used += size
+    return groups
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """What is kept of an SAE: some features, alone in ``sae`` if they can be encoded without the others, else None."""
+    """A layer's features that are shown.
+
+    Attributes:
+        encode: hidden states ``[tokens, d_in]`` to the features' activations ``[tokens, features]`` in float32.
+        promotes: for each feature, as in `FeatureEvidence`; ``links`` too.
+    """
 
     features: list[int]
-    sae: SAE | None
+    encode: Callable[[Tensor], Tensor]
     promotes: list[tuple[str, ...] | None]
     links: list[str | None]
 
@@ -190,28 +209,25 @@ class _Part:
         tokenizer: PreTrainedTokenizerBase,
         source: SAE | SAEFolder,
         features: list[int],
-        *,
-        in_residual: bool,
+        site: str,
     ) -> "_Part":
         sae = loaded(source)
-        known = source.overrides if isinstance(source, SAEFolder) else {}  # of a release
+        site, known = (source.site, source.overrides) if isinstance(source, SAEFolder) else (site, {})
+        promotes = _promotes(model, tokenizer, sae.W_dec[features]) if site in RESIDUAL_SITES else None
         name = known.get("neuronpedia_id") or sae.cfg.metadata.neuronpedia_id
+        alone = sae.cfg.architecture() in SEPARABLE
+        encoder = (_narrowed(sae, features) if alone else sae).to(device=str(model.device))
+        columns = slice(None) if alone else features
         return cls(
             features=features,
-            sae=_narrowed(sae, features) if sae.cfg.architecture() in SEPARABLE else None,
-            promotes=_promotes(model, tokenizer, sae.W_dec[features]) if in_residual else [None] * len(features),
+            encode=lambda hidden: encoder.encode(hidden.to(encoder.dtype))[:, columns].float(),
+            promotes=promotes or [None] * len(features),
             links=[f"https://www.neuronpedia.org/{name}/{feature}" if name else None for feature in features],
         )
 
-    def encoder(self, source: SAE | SAEFolder, device: torch.device) -> Callable[[Tensor], Tensor]:
-        """Activations of the features, in float32, on some tokens' hidden states."""
-        sae = (loaded(source) if self.sae is None else self.sae).to(device=str(device))
-        columns = self.features if self.sae is None else slice(None)
-        return lambda hidden: sae.encode(hidden.to(sae.dtype))[:, columns].float()
-
 
 class _Peaks:
-    """The strongest activation of every feature in every document, and where it is."""
+    """The strongest activation of every feature in every document, and the position of its token."""
 
     def __init__(self, documents: int, features: int) -> None:
         self._strongest = np.zeros((documents, features), dtype=np.float32)
@@ -271,7 +287,7 @@ def _narrowed(sae: SAE, features: Sequence[int]) -> SAE:
         value = getattr(sae, name).detach()
         if name == "W_enc":
             value = value[:, features]
-        elif name != "b_dec":
+        elif name not in ("b_dec", "W_skip"):
             value = value[features]
         kept.copy_(value)
     return small
@@ -297,7 +313,7 @@ def _promotes(
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that stands beside the decoder's layers, behind them if there are several; None if there is none."""
+    """The norm after the decoder's layers, a sibling of theirs; None if there is none."""
     layers = decoder_layers(model)
     parent = next(module for module in model.modules() if any(child is layers for child in module.children()))
     norms = [child for child in parent.children() if "norm" in type(child).__name__.lower()]

@@ -42,7 +42,7 @@ _Entered = tuple[str, Callable[[], LM]]
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Callable[[], PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
     arms: Arms,
     tasks: Sequence[str],
@@ -60,7 +60,8 @@ def evaluate(
     """Evaluate every state of a live model on every task, item by item; no model is loaded.
 
     Args:
-        model: in the base state, on its device, in the type to evaluate in.
+        model: in the base state, on its device, in the type to evaluate in; or a function that loads it, called if any
+            answer is missing. ``keys`` must then name every arm, and depend on base weights, device and type.
         arms: name to a callable whose context puts the model into that arm's state and takes it back.
         tasks: names of harness tasks or groups, or paths of YAML files.
         out: folder for ``outcomes.parquet`` and, under ``parts/``, what is finished so far.
@@ -87,28 +88,36 @@ def evaluate(
             @functools.cache
             def load() -> LM:
                 state.enter_context(arms[arm]())
-                return lm
+                return local()
 
             if key := (keys or {}).get(arm):
                 yield key, load  # an arm without work is not entered
             else:
                 load()
-                yield weights_hash(model), load
+                yield weights_hash(loaded()), load
+
+    @functools.cache
+    def loaded() -> PreTrainedModel:
+        return model if isinstance(model, PreTrainedModel) else model()
+
+    @functools.cache
+    def local() -> SharedPrefixLM:
+        return SharedPrefixLM(loaded(), tokenizer, batch_size=batch_size)
+
+    def relay() -> tuple[Run, RelayLM]:
+        assert spread
+        run = spread(functools.partial(Answerer, batch_size=batch_size))
+        return run, RelayLM(loaded(), tokenizer, batch_size=batch_size)
 
     _check(arms, limit)
     with quiet_harness():
         built = load_tasks(tasks, include_path, data=data, seed=seed)
-        lm = SharedPrefixLM(model, tokenizer, batch_size=batch_size)
-        settings = {
-            "batch_size": batch_size,
-            "dtype": str(model.dtype),
-            "model": weights_hash(model),
-            "tokenizer": _tokenizer_hash(tokenizer, built),
-        }
+        settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, built)}
+        if isinstance(model, PreTrainedModel):
+            settings |= {"dtype": str(model.dtype), "model": weights_hash(model)}
         states = {arm: functools.partial(entered, arm) for arm in arms}
-        run = spread(functools.partial(Answerer, batch_size=batch_size)) if spread else None
-        relay = (run, RelayLM(model, tokenizer, batch_size=batch_size)) if run else None
-        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=relay, progress=progress)
+        work = relay if spread else None
+        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=work, progress=progress)
 
 
 def evaluate_checkpoints(
@@ -184,12 +193,15 @@ def evaluate_checkpoints(
             "tokenizer": next(iter(tokenizers.values())),
         }
         states = {arm: functools.partial(entered, folder) for arm, folder in folders.items()}
-        relay = None
-        if spread:
+
+        def relay() -> tuple[Run, RelayLM]:
+            assert spread
             first = next(iter(folders.values()))
             lm = RelayLM(load_skeleton(first, dtype=dtype), load_tokenizer(first), batch_size=batch_size)
-            relay = spread(functools.partial(Answerer, batch_size=batch_size)), lm
-        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=relay, progress=progress)
+            return spread(functools.partial(Answerer, batch_size=batch_size)), lm
+
+        work = relay if spread else None
+        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=work, progress=progress)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -209,7 +221,7 @@ def _run(
     out: Path,
     limit: int | None,
     seed: int,
-    relay: tuple[Run, RelayLM] | None,
+    relay: Callable[[], tuple[Run, RelayLM]] | None,
     progress: Progress | None,
 ) -> Outcomes:
     """Every arm on every task; what is stored already is read instead, the rest asked of workers if there are any."""
@@ -226,8 +238,8 @@ def _run(
 
     scores: dict[Cell, dict[Any, Score]] = {}
     if relay:
-        states = {arm: functools.partial(_relayed, _state(entered), relay[1]) for arm, entered in states.items()}
-        cells = {(arm, name): place(arm, _state(states[arm]), name)[1] for arm in states for name in tasks}
+        known = {arm: _state(entered) for arm, entered in states.items()}
+        cells = {(arm, name): place(arm, known[arm], name)[1] for arm in states for name in tasks}
         answered = {(arm, name): sizes[name] if path.exists() else 0 for (arm, name), path in cells.items()}
 
         def tell(items: int, cell: Cell) -> None:
@@ -236,7 +248,10 @@ def _run(
                 progress(sum(answered.values()), total, f"{cell[0]}: {cell[1]}")
 
         journals = {cell: path.with_suffix(".jsonl") for cell, path in cells.items() if not path.exists()}
-        scores = ask_workers(*relay, journals, tasks, limit=limit, seed=seed, on_items=tell)
+        run, answers = relay() if journals else (None, None)  # no worker is started if all is answered
+        if run and answers:
+            scores = ask_workers(run, answers, journals, tasks, limit=limit, seed=seed, on_items=tell)
+        states = {arm: functools.partial(_relayed, known[arm], answers) for arm in states}
     show = None if relay else progress  # what is left then is to look at the answers
     for arm, entered in states.items():
         with entered() as (state, load):
@@ -280,9 +295,14 @@ def _state(entered: Callable[[], AbstractContextManager[_Entered]]) -> str:
 
 
 @contextmanager
-def _relayed(state: str, lm: RelayLM) -> Iterator[_Entered]:
-    """An arm that workers have been in."""
-    yield state, lambda: lm
+def _relayed(state: str, lm: RelayLM | None) -> Iterator[_Entered]:
+    """An arm whose answers workers gave; without ``lm``, all of them are stored."""
+
+    def load() -> LM:
+        assert lm is not None
+        return lm
+
+    yield state, load
 
 
 def _run_cell(lm: LM, arm: str, name: str, task: Task, limit: int | None, seed: int) -> pd.DataFrame:

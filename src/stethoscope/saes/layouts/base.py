@@ -66,7 +66,11 @@ class SAEFolder:
     @cached_property
     def sha256(self) -> str:
         """One hash of configuration and weights; reads the whole files."""
-        parts: list[Any] = [sha256_file(self.path / name) for name in self.files]
+        return self.hashed()
+
+    def hashed(self, hash_file: Callable[[Path], str] = sha256_file) -> str:
+        """One hash of configuration and weights, from a hash of each file."""
+        parts: list[Any] = [hash_file(self.path / name) for name in self.files]
         return sha256_bytes(canonical_json([*parts, dict(self.overrides)] if self.overrides else parts).encode())
 
 
