@@ -42,15 +42,16 @@ def random(*shape: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(shape)
 
 
-def weights() -> dict[str, Tensor]:
+def weights(*, threshold: bool = True) -> dict[str, Tensor]:
     """Random weights in SAELens' names, decoder rows of any norm."""
-    return {
+    drawn = {
         "W_enc": random(D, W, scale=0.4),
         "W_dec": random(W, D),
         "b_enc": random(W, scale=0.3),
         "b_dec": random(D),
         "threshold": random(W, scale=0.5).abs(),
     }
+    return drawn if threshold else {name: value for name, value in drawn.items() if name != "threshold"}
 
 
 def relu(z: Tensor) -> Tensor:
@@ -59,6 +60,20 @@ def relu(z: Tensor) -> Tensor:
 
 def top(z: Tensor, k: int = K) -> Tensor:
     return torch.zeros_like(z).scatter(-1, z.topk(k).indices, relu(z.topk(k).values))
+
+
+def jump(w: dict[str, Tensor]) -> Reading:
+    """JumpReLU that subtracts no bias."""
+
+    def encode(x: Tensor) -> Tensor:
+        z = x @ w["W_enc"] + w["b_enc"]
+        return relu(z) * (z > w["threshold"])
+
+    return encode
+
+
+def linear(w: dict[str, Tensor]) -> Reading:
+    return lambda features: features @ w["W_dec"] + w["b_dec"]
 
 
 def write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None, name: str = "cfg.json") -> Path:
@@ -97,25 +112,18 @@ def flat(hook: str = "blocks.3.hook_resid_post", **config: Any) -> dict[str, Any
 
 
 def standard(root: Path) -> Case:
-    w = weights()
-    del w["threshold"]
+    w = weights(threshold=False)
     return sae_lens_case(
         root, six(architecture="standard", apply_b_dec_to_input=True), w, architecture="standard",
-        encode=lambda x: relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        encode=lambda x: relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=linear(w),
     )  # fmt: skip
 
 
 def jumprelu(root: Path) -> Case:
     w = weights()
-
-    def encode(x: Tensor) -> Tensor:
-        z = x @ w["W_enc"] + w["b_enc"]
-        return relu(z) * (z > w["threshold"])
-
     config = six(hook="model.layers.3", architecture="jumprelu", apply_b_dec_to_input=False)
     return sae_lens_case(
-        root, config, w, architecture="jumprelu", place=(3, "resid_post", "output"), encode=encode,
-        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        root, config, w, architecture="jumprelu", place=(3, "resid_post", "output"), encode=jump(w), decode=linear(w),
     )  # fmt: skip
 
 
@@ -129,15 +137,12 @@ def gated(root: Path) -> Case:
         return relu(z * w["r_mag"].exp() + w["b_mag"]) * (z + w["b_gate"] > 0)
 
     config = six(architecture="gated", apply_b_dec_to_input=True)
-    return sae_lens_case(
-        root, config, w, architecture="gated", encode=encode, decode=lambda f: f @ w["W_dec"] + w["b_dec"]
-    )
+    return sae_lens_case(root, config, w, architecture="gated", encode=encode, decode=linear(w))
 
 
 def topk_layer_norm(root: Path) -> Case:
     """A layer norm around the SAE: decoding undoes it with the statistics of the input."""
-    w = weights()
-    del w["threshold"]
+    w = weights(threshold=False)
     seen: list[Tensor] = []
 
     def encode(x: Tensor) -> Tensor:
@@ -154,8 +159,7 @@ def topk_layer_norm(root: Path) -> Case:
 
 
 def topk_rescaled(root: Path) -> Case:
-    w = weights()
-    del w["threshold"]
+    w = weights(threshold=False)
     norms = w["W_dec"].norm(dim=1)
     config = six(architecture="topk", apply_b_dec_to_input=True, k=K, rescale_acts_by_decoder_norm=True)
     return sae_lens_case(
@@ -195,15 +199,10 @@ def batchtopk_in_training(root: Path) -> Case:
 
 def jumprelu_transcoder(root: Path) -> Case:
     w = weights()
-
-    def encode(x: Tensor) -> Tensor:
-        z = x @ w["W_enc"] + w["b_enc"]
-        return relu(z) * (z > w["threshold"])
-
     config = six(architecture="jumprelu_transcoder", apply_b_dec_to_input=False, d_out=D, hook="blocks.3.mlp.hook_in")
     return sae_lens_case(
-        root, config, w, architecture="jumprelu_transcoder", place=(3, "mlp_in", None), encode=encode,
-        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        root, config, w, architecture="jumprelu_transcoder", place=(3, "mlp_in", None),
+        encode=jump(w), decode=linear(w),
     )  # fmt: skip
 
 
@@ -216,15 +215,13 @@ def flat_jumprelu(root: Path) -> Case:
 
     config = flat(architecture="jumprelu", model_from_pretrained_kwargs={"center_writing_weights": False})
     return sae_lens_case(
-        root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="jumprelu", encode=encode,
-        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="jumprelu", encode=encode, decode=linear(w),
     )  # fmt: skip
 
 
 def flat_scaled(root: Path) -> Case:
     """Fine-tuned factors multiply features before they are decoded; SAELens 6 refuses the file."""
-    w = weights()
-    del w["threshold"]
+    w = weights(threshold=False)
     factor = 1 + random(W).abs()
     config = flat(hook_point="unused") | {"apply_b_dec_to_input": False, "finetuning_scaling_factor": True}
     return sae_lens_case(
@@ -236,14 +233,13 @@ def flat_scaled(root: Path) -> Case:
 
 def flat_topk_of_heads(root: Path) -> Case:
     """TopK as an activation function, on all heads side by side; SAELens would reshape [tokens, heads, width]."""
-    w = weights()
-    del w["threshold"]
+    w = weights(threshold=False)
     config = flat(activation_fn_kwargs={"k": K}) | {"activation_fn_str": "topk"}
     config["hook_point"] = "blocks.3.attn.hook_z"
     del config["hook_name"]
     return sae_lens_case(
         root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="topk", place=(3, "attn_z", None),
-        encode=lambda x: top((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        encode=lambda x: top((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=linear(w),
         loader=None,
     )  # fmt: skip
 
@@ -268,7 +264,7 @@ def sparsify(root: Path, folder: str = "layers.5.mlp", **config: Any) -> Case:
     return Case(
         path=path, place=places[folder, transcode], architecture="topk_transcoder" if transcode else "topk",
         encode=lambda x: top(relu((x - bias) @ w["W_enc"] + w["b_enc"])),
-        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        decode=linear(w),
     )  # fmt: skip
 
 
@@ -291,15 +287,10 @@ def gemma_scope_2(root: Path, kind: str = "resid_post_all", *, config: bool = Tr
     weight_file = root / repo / folder / "params.safetensors"
     path = write(weight_file, stored, about if config else None, "config.json")
 
-    def encode(x: Tensor) -> Tensor:
-        z = x @ w["W_enc"] + w["b_enc"]
-        return relu(z) * (z > w["threshold"])
-
     kinds = {(True, True): "jumprelu_skip_transcoder", (True, False): "jumprelu_transcoder"}
     return Case(
-        path=path, place=(9, site, tap), architecture=kinds.get((transcoder, skip), "jumprelu"), encode=encode,
-        decode=lambda f: f @ w["W_dec"] + w["b_dec"],
-        loader=lambda: loaders.gemma_3_sae_huggingface_loader(repo, folder)[:2],
+        path=path, place=(9, site, tap), architecture=kinds.get((transcoder, skip), "jumprelu"),
+        encode=jump(w), decode=linear(w), loader=lambda: loaders.gemma_3_sae_huggingface_loader(repo, folder)[:2],
     )  # fmt: skip
 
 
@@ -313,17 +304,12 @@ def gemma_scope_1(root: Path, kind: str = "res") -> Case:
     repo, folder = f"google/gemma-scope-2b-pt-{kind}", "layer_7/width_16k/average_l0_69"
     path = write(root / repo / folder / "params.npz", w)
 
-    def encode(x: Tensor) -> Tensor:
-        z = x @ w["W_enc"] + w["b_enc"]
-        return relu(z) * (z > w["threshold"])
-
     def loader() -> tuple[dict[str, Any], dict[str, Tensor]]:
         config, state, _ = loaders.gemma_2_sae_huggingface_loader(repo, folder)
         return {**config, "d_in": D, "d_sae": W}, state  # it knows the real models' sizes only
 
     return Case(
-        path=path, place=(7, site, tap), architecture="jumprelu", encode=encode,
-        decode=lambda f: f @ w["W_dec"] + w["b_dec"], loader=loader,
+        path=path, place=(7, site, tap), architecture="jumprelu", encode=jump(w), decode=linear(w), loader=loader,
     )  # fmt: skip
 
 
@@ -429,7 +415,7 @@ def qwen_scope(root: Path) -> Case:
     sizes = {"d_in": D, "d_sae": W}
     return Case(
         path=root / repo / file, place=(7, "resid_post", "output"), architecture="topk",
-        encode=lambda x: top(x @ w["W_enc"] + w["b_enc"]), decode=lambda f: f @ w["W_dec"] + w["b_dec"],
+        encode=lambda x: top(x @ w["W_enc"] + w["b_enc"]), decode=linear(w),
         loader=lambda: loaders.qwen_scope_sae_huggingface_loader(repo, file, cfg_overrides=sizes)[:2],
     )  # fmt: skip
 
@@ -528,10 +514,8 @@ def test_a_transcoders_linear_skip_lies_the_right_way(tmp_path: Path) -> None:
 
 def test_a_module_that_sae_lens_noted_is_believed_over_its_own_name(tmp_path: Path) -> None:
     case = jumprelu_transcoder(tmp_path)
-    config = json.loads((case.path / "cfg.json").read_text())
     names = {"hook_name": "blocks.3.hook_mlp_in", "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output"}
-    config["metadata"] |= names
-    (case.path / "cfg.json").write_text(json.dumps(config))
+    change(case.path / "cfg.json", "metadata", **names)
     folder = read_folder(case.path)
     assert (folder.layer, folder.site, folder.tap) == (3, "mlp_in", "pre_feedforward_layernorm.output")
 
@@ -545,14 +529,10 @@ def test_transcoders_say_so(tmp_path: Path) -> None:
 
 
 def test_a_release_says_the_factor_that_a_configuration_lacks(tmp_path: Path) -> None:
-    w = weights()
-    del w["threshold"]
-    path = write(tmp_path / "x" / "sae_weights.safetensors", w, flat() | {"d_in": D, "d_sae": W})
-    config = json.loads((path / "cfg.json").read_text()) | {"normalize_activations": "expected_average_only_in"}
-    (path / "cfg.json").write_text(json.dumps(config))
-    with pytest.raises(SAEError) as caught:
-        read_folder(path)
-    assert "does not say the scale" in str(caught.value)
+    w = weights(threshold=False)
+    config = {**flat(), "d_in": D, "d_sae": W, "normalize_activations": "expected_average_only_in"}
+    path = write(tmp_path / "x" / "sae_weights.safetensors", w, config)
+    assert "does not say the scale" in refusal(path)
     sae = load_sae(read_folder(path, {"norm_scaling_factor": 2.0}))
     x = random(9, D)
     features = relu((2 * x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
@@ -583,31 +563,38 @@ REFUSED: dict[str, tuple[Callable[[Path], Case], Callable[[Path], object], str]]
     ),
     "a lying trainer": (
         lambda root: dictionary(root, "AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", "dict_size", 7),
+        lambda path: change(path / "config.json", "trainer", dict_size=7),
         "`encoder.weight` should have shape (7, 12), the file has (40, 12)",
     ),
     "a class of its own": (
         lambda root: dictionary(root, "AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", "dict_class", "CrossCoder"),
+        lambda path: change(path / "config.json", "trainer", dict_class="CrossCoder"),
         "the class `CrossCoder` is not supported",
     ),
     "another site": (
         lambda root: dictionary(root, "AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", "submodule_name", "embed_layer_4"),
+        lambda path: change(path / "config.json", "trainer", submodule_name="embed_layer_4"),
         "`blocks.4.hook_embed`",
     ),
     "no norm": (
         llama_scope,
-        lambda path: change(path / "hyperparams.json", "dataset_average_activation_norm", "in", None),
+        lambda path: change(path / "hyperparams.json", "dataset_average_activation_norm", **{"in": None}),
         "`average norm` is `None`",
     ),
 }  # fmt: skip
 
 
-def change(path: Path, table: str, key: str, value: object) -> None:
+def change(path: Path, table: str | None, **values: object) -> None:
+    """Set values in a table of a configuration, or at its top."""
     config = json.loads(path.read_text())
-    config[table][key] = value
+    (config[table] if table else config).update(values)
     path.write_text(json.dumps(config))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(SAEError, match="cannot be used") as caught:
+        read_folder(path)
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -615,9 +602,7 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(name: str, tmp_path: Pat
     make, spoil, said = REFUSED[name]
     path = make(tmp_path).path
     spoil(path)
-    with pytest.raises(SAEError) as caught:
-        read_folder(path)
-    assert said in str(caught.value)
+    assert said in refusal(path)
 
 
 @pytest.mark.parametrize(
@@ -634,26 +619,18 @@ def test_flat_configurations_that_mean_something_else_are_refused(
     config: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     case = flat_scaled(tmp_path)
-    stored = json.loads((case.path / "cfg.json").read_text())
-    (case.path / "cfg.json").write_text(json.dumps({**stored, **config}))
-    with pytest.raises(SAEError) as caught:
-        read_folder(case.path)
-    assert said in str(caught.value)
+    change(case.path / "cfg.json", None, **config)
+    assert said in refusal(case.path)
 
 
 def test_gemma_scope_must_say_where_it_reads(tmp_path: Path) -> None:
     two = gemma_scope_2(tmp_path, config=False).path
     moved = two.parent.rename(two.parents[1] / "mine") / two.name
-    with pytest.raises(SAEError, match="cannot be used") as caught:
-        read_folder(moved)
-    assert "`mine/layer_9_width_16k_l0_small` does not say what it reads" in str(caught.value)
-    one = gemma_scope_1(tmp_path)
-    with pytest.raises(SAEError) as caught:
-        read_folder(one.path.parents[2].rename(tmp_path / "renamed") / "layer_7/width_16k/average_l0_69")
-    assert "its path does not say what it reads" in str(caught.value)
-    with pytest.raises(SAEError) as caught:
-        read_folder(
-            gemma_scope_1(tmp_path).path.parents[2].rename(tmp_path / "gemma-scope-2b-pt-transcoders")
-            / "layer_7/width_16k/average_l0_69"
-        )
-    assert "`gemma-scope-2b-pt-transcoders` is not supported" in str(caught.value)
+    assert "`mine/layer_9_width_16k_l0_small` does not say what it reads" in refusal(moved)
+    one = "layer_7/width_16k/average_l0_69"
+    for name, said in (
+        ("renamed", "its path does not say what it reads"),
+        ("gemma-scope-2b-pt-transcoders", "`gemma-scope-2b-pt-transcoders` is not supported"),
+    ):
+        repository = gemma_scope_1(tmp_path).path.parents[2].rename(tmp_path / name)
+        assert said in refusal(repository / one)
