@@ -15,6 +15,7 @@ ORDER = [
     {"cli"},
     {"run"},
     {"stages"},
+    {"make"},
     {"context"},
     {"scaling"},
     {"preflight"},

@@ -293,6 +293,11 @@ class Recipe(_Section):
         """Every control by name, the first of which is ``control``."""
         return {"control": self.control, **self.controls}
 
+    @property
+    def corpora(self) -> tuple[str, ...]:
+        """Names of the texts that layers are scored on."""
+        return ("target", *self.all_controls)
+
     @classmethod
     def from_yaml(cls, path: Path, changes: Iterable[str] = ()) -> "Recipe":
         """Read and validate a recipe; relative paths in it are relative to its folder.

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import yaml
 
+from stethoscope import stages
 from stethoscope.artifacts import write_text
 from stethoscope.recipe import Recipe
-from stethoscope.stages import STAGES, Results, Stage
+from stethoscope.stages import Results, Stage
 
 if TYPE_CHECKING:
     from stethoscope.evaluation.comparison import Comparison
@@ -133,10 +134,10 @@ def run_recipe(
 def chosen_stages(recipe: Recipe, until: str | None) -> list[Stage]:
     """The stages of a whole run, or one with those that it needs, in order."""
     if until is None:
-        return [stage for stage in STAGES if stage.wanted(recipe)]
-    known = {stage.name: stage for stage in STAGES}
+        return [stage for stage in stages.STAGES if stage.wanted(recipe)]
+    known = {stage.name: stage for stage in stages.STAGES}
     chosen = {until, *known[until].also}
-    for stage in reversed(STAGES):
+    for stage in reversed(stages.STAGES):
         if stage.name in chosen:
             chosen |= known.keys() & set(stage.needs(recipe))
-    return [stage for stage in STAGES if stage.name in chosen]
+    return [stage for stage in stages.STAGES if stage.name in chosen]

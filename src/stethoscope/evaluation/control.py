@@ -232,3 +232,11 @@ def _checked(documents: Documents, starts: Sequence[int] | None) -> Int[np.ndarr
     if starts is not None and not tokens.any():
         raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
     return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmLosses:
+    """Every arm's losses on the recipe's texts; each is empty where the recipe names no such text."""
+
+    general: dict[str, DocumentCosts]
+    target: dict[str, DocumentLosses]

@@ -1,0 +1,402 @@
+"""Makes each stage's result from the context and the results of earlier stages.
+
+Functions import what they need when they are called, so that listing the stages imports nothing heavy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.artifacts import Provenance
+from stethoscope.errors import RecipeError
+from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT
+
+if TYPE_CHECKING:
+    from stethoscope.context import Context
+    from stethoscope.diagnosis.diagnose import Diagnosis
+    from stethoscope.diagnosis.evidence import Evidence
+    from stethoscope.diagnosis.statistics import FeatureStatistics
+    from stethoscope.editing.geometry import Geometry
+    from stethoscope.editing.plan import EditPlan
+    from stethoscope.editing.subspace import LayerFeatures
+    from stethoscope.evaluation.comparison import Comparison
+    from stethoscope.evaluation.control import ArmLosses, DocumentCosts
+    from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
+    from stethoscope.evaluation.peeking import Claim
+    from stethoscope.selection.arms import Planned
+    from stethoscope.selection.calibration import Calibration
+    from stethoscope.selection.hearing import Hearing
+    from stethoscope.selection.policies import Selection
+
+GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
+
+Progress = Callable[[int, int], None]
+Results = Mapping[str, Any]
+
+
+def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Diagnosis":
+    """Collect every layer's SAE activations on target and control text, and score the layers."""
+    from stethoscope.diagnosis.diagnose import diagnose
+    from stethoscope.diagnosis.listen import listen
+    from stethoscope.diagnosis.statistics import save_statistics
+
+    recipe, options, crew = context.recipe, context.recipe.diagnose, context.crew
+    texts = {name: context.found.texts[name] for name in recipe.corpora}
+    worth = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
+    memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
+    split = recipe.ray.split if recipe.ray else "auto"
+    if crew:
+        memory = memory or crew.sae_memory(context.found.base.nbytes)
+    heard = listen(
+        context.model,
+        context.tokenizer,
+        context.found.saes,
+        texts,
+        block_size=options.block_size,
+        max_tokens=options.max_tokens,
+        tokens=options.tokens,
+        memory=memory,
+        skip_broken=options.skip_broken,
+        split=split,
+        spread=crew.listening if crew else None,
+        progress=progress,
+    )
+    save_statistics(context.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
+    return diagnose(
+        heard,
+        documents={name: len(documents) for name, documents in texts.items()},
+        provenance=provenance,
+        score=recipe.score,
+        worth=worth,
+        increments=recipe.increments,
+        permutations=options.permutations,
+        resamples=options.resamples,
+        top_features=max(64, context.projected_features),
+    )
+
+
+def _attribution(
+    context: "Context", texts: Mapping[str, Sequence[Any]], progress: Progress
+) -> "dict[str, FeatureStatistics]":
+    """What each layer's own edit is worth to target and control loss, by feature."""
+    from stethoscope.diagnosis.attribution import attribute
+    from stethoscope.saes.open import load_sae
+
+    edits, saes = context.layer_edits(), {layer: load_sae(sae) for layer, sae in context.found.saes.items()}
+    parts = {name: context.batches(name) for name in texts}
+    total, before, worth = sum(map(len, parts.values())), 0, {}
+    for name, part in parts.items():
+        worth[name] = attribute(
+            context.model,
+            edits,
+            saes,
+            part,
+            site=context.sae_site.site,
+            tap=context.sae_site.tap,
+            coefficient=context.recipe.edit.coefficient,
+            block_size=context.recipe.diagnose.block_size,
+            progress=lambda done, _, before=before: progress(before + done, total),  # type: ignore[misc]
+        ).statistics()
+        before += len(part)
+    return worth
+
+
+def evidence(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Evidence":
+    """Find the contexts in which each layer's most specific features are strongest."""
+    from stethoscope.diagnosis.evidence import gather_evidence
+
+    diagnosis: Diagnosis = results["diagnose"]
+    options = context.recipe.diagnose
+    return gather_evidence(
+        context.model,
+        context.tokenizer,
+        context.found.saes,
+        {name: context.documents(name, corpus.broken) for name, corpus in diagnosis.corpora.items()},
+        diagnosis,
+        max_tokens=options.max_tokens,
+        tokens=options.tokens,
+        memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
+        progress=progress,
+        provenance=provenance,
+    )
+
+
+def calibration(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Calibration":
+    """Find layers and coefficient on the recipe's calibration text."""
+    from stethoscope.selection.calibration import calibrate
+
+    options = context.recipe.calibrate
+    if options is None:
+        raise RecipeError("the recipe has no section `calibrate`", hint="it names target and control text")
+    flagged = context.recipe.select.include_flagged
+    return calibrate(
+        context.model,
+        context.layer_edits(),
+        {side: context.batches(f"calibration {side}") for side in ("target", "control")},
+        {layer.layer: layer.z for layer in results["diagnose"].layers if flagged or layer.flag is None},
+        seen={side: context.hashes[f"calibration {side}"] for side in ("target", "control")},
+        provenance=provenance,
+        coefficients=options.coefficients,
+        budget=options.budget,
+        per_layer=options.per_layer,
+        spread=context.crew.injecting if context.crew else None,
+        progress=progress,
+    )
+
+
+def selection(context: "Context", results: Results, provenance: Provenance, _: Progress) -> "Selection":
+    """Choose layers by the recipe's policy."""
+    from stethoscope.selection.policies import select, select_calibrated
+
+    if context.recipe.select.policy == "calibrated":
+        return select_calibrated(results["diagnose"], results["calibrate"], provenance=provenance)
+    return select(results["diagnose"], context.recipe.select, provenance=provenance)
+
+
+def claim(context: "Context", _: Results, provenance: Provenance, __: Progress) -> "Claim":
+    """Say which test items the choice of layers has seen."""
+    from stethoscope.evaluation.peeking import Claim
+
+    context.found.seen.save(context.folder)
+    return Claim(
+        provenance=provenance,
+        kind="exploratory" if context.found.seen_items else "confirmatory",
+        seen_items=context.found.seen_items,
+        seen_texts={name: context.hashes[name] for name in context.found.texts if name not in (GENERAL, HELD_OUT)},
+    )
+
+
+def geometry(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Geometry":
+    """Measure how much of the task vector lies in the SAE feature subspace."""
+    from stethoscope.editing.geometry import measure_geometry
+
+    diagnosis: Diagnosis = results["diagnose"]
+    return measure_geometry(
+        context.found.task_vector,
+        _features(context, diagnosis),
+        provenance=provenance,
+        model=context.model,
+        texts={
+            name: context.batches(name, GEOMETRY_DOCUMENTS, diagnosis.corpora[name].broken)
+            for name in context.recipe.corpora
+        },
+        draws=context.recipe.project.draws,
+        tokens=context.recipe.project.tokens,
+        progress=progress,
+    )
+
+
+def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable[[], LayerFeatures]]":
+    """By layer, what loads its feature directions: those first that differ most toward the target."""
+    from stethoscope.diagnosis.statistics import load_statistics
+    from stethoscope.editing.subspace import LayerFeatures
+    from stethoscope.saes.open import load_sae
+
+    statistics = cache(lambda: load_statistics(context.folder / "statistics.safetensors"))
+
+    def load(layer: int, against: str) -> LayerFeatures:
+        ours, theirs = (statistics()[name].layers[layer] for name in ("target", against))
+        sae = load_sae(context.found.saes[layer])
+        return LayerFeatures(
+            decoder=sae.W_dec.detach(),
+            encoder=sae.W_enc.detach().T,
+            order=ours.toward(theirs).tolist(),
+            chosen=context.projected_features,
+        )
+
+    return {layer.layer: partial(load, layer.layer, layer.against) for layer in diagnosis.layers}
+
+
+def edit(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Planned":
+    """Make every arm's plan, and write the selected layers' checkpoint."""
+    from stethoscope.editing.writer import write_edit
+    from stethoscope.selection.arms import Edits, plan_arms, save_plans
+
+    task_vector, diagnosis = context.found.task_vector, results["diagnose"]
+    planned = plan_arms(
+        context.recipe,
+        task_vector,
+        results["select"].coefficients or dict.fromkeys(results["select"].layers, context.recipe.edit.coefficient),
+        {layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
+        {n: lambda load=load: load().directions for n, load in _features(context, diagnosis).items()},  # type: ignore[misc]
+        features=context.projected_features,
+    )
+    # removed before the checkpoint changes: plans that are current must not lie beside another plan's edit
+    (context.folder / Edits.FILE).unlink(missing_ok=True)
+    if selected := planned.plans.get("selected"):
+        edited = context.folder / "edited"
+        write_edit(context.found.base, task_vector, selected, edited, overwrite=True, progress=progress)
+    save_plans(context.folder, planned, task_vector.energy_by_layer(), provenance=provenance)
+    return planned
+
+
+def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts: str) -> dict[str, Provenance]:
+    """What each arm's results are made from; arms are compared, so all are measured on one kind of device."""
+    device = context.device.type
+    where = {"dtype": str(context.dtype), **({} if device == "cpu" else {"device": device})}
+    return {
+        name: context.provenance("base", "tuned", *texts, plan=plan.to_json() if plan else None, **where)
+        for name, plan in plans.items()
+    }
+
+
+def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
+    """Run every arm on every task; what is stored by arm and task is read."""
+    from contextlib import nullcontext
+
+    from stethoscope.evaluation.run import evaluate
+    from stethoscope.models import load_skeleton
+
+    options, plans = context.recipe.evaluate, results["edit"].plans
+
+    def on_workers(make: Callable[..., Any]) -> Any:
+        assert context.crew
+        return context.crew.answering(plans)(make)  # they start when the first answer is missing
+
+    spread = on_workers if context.has_workers else None
+    base = context.found.base.path
+    return evaluate(
+        partial(load_skeleton, base, dtype=context.dtype) if spread else lambda: context.model,
+        context.tokenizer,
+        # workers have their own arms
+        {name: nullcontext if spread else context.arm(plan) for name, plan in plans.items()},
+        [*options.tasks, *options.control_tasks],
+        out=context.folder,
+        include_path=options.include_path,
+        data=options.data,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seed=context.recipe.seed,
+        keys={name: made.key for name, made in _arm_keys(context, plans).items()},
+        spread=spread,
+        progress=lambda done, total, _: progress(done, total),
+    )
+
+
+def losses(context: "Context", results: Results, _: Provenance, progress: Progress) -> "ArmLosses":
+    """Measure every arm's loss on held-out target text, and loss and divergence from the base on general text."""
+    from stethoscope.evaluation.control import ArmLosses
+
+    plans = results["edit"].plans
+    return ArmLosses(general=_costs(context, plans, progress), target=_target_losses(context, plans, progress))
+
+
+def _target_losses(
+    context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
+) -> "dict[str, DocumentLosses]":
+    from stethoscope.evaluation.control import TextLoss, document_losses
+
+    if not context.found.texts.get(HELD_OUT):
+        return {}
+    losses = {}
+    rows = cache(partial(context.rows, HELD_OUT))  # not tokenized where every loss is saved
+    for number, (name, provenance) in enumerate(_arm_keys(context, plans, HELD_OUT).items()):
+        folder = context.folder / "losses" / HELD_OUT.replace(" ", "-") / name
+        saved = TextLoss.load_if_current(folder, provenance)
+        if saved is None:
+            ids, starts = rows()
+            with context.arm(plans[name])():
+                measured = document_losses(context.model, ids, starts=starts)
+            saved = TextLoss.of(measured, provenance)
+            saved.save(folder)
+        losses[name] = saved.measured
+        progress(number + 1, len(plans))
+    return losses
+
+
+def _costs(
+    context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
+) -> "dict[str, DocumentCosts]":
+    from stethoscope.evaluation.control import DocumentCosts, document_costs
+
+    if not context.found.texts.get(GENERAL):
+        return {}
+    keys = _arm_keys(context, plans, GENERAL)
+    places = {name: context.folder / "losses" / GENERAL / name for name in plans}
+    known = {name: DocumentCosts.load_if_current(places[name], keys[name]) for name in plans}
+    missing = {name: plan for name, plan in plans.items() if known[name] is None}
+    groups = context.held_together(missing) if missing else []
+    for number, group in enumerate(groups):
+        ids, starts = context.rows(GENERAL)
+        total = len(groups) * len(ids)
+        found = document_costs(
+            context.model,
+            {name: context.held_arm(plan) for name, plan in group.items()},
+            ids,
+            starts=starts,
+            progress=lambda done, of, number=number, total=total: progress(number * of + done, total),  # type: ignore[misc]
+        )
+        for name, costs in found.items():
+            costs.save(places[name], keys[name])
+        known |= found
+    return {name: costs for name, costs in known.items() if costs}
+
+
+def comparison(context: "Context", results: Results, _: Provenance, __: Progress) -> "Comparison":
+    """Compare the arms with paired tests."""
+    from stethoscope.editing.manifest import write_results
+    from stethoscope.evaluation.comparison import compare
+
+    losses: ArmLosses = results["losses"]
+    made = compare(
+        results["outcomes"],
+        family=context.found.tasks,
+        losses={name: one.loss for name, one in losses.general.items()} or None,
+        target_losses=losses.target or None,
+        divergences={name: one.divergence for name, one in losses.general.items()} or None,
+        seed=context.recipe.seed,
+        inputs={
+            **context.hashes,
+            **{name: results[name].provenance.key for name in ("diagnose", "calibrate") if name in results},
+        },
+    )
+    made.save(context.folder / "comparison.json")
+    if "selected" in results["edit"].plans:
+        write_results(context.folder / "edited", made.contrast("selected").summary())
+    return made
+
+
+def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
+    """Judge every score against the effect that injecting the layers has."""
+    from stethoscope.diagnosis.statistics import load_statistics
+    from stethoscope.saes.open import load_sae
+    from stethoscope.selection.hearing import judge_hearing
+    from stethoscope.selection.scoring import edit_scores, text_scores
+
+    recipe, options = context.recipe, context.recipe.validation
+    statistics = load_statistics(context.folder / "statistics.safetensors")
+    edits = context.layer_edits()
+    texts = {name: context.batches(name, options.documents) for name in ("target", options.control)}
+    truth = context.batches(HELD_OUT, options.documents) if HELD_OUT in context.found.texts else texts["target"]
+    scores = text_scores(statistics, control=options.control, seed=recipe.seed) | edit_scores(
+        context.model,
+        edits,
+        {layer: load_sae(sae) for layer, sae in context.found.saes.items()},
+        statistics,
+        texts,
+        control=options.control,
+        site=context.sae_site.site,
+        tap=context.sae_site.tap,
+        progress=progress,
+    )
+    return judge_hearing(
+        context.model,
+        edits,
+        scores,
+        {"target": truth, options.control: texts[options.control]},
+        provenance=provenance,
+        control=options.control,
+        matched=options.matched if options.matched is not None else (recipe.score, ATTRIBUTION),
+        random_sets=options.random_sets,
+        coefficient=recipe.edit.coefficient,
+        spread=context.crew.injecting if context.crew else None,
+        progress=progress,
+    )
+
+
+def report(context: "Context", _: Results, __: Provenance, ___: Progress) -> Path:
+    """Write the report from what is saved."""
+    from stethoscope.report.render import render_report
+
+    return render_report(context.folder)
