@@ -22,6 +22,7 @@ from tiny_world import make_world, write_logs
 from stethoscope.cli import app, main
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.recipe import Recipe
+from stethoscope.stages import STAGES
 
 LANGUAGES = {"sh", "python", "yaml", "json", "text"}
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -64,7 +65,8 @@ def test_every_block_runs_in_order_or_says_why_not(page, world, monkeypatch, cap
     shutil.copytree(kept, here)  # in the same place, which tasks' settings name
     monkeypatch.chdir(here)
     monkeypatch.setattr("stethoscope.evaluation.run.SharedPrefixLM.max_gen_toks", 8)
-    monkeypatch.setattr("stethoscope.diagnosis.scores.SCORES", dict(SCORES))  # a page adds one
+    monkeypatch.setattr("stethoscope.diagnosis.scores.SCORES", dict(SCORES))  # a page adds one, and a stage
+    monkeypatch.setattr("stethoscope.stages.STAGES", STAGES)
     names: dict[str, Any] = {"__name__": "documentation"}
     for block in blocks(page):
         where = f"{name_of(page)}, line {block.line}"

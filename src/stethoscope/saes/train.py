@@ -32,8 +32,8 @@ from stethoscope.corpus import Document, documents_hash
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models import decoder_layers, load_model
 from stethoscope.saes.activations import ActivationStream, StreamPosition
-from stethoscope.saes.folder import read_json
 from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
+from stethoscope.saes.layouts.files import read_json
 from stethoscope.sites import SITES
 
 # Encoder rows start as this multiple of the decoder's, so that many overlapping features fire on a token at first.
