@@ -14,8 +14,9 @@ import yaml
 
 from stethoscope import stages
 from stethoscope.artifacts import write_text
+from stethoscope.make import Results
 from stethoscope.recipe import Recipe
-from stethoscope.stages import Results, Stage
+from stethoscope.stages import Stage
 
 if TYPE_CHECKING:
     from stethoscope.evaluation.comparison import Comparison
