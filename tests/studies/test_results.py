@@ -14,15 +14,13 @@ def test_every_number_follows_from_the_outcomes() -> None:
     assert results.render() == (results.HERE / "RESULTS.md").read_text(encoding="utf-8")
 
 
-def test_the_share_beaten_is_counted_from_the_random_sets() -> None:
-    found = results.scores().query("k == 5")
-    for vector in results.vectors_of("choice"):
-        here = found[found.vector == vector]
-        own = here[(here.set == "score") & (here.score == "mass_shift")].iloc[0]
-        for kind in ("equal_size", "equal_energy"):
-            drawn = here[here.set == f"random, {kind.replace('_', ' ')}"]
-            assert len(drawn) == 100
-            assert own[f"beats_{kind}_share"] == pytest.approx((own.worth > drawn.worth).mean())
+def test_the_share_beaten_is_the_one_that_the_product_found() -> None:
+    for kind in ("equal_size", "equal_energy"):
+        found = results.chances("choice", f"random, {kind.replace('_', ' ')}")
+        for vector, beaten in found.items():
+            (own,) = results.pick("choice", vector=vector, set="score", score="mass_shift", k=5).to_dict("records")
+            said = [own[f"beats_{kind}_{part}"] for part in ("share", "low", "high")]
+            assert (beaten.share, beaten.low, beaten.high) == pytest.approx(said)
 
 
 def test_energy_that_explains_all_leaves_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +29,7 @@ def test_energy_that_explains_all_leaves_no_choice(monkeypatch: pytest.MonkeyPat
     made = pd.concat([made, pd.DataFrame([{"vector": "code", "set": "score", "k": 5, "score": "big", "energy": 0.9}])])
     made = made.assign(gain=2 * made.energy, cost=0.0)
     made.loc[made.set != "score", "gain"] += np.tile([0.01, -0.01, 0.0], 7)
+    made = made.assign(worth=made.gain - made.cost)
     monkeypatch.setattr(results, "table", lambda _name: made)
     assert results.adjusted(5).loc["big", "code"] == pytest.approx(0.5, abs=0.2)
 
@@ -49,12 +48,11 @@ def test_the_share_of_drawn_sets_beaten_has_its_exact_interval() -> None:
 
 
 def test_spread_is_judged_beside_both_kinds_of_chance() -> None:
-    found = results.table("spread").query("vector == 'words' and k == 5").assign(worth=lambda f: f.gain - f.cost)
-    own = found[found.score == "mass_shift"].query("set == 'score'").worth.iloc[0]
-    random = results.scores().query("vector == 'words' and k == 5 and set == 'random, equal size'")
-    row = results.spread_primary().set_index("vector").loc["words"]
-    assert row["beats random layers"].startswith(f"{100 * (own > random.worth).mean():.0f} %")
-    stretched = found[found.set == "random, one a stretch"]
+    own = results.pick("spread", vector="words", k=5, set="score", score="mass_shift").worth.item()
+    random = results.pick("choice", vector="words", k=5, set="random, equal size")
+    stretched = results.pick("spread", vector="words", k=5, set=results.STRETCHED)
     assert {len(layers) for layers in stretched.layers} == {5}
     assert all(layer // 6 == place for layers in stretched.layers for place, layer in enumerate(layers))
-    assert row["beats random ones of each stretch"].startswith(f"{100 * (own > stretched.worth).mean():.0f} %")
+    for chance, drawn in (("random, equal size", random), (results.STRETCHED, stretched)):
+        assert len(drawn) == 100
+        assert results.chances("spread", chance)["words"].share == pytest.approx((own > drawn.worth).mean())
