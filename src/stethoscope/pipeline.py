@@ -612,13 +612,12 @@ class _Run:
             groups = self.held_together({name: plan for name, plan in plans.items() if known[name] is None})
             for number, group in enumerate(groups):
                 ids, starts = rows()
-                total = len(groups) * len(ids)
                 found = document_costs(
                     self.model,
                     {name: self.swap(plan) for name, plan in group.items()},
                     ids,
                     starts=starts,
-                    progress=lambda done, of, number=number, total=total: advance(number * of + done, total),  # type: ignore[misc]
+                    progress=lambda done, of, n=number: advance(n * of + done, len(groups) * of),  # type: ignore[misc]
                 )
                 for name, costs in found.items():
                     costs.save(*places[name])
