@@ -319,13 +319,12 @@ def _costs(
     groups = context.held_together(missing) if missing else []
     for number, group in enumerate(groups):
         ids, starts = context.rows(GENERAL)
-        total = len(groups) * len(ids)
         found = document_costs(
             context.model,
             {name: context.held_arm(plan) for name, plan in group.items()},
             ids,
             starts=starts,
-            progress=lambda done, of, number=number, total=total: progress(number * of + done, total),  # type: ignore[misc]
+            progress=lambda done, of, n=number: progress(n * of + done, len(groups) * of),  # type: ignore[misc]
         )
         for name, costs in found.items():
             costs.save(places[name], keys[name])

@@ -82,15 +82,16 @@ class ConsoleReporter:
             yield lambda _done, _total: None
             return
         if _err.is_terminal:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             columns = (
                 TextColumn("{task.description:<34}", table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=20),  # a line of 80 holds it all
-                MofNCompleteColumn(),
+                TaskProgressColumn(),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=_err, transient=True) as bar:
+            # the speed is the whole stage's: a step may take longer than the 30 s that rich looks back by default
+            with Progress(*columns, console=_err, transient=True, speed_estimate_period=1e9) as bar:
                 task = bar.add_task(title, total=None)
                 yield lambda done, total: bar.update(task, completed=done, total=total)
         else:
@@ -112,7 +113,7 @@ def _lines(title: str, start: float) -> Callable[[int, int], None]:
         if now - said >= LINE_SECONDS and 0 < done < total:
             said = now
             left = (now - start) * (total - done) / done
-            warn(f"{title:<34} {now - start:6.1f} s, {done} of {total}, about {_duration(left)} left")
+            warn(f"{title:<34} {now - start:6.1f} s, {done / total:.0%}, about {_duration(left)} left")
 
     return advance
 

@@ -88,7 +88,7 @@ def listen(
             the documents if all encoders fit, else the cheaper of the other two, see `sharing.share`. The statistics
             are the same.
         spread: where the work is done; here if None.
-        progress: called with documents done and in all.
+        progress: called with characters of text done and in all, a cut document counting about what is read of it.
 
     Raises:
         SAEError: an SAE gave values that are not finite, or does not fit its site.
@@ -104,7 +104,8 @@ def listen(
     opening = {
         name: _opening(name, some, tokenizer, max_tokens, tokens, health_tokens) for name, some in corpora.items()
     }
-    heard = _Pass(corpora, sharing.groups, block_size, keep_groups=sharing.way != "documents")
+    sizes = {name: [_size(document, max_tokens) for document in some] for name, some in corpora.items()}
+    heard = _Pass(corpora, sizes, sharing.groups, block_size, keep_groups=sharing.way != "documents")
     for group in sharing.groups:
         heard.samples[group] = Sample(layers=group, documents=opening, tokens=health_tokens)
     agenda = heard.together(sharing, run.means.workers) if sharing.way == "streams" else heard.apart()
@@ -130,6 +131,12 @@ def listen(
     return {name: heard.listening(name, sorted(saes)) for name in corpora}
 
 
+def _size(document: Document, max_tokens: int) -> int:
+    """About how many characters of a document are read: by these the time left is told."""
+    text = document if isinstance(document, str) else "".join(str(message.get("content")) for message in document)
+    return min(len(text), 4 * max_tokens)
+
+
 def encoder_dtype(model: PreTrainedModel) -> torch.dtype:
     """Of the encoders' products if nothing else is said: bfloat16 if the model computes in it, else float32."""
     return torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
@@ -139,16 +146,22 @@ class _Pass:
     """What has been heard so far, and what is left to hear."""
 
     def __init__(
-        self, corpora: Mapping[str, Sequence[Document]], groups: Sequence[Layers], block_size: int, *, keep_groups: bool
+        self,
+        corpora: Mapping[str, Sequence[Document]],
+        sizes: Mapping[str, Sequence[int]],
+        groups: Sequence[Layers],
+        block_size: int,
+        *,
+        keep_groups: bool,
     ) -> None:
-        self.corpora, self.groups, self.keep_groups = corpora, groups, keep_groups
+        self.corpora, self.sizes, self.groups, self.keep_groups = corpora, sizes, groups, keep_groups
         self.blocks = {
             name: [range(len(some))[start : start + block_size] for start in range(0, len(some), block_size)]
             for name, some in corpora.items()
         }
         self.samples: dict[Layers, Sample] = {}
         self.broken: dict[str, dict[int, str]] = {name: {} for name in corpora}
-        self.done, self.total = 0, len(groups) * sum(map(len, corpora.values()))
+        self.done, self.total = 0, len(groups) * sum(map(sum, sizes.values()))
         self._heard: dict[Part, frozenset[int]] = {}  # which documents of it
         self._tables = {name: StatisticsTable(len(blocks)) for name, blocks in self.blocks.items()}
         self._health: dict[str, dict[int, SAEHealth]] = {name: {} for name in corpora}
@@ -201,7 +214,7 @@ class _Pass:
             return
         self.broken[part.corpus] |= found.broken
         if part not in self._heard:
-            self.done += len(part.places)
+            self.done += sum(self.sizes[part.corpus][place] for place in part.places)
             self._silent[part.corpus] += found.silent if part.group == self.groups[0] else 0
         self._heard[part] = found.places
         if found.statistics:

@@ -144,7 +144,7 @@ def document_costs(
         documents: token ids of each document; the first token is not predicted.
         starts: the first token of each document whose loss counts, as for `document_losses`; divergences count all.
         batch_tokens: tokens of a batch, padding included.
-        progress: called with documents done and in all.
+        progress: called with tokens that are predicted, done and in all.
 
     Returns:
         by arm; the losses are those of `document_losses`, and the base's divergence is exactly 0.
@@ -181,9 +181,9 @@ def document_costs(
             judged = _counted(ids, documents, batch, starts).to(loss.device)
             losses[name][batch] = loss.view(judged.shape).where(judged, 0.0).double().sum(1).cpu().numpy()
             divergences[name][batch] = divergence.view(judged.shape).double().sum(1).cpu().numpy()
-        done += len(batch)
+        done += int(tokens[batch].sum())
         if progress:
-            progress(done, len(documents))
+            progress(done, int(tokens.sum()))
     for what, measured in {"control loss": losses, "divergence from the base": divergences}.items():
         if bad := [f"arm `{name}`" for name, values in measured.items() if not np.isfinite(values).all()]:
             raise EvaluationError(
