@@ -14,7 +14,7 @@ from common import NAMES, Bench, arguments, recipe_of, resume
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.pipeline import calibrate_recipe
-from stethoscope.selection.calibration import Calibration
+from stethoscope.results.calibration import Calibration
 
 
 def rows(bench: Bench, choices: dict[str, Calibration]) -> Iterator[dict[str, Any]]:

@@ -16,10 +16,10 @@ from common import NAMES, recipe_of, save
 
 from stethoscope.cli import cache_folder
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.diagnosis.statistics import load_statistics
 from stethoscope.models import load_tokenizer
 from stethoscope.pipeline import select_recipe
+from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.saes.training import TrainingSettings, load_for_training, train_saes
 from stethoscope.selection.scoring import text_scores
 from stethoscope_demo.base_model import ORIGIN, unpack_base

@@ -18,35 +18,42 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes, sha256_files, write_text
 from stethoscope.corpus import Document, TokenBatch, batches, documents_hash, prompt_lengths, tokenize
 from stethoscope.diagnosis.attribution import attribute
-from stethoscope.diagnosis.diagnose import ATTRIBUTION, Diagnosis, diagnose
-from stethoscope.diagnosis.evidence import Evidence, gather_evidence
+from stethoscope.diagnosis.diagnose import ATTRIBUTION, diagnose
+from stethoscope.diagnosis.evidence import gather_evidence
 from stethoscope.diagnosis.listen import encoder_dtype, listen
 from stethoscope.diagnosis.sharing import share
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.editing.apply import applied, prepare
-from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
+from stethoscope.editing.geometry import LayerFeatures, measure_geometry
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.manifest import write_results
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.sides import SCALPEL_ARMS
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import RecipeError
-from stethoscope.evaluation.comparison import Comparison, compare
+from stethoscope.evaluation.comparison import compare
 from stethoscope.evaluation.control import DocumentCosts, TextLoss, document_costs, document_losses
 from stethoscope.evaluation.outcomes import DocumentLosses
-from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.run import evaluate
 from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.preflight import GENERAL, HELD_OUT, preflight
 from stethoscope.recipe import Recipe
 from stethoscope.report.render import render_report
+from stethoscope.results.calibration import Calibration
+from stethoscope.results.comparison import Claim, Comparison
+from stethoscope.results.diagnosis import Diagnosis
+from stethoscope.results.edits import Edits
+from stethoscope.results.evidence import Evidence
+from stethoscope.results.geometry import Geometry
+from stethoscope.results.hearing import Hearing
+from stethoscope.results.selection import Selection
 from stethoscope.saes.sources import SAEFolder, load_sae
 from stethoscope.scaling.bench import Bench
 from stethoscope.scaling.crew import Crew, import_ray
-from stethoscope.selection.arms import Edits, load_plans, plan_arms, save_plans
-from stethoscope.selection.calibration import Calibration, calibrate
-from stethoscope.selection.hearing import Hearing, judge_hearing
-from stethoscope.selection.policies import Selection, select, select_calibrated
+from stethoscope.selection.arms import load_plans, plan_arms, save_plans
+from stethoscope.selection.calibration import calibrate
+from stethoscope.selection.hearing import judge_hearing
+from stethoscope.selection.policies import select, select_calibrated
 from stethoscope.selection.scoring import edit_scores, text_scores
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.

@@ -15,11 +15,12 @@ from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector, open_task_vector
 from stethoscope.corpus import TokenBatch
 from stethoscope.editing.energy import energy_curve
-from stethoscope.editing.geometry import Geometry, LayerFeatures, measure_geometry
+from stethoscope.editing.geometry import LayerFeatures, measure_geometry
 from stethoscope.editing.projection import FeatureProjection, feature_basis, nested_basis
 from stethoscope.editing.sides import residual_sides
 from stethoscope.editing.spectrum import LinearChange, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.results.geometry import Geometry
 
 D, FEATURES = 16, 24
 

@@ -23,7 +23,7 @@ from stethoscope.diagnosis.listener import Block, Listener, Sample
 from stethoscope.diagnosis.sharing import Layers, Sharing, Split, share, waves
 from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
 from stethoscope.errors import StethoscopeError
-from stethoscope.saes.health import SAEHealth
+from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.saes.sources import SAEFolder
 from stethoscope.work import Alone, Lost, Piece, Run, Spread
 

@@ -22,8 +22,9 @@ from stethoscope.diagnosis.sharing import BATCH_TOKENS, Layers
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.streams import Begun, Forward, Reading, Streams
 from stethoscope.errors import SAEError
+from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.saes.activations import lent, loud_positions
-from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
+from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.sources import SAEFolder, load_sae
 from stethoscope.sites import HookPoint, hear, hook_point
 from stethoscope.work import Lost
