@@ -165,7 +165,7 @@ class Diagnosis(Shown, Artifact):
         return f"{said}; {flagged} are not believed." if flagged else f"{said}."
 
     def to_frame(self) -> Any:
-        """A pandas frame: a row per layer, ``variance_explained`` and ``l0`` of every corpus in columns of their own."""
+        """A pandas frame: a row per layer, ``variance_explained`` and ``l0`` by corpus in columns of their own."""
         import pandas as pd
 
         return pd.DataFrame(

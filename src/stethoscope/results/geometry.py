@@ -143,7 +143,7 @@ class Geometry(Shown, Artifact):
     verdict: str
 
     def to_frame(self) -> Any:
-        """A pandas frame: a row per layer, with shares of energy kept beside chance, and on each corpus the functional."""
+        """A pandas frame: a row per layer, with shares of energy kept beside chance and, by corpus, functional ones."""
         import pandas as pd
 
         return pd.DataFrame(
