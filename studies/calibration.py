@@ -13,8 +13,8 @@ from typing import Any
 from common import NAMES, Bench, arguments, recipe_of, resume
 
 from stethoscope.cli.console import ConsoleReporter
+from stethoscope.results.calibration import Calibration
 from stethoscope.run import run_recipe
-from stethoscope.selection.calibration import Calibration
 
 
 def rows(bench: Bench, choices: dict[str, Calibration]) -> Iterator[dict[str, Any]]:

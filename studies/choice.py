@@ -15,8 +15,8 @@ from common import JUDGED_ON, NAMES, OUTCOMES, arguments, energies, recipe_of
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.recipe import Validation
+from stethoscope.results.hearing import Beaten, Hearing, SetEffect
 from stethoscope.run import run_recipe
-from stethoscope.selection.hearing import Beaten, Hearing, SetEffect
 
 
 def rows(vector: str, found: Hearing, energy: dict[int, float]) -> Iterator[dict[str, Any]]:

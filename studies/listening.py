@@ -22,10 +22,10 @@ from sae_lens import SAE
 from vectors import DIAGNOSED, HELD_OUT, MAX_TOKENS, SEARCHED
 
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import Diagnose, Recipe, Text
+from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.run import run_recipe
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import measure_health

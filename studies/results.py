@@ -23,9 +23,9 @@ from common import NAMES, OUTCOMES, TEXTS
 from scipy.stats import linregress, spearmanr
 
 from stethoscope.evaluation import DocumentLosses, Outcomes, compare
-from stethoscope.evaluation.contrast import Comparison, Contrast
-from stethoscope.evaluation.inference import PairedDifference, ratio_difference
-from stethoscope.selection.hearing import Beaten
+from stethoscope.evaluation.inference import ratio_difference
+from stethoscope.results.comparison import Comparison, Contrast, PairedDifference
+from stethoscope.results.hearing import Beaten
 
 HERE = Path(__file__).parent
 PRIMARY, K = "mass_shift", 5

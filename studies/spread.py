@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from common import JUDGED_ON, NAMES, OUTCOMES, TEXTS, Bench, arguments, resume
 
-from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.recipe import Select
+from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.selection.policies import select, stretches
 
 SIZES = (3, 5, 8)

@@ -17,22 +17,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
-from stethoscope.diagnosis.diagnose import Diagnosis
-from stethoscope.editing.geometry import Geometry
 from stethoscope.errors import RecipeError, StethoscopeError
-from stethoscope.evaluation.comparison import Comparison
 from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs
-from stethoscope.evaluation.peeking import Claim
 from stethoscope.evaluation.tables import accuracy_table
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
+from stethoscope.results.calibration import Calibration
+from stethoscope.results.comparison import Claim, Comparison
+from stethoscope.results.diagnosis import Diagnosis
+from stethoscope.results.edits import Edits
+from stethoscope.results.geometry import Geometry
+from stethoscope.results.hearing import Hearing
+from stethoscope.results.selection import Selection
 from stethoscope.run import run_recipe
 from stethoscope.seen import Seen
-from stethoscope.selection.arms import Edits, plan_arms
-from stethoscope.selection.calibration import Calibration
+from stethoscope.selection.arms import plan_arms
 from stethoscope.selection.controls import CONTROL_ARMS
-from stethoscope.selection.hearing import Hearing
-from stethoscope.selection.policies import Selection
 
 LAYERS = 4
 HIDDEN = 32

@@ -2,10 +2,13 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 from stethoscope.report import trade_off
 from stethoscope.report.choice import hearing_plane
 from stethoscope.report.scalpel import energy_curves
+from stethoscope.results.comparison import Comparison
+from stethoscope.results.hearing import Hearing
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
@@ -54,13 +57,15 @@ def method() -> str:
 def main() -> None:
     """Write every picture."""
     PICTURES.mkdir(exist_ok=True)
-    demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
-    hearing = json.loads((RESULTS / "hearing.json").read_text(encoding="utf-8"))
-    scalpel = json.loads((RESULTS / "scalpel.json").read_text(encoding="utf-8"))
-    hearing["scores"] = {name: hearing["scores"][name] for name in SHOWN}
+    demo = Comparison.load(RESULTS / "demo.json")
+    hearing = Hearing.load(RESULTS)
+    hearing = hearing.model_copy(update={"scores": {name: hearing.scores[name] for name in SHOWN}})
+    # only some of the geometry's fields are kept there
+    text = (RESULTS / "scalpel.json").read_text(encoding="utf-8")
+    scalpel = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
     trade_off(demo, without=["tuned"], width=600).save(PICTURES / "trade_off.svg")
     hearing_plane(hearing, 5, width=600).save(PICTURES / "hearing.svg")
-    energy_curves(scalpel["geometry"], scalpel["selection"], width=600).save(PICTURES / "energy.svg")
+    energy_curves(scalpel.geometry, scalpel.selection, width=600).save(PICTURES / "energy.svg")
     (PICTURES / "method.svg").write_text(method(), encoding="utf-8")
 
 

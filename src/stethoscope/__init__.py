@@ -8,39 +8,47 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-    from stethoscope.diagnosis.diagnose import Diagnosis, diagnose
+    from stethoscope.diagnosis.diagnose import diagnose
     from stethoscope.diagnosis.listen import listen
     from stethoscope.editing.apply import applied
-    from stethoscope.editing.geometry import Geometry, measure_geometry
+    from stethoscope.editing.geometry import measure_geometry
     from stethoscope.editing.plan import EditPlan
     from stethoscope.editing.writer import write_edit
     from stethoscope.errors import StethoscopeError
-    from stethoscope.evaluation.comparison import Comparison, compare
+    from stethoscope.evaluation.comparison import compare
     from stethoscope.evaluation.outcomes import Outcomes
     from stethoscope.evaluation.run import evaluate
     from stethoscope.recipe import Recipe
     from stethoscope.report import render_report
+    from stethoscope.results.comparison import Comparison
+    from stethoscope.results.diagnosis import Diagnosis
+    from stethoscope.results.geometry import Geometry
+    from stethoscope.results.selection import Selection
     from stethoscope.run import run_recipe
     from stethoscope.saes.open import load_sae, open_saes
-    from stethoscope.selection.policies import Selection, select
+    from stethoscope.selection.policies import select
 
 _MODULES = {
     "checkpoints.open": ["open_checkpoint", "open_task_vector"],
-    "diagnosis.diagnose": ["Diagnosis", "diagnose"],
+    "diagnosis.diagnose": ["diagnose"],
     "diagnosis.listen": ["listen"],
     "editing.apply": ["applied"],
-    "editing.geometry": ["Geometry", "measure_geometry"],
+    "editing.geometry": ["measure_geometry"],
     "editing.plan": ["EditPlan"],
     "editing.writer": ["write_edit"],
     "errors": ["StethoscopeError"],
-    "evaluation.comparison": ["Comparison", "compare"],
+    "evaluation.comparison": ["compare"],
     "evaluation.outcomes": ["Outcomes"],
     "evaluation.run": ["evaluate"],
-    "run": ["run_recipe"],
     "recipe": ["Recipe"],
     "report": ["render_report"],
+    "results.comparison": ["Comparison"],
+    "results.diagnosis": ["Diagnosis"],
+    "results.geometry": ["Geometry"],
+    "results.selection": ["Selection"],
+    "run": ["run_recipe"],
     "saes.open": ["load_sae", "open_saes"],
-    "selection.policies": ["Selection", "select"],
+    "selection.policies": ["select"],
 }
 _HOME = {name: f"stethoscope.{module}" for module, names in _MODULES.items() for name in names}
 

@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stethoscope.errors import StethoscopeError
 
+Built = TypeVar("Built")
+# typing.Self would say this better, but beartype cannot check it in a class that is not decorated as a whole.
+Saved = TypeVar("Saved", bound="Artifact")
+
 
 def sha256_bytes(data: bytes) -> str:
     """The SHA-256 of some bytes, in hexadecimal."""
@@ -161,8 +165,38 @@ class Provenance(Frozen):
         return sha256_bytes(canonical_json(self.model_dump()).encode())
 
 
-# typing.Self would say this better, but beartype cannot check it in a class that is not decorated as a whole.
-Saved = TypeVar("Saved", bound="Artifact")
+def read_json(path: Path) -> Any:
+    """The value that a file holds.
+
+    Raises:
+        StethoscopeError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StethoscopeError(f"`{path}` is missing", hint="run the stage that writes it first") from error
+    except ValueError as error:
+        raise StethoscopeError(f"`{path}` is not JSON: {error}") from error
+
+
+def read_versioned(path: Path, schema: int, build: Callable[[Any], Built], *, field: str = "schema_version") -> Built:
+    """What ``build`` makes of the value in a JSON file whose ``field`` names the schema version.
+
+    Raises:
+        StethoscopeError: the file is missing, damaged, or of another schema version.
+    """
+    value = read_json(path)
+    found = value.get(field) if isinstance(value, dict) else None
+    if found != schema:
+        raise StethoscopeError(
+            f"`{path}` has schema version `{found}`, this version reads `{schema}`",
+            hint="run its stage again with this version of stethoscope",
+        )
+    try:
+        return build(value)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise StethoscopeError(f"`{path}` does not have the expected form", problems=problems) from error
 
 
 class Artifact(Frozen):
@@ -190,24 +224,12 @@ class Artifact(Frozen):
         Raises:
             StethoscopeError: the file is missing, damaged, or of another schema version.
         """
-        path = folder / cls.FILE
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise StethoscopeError(f"`{path}` is missing", hint="run the stage that writes it first") from error
-        except ValueError as error:
-            raise StethoscopeError(f"`{path}` is not JSON: {error}") from error
-        found = value.get("schema_version") if isinstance(value, dict) else None
-        if found != cls.SCHEMA:
-            raise StethoscopeError(
-                f"`{path}` has schema version `{found}`, this version reads `{cls.SCHEMA}`",
-                hint="run its stage again with this version of stethoscope",
-            )
-        try:
-            return cls.model_validate(value)
-        except ValidationError as error:
-            problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-            raise StethoscopeError(f"`{path}` does not have the expected form", problems=problems) from error
+        return read_versioned(folder / cls.FILE, cls.SCHEMA, cls.model_validate)
+
+    @classmethod
+    def find(cls: type[Saved], folder: Path) -> Saved | None:
+        """As `load`, and None where there is no such file."""
+        return cls.load(folder) if (folder / cls.FILE).exists() else None
 
     @classmethod
     def load_if_current(cls: type[Saved], folder: Path, provenance: Provenance) -> Saved | None:

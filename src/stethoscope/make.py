@@ -14,20 +14,19 @@ from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT
 
 if TYPE_CHECKING:
     from stethoscope.context import Context
-    from stethoscope.diagnosis.diagnose import Diagnosis
-    from stethoscope.diagnosis.evidence import Evidence
     from stethoscope.diagnosis.statistics import FeatureStatistics
-    from stethoscope.editing.geometry import Geometry
     from stethoscope.editing.plan import EditPlan
     from stethoscope.editing.subspace import LayerFeatures
-    from stethoscope.evaluation.comparison import Comparison
     from stethoscope.evaluation.control import ArmLosses, DocumentCosts
     from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
-    from stethoscope.evaluation.peeking import Claim
+    from stethoscope.results.calibration import Calibration
+    from stethoscope.results.comparison import Claim, Comparison
+    from stethoscope.results.diagnosis import Diagnosis
+    from stethoscope.results.evidence import Evidence
+    from stethoscope.results.geometry import Geometry
+    from stethoscope.results.hearing import Hearing
+    from stethoscope.results.selection import Selection
     from stethoscope.selection.arms import Planned
-    from stethoscope.selection.calibration import Calibration
-    from stethoscope.selection.hearing import Hearing
-    from stethoscope.selection.policies import Selection
 
 GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
 
@@ -156,7 +155,7 @@ def selection(context: "Context", results: Results, provenance: Provenance, _: P
 
 def claim(context: "Context", _: Results, provenance: Provenance, __: Progress) -> "Claim":
     """Say which test items the choice of layers has seen."""
-    from stethoscope.evaluation.peeking import Claim
+    from stethoscope.results.comparison import Claim
 
     context.found.seen.save(context.folder)
     return Claim(
@@ -211,7 +210,8 @@ def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable
 def edit(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Planned":
     """Make every arm's plan, and write the selected layers' checkpoint."""
     from stethoscope.editing.writer import write_edit
-    from stethoscope.selection.arms import Edits, plan_arms, save_plans
+    from stethoscope.results.edits import Edits
+    from stethoscope.selection.arms import plan_arms, save_plans
 
     task_vector, diagnosis = context.found.task_vector, results["diagnose"]
     planned = plan_arms(

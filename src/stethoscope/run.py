@@ -19,8 +19,8 @@ from stethoscope.recipe import Recipe
 from stethoscope.stages import Stage
 
 if TYPE_CHECKING:
-    from stethoscope.evaluation.comparison import Comparison
-    from stethoscope.selection.policies import Selection
+    from stethoscope.results.comparison import Comparison
+    from stethoscope.results.selection import Selection
 
 
 @runtime_checkable

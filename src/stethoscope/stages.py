@@ -19,8 +19,8 @@ from stethoscope.recipe import ATTRIBUTION, HELD_OUT, SCALPEL_ARMS, Recipe
 
 if TYPE_CHECKING:
     from stethoscope.context import Context
+    from stethoscope.results.hearing import Hearing
     from stethoscope.selection.arms import Planned
-    from stethoscope.selection.hearing import Hearing
 
 
 @dataclass(frozen=True, kw_only=True)

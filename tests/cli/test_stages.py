@@ -10,12 +10,12 @@ import yaml
 from test_pipeline import finished, interrupt, world  # noqa: F401 - fixtures
 
 from stethoscope.cli import main
-from stethoscope.diagnosis.diagnose import Diagnosis
-from stethoscope.editing.geometry import Geometry
 from stethoscope.editing.manifest import read_manifest
 from stethoscope.editing.verify import verify
-from stethoscope.evaluation.comparison import Comparison
-from stethoscope.selection.policies import Selection
+from stethoscope.results.comparison import Comparison
+from stethoscope.results.diagnosis import Diagnosis
+from stethoscope.results.geometry import Geometry
+from stethoscope.results.selection import Selection
 
 
 @pytest.fixture

@@ -22,8 +22,9 @@ from sae_lens.saes.sae import SAEMetadata
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis import evidence as room
 from stethoscope.diagnosis.diagnose import diagnose
-from stethoscope.diagnosis.evidence import Evidence, FeatureEvidence, gather_evidence
+from stethoscope.diagnosis.evidence import gather_evidence
 from stethoscope.diagnosis.listen import listen
+from stethoscope.results.evidence import Evidence, FeatureEvidence
 from stethoscope.saes.open import open_saes
 
 # q fires less strongly than Z, which only one document has

@@ -13,7 +13,7 @@ from stethoscope.diagnosis.scores import SCORES, Blocks, mass_shift, positive_di
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.errors import StethoscopeError
-from stethoscope.saes.health import SAEHealth
+from stethoscope.results.diagnosis import SAEHealth
 
 
 def corpus(rng, *, blocks=12, width=200, layers=5, planted=None, tokens=200) -> FeatureStatistics:

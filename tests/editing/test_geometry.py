@@ -15,7 +15,7 @@ from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.corpus import TokenBatch
 from stethoscope.editing.energy import energy_curve
-from stethoscope.editing.geometry import Geometry, measure_geometry
+from stethoscope.editing.geometry import measure_geometry
 from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.editing.subspace import (
     FeatureProjection,
@@ -26,6 +26,7 @@ from stethoscope.editing.subspace import (
     principal_angles,
 )
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.results.geometry import Geometry
 
 D, FEATURES = 16, 24
 

@@ -5,9 +5,10 @@ import pandas as pd
 import pytest
 from statsmodels.stats.proportion import proportion_confint
 
-from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import Comparison, DocumentDivergences, DocumentLosses, Outcomes, aa_floor, compare
+from stethoscope.errors import EvaluationError, StethoscopeError
+from stethoscope.evaluation import DocumentDivergences, DocumentLosses, Outcomes, aa_floor, compare
 from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise
+from stethoscope.results.comparison import Comparison
 
 
 def rows(arm, task, right, *, extracted=None, truncated=None, prompt="p"):
@@ -232,7 +233,7 @@ def test_accuracy_table():
 
 def test_files_that_are_not_ours_are_refused(tmp_path):
     (tmp_path / "x").write_text("{}")
-    with pytest.raises(EvaluationError):
+    with pytest.raises(StethoscopeError):
         Comparison.load(tmp_path / "x")
     with pytest.raises(EvaluationError):
         Outcomes.load(tmp_path / "x")

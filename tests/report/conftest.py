@@ -6,8 +6,8 @@ import pytest
 from made_results import Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
 from stethoscope.artifacts import Provenance
-from stethoscope.diagnosis.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
-from stethoscope.evaluation.comparison import Comparison
+from stethoscope.results.comparison import Comparison
+from stethoscope.results.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
 
 HOSTILE = "</script><script>window.planted=1</script><img src=x onerror=window.planted=1>"
 

@@ -5,17 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from stethoscope.artifacts import Provenance
-from stethoscope.evaluation.peeking import Claim
-from stethoscope.selection.calibration import Calibration, CalibrationPoint
-from stethoscope.selection.hearing import (
-    Beaten,
-    Correlation,
-    Hearing,
-    RandomSets,
-    ScoreHearing,
-    SetEffect,
-    SetHearing,
-)
+from stethoscope.results.calibration import Calibration, CalibrationPoint
+from stethoscope.results.comparison import Claim
+from stethoscope.results.hearing import Beaten, Correlation, Hearing, RandomSets, ScoreHearing, SetEffect, SetHearing
 
 GAINS = {"mass_shift": 0.1, "attribution": 0.32, "gradient": 0.34, "norm": 0.2, "injection": 0.36}
 

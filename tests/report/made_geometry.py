@@ -6,8 +6,8 @@ from made_results import make_comparison
 
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.energy import TensorEnergy, energy_curve, sum_energies
-from stethoscope.editing.geometry import Geometry, LayerGeometry, TensorGeometry, Written
-from stethoscope.evaluation.comparison import Comparison
+from stethoscope.results.comparison import Comparison
+from stethoscope.results.geometry import Geometry, LayerGeometry, TensorGeometry, Written
 
 WIDTH, FEATURES, CHOSEN = 100, 300, 5
 # Arms by what they take off the loss of target text, and what they add to that of control text.

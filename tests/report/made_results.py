@@ -8,17 +8,12 @@ import numpy as np
 import pandas as pd
 
 from stethoscope.artifacts import Provenance
-from stethoscope.diagnosis.diagnose import (
-    CorpusSummary,
-    Diagnosis,
-    FeatureDifference,
-    LayerDiagnosis,
-)
-from stethoscope.diagnosis.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
-from stethoscope.evaluation.comparison import Comparison, compare
+from stethoscope.evaluation.comparison import compare
 from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
-from stethoscope.saes.health import SAEHealth
-from stethoscope.selection.policies import LayerChoice, Selection
+from stethoscope.results.comparison import Comparison
+from stethoscope.results.diagnosis import CorpusSummary, Diagnosis, FeatureDifference, LayerDiagnosis, SAEHealth
+from stethoscope.results.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
+from stethoscope.results.selection import LayerChoice, Selection
 
 SUBJECTS = {
     "algebra": 0.35,

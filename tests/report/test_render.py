@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,8 +17,11 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.report import gains, layer_profile, render_report, trade_off, words
 from stethoscope.report.profile import profile_rows
 from stethoscope.report.render import _ticks
-from stethoscope.report.results import Comparison, Diagnosis, Edits, Geometry, Selection
 from stethoscope.report.scalpel import answers, energy_by_layer, energy_curves, geometry_rows
+from stethoscope.results.comparison import Comparison
+from stethoscope.results.diagnosis import Diagnosis
+from stethoscope.results.edits import Edits
+from stethoscope.results.selection import Selection
 
 ONE = {"algebra": 0.3}
 
@@ -82,34 +86,31 @@ def test_the_table_holds_accuracy_difference_and_interval(page, results):
 
 def test_small_samples_are_announced(page, results):
     assert "Small sample: 120 items per task" in page.text
-    many = Comparison.of(make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)}, subjects=ONE, items=200))
-    large = words.notices(Diagnosis.of(results.diagnosis), many)
+    many = make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)}, subjects=ONE, items=200)
+    large = words.notices(results.diagnosis, many)
     assert not any("Small sample" in notice for notice in large)
 
 
 def test_no_evidence_of_benefit_can_be_said():
     same = dict.fromkeys(("base", "selected", "random_layers_1"), (0.0, 0.0))
-    comparison = Comparison.of(make_comparison(arms=same, subjects=ONE, items=60))
+    comparison = make_comparison(arms=same, subjects=ONE, items=60)
     assert words.headline(comparison)[0].startswith("No evidence of benefit")
     assert words.findings(comparison, None)[0][1].startswith("No evidence that the selected layers are better")
 
 
 def test_layers_are_set_against_the_same_energy_everywhere():
     arms = {"base": (0.0, 0.0), "selected": (0.05, 0.0), "scaled": (0.3, 0.05)}
-    comparison = Comparison.of(make_comparison(arms=arms, subjects=ONE, items=200, pairs=None))
+    comparison = make_comparison(arms=arms, subjects=ONE, items=200, pairs=None)
     said = dict(words.findings(comparison, None))["Against all layers at equal energy"]
     assert said.startswith("`selected` is worse than `scaled`")
 
 
 def test_shares_of_the_fine_tune_are_given_only_where_both_are_clear(results):
-    seen = Comparison.of(results.comparison)
-    said = dict(words.findings(seen, None))["The whole fine-tune"]
+    comparison = results.comparison
+    said = dict(words.findings(comparison, None))["The whole fine-tune"]
     assert "The selected layers alone give 62% of its gain and 22% of its control loss." in said
-    unclear = [
-        c.model_copy(update={"pooled": c.pooled.model_copy(update={"low": -0.1})}) if c.b == "selected" else c
-        for c in seen.contrasts
-    ]
-    said = dict(words.findings(seen.model_copy(update={"contrasts": tuple(unclear)}), None))["The whole fine-tune"]
+    unclear = [replace(c, pooled=replace(c.pooled, low=-0.1)) if c.b == "selected" else c for c in comparison.contrasts]
+    said = dict(words.findings(replace(comparison, contrasts=unclear), None))["The whole fine-tune"]
     assert "alone give" not in said
 
 
@@ -212,21 +213,12 @@ def test_several_controls_are_all_shown(tmp_path, comparison):
     assert row["against"] == "code [py]"
 
 
-def test_runs_from_before_these_fields_still_render(run_folder):
-    (run_folder / "evidence.json").unlink()
-    saved = json.loads((run_folder / "diagnosis.json").read_text())
-    for layer in saved["layers"]:
-        for field in ("rank", "stability", "increment_z", "against"):
-            del layer[field]
-    (run_folder / "diagnosis.json").write_text(json.dumps(saved))
+def test_optional_results_may_be_missing(run_folder):
+    for name in ("recipe.yaml", "evidence.json"):
+        (run_folder / name).unlink()
     text = Page(render_report(run_folder).read_text(encoding="utf-8")).text
     assert "fire on" not in text.split("How this was made")[0].split("Where the skill is heard")[1]
     assert "to the layer before it" in text
-
-
-def test_optional_results_may_be_missing(run_folder):
-    (run_folder / "recipe.yaml").unlink()
-    assert "<h1>" in render_report(run_folder).read_text(encoding="utf-8")
 
 
 def test_edits_say_which_layers_the_arms_change(run_folder, results):
@@ -266,7 +258,7 @@ def test_missing_and_foreign_results_are_named(run_folder, name):
 
 
 def test_charts_take_saved_results_and_objects_alike(run_folder, results):
-    saved = layer_profile(Diagnosis.load(run_folder / "diagnosis.json"), Selection.load(run_folder / "selection.json"))
+    saved = layer_profile(Diagnosis.load(run_folder), Selection.load(run_folder))
     assert saved.to_dict() == layer_profile(results.diagnosis, results.selection).to_dict()
     again = trade_off(Comparison.load(run_folder / "comparison.json"))
     assert again.to_dict() == trade_off(results.comparison).to_dict()
@@ -280,7 +272,7 @@ def test_charts_save_as_pictures(tmp_path, results):
 
 
 def test_the_null_band_is_two_deviations_of_the_null(results):
-    rows = profile_rows(Diagnosis.of(results.diagnosis), Selection.of(results.selection))
+    rows = profile_rows(results.diagnosis, results.selection)
     assert rows[3]["null_high"] == pytest.approx(2 * 0.008)
     assert [row["layer"] for row in rows if row["kind"] == "selected"] == list(results.selection.layers)
     assert rows[-1]["kind"] == "not believed"
@@ -312,7 +304,7 @@ def test_task_names_lose_what_they_share():
 
 
 def test_edits_of_every_layer_are_not_listed():
-    edits = Edits.model_validate({"plans": {"tuned": {"layers": {}, "default": 1.0}}})
+    edits = Edits(provenance=Provenance(), plans={"tuned": {"layers": {}, "default": 1.0}}, energy=())
     assert words.describe_arm("tuned", edits) == "the whole fine-tune: every layer's weight change"
 
 
@@ -328,7 +320,7 @@ def test_numbers_have_a_true_minus_and_no_signed_zero():
 
 def test_how_the_choice_was_made_and_whether_it_was_good(run_folder):
     save_choice(run_folder)
-    selection = Selection.load(run_folder / "selection.json")
+    selection = Selection.load(run_folder)
     page = Page(render_report(run_folder).read_text(encoding="utf-8"))
     assert "the claim is confirmatory" in page.text
     assert "Does the stethoscope hear right? (control: control)" in page.text
@@ -355,13 +347,11 @@ def test_the_geometry_is_shown_with_its_chance_level(run_folder, results):
     page = Page(render_report(run_folder).read_text(encoding="utf-8"))
     assert {"energy", "curves"} <= set(page.data()["charts"])
     assert made.verdict in page.text
-    assert dict(words.findings(Comparison.of(results.comparison), Geometry.of(made)))["Projected"].endswith(
-        made.verdict
-    )
-    row = geometry_rows(Geometry.of(made))[0]
+    assert dict(words.findings(results.comparison, made))["Projected"].endswith(made.verdict)
+    row = geometry_rows(made)[0]
     assert row["chance"] == f"{100 * CHOSEN / WIDTH:.1f}"
     assert row["features for 50, 90, 99 %"].split(" / ")[0] == str(made.layers[0].curve.needed["50"])
-    assert geometry_rows(Geometry.of(made))[-1]["kept, %"] == f"{100 * made.total.share:.1f}"
+    assert geometry_rows(made)[-1]["kept, %"] == f"{100 * made.total.share:.1f}"
 
 
 def test_energy_curves_hold_every_layer_and_chance():
@@ -398,7 +388,7 @@ WHY, THROWN, HYBRID = range(3)
     ],
 )
 def test_the_three_questions_are_answered_from_the_arms(number, changed, says):
-    found = answers(Comparison.of(make_cuts(**changed)))
+    found = answers(make_cuts(**changed))
     assert len(found) == 3
     assert says in found[number][1]
 
@@ -406,10 +396,10 @@ def test_the_three_questions_are_answered_from_the_arms(number, changed, says):
 def test_without_target_text_the_questions_are_answered_by_accuracy():
     cuts = ("base", "selected", "projected", "projected_energy_matched")
     arms = dict(zip(cuts, ((0.0, 0.0), (0.4, 0.0), (0.0, 0.0), (0.4, 0.0)), strict=True))
-    (only,) = answers(Comparison.of(make_comparison(arms=arms, subjects=ONE, items=200, pairs=None)))
+    (only,) = answers(make_comparison(arms=arms, subjects=ONE, items=200, pairs=None))
     assert "Because it is small" in only[1]
     assert "points" in only[1]
-    assert answers(Comparison.of(make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)}))) == []
+    assert answers(make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)})) == []
 
 
 def test_arms_are_described_by_their_whole_name():
@@ -419,7 +409,7 @@ def test_arms_are_described_by_their_whole_name():
 
 
 def test_gains_are_split_by_cause_and_add_up(page, results):
-    comparison = Comparison.of(results.comparison)
+    comparison = results.comparison
     rows = gains.gain_rows(comparison)
     selected = {row["task"]: row for row in rows if row["arm"] == "selected"}
     for task in comparison.contrast("selected").tasks:

@@ -10,8 +10,9 @@ from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
+from stethoscope.results.calibration import Calibration
 from stethoscope.selection import search
-from stethoscope.selection.calibration import Calibration, calibrate
+from stethoscope.selection.calibration import calibrate
 from stethoscope.selection.rivals import Gains, measure
 
 SEEN = {"target": "a" * 64, "control": "b" * 64}

@@ -10,7 +10,8 @@ from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.listen import listen
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.selection.hearing import Hearing, judge_hearing
+from stethoscope.results.hearing import Hearing
+from stethoscope.selection.hearing import judge_hearing
 from stethoscope.selection.rivals import injection, measure
 from stethoscope.selection.scoring import edit_scores, text_scores
 

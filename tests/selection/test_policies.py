@@ -3,10 +3,9 @@
 import pytest
 
 from stethoscope.artifacts import Provenance
-from stethoscope.diagnosis.diagnose import CorpusSummary, Diagnosis, LayerDiagnosis
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import Select
-from stethoscope.saes.health import SAEHealth
+from stethoscope.results.diagnosis import CorpusSummary, Diagnosis, LayerDiagnosis, SAEHealth
 from stethoscope.selection.policies import select
 
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 import results
 
-from stethoscope.evaluation.inference import PairedDifference
-from stethoscope.selection.hearing import Beaten
+from stethoscope.results.comparison import PairedDifference
+from stethoscope.results.hearing import Beaten
 
 
 @pytest.mark.timeout(600)

@@ -19,12 +19,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from stethoscope.checkpoints.checkpoint import (
-    ARITHMETIC,
-    Checkpoint,
-    Entry,
-    torch_dtype,
-)
+from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint, Entry, torch_dtype
 from stethoscope.checkpoints.names import Kind
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch

@@ -27,7 +27,7 @@ from stethoscope.cli.values import labelled, parse_margin
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
-    from stethoscope.evaluation.contrast import Comparison
+    from stethoscope.results.comparison import Comparison
     from stethoscope.scaling import Crew
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from stethoscope.corpus import Document, TokenBatch
 from stethoscope.diagnosis.listener import HeardBlock
-from stethoscope.diagnosis.sharing import Layers
 from stethoscope.diagnosis.streams import Forward, Reading
+from stethoscope.results.hearing import Layers
 from stethoscope.work import Lost, Piece
 
 

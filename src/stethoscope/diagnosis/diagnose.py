@@ -2,160 +2,24 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float64
 from numpy import ndarray
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance
+from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.listen import Listening
 from stethoscope.diagnosis.scores import SCORES, positive_difference
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import ATTRIBUTION
-from stethoscope.saes.health import SAEHealth
-from stethoscope.shown import Rows, Shown, first_of, text_rows
+from stethoscope.results.diagnosis import NAMED, CorpusSummary, Diagnosis, FeatureDifference, LayerDiagnosis, SAEHealth
+from stethoscope.shown import first_of
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5
-ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
-NAMED = 8  # layers that a sentence names
-# Of the frame, those that a table shows, by heading and with their formats.
-_COLUMNS = {
-    "layer": ("layer", "d"),
-    "excess": ("excess", "+.3f"),
-    "from": ("low", "+.3f"),
-    "to": ("high", "+.3f"),
-    "z": ("z", ".1f"),
-    "p, all layers": ("p_familywise", ".3f"),
-    "rank": ("rank", "d"),
-    "stability": ("stability", ".0%"),
-    "explained": ("variance_explained_target", ".2f"),
-    "L0": ("l0_target", ".0f"),
-    "not believed": ("flag", "s"),
-}
-
-
-class FeatureDifference(Frozen):
-    """One feature's firing rate and share of activation mass on target and control text."""
-
-    feature: int
-    target_rate: float
-    control_rate: float
-    target_mass: float
-    control_mass: float
-
-
-class LayerDiagnosis(Frozen):
-    """What one layer hears, and whether to believe it.
-
-    Attributes:
-        score: specificity as defined, without correction for chance.
-        null: mean of the permutation null.
-        excess: score less ``null``; ``interval`` is its 95 % block-bootstrap interval.
-        z: excess in standard deviations of the null.
-        p: permutation p; ``p_familywise`` is adjusted for all layers.
-        rank: place by excess, from 1; ``stability`` is the share of resamples that place it as high or higher.
-        increment: excess over that of the layer before, since ``resid_post`` accumulates.
-        increment_z: in standard deviations of the increment's own null.
-        against: the control that the layer stands out least against; all figures above are those against it.
-        health: by corpus.
-        flag: why the layer should not be believed, or None.
-        features: those that differ most toward the target, or are worth most to it.
-    """
-
-    layer: int
-    score: float
-    null: float
-    excess: float
-    interval: tuple[float, float]
-    z: float
-    p: float
-    p_familywise: float
-    rank: int
-    stability: float
-    increment: float
-    increment_z: float
-    against: str
-    health: dict[str, SAEHealth]
-    flag: str | None
-    features: tuple[FeatureDifference, ...]
-
-
-class CorpusSummary(Frozen):
-    """Size of one corpus as listened to.
-
-    Attributes:
-        sinks: the most that any layer left out.
-        broken: places of documents that could not be heard and do not count among ``documents``.
-    """
-
-    documents: int
-    blocks: int
-    tokens: int
-    sinks: int
-    broken: tuple[int, ...] = ()
-
-
-class Diagnosis(Shown, Artifact):
-    """Every layer's specificity for the target, in order of depth."""
-
-    FILE: ClassVar[str] = "diagnosis.json"
-
-    score: str
-    increments: bool
-    corpora: dict[str, CorpusSummary]
-    layers: tuple[LayerDiagnosis, ...]
-    warnings: tuple[str, ...]
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: which layers are specific to the target beyond chance, and which are not believed."""
-        found = [layer for layer in self.layers if layer.flag is None and layer.p_familywise <= ALPHA]
-        found.sort(key=lambda layer: layer.rank)
-        whole = f"{len(self.layers)} layers"
-        if found:
-            names = first_of([str(layer.layer) for layer in found], NAMED)
-            said = f"{len(found)} of {whole} stand out from chance by `{self.score}`, strongest first: {names}"
-        else:
-            said = f"No evidence by `{self.score}` that any of {whole} is specific to the target"
-        flagged = sum(layer.flag is not None for layer in self.layers)
-        return f"{said}; {flagged} are not believed." if flagged else f"{said}."
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row per layer, with ``variance_explained`` and ``l0`` of every corpus in columns of their own."""
-        return pd.DataFrame(
-            [
-                {
-                    **layer.model_dump(exclude={"interval", "health", "features", "flag"}),
-                    "low": layer.interval[0],
-                    "high": layer.interval[1],
-                    **{
-                        f"variance_explained_{name}": health.variance_explained for name, health in layer.health.items()
-                    },
-                    **{f"l0_{name}": health.l0 for name, health in layer.health.items()},
-                    "flag": layer.flag or "",
-                }
-                for layer in self.layers
-            ]
-        )
-
-    def plot(self, selection: Any = None, *, width: int = 640) -> Any:
-        """The layer profile, an Altair chart: excess over chance per layer, and the SAEs' health below.
-
-        Args:
-            selection: a `Selection`, whose layers are marked.
-            width: of the plotting area in pixels.
-        """
-        from stethoscope.report.profile import layer_profile
-
-        return layer_profile(self, selection or {"policy": "", "layers": (), "choices": ()}, width=width)
-
-    def _shown(self) -> tuple[str, Rows]:
-        return self.verdict, text_rows(self.to_frame().to_dict("records"), _COLUMNS)
 
 
 def diagnose(

@@ -9,7 +9,6 @@ One forward over a sample feeds every layer; for each feature and document only 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance
+from stethoscope.artifacts import Provenance
 from stethoscope.corpus import Document, Tokens, batches
-from stethoscope.diagnosis.diagnose import Diagnosis
 from stethoscope.diagnosis.listener import Rows, countable, loaded, point_of
 from stethoscope.models import decoder_layers
+from stethoscope.results.diagnosis import Diagnosis
+from stethoscope.results.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
 from stethoscope.saes.open import SAEFolder
 from stethoscope.sites import hear
 
@@ -39,57 +39,6 @@ SEPARABLE = (
 )
 PROMOTED = 8  # tokens of the logit lens that are shown
 _HEAD_ROWS = 16384  # of the head that are multiplied in float32 at once
-
-
-class Context(Frozen):
-    """A token on which a feature fires, in its text.
-
-    Attributes:
-        document: its number in the corpus, from 0.
-        before: about a dozen tokens of text; ``after`` too.
-    """
-
-    document: int
-    before: str
-    token: str
-    after: str
-    activation: float
-
-
-class FeatureEvidence(Frozen):
-    """What one feature fires on and what it promotes.
-
-    Attributes:
-        contexts: by corpus, the strongest first, one per document at most and each of other words; empty where it
-            never fires in the sample.
-        promotes: tokens whose logits its direction raises most; None if its site has no way to the logits of its own.
-        link: a public page about it, where the SAE names one.
-    """
-
-    feature: int
-    contexts: dict[str, tuple[Context, ...]]
-    promotes: tuple[str, ...] | None
-    link: str | None
-
-
-class LayerEvidence(Frozen):
-    """A layer's most specific features, in the diagnosis' order."""
-
-    layer: int
-    features: tuple[FeatureEvidence, ...]
-
-
-class Evidence(Artifact):
-    """What the features that speak for each layer heard.
-
-    Attributes:
-        documents: how many of each corpus were searched, from the top.
-    """
-
-    FILE: ClassVar[str] = "evidence.json"
-
-    documents: dict[str, int]
-    layers: tuple[LayerEvidence, ...]
 
 
 @torch.inference_mode()

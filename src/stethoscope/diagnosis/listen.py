@@ -20,10 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stethoscope.corpus import Document, Tokens, counted_tokens
 from stethoscope.diagnosis.agenda import Agenda, Part
 from stethoscope.diagnosis.listener import Block, Listener, Sample
-from stethoscope.diagnosis.sharing import Layers, Sharing, Split, share, waves
+from stethoscope.diagnosis.sharing import Sharing, Split, share, waves
 from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
 from stethoscope.errors import StethoscopeError
-from stethoscope.saes.health import SAEHealth
+from stethoscope.results.diagnosis import SAEHealth
+from stethoscope.results.hearing import Layers
 from stethoscope.saes.open import SAEFolder
 from stethoscope.work import Alone, Lost, Piece, Run, Spread
 

@@ -18,12 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.corpus import Document, TokenBatch, Tokens, batches, counted_tokens, tokenize
 from stethoscope.diagnosis.encoding import BlockSums, Encoder
-from stethoscope.diagnosis.sharing import BATCH_TOKENS, Layers
+from stethoscope.diagnosis.sharing import BATCH_TOKENS
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.streams import Begun, Forward, Reading, Streams
 from stethoscope.errors import SAEError
+from stethoscope.results.diagnosis import SAEHealth
+from stethoscope.results.hearing import Layers
 from stethoscope.saes.activations import lent, loud_positions
-from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
+from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.sites import HookPoint, hear, hook_point
 from stethoscope.work import Lost

@@ -7,70 +7,11 @@ import numpy as np
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from stethoscope.artifacts import Frozen
+from stethoscope.results.geometry import Curve, Draws, Kept
 
 NEEDED = (0.5, 0.9, 0.99)
 _POINTS = 128  # of a curve that are saved
 _RESAMPLES = 1000
-
-
-class Draws(Frozen):
-    """Shares of energy that random subspaces keep: their mean, and the 2.5 and 97.5 percentiles."""
-
-    mean: float
-    low: float
-    high: float
-
-
-class Kept(Frozen):
-    """What the features' span keeps of the energy of some tensors.
-
-    Attributes:
-        energy: squared Frobenius norm of the change.
-        share: of it that is kept.
-        chance: r/d, weighed by energy where ranks differ.
-        random_features: of as many features of the same SAE, drawn at random.
-        random_bases: of random orthonormal bases of the same rank.
-        over_chance: share over chance; ``interval`` is its 95 % bootstrap interval over layers, over tensors where
-            there is one layer, None where there is one tensor.
-        p: chance that as many random features keep as much, from the draws.
-    """
-
-    energy: float
-    share: float
-    chance: float
-    random_features: Draws
-    random_bases: Draws
-    over_chance: float
-    interval: tuple[float, float] | None
-    p: float
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: do the features keep more than chance, and than other features would?"""
-        drawn = self.random_features
-        low, high = self.interval or (self.over_chance, self.over_chance)
-        against = "more than" if low > 1 else "less than" if high < 1 else "no more than"
-        other = "more than" if self.share > drawn.high else "less than" if self.share < drawn.low else "as much as"
-        return (
-            f"The features' directions keep {self.share:.1%} of the task vector's energy, {against} the"
-            f" {self.chance:.1%} of random directions ({self.over_chance:.2f} times, 95 % interval {low:.2f} to"
-            f" {high:.2f}), and {other} as many random features of the same SAEs ({drawn.low:.1%} to {drawn.high:.1%})."
-        )
-
-
-class Curve(Frozen):
-    """Energy kept against number of features, most specific first; thinned, but ``needed`` is exact.
-
-    Attributes:
-        features, share, chance: the number, what it keeps, and rank over width.
-        needed: "50", "90" and "99" (percent) -> fewest features that keep as much; None if all do not.
-    """
-
-    features: tuple[int, ...]
-    share: tuple[float, ...]
-    chance: tuple[float, ...]
-    needed: dict[str, int | None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,18 @@ Each weight is read once: energies along the basis vectors of all subspaces are 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance
+from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.corpus import TokenBatch
-from stethoscope.editing.energy import Curve, Kept, TensorEnergy, energy_curve, sum_energies
+from stethoscope.editing.energy import TensorEnergy, energy_curve, sum_energies
 from stethoscope.editing.residual_axis import READERS, ResidualAxis, residual_axes
 from stethoscope.editing.subspace import (
     FeatureProjection,
@@ -32,135 +31,12 @@ from stethoscope.editing.subspace import (
     random_basis,
 )
 from stethoscope.errors import SAEError, StethoscopeError
-from stethoscope.shown import Rows, Shown, text_rows
+from stethoscope.results.geometry import Geometry, LayerGeometry, TensorGeometry, Written
 from stethoscope.sites import HookPoint, hear, hook_point
 
 _FUNCTIONAL_DRAWS = 4  # random bases that functional energy is compared with
 _SINK = 10.0  # times the median residual norm: an attention sink, which statistics leave out too
-# Of the frame, those that a table shows, by heading and with their formats.
-_COLUMNS = {
-    "layer": ("layer", "d"),
-    "features": ("features", "d"),
-    "kept": ("kept", ".1%"),
-    "chance": ("chance", ".1%"),
-    "times": ("over_chance", ".2f"),
-    "random features from": ("random_low", ".1%"),
-    "to": ("random_high", ".1%"),
-}
 Texts = Mapping[str, Sequence[TokenBatch]]
-
-
-class TensorGeometry(Frozen):
-    """One tensor's change against its layer's feature subspace.
-
-    Attributes:
-        functional: corpus -> mean ``|tau' x|^2`` over mean ``|tau x|^2`` on the matrix' real inputs.
-        functional_chance: the same for random bases.
-        angles: principal angles in degrees between the subspace and the change's leading singular subspace along the
-            residual axis, smallest first.
-        overlap: mean squared cosine of these over the leading directions; r/d for a random subspace.
-        effective_rank: exp of the entropy of the singular values' shares (Roy and Vetterli, 2007).
-        stable_rank: squared Frobenius over squared spectral norm.
-    """
-
-    name: str
-    kind: str
-    writes: bool
-    kept: Kept
-    functional: dict[str, float]
-    functional_chance: dict[str, float]
-    angles: tuple[float, ...]
-    overlap: float | None
-    effective_rank: float | None
-    stable_rank: float | None
-
-
-class Written(Frozen):
-    """Share of the energy of a layer's writers that lies in the span of the features' encoder directions, and r/d."""
-
-    share: float
-    chance: float
-
-
-class LayerGeometry(Frozen):
-    """One layer; ``unprojected`` is the share of its energy in norms and biases, which have no residual axis."""
-
-    layer: int
-    features: int
-    rank: int
-    kept: Kept
-    unprojected: float
-    functional: dict[str, float]
-    functional_chance: dict[str, float]
-    curve: Curve
-    written: Written | None
-    tensors: tuple[TensorGeometry, ...]
-
-
-class Geometry(Shown, Artifact):
-    """Every layer's task vector against its features.
-
-    Attributes:
-        tokens: how many each corpus lent.
-        verdict: one sentence: do the features keep more than chance, and more than other features would?
-    """
-
-    FILE: ClassVar[str] = "geometry.json"
-
-    draws: int
-    leading: int
-    through_norms: bool
-    tokens: dict[str, int]
-    layers: tuple[LayerGeometry, ...]
-    kinds: dict[str, Kept]
-    total: Kept
-    verdict: str
-
-    def to_frame(self) -> pd.DataFrame:
-        """A row per layer: shares of energy kept beside chance, and on each corpus the functional ones."""
-        return pd.DataFrame(
-            [
-                {
-                    "layer": layer.layer,
-                    "features": layer.features,
-                    "rank": layer.rank,
-                    **_kept_columns(layer.kept),
-                    "unprojected": layer.unprojected,
-                    **{f"functional_{corpus}": share for corpus, share in layer.functional.items()},
-                    **{f"functional_chance_{corpus}": share for corpus, share in layer.functional_chance.items()},
-                }
-                for layer in self.layers
-            ]
-        )
-
-    def plot(self, selection: Any = None, *, width: int = 640) -> Any:
-        """What each layer's features keep of its change, an Altair chart, beside random features and directions.
-
-        Args:
-            selection: a `Selection`, whose layers are marked.
-            width: of the plotting area in pixels.
-        """
-        from stethoscope.report.scalpel import energy_by_layer
-
-        return energy_by_layer(self, selection.layers if selection else (), width=width)
-
-    def _shown(self) -> tuple[str, Rows]:
-        on = {f"on {corpus}": (f"functional_{corpus}", ".1%") for corpus in self.tokens}
-        rows = text_rows(self.to_frame().to_dict("records"), _COLUMNS | on)
-        whole = text_rows([_kept_columns(self.total)], {k: v for k, v in _COLUMNS.items() if k not in rows[0][:2]})[1]
-        return self.verdict, [*rows, ["all", "", *whole, *("" for _ in on)]]
-
-
-def _kept_columns(kept: Kept) -> dict[str, float]:
-    return {
-        "energy": kept.energy,
-        "kept": kept.share,
-        "chance": kept.chance,
-        "over_chance": kept.over_chance,
-        "random_low": kept.random_features.low,
-        "random_high": kept.random_features.high,
-        "p": kept.p,
-    }
 
 
 def measure_geometry(

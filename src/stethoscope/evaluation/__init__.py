@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stethoscope.evaluation.comparison import aa_floor, compare
-    from stethoscope.evaluation.contrast import Comparison
     from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses, Outcomes
+    from stethoscope.results.comparison import Comparison
 
 _HOME = {
-    "Comparison": "contrast", "DocumentDivergences": "outcomes", "DocumentLosses": "outcomes", "Outcomes": "outcomes",
-    "aa_floor": "comparison", "compare": "comparison",
+    "Comparison": "results.comparison", "DocumentDivergences": "evaluation.outcomes",
+    "DocumentLosses": "evaluation.outcomes", "Outcomes": "evaluation.outcomes",
+    "aa_floor": "evaluation.comparison", "compare": "evaluation.comparison",
 }  # fmt: skip
 
 __all__ = ["Comparison", "DocumentDivergences", "DocumentLosses", "Outcomes", "aa_floor", "compare"]
@@ -23,4 +24,4 @@ __all__ = ["Comparison", "DocumentDivergences", "DocumentLosses", "Outcomes", "a
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module `stethoscope.evaluation` has no attribute `{name}`")
-    return getattr(import_module(f"stethoscope.evaluation.{_HOME[name]}"), name)
+    return getattr(import_module(f"stethoscope.{_HOME[name]}"), name)

@@ -9,9 +9,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.contrast import Comparison, Contrast, Flips, NoiseFloor, TaskContrast
 from stethoscope.evaluation.inference import (
-    PairedDifference,
     adjust,
     mcnemar_exact,
     non_inferiority,
@@ -22,8 +20,7 @@ from stethoscope.evaluation.inference import (
 )
 from stethoscope.evaluation.outcomes import SOURCE, DocumentDivergences, DocumentLosses, Outcomes, PerDocument
 from stethoscope.evaluation.verdict import overall_verdict, task_verdict
-
-__all__ = ["Comparison", "Contrast", "TaskContrast", "aa_floor", "compare"]
+from stethoscope.results.comparison import Comparison, Contrast, Flips, NoiseFloor, PairedDifference, TaskContrast
 
 AGAIN = "_again"  # an arm named so is its namesake evaluated a second time
 

@@ -10,8 +10,8 @@ Everywhere ``a`` is the arm compared against and ``b`` the arm under test: a pos
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -26,72 +26,11 @@ from stethoscope.evaluation.intervals import (
     score_statistic,
     sum_by_cluster,
 )
+from stethoscope.results.comparison import McNemar, NonInferiority, PairedDifference, UnpairedZ
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Result:
-    def to_dict(self) -> dict[str, Any]:
-        """The result as plain values, ready for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnpairedZ(_Result):
-    """Two proportions compared as if their items were unrelated."""
-
-    share_a: float
-    share_b: float
-    difference: float
-    statistic: float | None
-    p_value: float | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class McNemar(_Result):
-    """Exact McNemar test: ``b`` items that only arm a got right, ``c`` that only arm b did."""
-
-    b: int
-    c: int
-    p_value: float
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairedDifference(_Result):
-    """Mean of b - a over ``n`` items, with an interval; ``clusters`` counts the units resampled."""
-
-    n: int
-    clusters: int
-    difference: float
-    low: float | None
-    high: float | None
-    standard_error: float | None
-    confidence: float
-    method: str
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class NonInferiority(_Result):
-    """Whether b is shown not to be worse than a by ``margin`` or more; ``shown`` is None where undefined.
-
-    ``smallest_margin`` is the smallest margin for which these data would have shown it.
-    """
-
-    n: int
-    margin: float
-    difference: float
-    low: float | None
-    p_value: float | None
-    shown: bool | None
-    smallest_margin: float | None
-    confidence: float
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectableGain(_Result):
+class DetectableGain:
     """Smallest true gain that the exact test's normal approximation finds with the given power."""
 
     n: int

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.inference import PairedDifference, ratio_difference
+from stethoscope.evaluation.inference import ratio_difference
+from stethoscope.results.comparison import PairedDifference
 from stethoscope.shown import Rows, Shown, text_rows
 
 SCHEMA = 1

@@ -1,32 +1,15 @@
 """No claim on items that the selection has seen: they are found by their text and named."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from lm_eval.api.task import Task
 
-from stethoscope.artifacts import Artifact
 from stethoscope.errors import EvaluationError
 from stethoscope.seen import Seen
 from stethoscope.shown import first_of
 
 SHOWN = 5  # items named per task
-
-
-class Claim(Artifact):
-    """What kind of claim a run's evaluation supports.
-
-    Attributes:
-        kind: ``confirmatory`` if no item was seen when layers and coefficients were chosen, else ``exploratory``.
-        seen_items: task -> numbers of the items that were.
-        seen_texts: what the choice was made on -> its content hash.
-    """
-
-    FILE: ClassVar[str] = "claim.json"
-
-    kind: Literal["confirmatory", "exploratory"]
-    seen_items: dict[str, tuple[int, ...]]
-    seen_texts: dict[str, str]
 
 
 def seen_items(tasks: Mapping[str, Task], seen: Seen, *, limit: int | None = None) -> dict[str, tuple[int, ...]]:

@@ -3,8 +3,7 @@
 from statistics import fmean
 from typing import Any
 
-from stethoscope.evaluation.contrast import Comparison, Contrast
-from stethoscope.evaluation.inference import PairedDifference
+from stethoscope.results.comparison import Comparison, Contrast, PairedDifference
 
 _NONE = "-"  # not defined, or not known
 

@@ -1,7 +1,6 @@
 """What a comparison shows, in one sentence per task and one over all."""
 
-from stethoscope.evaluation.contrast import TaskContrast
-from stethoscope.evaluation.inference import McNemar, NonInferiority, PairedDifference
+from stethoscope.results.comparison import McNemar, NonInferiority, PairedDifference, TaskContrast
 
 
 def overall_verdict(

@@ -6,7 +6,8 @@ from typing import Any
 import altair as alt
 
 from stethoscope.report.look import COLOURS, axis, configured, title, y_axis
-from stethoscope.report.results import Calibration, Correlation, Hearing, SetEffect, Share
+from stethoscope.results.calibration import Calibration
+from stethoscope.results.hearing import Beaten, Correlation, Hearing, SetEffect
 
 _COST = "control loss, change in nats per token (right is worse)"
 _GAIN = "fall of target loss, in nats per token"
@@ -18,17 +19,15 @@ _KINDS = {
 }
 
 
-def hearing_plane(hearing: Any, k: int, *, width: int = 640) -> alt.LayerChart:
+def hearing_plane(hearing: Hearing, k: int, *, width: int = 640) -> alt.LayerChart:
     """What each score's best k layers do when injected together, in the cloud of random sets.
 
     Args:
-        hearing: a `Hearing`, or what was saved of one.
         k: one of the sizes that were judged.
         width: of the plotting area in pixels.
     """
-    seen = Hearing.of(hearing)
-    rows = [_row("", "random", effect) for effect in seen.random[k].equal_size]
-    for name, found in seen.scores.items():
+    rows = [_row("", "random", effect) for effect in hearing.random[k].equal_size]
+    for name, found in hearing.scores.items():
         rows.append(_row(name, found.kind, found.sets[k].effect))
     looks = [look for kind, look in _KINDS.items() if any(row["kind"] == look[0] for row in rows)]
     kind: dict[str, Any] = {"sort": None, "title": None}
@@ -59,19 +58,17 @@ def hearing_plane(hearing: Any, k: int, *, width: int = 640) -> alt.LayerChart:
     return configured(chart.properties(width=width, height=380, title=title(_GAIN), datasets={"sets": rows}))
 
 
-def score_profiles(hearing: Any, *, picked: str = "", width: int = 640) -> alt.LayerChart:
+def score_profiles(hearing: Hearing, *, picked: str = "", width: int = 640) -> alt.LayerChart:
     """One score's layers, chosen from a list, beside the true gain of injecting each layer alone.
 
     Scores have units of their own, so each is drawn as a share of its largest layer.
 
     Args:
-        hearing: a `Hearing`, or what was saved of one.
         picked: the score shown first; the first of all if not given.
         width: of the plotting area in pixels.
     """
-    seen = Hearing.of(hearing)
-    truth = next(found for found in seen.scores.values() if found.kind == "truth")
-    names = [name for name, found in seen.scores.items() if found.kind != "truth"]
+    truth = next(found for found in hearing.scores.values() if found.kind == "truth")
+    names = [name for name, found in hearing.scores.items() if found.kind != "truth"]
     rows = [
         {
             "score": name,
@@ -82,7 +79,7 @@ def score_profiles(hearing: Any, *, picked: str = "", width: int = 640) -> alt.L
             "truth": truth.values[layer] / _largest(truth.values),
             "gain": truth.values[layer],
         }
-        for name, found in seen.scores.items()
+        for name, found in hearing.scores.items()
         if found.kind != "truth"
         for layer, value in found.values.items()
     ]
@@ -113,9 +110,8 @@ def score_profiles(hearing: Any, *, picked: str = "", width: int = 640) -> alt.L
     return configured(chart.properties(width=width, height=200, title=heading, datasets={"scores": rows}))
 
 
-def calibration_front(calibration: Any, *, width: int = 640) -> alt.LayerChart:
+def calibration_front(calibration: Calibration, *, width: int = 640) -> alt.LayerChart:
     """Every edit that was tried: target gain against control cost, the front as a line, the choice as a diamond."""
-    seen = Calibration.of(calibration)
     rows = [
         {
             "layers": ", ".join(f"{n} at {c:g}" for n, c in point.coefficients.items()) or "none",
@@ -124,9 +120,9 @@ def calibration_front(calibration: Any, *, width: int = 640) -> alt.LayerChart:
             "gain_low": point.target_gain - point.target_error,
             "gain_high": point.target_gain + point.target_error,
             "front": point.on_front,
-            "chosen": i == seen.choice,
+            "chosen": i == calibration.choice,
         }
-        for i, point in enumerate(seen.points)
+        for i, point in enumerate(calibration.points)
     ]
     base = alt.Chart(alt.NamedData(name="edits")).encode(
         x=alt.X("cost:Q", title=_COST, axis=axis("+.3~f")), y=alt.Y("gain:Q", title=None, axis=y_axis("+.2~f"))
@@ -152,10 +148,7 @@ def calibration_front(calibration: Any, *, width: int = 640) -> alt.LayerChart:
 
 def hearing_rows(hearing: Hearing, k: int) -> list[dict[str, str]]:
     """A row per score, best trade-off first."""
-    ordered = sorted(
-        hearing.scores.items(),
-        key=lambda item: item[1].sets[k].effect.control_cost - item[1].sets[k].effect.target_gain,
-    )
+    ordered = sorted(hearing.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off)
     return [
         {
             "score": name,
@@ -175,7 +168,6 @@ def hearing_rows(hearing: Hearing, k: int) -> list[dict[str, str]]:
 
 def calibration_rows(calibration: Calibration) -> list[dict[str, str]]:
     """A row per edit on the front, by rising cost."""
-    front = sorted((p for p in calibration.points if p.on_front), key=lambda point: point.control_cost)
     return [
         {
             "layers": ", ".join(f"{n} at {c:g}" for n, c in point.coefficients.items()) or "none",
@@ -184,7 +176,7 @@ def calibration_rows(calibration: Calibration) -> list[dict[str, str]]:
             "control cost": f"{point.control_cost:+.4f} ± {point.control_error:.4f}",
             "chosen": "yes" if point == calibration.points[calibration.choice] else "",
         }
-        for point in front
+        for point in calibration.front
     ]
 
 
@@ -229,5 +221,5 @@ def _correlation(found: Correlation) -> str:
     return "undefined" if found.rho is None else f"{found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})"
 
 
-def _share(found: Share | None) -> str:
+def _share(found: Beaten | None) -> str:
     return "" if found is None else f"{100 * found.share:.0f} % ({100 * found.low:.0f} to {100 * found.high:.0f})"

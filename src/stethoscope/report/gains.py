@@ -1,14 +1,14 @@
 """Where a change of accuracy comes from: items mended and broken, by what was wrong with the failed response."""
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import altair as alt
 
 from stethoscope.report.look import COLOURS, axis, configured, title
-from stethoscope.report.results import Comparison, TaskContrast
 from stethoscope.report.tables import NONE, Row
 from stethoscope.report.words import MINUS, signed
+from stethoscope.results.comparison import Comparison, TaskContrast
 
 _CAUSES = {
     "correctness": ("wrong answer", "selected"),
@@ -27,14 +27,8 @@ class _Change(NamedTuple):
         return 100 * (self.gained - self.lost) / self.items
 
 
-def gain_split(comparison: Any, *, width: int = 640) -> alt.LayerChart | None:
-    """Each arm's change over the baseline on all target items, by cause of failure; None where causes are not known.
-
-    Args:
-        comparison: a `Comparison`, or what was saved of one.
-        width: of the plotting area in pixels.
-    """
-    seen = Comparison.of(comparison)
+def gain_split(comparison: Comparison, *, width: int = 640) -> alt.LayerChart | None:
+    """Each arm's change over the baseline on all target items, by cause of failure; None where causes are not known."""
     rows = [
         {
             "arm": arm,
@@ -43,7 +37,7 @@ def gain_split(comparison: Any, *, width: int = 640) -> alt.LayerChart | None:
             "mended": change.gained,
             "broken": change.lost,
         }
-        for arm, found in _split(seen).items()
+        for arm, found in _split(comparison).items()
         for cause, (words, _) in _CAUSES.items()
         if (change := _sum(found, cause)) is not None
     ]
@@ -101,7 +95,7 @@ def gain_rows(comparison: Comparison) -> list[Row]:
 
 def _split(comparison: Comparison) -> dict[str, list[TaskContrast]]:
     """The tasks of which causes are known, by arm, against the baseline."""
-    found = {arm: comparison.contrast(arm) for arm in comparison.arms}
+    found = {arm: comparison.find(arm) for arm in comparison.arms}
     split = {arm: [t for t in contrast.tasks if t.flips] for arm, contrast in found.items() if contrast}
     return {arm: tasks for arm, tasks in split.items() if tasks}
 

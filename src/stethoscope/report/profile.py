@@ -6,23 +6,22 @@ from typing import Any
 import altair as alt
 
 from stethoscope.report.look import COLOURS, configured, title, y_axis
-from stethoscope.report.results import Diagnosis, Layer, Selection
+from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
+from stethoscope.results.selection import Selection
 
 KINDS = {"selected": "diamond", "not selected": "circle", "not believed": "cross"}
 
 
-def layer_profile(diagnosis: Any, selection: Any, *, width: int = 640) -> alt.VConcatChart:
+def layer_profile(diagnosis: Diagnosis, selection: Selection | None = None, *, width: int = 640) -> alt.VConcatChart:
     """Excess over chance per layer, with the selected layers marked and the SAEs' health below.
 
     The parameter ``picked`` is the layer to highlight; -1 is none.
 
     Args:
-        diagnosis: a `Diagnosis`, or what was saved of one.
-        selection: a `Selection`, or what was saved of one.
+        selection: its layers are marked.
         width: of the plotting area in pixels.
     """
-    seen, chosen = Diagnosis.of(diagnosis), Selection.of(selection)
-    rows = profile_rows(seen, chosen)
+    rows = profile_rows(diagnosis, selection)
     numbers = [row["layer"] for row in rows]
     scale = alt.Scale(domain=[min(numbers) - 0.5, max(numbers) + 0.5], nice=False, zero=False)
     base, column = _columns(scale)
@@ -40,10 +39,10 @@ def layer_profile(diagnosis: Any, selection: Any, *, width: int = 640) -> alt.VC
     )
     interval = base.mark_rule(strokeWidth=1.5).encode(y=_y("low:Q", "+.2~f"), y2="high:Q", color=kind["color"])
     point = base.mark_point(filled=True, size=55, opacity=1).encode(y=_y("excess:Q", "+.2~f"), **kind)
-    score = alt.layer(band, _rule(0.0), interval, point, _hits(column, list(seen.corpora))).properties(
-        height=220, title=title(f"{seen.score}: excess over chance")
+    score = alt.layer(band, _rule(0.0), interval, point, _hits(column, list(diagnosis.corpora))).properties(
+        height=220, title=title(f"{diagnosis.score}: excess over chance")
     )
-    corpora = list(seen.corpora)
+    corpora = list(diagnosis.corpora)
     explained = _health(rows, _columns(scale), "explained", corpora, domain=[0.0, 1.0], rule=0.5)
     active = _health(rows, _columns(scale, name="layer"), "l0", corpora)
     charts = [
@@ -57,11 +56,11 @@ def layer_profile(diagnosis: Any, selection: Any, *, width: int = 640) -> alt.VC
     return configured(stacked.add_params(picked).properties(datasets={"layers": rows}))
 
 
-def profile_rows(diagnosis: Diagnosis, selection: Selection) -> list[dict[str, Any]]:
+def profile_rows(diagnosis: Diagnosis, selection: Selection | None) -> list[dict[str, Any]]:
     """What the layer profile draws: a row per layer."""
-    chosen = set(selection.layers)
+    chosen = set(selection.layers if selection else ())
 
-    def kind(layer: Layer) -> str:
+    def kind(layer: LayerDiagnosis) -> str:
         if layer.layer in chosen:
             return "selected"
         return "not selected" if layer.flag is None else "not believed"
@@ -88,7 +87,7 @@ def profile_rows(diagnosis: Diagnosis, selection: Selection) -> list[dict[str, A
     ]
 
 
-def _value(layer: Layer, corpus: str, field: str) -> float | None:
+def _value(layer: LayerDiagnosis, corpus: str, field: str) -> float | None:
     return getattr(layer.health[corpus], field) if corpus in layer.health else None
 
 

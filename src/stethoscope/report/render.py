@@ -15,33 +15,23 @@ import vl_convert
 import yaml
 from markupsafe import Markup, escape
 
-from stethoscope.artifacts import write_text
+from stethoscope.artifacts import read_json, write_text
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import tables, words
-from stethoscope.report.choice import (
-    calibration_front,
-    calibration_rows,
-    hearing_plane,
-    hearing_rows,
-    score_profiles,
-)
+from stethoscope.report.choice import calibration_front, calibration_rows, hearing_plane, hearing_rows, score_profiles
 from stethoscope.report.gains import gain_rows, gain_split
 from stethoscope.report.look import COLOURS, FONT
 from stethoscope.report.profile import layer_profile
-from stethoscope.report.results import (
-    Calibration,
-    Claim,
-    Comparison,
-    Diagnosis,
-    Edits,
-    Evidence,
-    Geometry,
-    Hearing,
-    Selection,
-    read_json,
-)
 from stethoscope.report.scalpel import answers, energy_by_layer, energy_curves, geometry_rows
 from stethoscope.report.trade import is_crowded, trade_off
+from stethoscope.results.calibration import Calibration
+from stethoscope.results.comparison import Claim, Comparison
+from stethoscope.results.diagnosis import Diagnosis
+from stethoscope.results.edits import Edits
+from stethoscope.results.evidence import Evidence
+from stethoscope.results.geometry import Geometry
+from stethoscope.results.hearing import Hearing
+from stethoscope.results.selection import Selection
 
 # What replaces each colour of the charts on a dark screen; the page's own colours stand in the style sheet.
 _DARK = {
@@ -71,21 +61,21 @@ def render_report(run_dir: Path) -> Path:
     Raises:
         StethoscopeError: a result is missing, damaged, or of another schema version.
     """
-    diagnosis = Diagnosis.load(run_dir / "diagnosis.json")
-    selection = Selection.load(run_dir / "selection.json")
+    diagnosis = Diagnosis.load(run_dir)
+    selection = Selection.load(run_dir)
     comparison = Comparison.load(run_dir / "comparison.json")
     calibration = None
     if selection.policy == "calibrated":  # one that was only tried is not this selection's
-        calibration = Calibration.load(run_dir / "calibration.json")
-    heard = {path.parent.name: Hearing.load(path) for path in sorted(run_dir.glob("hearing/*/hearing.json"))}
+        calibration = Calibration.load(run_dir)
+    heard = {path.parent.name: Hearing.load(path.parent) for path in sorted(run_dir.glob("hearing/*/hearing.json"))}
     recipe = _recipe(run_dir / "recipe.yaml")
     manifest = run_dir / "edited" / "manifest.json"
     changed = tables.scalars(read_json(manifest)) if manifest.exists() else []
     more = _More(
-        evidence=Evidence.find(run_dir / "evidence.json"),
-        edits=Edits.find(run_dir / "edits.json"),
-        geometry=Geometry.find(run_dir / "geometry.json"),
-        claim=Claim.find(run_dir / "claim.json"),
+        evidence=Evidence.find(run_dir),
+        edits=Edits.find(run_dir),
+        geometry=Geometry.find(run_dir),
+        claim=Claim.find(run_dir),
         calibration=calibration,
         hearing=heard,
     )
@@ -176,7 +166,7 @@ def _page(
         health={layer.layer: tables.health(layer) for layer in diagnosis.layers},
         evidence=tables.evidence(more.evidence, diagnosis) if more.evidence else {},
         searched=more.evidence.documents if more.evidence else {},
-        provenance=tables.provenance(diagnosis, more.evidence, selection, more.geometry, more.edits, comparison),
+        provenance=tables.provenance(diagnosis, more.evidence, selection, more.geometry, more.edits),
         data=data,
         style=Markup(_style()),
         scripts=[Markup(script) for script in scripts],

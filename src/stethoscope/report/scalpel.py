@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import altair as alt
 
 from stethoscope.report.look import COLOURS, axis, configured, title, y_axis
-from stethoscope.report.results import Comparison, Contrast, Geometry, Kept, LayerGeometry
 from stethoscope.report.tables import NONE, Row, percent
 from stethoscope.report.words import points, signed
+from stethoscope.results.comparison import Comparison, Contrast
+from stethoscope.results.geometry import Geometry, Kept, LayerGeometry
 
 _KEPT = "energy of the layer's change that is kept, %"
 
@@ -31,7 +32,7 @@ def energy_by_layer(geometry: Any, selected: Sequence[int] = (), *, width: int =
             "high": 100 * layer.kept.random_features.high,
             "selected": layer.layer in selected,
         }
-        for layer in Geometry.of(geometry).layers
+        for layer in geometry.layers
     ]
     base = alt.Chart(alt.NamedData(name="layers")).encode(
         x=alt.X("layer:Q", title="layer", axis=axis("d"), scale=alt.Scale(nice=False, padding=12))
@@ -56,9 +57,8 @@ def energy_by_layer(geometry: Any, selected: Sequence[int] = (), *, width: int =
     return configured(chart.properties(width=width, height=220, title=title(_KEPT), datasets={"layers": rows}))
 
 
-def energy_curves(geometry: Any, selected: Sequence[int] = (), *, width: int = 640) -> alt.LayerChart:
+def energy_curves(geometry: Geometry, selected: Sequence[int] = (), *, width: int = 640) -> alt.LayerChart:
     """Energy kept against number of features, a line per layer, with the chance level; see `energy_by_layer`."""
-    seen = Geometry.of(geometry)
     rows = [
         {
             "layer": layer.layer,
@@ -67,7 +67,7 @@ def energy_curves(geometry: Any, selected: Sequence[int] = (), *, width: int = 6
             "chance": round(100 * chance, 2),
             "selected": layer.layer in selected,
         }
-        for layer in seen.layers
+        for layer in geometry.layers
         for number, share, chance in zip(layer.curve.features, layer.curve.share, layer.curve.chance, strict=True)
     ]
     base = alt.Chart(alt.NamedData(name="curves")).encode(
@@ -82,7 +82,7 @@ def energy_curves(geometry: Any, selected: Sequence[int] = (), *, width: int = 6
         tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("features:Q"), alt.Tooltip("kept:Q"), alt.Tooltip("chance:Q")],
     )
     chance = base.mark_line(color=COLOURS["ink"], strokeDash=[4, 3], strokeWidth=1.5).encode(y=alt.Y("chance:Q", **y))
-    chosen = sorted({layer.features for layer in seen.layers})
+    chosen = sorted({layer.features for layer in geometry.layers})
     rule = alt.Chart(alt.Data(values=[{"features": number} for number in chosen]))
     mark = rule.mark_rule(color=COLOURS["muted"], strokeDash=[2, 3]).encode(x="features:Q")
     chart = alt.layer(mark, lines, chance)
@@ -176,7 +176,7 @@ def answers(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def _gain(comparison: Comparison, b: str, a: str | None = None) -> _Gain | None:
-    contrast = comparison.contrast(b, a)
+    contrast = comparison.find(b, a)
     return _of_contrast(contrast) if contrast else None
 
 
@@ -229,7 +229,7 @@ def _thrown_away(comparison: Comparison) -> str | None:
 def _hybrids(comparison: Comparison) -> str | None:
     found = []
     for arm in ("hybrid", "filtered"):
-        contrast = comparison.contrast("selected", arm)  # raw over the hybrid
+        contrast = comparison.find("selected", arm)  # raw over the hybrid
         if contrast is None:
             continue
         gain, right, cost = _of_contrast(contrast), _accuracy(contrast), contrast.loss

@@ -2,19 +2,13 @@
 
 from typing import Any
 
-from stethoscope.report.results import (
-    Comparison,
-    Diagnosis,
-    Difference,
-    Edits,
-    Evidence,
-    Feature,
-    Geometry,
-    Layer,
-    McNemar,
-    Selection,
-)
 from stethoscope.report.words import MINUS, short_names, signed
+from stethoscope.results.comparison import Comparison, McNemar, PairedDifference
+from stethoscope.results.diagnosis import Diagnosis, FeatureDifference, LayerDiagnosis
+from stethoscope.results.edits import Edits
+from stethoscope.results.evidence import Evidence
+from stethoscope.results.geometry import Geometry
+from stethoscope.results.selection import Selection
 
 NONE = "\N{EN DASH}"
 Row = dict[str, str]
@@ -23,19 +17,19 @@ PAGES = "https://www.neuronpedia.org/"  # a saved link that leads elsewhere is n
 
 def results(comparison: Comparison) -> list[dict[str, Any]]:
     """Groups of rows: target tasks with their pool, controls; a cell per arm with value, difference and mark."""
-    accuracy = {(row.task, row.arm): row for row in comparison.accuracy}
-    contrasts = {arm: comparison.contrast(arm) for arm in comparison.arms}
+    accuracy = {(row["task"], row["arm"]): row for row in comparison.accuracy}
+    contrasts = {arm: comparison.find(arm) for arm in comparison.arms}
     names = short_names([*comparison.family, *comparison.controls])
 
     def of_task(task: str) -> dict[str, Any]:
-        sizes = {row.n for (name, _), row in accuracy.items() if name == task}
+        sizes = {row["n"] for (name, _), row in accuracy.items() if name == task}
         cells = []
         for arm in comparison.arms:
             row, contrast = accuracy.get((task, arm)), contrasts[arm]
             found = contrast.task(task) if contrast else None
             cells.append(
                 _cell(
-                    percent(row.accuracy) if row else NONE,
+                    percent(row["accuracy"]) if row else NONE,
                     found.difference if found else None,
                     found.p_adjusted if found else None,
                     comparison.alpha,
@@ -47,8 +41,8 @@ def results(comparison: Comparison) -> list[dict[str, Any]]:
         cells, total = [], 0
         for arm in comparison.arms:
             rows = [accuracy[task, arm] for task in comparison.family if (task, arm) in accuracy]
-            total = sum(row.n for row in rows)
-            mean = sum(row.n * row.accuracy for row in rows) / total if total else None
+            total = sum(row["n"] for row in rows)
+            mean = sum(row["n"] * row["accuracy"] for row in rows) / total if total else None
             contrast = contrasts[arm]
             p = contrast.pooled_mcnemar.p_value if contrast and contrast.pooled_mcnemar else None
             difference = contrast.pooled if contrast else None
@@ -72,7 +66,7 @@ def results(comparison: Comparison) -> list[dict[str, Any]]:
     return groups
 
 
-def _cell(value: str, difference: Difference | None, p: float | None, alpha: float) -> dict[str, Any]:
+def _cell(value: str, difference: PairedDifference | None, p: float | None, alpha: float) -> dict[str, Any]:
     mark = "" if p is None else "*" * sum(p < level for level in (0.05, 0.01, 0.001))
     sign = 0 if difference is None else (difference.difference > 0) - (difference.difference < 0)
     return {
@@ -84,7 +78,7 @@ def _cell(value: str, difference: Difference | None, p: float | None, alpha: flo
     }
 
 
-def _loss(baseline: bool, loss: Difference | None) -> dict[str, Any]:
+def _loss(baseline: bool, loss: PairedDifference | None) -> dict[str, Any]:
     if loss is None:
         return {"value": "0" if baseline else NONE, "change": "", "interval": "", "mark": "", "kind": ""}
     kind = ("worse" if loss.difference > 0 else "better") if loss.clear else ""
@@ -133,7 +127,7 @@ def tests(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def _difference(found: Difference) -> Row:
+def _difference(found: PairedDifference) -> Row:
     return {"difference": signed(100 * found.difference), "interval": _interval(found, 100, 1)}
 
 
@@ -158,7 +152,7 @@ def layers(diagnosis: Diagnosis, selection: Selection, edits: Edits | None) -> l
             "null": f"{layer.null:.3f}",
             "excess": signed(layer.excess, 3),
             "interval": " to ".join(signed(end, 3) for end in layer.interval),
-            "rank": str(layer.rank or NONE),
+            "rank": str(layer.rank),
             "as high in resamples": number(layer.stability, ".0%"),
             **({"against": layer.against} if len(diagnosis.controls) > 1 else {}),
             "increment": signed(layer.increment, 3),
@@ -181,7 +175,7 @@ def costs(comparison: Comparison) -> list[Row]:
     """What the trade-off picture draws: arm, gain and cost with their intervals."""
     rows = []
     for arm in comparison.arms:
-        if contrast := comparison.contrast(arm):
+        if contrast := comparison.find(arm):
             gain, loss = contrast.pooled, contrast.loss
             rows.append(
                 {
@@ -195,7 +189,7 @@ def costs(comparison: Comparison) -> list[Row]:
     return rows
 
 
-def feature_row(feature: Feature) -> list[str]:
+def feature_row(feature: FeatureDifference) -> list[str]:
     """Feature, firing rates and shares of activation mass in %, and the difference of the shares in points."""
     return [
         str(feature.feature),
@@ -207,7 +201,7 @@ def feature_row(feature: Feature) -> list[str]:
     ]
 
 
-def health(layer: Layer) -> list[Row]:
+def health(layer: LayerDiagnosis) -> list[Row]:
     """An SAE's health, a row per corpus."""
     return [
         {
@@ -264,16 +258,15 @@ def _one_line(text: str) -> str:
     return text.replace("\r", "").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
 
 
-def provenance(*results: Diagnosis | Evidence | Selection | Geometry | Edits | Comparison | None) -> list[Row]:
+def provenance(*results: Diagnosis | Evidence | Selection | Geometry | Edits | None) -> list[Row]:
     """What each result says of where it comes from."""
     rows = []
     for result in results:
-        if result is None or result.provenance is None:
+        if result is None:
             continue
         found = result.provenance
         entries = {"stethoscope": found.stethoscope, "seed": str(found.seed), **dict(sorted(found.inputs.items()))}
-        name = f"{type(result).__name__.lower()}.json"
-        rows += [{"result": name, "what": what, "value": value} for what, value in entries.items()]
+        rows += [{"result": result.FILE, "what": what, "value": value} for what, value in entries.items()]
     return rows
 
 
@@ -298,7 +291,7 @@ def number(value: float | None, form: str) -> str:
     return NONE if value is None else format(value, form).replace("-", MINUS)
 
 
-def _interval(difference: Difference, factor: int, digits: int) -> str:
+def _interval(difference: PairedDifference, factor: int, digits: int) -> str:
     if difference.low is None or difference.high is None:
         return "no interval" if difference.reason else ""
     return f"{signed(factor * difference.low, digits)} to {signed(factor * difference.high, digits)}"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import altair as alt
 
 from stethoscope.report.look import COLOURS, axis, configured, title, y_axis
-from stethoscope.report.results import Comparison, Contrast, is_random
+from stethoscope.results.comparison import Comparison, Contrast, is_random
 
 _LOOKS = {
     "selected": ("selected", "diamond"),
@@ -22,24 +22,22 @@ _CORNER = 0.3  # share of the picture's width that is too narrow to tell several
 _WIDTHS = (295, 640, 950)  # pixels at which labels should not cover each other
 
 
-def trade_off(comparison: Any, *, without: Sequence[str] = (), width: int = 640) -> alt.LayerChart:
+def trade_off(comparison: Comparison, *, without: Sequence[str] = (), width: int = 640) -> alt.LayerChart:
     """Mean target gain of each arm over the baseline against what it costs on control text, with intervals.
 
     Without control losses the gains alone are drawn.
 
     Args:
-        comparison: a `Comparison`, or what was saved of one.
         without: arms to leave out: ``tuned`` is often so far from the edits that they cannot be told apart.
         width: of the plotting area in pixels.
     """
-    seen = Comparison.of(comparison)
-    found = [c for arm in seen.arms if arm not in without and (c := seen.contrast(arm)) is not None]
-    return _plane(seen.baseline, found, width) if any(c.loss for c in found) else _gains(found, width)
+    found = [c for arm in comparison.arms if arm not in without and (c := comparison.find(arm)) is not None]
+    return _plane(comparison.baseline, found, width) if any(c.loss for c in found) else _gains(found, width)
 
 
 def is_crowded(comparison: Comparison) -> bool:
     """Whether the edits lie in a corner of the picture because the whole fine-tune is far away."""
-    contrasts = [c for arm in comparison.arms if (c := comparison.contrast(arm)) is not None]
+    contrasts = [c for arm in comparison.arms if (c := comparison.find(arm)) is not None]
     rows = [row for row in trade_off_rows(contrasts) if row["cost"] is not None]
     edits = [row for row in rows if row["arm"] != "tuned"]
     reach = [max((abs(row["cost"]) for row in some), default=0.0) for some in (edits, rows)]

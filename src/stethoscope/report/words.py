@@ -2,17 +2,11 @@
 
 from collections.abc import Sequence
 
-from stethoscope.report.results import (
-    Comparison,
-    Contrast,
-    Diagnosis,
-    Difference,
-    Edits,
-    Geometry,
-    Layer,
-    Selection,
-    is_random,
-)
+from stethoscope.results.comparison import Comparison, Contrast, PairedDifference, is_random
+from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
+from stethoscope.results.edits import Edits
+from stethoscope.results.geometry import Geometry
+from stethoscope.results.selection import Selection
 
 # Fewer items than this per task leave intervals of about 14 points or more.
 SMALL_SAMPLE = 200
@@ -41,9 +35,9 @@ def describe_arm(arm: str, edits: Edits | None) -> str:
     """What an arm is, by its name, and which layers it changes; empty for one of the user's own without a plan."""
     text = _ARMS.get("random_layers" if is_random(arm) else arm, "")
     plan = edits.plans.get(arm) if edits else None
-    if plan is None or not plan.layers or plan.default:
+    if plan is None or not plan["layers"] or plan["default"]:
         return text
-    return f"{text}{': ' if text else ''}layers {', '.join(map(str, sorted(plan.layers)))}"
+    return f"{text}{': ' if text else ''}layers {', '.join(sorted(plan['layers'], key=int))}"
 
 
 def short_names(tasks: Sequence[str]) -> dict[str, str]:
@@ -57,7 +51,7 @@ def short_names(tasks: Sequence[str]) -> dict[str, str]:
 
 def headline(comparison: Comparison) -> tuple[str, str]:
     """The verdict on the selected layers against the baseline: its first clause, and what follows."""
-    contrast = comparison.contrast("selected") or (comparison.contrasts[0] if comparison.contrasts else None)
+    contrast = comparison.find("selected") or (comparison.contrasts[0] if comparison.contrasts else None)
     if contrast is None:
         return "Nothing was compared.", ""
     first, _, rest = contrast.verdict.partition("; ")
@@ -69,10 +63,10 @@ def findings(comparison: Comparison, geometry: Geometry | None) -> list[tuple[st
     found = []
     if rivals := _against_random(comparison):
         found.append(("Against random layers", rivals))
-    if spread := comparison.contrast("selected", "scaled"):
+    if spread := comparison.find("selected", "scaled"):
         found.append(("Against all layers at equal energy", spread.verdict))
     for arm in comparison.arms:
-        contrast = comparison.contrast(arm)
+        contrast = comparison.find(arm)
         if contrast and arm.startswith("tuned"):
             found.append(("The whole fine-tune", contrast.verdict + _share_kept(comparison, contrast)))
         elif contrast and arm == "projected":
@@ -108,7 +102,7 @@ def _against_random(comparison: Comparison) -> str:
 
 def _share_kept(comparison: Comparison, tuned: Contrast) -> str:
     """What share of the whole fine-tune's gain and cost the selected layers have, where both are clearly above 0."""
-    selected = comparison.contrast("selected")
+    selected = comparison.find("selected")
     if selected is None or not all(c.pooled.clear and c.pooled.difference > 0 for c in (selected, tuned)):
         return ""
     words = f" The selected layers alone give {selected.pooled.difference / tuned.pooled.difference:.0%} of its gain"
@@ -141,29 +135,28 @@ def notices(
     return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in warnings)]
 
 
-def layer_facts(layer: Layer, diagnosis: Diagnosis) -> str:
+def layer_facts(layer: LayerDiagnosis, diagnosis: Diagnosis) -> str:
     """One layer's standing, in a sentence or two."""
-    standing = f"Excess over chance {signed(layer.excess, 3)} (z {layer.z:.1f})"
-    if layer.rank is not None:
-        standing += f", rank {layer.rank} of {len(diagnosis.layers)}"
-    if layer.stability is not None:
-        standing += f", as high or higher in {layer.stability:.0%} of resamples"
+    standing = (
+        f"Excess over chance {signed(layer.excess, 3)} (z {layer.z:.1f}), rank {layer.rank} of"
+        f" {len(diagnosis.layers)}, as high or higher in {layer.stability:.0%} of resamples"
+    )
     against = (
         "" if len(diagnosis.controls) < 2 else f", against `{layer.against}`, the control it stands out least from"
     )
-    added = "" if layer.increment_z is None else f" (z {layer.increment_z:.1f})"
-    text = f"{standing}{against}. It adds {signed(layer.increment, 3)}{added} to the layer before it."
+    added = f"{signed(layer.increment, 3)} (z {layer.increment_z:.1f})"
+    text = f"{standing}{against}. It adds {added} to the layer before it."
     return f"{text} Not believed: {layer.flag}." if layer.flag else text
 
 
 def _resolution(comparison: Comparison) -> float | None:
     """The median over target tasks of the smallest gain of the selected arm that would be seen."""
-    contrast = comparison.contrast("selected")
+    contrast = comparison.find("selected")
     gains = sorted(t.smallest_detectable_gain or 1.0 for t in contrast.tasks if t.in_family) if contrast else []
     return gains[len(gains) // 2] if gains else None
 
 
-def points(difference: Difference) -> str:
+def points(difference: PairedDifference) -> str:
     """A difference of accuracies in points, with its interval where it has one."""
     text = f"{signed(100 * difference.difference)} points"
     if difference.low is None or difference.high is None:

@@ -1,16 +1,14 @@
 """How well an SAE reads a model: variance explained, L0, dead and dense features, as sums that merge."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float64, Int
-from numpy import ndarray
+from jaxtyping import Float, Int
 from torch import Tensor
 
-# A feature that fires on more than this share of tokens says little about any of them.
-DENSE_RATE = 0.1
+from stethoscope.results.diagnosis import DENSE_RATE, SAEHealth
 
 
 @dataclass(kw_only=True)
@@ -66,7 +64,7 @@ class HealthSums:
             mass=self.mass + other.mass,
         )
 
-    def health(self) -> "SAEHealth":
+    def health(self) -> SAEHealth:
         """What the sums say; undefined values are None."""
         if not self.tokens:
             return SAEHealth(tokens=0, variance_explained=None, l0=None, dead=None, dense=None)
@@ -79,45 +77,6 @@ class HealthSums:
             dead=float((self.fired == 0).double().mean()),
             dense=float((rate > DENSE_RATE).double().mean()),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAEHealth:
-    """An SAE's health on some text.
-
-    Attributes:
-        tokens: tokens it was measured on; a feature can be called dead only against this number.
-        variance_explained: 1 less residual over total variance, about the mean; at most 1, and below 0 for an SAE
-            that is worse than the mean.
-        l0: features that fire on a token, on average.
-        dead: share of features that never fired, in [0, 1].
-        dense: share of features that fired on more than a tenth of the tokens, in [0, 1].
-        encoding_error: total variation between the features' shares of activation mass as SAELens encodes them in
-            float32 and as they were encoded in the pass; None where that was not measured.
-    """
-
-    tokens: int
-    variance_explained: float | None
-    l0: float | None
-    dead: float | None
-    dense: float | None
-    encoding_error: float | None = None
-
-    def on(self, rate: Float64[ndarray, " width"], tokens: int) -> "SAEHealth":
-        """The same SAE with what firing rates on more tokens say."""
-        if not tokens:
-            return self
-        return replace(
-            self,
-            tokens=tokens,
-            l0=float(rate.sum()),
-            dead=float((rate == 0).mean()),
-            dense=float((rate > DENSE_RATE).mean()),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 @torch.no_grad()

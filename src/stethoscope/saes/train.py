@@ -31,8 +31,9 @@ from stethoscope.artifacts import canonical_json, new_folder, sha256_bytes, writ
 from stethoscope.corpus import Document, documents_hash
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models import decoder_layers, load_model
+from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.saes.activations import ActivationStream, StreamPosition
-from stethoscope.saes.health import HealthSums, SAEHealth, measure_health
+from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.layouts.files import read_json
 from stethoscope.sites import SITES
 

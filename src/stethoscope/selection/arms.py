@@ -8,20 +8,21 @@ plans = load_plans(folder, provenance)         # None where they were made from 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance
+from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.subspace import FeatureProjection
 from stethoscope.errors import CheckpointError
 from stethoscope.recipe import SCALPEL_ARMS, Recipe
+from stethoscope.results.edits import Edits, LayerEnergy
 from stethoscope.selection.controls import CONTROL_ARMS, NoOthersError, control_plan, mean_coefficient, random_layers
 
 BASES = "bases.safetensors"
@@ -32,24 +33,6 @@ class Planned:
     """A plan for every arm, None for the base, and what a reader should know of arms that there are not."""
 
     plans: dict[str, EditPlan | None]
-    warnings: tuple[str, ...] = ()
-
-
-class LayerEnergy(Frozen):
-    """One layer's task vector: squared Frobenius norm, and its share of the whole."""
-
-    layer: int
-    energy: float
-    share: float
-
-
-class Edits(Artifact):
-    """The arms' plans and where the task vector's energy lies; the bases that plans cut along lie beside it."""
-
-    FILE: ClassVar[str] = "edits.json"
-
-    plans: dict[str, dict[str, Any] | None]
-    energy: tuple[LayerEnergy, ...]
     warnings: tuple[str, ...] = ()
 
 

@@ -9,100 +9,21 @@ in a model of any size. Sets and coefficients are searched from coarse to fine, 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance
+from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
+from stethoscope.results.calibration import Calibration, CalibrationPoint
 from stethoscope.selection.rivals import Progress, Texts
 from stethoscope.selection.search import Key, Search, search_layers, search_nested
 from stethoscope.work import Spread
 
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_FORWARDS = 60.0
-
-
-class CalibrationPoint(Frozen):
-    """One edit and its true effect on calibration text, in nats per token against the base.
-
-    Attributes:
-        coefficients: layer -> coefficient; empty is the base itself.
-        threshold: the least z among its layers.
-        target_gain: by how much the target loss falls; errors are standard errors, paired over documents.
-        control_cost: by how much the control loss rises; ``control_increase`` is that as a share of the base's.
-        on_front: no other point gains as much for less, or more for as little.
-    """
-
-    coefficients: dict[int, float]
-    threshold: float | None
-    target_gain: float
-    target_error: float
-    control_cost: float
-    control_error: float
-    control_increase: float
-    on_front: bool
-
-
-class Calibration(Artifact):
-    """Every edit that was tried, and the one to make.
-
-    Attributes:
-        z: each layer's score relative to its null, as it was given.
-        budget: by what share control loss may rise; None weighs a nat of control against a nat of target.
-        base_loss: nats per token of each corpus.
-        best: the point of largest worth; ``choice`` is the simplest that is not clearly worse.
-        forwards: of the whole calibration text, that were spent.
-        seen: corpus -> hash of its documents, which no claim may be tested on.
-    """
-
-    FILE: ClassVar[str] = "calibration.json"
-
-    z: dict[int, float]
-    budget: float | None
-    base_loss: dict[str, float]
-    points: tuple[CalibrationPoint, ...]
-    best: int
-    choice: int
-    rule: str
-    reason: str
-    forwards: float
-    seen: dict[str, str]
-
-    @property
-    def coefficients(self) -> dict[int, float]:
-        """Layer -> coefficient of the chosen edit; empty where nothing is worth its cost."""
-        return self.points[self.choice].coefficients
-
-    @property
-    def threshold(self) -> float | None:
-        """The least z that a chosen layer has."""
-        return self.points[self.choice].threshold
-
-    def table(self) -> list[list[str]]:
-        """The front by rising cost, with a header row; ``*`` marks the choice."""
-        rows = [["layers", "coefficient", "z at least", "target gain", "control cost", "control, %"]]
-        for point in self.front:
-            amounts = sorted(set(point.coefficients.values()))
-            rows.append(
-                [
-                    ("* " if point == self.points[self.choice] else "  ") + str(len(point.coefficients)),
-                    " to ".join(f"{amount:g}" for amount in dict.fromkeys((*amounts[:1], *amounts[-1:]))),
-                    "" if point.threshold is None else f"{point.threshold:.1f}",
-                    f"{point.target_gain:+.4f} ± {point.target_error:.4f}",
-                    f"{point.control_cost:+.4f} ± {point.control_error:.4f}",
-                    f"{100 * point.control_increase:+.2f}",
-                ]
-            )
-        return rows
-
-    @property
-    def front(self) -> tuple[CalibrationPoint, ...]:
-        """The points that no other is better than, by rising cost."""
-        return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.control_cost))
 
 
 def calibrate(

@@ -10,167 +10,33 @@ each score's best layers are also injected together, beside random sets of as ma
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from math import comb
-from typing import ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import spearmanr
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance
+from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models import decoder_layers
+from stethoscope.results.hearing import (
+    Beaten,
+    Correlation,
+    Hearing,
+    Kind,
+    Layers,
+    RandomSets,
+    ScoreHearing,
+    SetEffect,
+    SetHearing,
+)
 from stethoscope.selection.rivals import Gains, Texts, forwards, injection, measure
 from stethoscope.work import Spread
 
 RESAMPLES = 1000
 CANDIDATES = 4000  # random sets that those of equal energy are picked from
-Kind = Literal["sae", "rival", "truth"]
-Layers = tuple[int, ...]
-
-
-class Correlation(Frozen):
-    """Spearman's rank correlation over layers, with a 95 % interval from layers drawn with replacement.
-
-    All None where one of the two is constant.
-    """
-
-    rho: float | None
-    low: float | None
-    high: float | None
-
-
-class SetEffect(Frozen):
-    """What a set of layers does when injected together, in nats per token against the base.
-
-    Attributes:
-        target_gain: by how much target loss falls.
-        control_cost: by how much control loss rises.
-    """
-
-    layers: Layers
-    target_gain: float
-    control_cost: float
-
-    @property
-    def trade_off(self) -> float:
-        """Target gain less control cost."""
-        return self.target_gain - self.control_cost
-
-
-class Beaten(Frozen):
-    """The share of random sets that a set's trade-off exceeds, with its exact 95 % interval."""
-
-    share: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, worth: float, others: Sequence[float]) -> "Beaten":
-        """From what a set and each random one is worth."""
-        count = sum(worth > other for other in others)
-        interval = binomtest(count, len(others)).proportion_ci(0.95)
-        return cls(share=count / len(others), low=float(interval.low), high=float(interval.high))
-
-
-class SetHearing(Frozen):
-    """A score's best k layers, injected together.
-
-    Attributes:
-        overlap: share of them among the k layers of best single injection.
-        beaten: random sets of as many layers.
-        beaten_matched: those of about as much task vector energy, for the scores that are in question.
-    """
-
-    effect: SetEffect
-    overlap: float
-    beaten: Beaten
-    beaten_matched: Beaten | None
-
-
-class ScoreHearing(Frozen):
-    """How well one score hears.
-
-    Attributes:
-        kind: whether it rests on SAEs, is a rival that needs none, or the truth itself.
-        values: a layer's score.
-        gain: correlation with the target gain of each layer's injection.
-        trade_off: correlation with target gain less control cost.
-        sets: k -> its best k layers.
-    """
-
-    kind: Kind
-    values: dict[int, float]
-    gain: Correlation
-    trade_off: Correlation
-    sets: dict[int, SetHearing]
-
-
-class RandomSets(Frozen):
-    """Random sets of one size; ``matched`` maps a score to sets of about the energy of its own best."""
-
-    equal_size: tuple[SetEffect, ...]
-    matched: dict[str, tuple[SetEffect, ...]]
-
-
-class Hearing(Artifact):
-    """All scores judged.
-
-    Attributes:
-        injected: the effect of each layer alone.
-        forwards: of all text, that were spent.
-        documents: of each corpus.
-    """
-
-    FILE: ClassVar[str] = "hearing.json"
-
-    scores: dict[str, ScoreHearing]
-    injected: tuple[SetEffect, ...]
-    random: dict[int, RandomSets]
-    documents: dict[str, int]
-    forwards: float
-
-    def size(self, wanted: int) -> int:
-        """The size of set that was judged and is nearest to the one wanted."""
-        return min(self.random, key=lambda k: (abs(k - wanted), k))
-
-    def table(self, k: int) -> list[list[str]]:
-        """A row per score, best trade-off of its k layers first, with a header row."""
-        rows = [["score", "rank correlation, gain", "with cost", f"best {k}: gain", "cost", "beats random", "energy"]]
-        for name, found in sorted(self.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off):
-            chosen = found.sets[k]
-            rows.append(
-                [
-                    name,
-                    _shown(found.gain),
-                    _shown(found.trade_off),
-                    f"{chosen.effect.target_gain:+.3f}",
-                    f"{chosen.effect.control_cost:+.3f}",
-                    f"{100 * chosen.beaten.share:.0f} %",
-                    f"{100 * chosen.beaten_matched.share:.0f} %" if chosen.beaten_matched else "",
-                ]
-            )
-        return rows
-
-    def verdict(self, score: str, k: int) -> str:
-        """One sentence on a score's best k layers."""
-        chosen = self.scores[score].sets[k]
-        best = max(
-            (name for name, found in self.scores.items() if found.kind != "truth"),
-            key=lambda name: self.scores[name].sets[k].effect.trade_off,
-        )
-        heard = "hears better than chance" if chosen.beaten.low > 0.5 else "gives no evidence of hearing"
-        sentence = (
-            f"`{score}` {heard}: its best {k} layers beat {100 * chosen.beaten.share:.0f} % of random sets"
-            f" (95 % interval {100 * chosen.beaten.low:.0f} to {100 * chosen.beaten.high:.0f} %),"
-            f" worth {chosen.effect.trade_off:+.3f} nats per token"
-        )
-        if best == score:
-            return f"{sentence}; no other score does better."
-        worth = self.scores[best].sets[k].effect.trade_off
-        return f"{sentence}; `{best}` would have chosen layers worth {worth:+.3f}."
 
 
 def judge_hearing(
@@ -332,7 +198,3 @@ def _correlation(values: Sequence[float], truth: Float64[ndarray, " layers"], rn
             drawn.append(spearmanr(given[rows], truth[rows]).statistic)
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
     return Correlation(rho=float(spearmanr(given, truth).statistic), low=low, high=high)
-
-
-def _shown(found: Correlation) -> str:
-    return "undefined" if found.rho is None else f"{found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})"

@@ -2,52 +2,15 @@
 
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate, pairwise
-from typing import ClassVar
 
 import numpy as np
 
-from stethoscope.artifacts import Artifact, Frozen, Provenance
-from stethoscope.diagnosis.diagnose import Diagnosis, LayerDiagnosis
+from stethoscope.artifacts import Provenance
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import Select
-from stethoscope.selection.calibration import Calibration
-from stethoscope.shown import Rows, Shown
-
-
-class LayerChoice(Frozen):
-    """One layer's fate and the reason for it."""
-
-    layer: int
-    chosen: bool
-    reason: str
-
-
-class Selection(Shown, Artifact):
-    """The layers chosen, in ascending order, and the reason for every layer.
-
-    Attributes:
-        coefficients: layer -> coefficient, where the policy chose them too.
-        warnings: what a reader should know before believing the choice.
-    """
-
-    FILE: ClassVar[str] = "selection.json"
-
-    policy: str
-    layers: tuple[int, ...]
-    coefficients: dict[int, float] | None = None
-    choices: tuple[LayerChoice, ...]
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: how many layers by which policy, and which."""
-        layers = ", ".join(map(str, self.layers))
-        return f"`{self.policy}` chooses {len(self.layers)} of {len(self.choices)} layers: {layers}."
-
-    def _shown(self) -> tuple[str, Rows]:
-        rows = [[str(choice.layer), choice.reason] for choice in self.choices]
-        return self.verdict, [["layer", "reason"], *rows]
-
+from stethoscope.results.calibration import Calibration
+from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
+from stethoscope.results.selection import LayerChoice, Selection
 
 STEADY = 0.5  # of the resamples: a chosen layer that holds its rank in fewer is warned of
 

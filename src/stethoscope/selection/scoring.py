@@ -13,8 +13,8 @@ from stethoscope.diagnosis.scores import SCORES
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.editing.layers import LayerEdits
+from stethoscope.results.hearing import Kind
 from stethoscope.selection.gradient import gradient
-from stethoscope.selection.hearing import Kind
 from stethoscope.selection.rivals import Texts, local_effect
 from stethoscope.selection.shifts import residual_shift, tuned_shift
 

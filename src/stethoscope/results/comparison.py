@@ -1,17 +1,15 @@
 """What a comparison found: arm against arm by task, pooled, and what it cost; as frames, and as `comparison.json`."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
-import pandas as pd
+from pydantic import TypeAdapter
 
-from stethoscope.artifacts import write_json
+from stethoscope.artifacts import Artifact, read_versioned, write_json
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.inference import McNemar, NonInferiority, PairedDifference, UnpairedZ
 from stethoscope.shown import Rows, Shown, text_rows
 
 SCHEMA = 1
@@ -26,6 +24,66 @@ _COLUMNS = {
     "p exact": ("p_mcnemar", ".2g"),
 }
 CAUSES = ("format", "truncation", "correctness")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpairedZ:
+    """Two proportions compared as if their items were unrelated."""
+
+    share_a: float
+    share_b: float
+    difference: float
+    statistic: float | None
+    p_value: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class McNemar:
+    """Exact McNemar test: ``b`` items that only arm a got right, ``c`` that only arm b did."""
+
+    b: int
+    c: int
+    p_value: float
+    reason: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedDifference:
+    """Mean of b - a over ``n`` items, with an interval; ``clusters`` counts the units resampled."""
+
+    n: int
+    clusters: int
+    difference: float
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    confidence: float
+    method: str
+    reason: str | None = None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval exists and leaves out 0."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonInferiority:
+    """Whether b is shown not to be worse than a by ``margin`` or more; ``shown`` is None where undefined.
+
+    ``smallest_margin`` is the smallest margin for which these data would have shown it.
+    """
+
+    n: int
+    margin: float
+    difference: float
+    low: float | None
+    p_value: float | None
+    shown: bool | None
+    smallest_margin: float | None
+    confidence: float
+    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +146,10 @@ class Contrast:
     divergence: PairedDifference | None = None
     target_loss: PairedDifference | None = None
 
+    def task(self, name: str) -> TaskContrast | None:
+        """The contrast on one task, if there is one."""
+        return next((t for t in self.tasks if t.task == name), None)
+
     def summary(self) -> dict[str, Any]:
         """The verdict and each task's accuracies in plain values, as a model's card has them."""
         tasks = [
@@ -146,15 +208,28 @@ class Comparison(Shown):
     contrasts: list[Contrast]
     noise: list[NoiseFloor] = field(default_factory=list)
 
+    @property
+    def arms(self) -> list[str]:
+        """Every arm: the baseline, the selected layers, then the others in the order in which they were run."""
+        run = list(dict.fromkeys(row["arm"] for row in self.accuracy))
+        first = [arm for arm in (self.baseline, "selected") if arm in run]
+        return list(dict.fromkeys([*first, *run]))
+
+    def find(self, b: str, a: str | None = None) -> Contrast | None:
+        """Arm ``b`` against arm ``a`` (the baseline if not given), None if they were not compared."""
+        wanted = (a or self.baseline, b)
+        return next((found for found in self.contrasts if (found.a, found.b) == wanted), None)
+
     def contrast(self, b: str, a: str | None = None) -> Contrast:
-        """Arm ``b`` against arm ``a`` (the baseline if not given)."""
-        for found in self.contrasts:
-            if (found.a, found.b) == (a or self.baseline, b):
-                return found
+        """As `find`; an EvaluationError if they were not compared."""
+        if found := self.find(b, a):
+            return found
         raise EvaluationError(f"`{b}` was not compared with `{a or self.baseline}`")
 
-    def to_frame(self) -> pd.DataFrame:
-        """A row per contrast and task, and one with task ``pooled`` per contrast."""
+    def to_frame(self) -> Any:
+        """A pandas frame with a row per contrast and task, and one with task ``pooled`` per contrast."""
+        import pandas as pd
+
         rows = []
         for contrast in self.contrasts:
             for t in contrast.tasks:
@@ -192,7 +267,7 @@ class Comparison(Shown):
             )
         return pd.DataFrame(rows)
 
-    def gains(self) -> pd.DataFrame:
+    def gains(self) -> Any:
         """Where each difference comes from: a row per contrast, task and cause of failure (see `Flips`).
 
         Returns:
@@ -200,6 +275,8 @@ class Comparison(Shown):
             (items that only a got right, by what was wrong with b's), net, and points (net as share of the items, in
             percent). A task's rows sum to its whole difference. What is not known is missing.
         """
+        import pandas as pd
+
         rows: list[dict[str, Any]] = []
         for contrast in self.contrasts:
             for t in contrast.tasks:
@@ -257,41 +334,31 @@ class Comparison(Shown):
         """Read what `save` wrote.
 
         Raises:
-            EvaluationError: the file is missing, is something else, or has another schema.
+            StethoscopeError: the file is missing, damaged, or of another schema version.
         """
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-            known = value.pop("schema") == SCHEMA
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise EvaluationError(f"`{path}` does not hold a comparison: {error}") from error
-        if not known:
-            raise EvaluationError(f"`{path}` was written by another version of stethoscope", hint="compare again")
-        value.pop("stethoscope")
-        contrasts = [_contrast(entry) for entry in value.pop("contrasts")]
-        noise = [NoiseFloor(**entry) for entry in value.pop("noise", [])]
-        return cls(**value, contrasts=contrasts, noise=noise)
+        return read_versioned(path, SCHEMA, TypeAdapter(cls).validate_python, field="schema")
 
 
 def _interval(difference: PairedDifference) -> dict[str, float | None]:
     return {"difference": difference.difference, "low": difference.low, "high": difference.high}
 
 
-def _contrast(value: dict[str, Any]) -> Contrast:
-    kinds: dict[str, Any] = {
-        "unpaired": UnpairedZ,
-        "mcnemar": McNemar,
-        "difference": PairedDifference,
-        "non_inferiority": NonInferiority,
-        "flips": Flips,
-        "pooled": PairedDifference,
-        "pooled_mcnemar": McNemar,
-        "loss": PairedDifference,
-        "divergence": PairedDifference,
-        "target_loss": PairedDifference,
-    }
+class Claim(Artifact):
+    """What kind of claim a run's evaluation supports.
 
-    def build(entry: dict[str, Any]) -> dict[str, Any]:
-        return {k: kinds[k](**v) if k in kinds and v is not None else v for k, v in entry.items()}
+    Attributes:
+        kind: ``confirmatory`` if no item was seen when layers and coefficients were chosen, else ``exploratory``.
+        seen_items: task -> numbers of the items that were.
+        seen_texts: what the choice was made on -> its content hash.
+    """
 
-    tasks = [TaskContrast(**build(entry)) for entry in value.pop("tasks")]
-    return Contrast(**build(value), tasks=tasks)
+    FILE: ClassVar[str] = "claim.json"
+
+    kind: Literal["confirmatory", "exploratory"]
+    seen_items: dict[str, tuple[int, ...]]
+    seen_texts: dict[str, str]
+
+
+def is_random(arm: str) -> bool:
+    """Whether an arm is one of the random layer sets."""
+    return arm.startswith("random_layers")

@@ -1,0 +1,199 @@
+"""What `diagnose` found: every layer's specificity for the target, and the SAEs' health."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+from jaxtyping import Float64
+from numpy import ndarray
+
+from stethoscope.artifacts import Artifact, Frozen
+from stethoscope.shown import Rows, Shown, first_of, text_rows
+
+# A feature that fires on more than this share of tokens says little about any of them.
+DENSE_RATE = 0.1
+ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
+NAMED = 8  # layers that a sentence names
+# Of the frame, those that a table shows, by heading and with their formats.
+_COLUMNS = {
+    "layer": ("layer", "d"),
+    "excess": ("excess", "+.3f"),
+    "from": ("low", "+.3f"),
+    "to": ("high", "+.3f"),
+    "z": ("z", ".1f"),
+    "p, all layers": ("p_familywise", ".3f"),
+    "rank": ("rank", "d"),
+    "stability": ("stability", ".0%"),
+    "explained": ("variance_explained_target", ".2f"),
+    "L0": ("l0_target", ".0f"),
+    "not believed": ("flag", "s"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEHealth:
+    """An SAE's health on some text.
+
+    Attributes:
+        tokens: tokens it was measured on; a feature can be called dead only against this number.
+        variance_explained: 1 less residual over total variance, about the mean; at most 1, and below 0 for an SAE
+            that is worse than the mean.
+        l0: features that fire on a token, on average.
+        dead: share of features that never fired, in [0, 1].
+        dense: share of features that fired on more than a tenth of the tokens, in [0, 1].
+        encoding_error: total variation between the features' shares of activation mass as SAELens encodes them in
+            float32 and as they were encoded in the pass; None where that was not measured.
+    """
+
+    tokens: int
+    variance_explained: float | None
+    l0: float | None
+    dead: float | None
+    dense: float | None
+    encoding_error: float | None = None
+
+    def on(self, rate: Float64[ndarray, " width"], tokens: int) -> "SAEHealth":
+        """The same SAE with what firing rates on more tokens say."""
+        if not tokens:
+            return self
+        return replace(
+            self,
+            tokens=tokens,
+            l0=float(rate.sum()),
+            dead=float((rate == 0).mean()),
+            dense=float((rate > DENSE_RATE).mean()),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+class FeatureDifference(Frozen):
+    """One feature's firing rate and share of activation mass on target and control text."""
+
+    feature: int
+    target_rate: float
+    control_rate: float
+    target_mass: float
+    control_mass: float
+
+
+class LayerDiagnosis(Frozen):
+    """What one layer hears, and whether to believe it.
+
+    Attributes:
+        score: specificity as defined, without correction for chance.
+        null: mean of the permutation null.
+        excess: score less ``null``; ``interval`` is its 95 % block-bootstrap interval.
+        z: excess in standard deviations of the null.
+        p: permutation p; ``p_familywise`` is adjusted for all layers.
+        rank: place by excess, from 1; ``stability`` is the share of resamples that place it as high or higher.
+        increment: excess over that of the layer before, since ``resid_post`` accumulates.
+        increment_z: in standard deviations of the increment's own null.
+        against: the control that the layer stands out least against; all figures above are those against it.
+        health: by corpus.
+        flag: why the layer should not be believed, or None.
+        features: those that differ most toward the target, or are worth most to it.
+    """
+
+    layer: int
+    score: float
+    null: float
+    excess: float
+    interval: tuple[float, float]
+    z: float
+    p: float
+    p_familywise: float
+    rank: int
+    stability: float
+    increment: float
+    increment_z: float
+    against: str
+    health: dict[str, SAEHealth]
+    flag: str | None
+    features: tuple[FeatureDifference, ...]
+
+    @property
+    def null_deviation(self) -> float:
+        """Standard deviation of the permutation null, which the saved z holds."""
+        return abs(self.excess / self.z) if self.z else 0.0
+
+
+class CorpusSummary(Frozen):
+    """Size of one corpus as listened to.
+
+    Attributes:
+        sinks: the most that any layer left out.
+        broken: places of documents that could not be heard and do not count among ``documents``.
+    """
+
+    documents: int
+    blocks: int
+    tokens: int
+    sinks: int
+    broken: tuple[int, ...] = ()
+
+
+class Diagnosis(Shown, Artifact):
+    """Every layer's specificity for the target, in order of depth."""
+
+    FILE: ClassVar[str] = "diagnosis.json"
+
+    score: str
+    increments: bool
+    corpora: dict[str, CorpusSummary]
+    layers: tuple[LayerDiagnosis, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def controls(self) -> list[str]:
+        """The corpora that the target was compared with."""
+        return [name for name in self.corpora if name != "target"]
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: which layers are specific to the target beyond chance, and which are not believed."""
+        found = [layer for layer in self.layers if layer.flag is None and layer.p_familywise <= ALPHA]
+        found.sort(key=lambda layer: layer.rank)
+        whole = f"{len(self.layers)} layers"
+        if found:
+            names = first_of([str(layer.layer) for layer in found], NAMED)
+            said = f"{len(found)} of {whole} stand out from chance by `{self.score}`, strongest first: {names}"
+        else:
+            said = f"No evidence by `{self.score}` that any of {whole} is specific to the target"
+        flagged = sum(layer.flag is not None for layer in self.layers)
+        return f"{said}; {flagged} are not believed." if flagged else f"{said}."
+
+    def to_frame(self) -> Any:
+        """A pandas frame: a row per layer, ``variance_explained`` and ``l0`` by corpus in columns of their own."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    **layer.model_dump(exclude={"interval", "health", "features", "flag"}),
+                    "low": layer.interval[0],
+                    "high": layer.interval[1],
+                    **{
+                        f"variance_explained_{name}": health.variance_explained for name, health in layer.health.items()
+                    },
+                    **{f"l0_{name}": health.l0 for name, health in layer.health.items()},
+                    "flag": layer.flag or "",
+                }
+                for layer in self.layers
+            ]
+        )
+
+    def plot(self, selection: Any = None, *, width: int = 640) -> Any:
+        """The layer profile, an Altair chart: excess over chance per layer, and the SAEs' health below.
+
+        Args:
+            selection: a `Selection`, whose layers are marked.
+            width: of the plotting area in pixels.
+        """
+        from stethoscope.report.profile import layer_profile
+
+        return layer_profile(self, selection, width=width)
+
+    def _shown(self) -> tuple[str, Rows]:
+        return self.verdict, text_rows(self.to_frame().to_dict("records"), _COLUMNS)

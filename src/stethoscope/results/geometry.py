@@ -1,0 +1,191 @@
+"""How much of the task vector lies in the SAE features' subspaces, beside chance."""
+
+from typing import Any, ClassVar
+
+from stethoscope.artifacts import Artifact, Frozen
+from stethoscope.shown import Rows, Shown, text_rows
+
+# Of the frame, those that a table shows, by heading and with their formats.
+_COLUMNS = {
+    "layer": ("layer", "d"),
+    "features": ("features", "d"),
+    "kept": ("kept", ".1%"),
+    "chance": ("chance", ".1%"),
+    "times": ("over_chance", ".2f"),
+    "random features from": ("random_low", ".1%"),
+    "to": ("random_high", ".1%"),
+}
+
+
+class Draws(Frozen):
+    """Shares of energy that random subspaces keep: their mean, and the 2.5 and 97.5 percentiles."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Kept(Frozen):
+    """What the features' span keeps of the energy of some tensors.
+
+    Attributes:
+        energy: squared Frobenius norm of the change.
+        share: of it that is kept.
+        chance: r/d, weighed by energy where ranks differ.
+        random_features: of as many features of the same SAE, drawn at random.
+        random_bases: of random orthonormal bases of the same rank.
+        over_chance: share over chance; ``interval`` is its 95 % bootstrap interval over layers, over tensors where
+            there is one layer, None where there is one tensor.
+        p: chance that as many random features keep as much, from the draws.
+    """
+
+    energy: float
+    share: float
+    chance: float
+    random_features: Draws
+    random_bases: Draws
+    over_chance: float
+    interval: tuple[float, float] | None
+    p: float
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: do the features keep more than chance, and than other features would?"""
+        drawn = self.random_features
+        low, high = self.interval or (self.over_chance, self.over_chance)
+        against = "more than" if low > 1 else "less than" if high < 1 else "no more than"
+        other = "more than" if self.share > drawn.high else "less than" if self.share < drawn.low else "as much as"
+        return (
+            f"The features' directions keep {self.share:.1%} of the task vector's energy, {against} the"
+            f" {self.chance:.1%} of random directions ({self.over_chance:.2f} times, 95 % interval {low:.2f} to"
+            f" {high:.2f}), and {other} as many random features of the same SAEs ({drawn.low:.1%} to {drawn.high:.1%})."
+        )
+
+
+class Curve(Frozen):
+    """Energy kept against number of features, most specific first; thinned, but ``needed`` is exact.
+
+    Attributes:
+        features, share, chance: the number, what it keeps, and rank over width.
+        needed: "50", "90" and "99" (percent) -> fewest features that keep as much; None if all do not.
+    """
+
+    features: tuple[int, ...]
+    share: tuple[float, ...]
+    chance: tuple[float, ...]
+    needed: dict[str, int | None]
+
+
+class TensorGeometry(Frozen):
+    """One tensor's change against its layer's feature subspace.
+
+    Attributes:
+        functional: corpus -> mean ``|tau' x|^2`` over mean ``|tau x|^2`` on the matrix' real inputs.
+        functional_chance: the same for random bases.
+        angles: principal angles in degrees between the subspace and the change's leading singular subspace on the
+            residual stream's side, smallest first.
+        overlap: mean squared cosine of these over the leading directions; r/d for a random subspace.
+        effective_rank: exp of the entropy of the singular values' shares (Roy and Vetterli, 2007).
+        stable_rank: squared Frobenius over squared spectral norm.
+    """
+
+    name: str
+    kind: str
+    writes: bool
+    kept: Kept
+    functional: dict[str, float]
+    functional_chance: dict[str, float]
+    angles: tuple[float, ...]
+    overlap: float | None
+    effective_rank: float | None
+    stable_rank: float | None
+
+
+class Written(Frozen):
+    """Share of the energy of a layer's writers that lies in the span of the features' encoder directions, and r/d."""
+
+    share: float
+    chance: float
+
+
+class LayerGeometry(Frozen):
+    """One layer; ``unprojected`` is the share of its energy in norms and biases, which have no side in the stream."""
+
+    layer: int
+    features: int
+    rank: int
+    kept: Kept
+    unprojected: float
+    functional: dict[str, float]
+    functional_chance: dict[str, float]
+    curve: Curve
+    written: Written | None
+    tensors: tuple[TensorGeometry, ...]
+
+
+class Geometry(Shown, Artifact):
+    """Every layer's task vector against its features.
+
+    Attributes:
+        tokens: how many each corpus lent.
+        verdict: one sentence: do the features keep more than chance, and more than other features would?
+    """
+
+    FILE: ClassVar[str] = "geometry.json"
+
+    draws: int
+    leading: int
+    through_norms: bool
+    tokens: dict[str, int]
+    layers: tuple[LayerGeometry, ...]
+    kinds: dict[str, Kept]
+    total: Kept
+    verdict: str
+
+    def to_frame(self) -> Any:
+        """A pandas frame: a row per layer, with shares of energy kept beside chance and, by corpus, functional ones."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "layer": layer.layer,
+                    "features": layer.features,
+                    "rank": layer.rank,
+                    **_kept_columns(layer.kept),
+                    "unprojected": layer.unprojected,
+                    **{f"functional_{corpus}": share for corpus, share in layer.functional.items()},
+                    **{f"functional_chance_{corpus}": share for corpus, share in layer.functional_chance.items()},
+                }
+                for layer in self.layers
+            ]
+        )
+
+    def plot(self, selection: Any = None, *, width: int = 640) -> Any:
+        """What each layer's features keep of its change, an Altair chart, beside random features and directions.
+
+        Args:
+            selection: a `Selection`, whose layers are marked.
+            width: of the plotting area in pixels.
+        """
+        from stethoscope.report.scalpel import energy_by_layer
+
+        return energy_by_layer(self, selection.layers if selection else (), width=width)
+
+    def _shown(self) -> tuple[str, Rows]:
+        on = {f"on {corpus}": (f"functional_{corpus}", ".1%") for corpus in self.tokens}
+        rows = text_rows(self.to_frame().to_dict("records"), _COLUMNS | on)
+        whole = text_rows([_kept_columns(self.total)], {k: v for k, v in _COLUMNS.items() if k not in rows[0][:2]})[1]
+        return self.verdict, [*rows, ["all", "", *whole, *("" for _ in on)]]
+
+
+def _kept_columns(kept: Kept) -> dict[str, float]:
+    return {
+        "energy": kept.energy,
+        "kept": kept.share,
+        "chance": kept.chance,
+        "over_chance": kept.over_chance,
+        "random_low": kept.random_features.low,
+        "random_high": kept.random_features.high,
+        "p": kept.p,
+    }
