@@ -22,7 +22,6 @@ from stethoscope.errors import CheckpointError
 SCHEMA = "stethoscope.edit/1"
 MANIFEST = "manifest.json"
 CARD, BASE_CARD, RECIPE = "README.md", "BASE_README.md", "mergekit.yaml"
-GENERATED = frozenset({MANIFEST, CARD, RECIPE})
 # weights in other formats would contradict the edited ones
 NOT_COPIED = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"})
 
@@ -40,18 +39,18 @@ def describe_edit(
     about_base = {"source": base.source, "revision": base.revision, "fingerprint": fingerprint(base)}
     if kind == "patch":
         about_base["rest_fingerprint"] = fingerprint(base, without=frozenset(chosen))
-    about_tuned = {"source": task_vector.source, "revision": task_vector.store.revision}
+    tuned = task_vector.store
     return {
         "schema": SCHEMA,
         "stethoscope": version("sae-stethoscope"),
-        "versions": {name: version(name) for name in ("torch",)},
+        "versions": {"torch": version("torch")},
         "kind": kind,
         "hash": ALGORITHM,
         "plan": plan.to_json(),
         "plan_hash": sha256_bytes(canonical_json(plan.to_json()).encode()),
         "layers": sorted(layer for layer in layers if layer is not None),
         "base": about_base,
-        "tuned": about_tuned | {"fingerprint": fingerprint(task_vector.store)},
+        "tuned": {"source": task_vector.source, "revision": tuned.revision, "fingerprint": fingerprint(tuned)},
         "mergekit": mergekit_recipe(base, task_vector, plan) if kind == "checkpoint" else None,
         "tensors": dict(tensors),
     }
@@ -70,7 +69,7 @@ def write_generated(manifest: dict[str, Any], config: Mapping[str, Any], folder:
         write_text(folder / RECIPE, manifest["mergekit"])
     weights = {record["file"] for record in manifest["tensors"].values()}
     others = sorted(path for path in folder.iterdir() if path.name not in weights)
-    manifest["files"] = {path.name: hash_file(path, manifest["hash"]) for path in others}
+    manifest["files"] = {path.name: hash_bytes(path.read_bytes(), manifest["hash"]) for path in others}
     write_json(folder / MANIFEST, manifest)
 
 
@@ -92,26 +91,13 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def copy_side_files(source: Path, folder: Path, *, undo: bool = False) -> None:
     """Config, tokenizer, index and whatever else is not weights; the base's card under another name, or back."""
+    left_out, renamed = (MANIFEST, RECIPE, BASE_CARD), {CARD: BASE_CARD}
+    if undo:
+        left_out, renamed = (MANIFEST, RECIPE, CARD), {BASE_CARD: CARD}
     for path in sorted(source.iterdir()):
-        name = path.name
-        if not path.is_file() or path.suffix in NOT_COPIED or name.startswith("."):
-            continue
-        if undo and name in GENERATED:
-            continue
-        if name in (MANIFEST, RECIPE):
-            continue
-        if name == CARD:
-            name = BASE_CARD
-        elif name == BASE_CARD:
-            if not undo:
-                continue
-            name = CARD
-        shutil.copyfile(path, folder / name)
-
-
-def hash_file(path: Path, algorithm: str) -> str:
-    """The hash of a small file."""
-    return hash_bytes(path.read_bytes(), algorithm)
+        copied = path.is_file() and path.suffix not in NOT_COPIED and not path.name.startswith(".")
+        if copied and path.name not in left_out:
+            shutil.copyfile(path, folder / renamed.get(path.name, path.name))
 
 
 def hash_bytes(data: bytes, algorithm: str) -> str:

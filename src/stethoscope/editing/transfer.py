@@ -83,7 +83,7 @@ class Output:
         os.close(self.handle)
 
 
-def sync_to_disk(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk itself."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -112,9 +112,9 @@ def output_folder(out: Path, *, overwrite: bool, sync: bool) -> Iterator[Path]:
         yield folder
         if sync:
             for path in (*folder.iterdir(), folder):
-                sync_to_disk(path)
+                _sync(path)
     if sync:
-        sync_to_disk(out.parent)
+        _sync(out.parent)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
 from stethoscope.checkpoints.header import read_header
-from stethoscope.editing.manifest import MANIFEST, hash_file, read_manifest
+from stethoscope.editing.manifest import MANIFEST, hash_bytes, read_manifest
 from stethoscope.editing.transfer import Progress, hash_tensors
 from stethoscope.errors import CheckpointError
 
@@ -69,7 +69,7 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
     for name, expected in manifest["files"].items():
         if Path(name).name != name or not (path / name).is_file():
             problems.append(f"`{name}` is missing")
-        elif hash_file(path / name, algorithm) != expected:
+        elif hash_bytes((path / name).read_bytes(), algorithm) != expected:
             problems.append(f"`{name}` is not as it was written")
     known = set(manifest["files"]) | {MANIFEST} | {record["file"] for record in manifest["tensors"].values()}
     problems += [
