@@ -22,7 +22,8 @@ from edit import GEMMA, make_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.subspace import FeatureProjection, energy_kept, feature_basis
+from stethoscope.editing.residual_axis import residual_axes
+from stethoscope.editing.subspace import energy_along, feature_basis
 
 RESULTS = Path(__file__).parent / "results" / "projection.json"
 
@@ -36,8 +37,13 @@ def read(task_vector: TaskVector, layer: int) -> None:
 
 def project(task_vector: TaskVector, layer: int, directions: torch.Tensor) -> float:
     """The share of a layer's energy that some directions keep."""
-    projection = FeatureProjection(bases={layer: feature_basis(directions)})
-    return energy_kept(task_vector, projection)[layer][0]
+    Q = feature_basis(directions)
+    whole = kept = 0.0
+    for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
+        if axis:
+            energy, along = energy_along(task_vector, name, axis, Q)
+            whole, kept = whole + energy, kept + float(along.sum())
+    return kept / whole
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -20,7 +20,7 @@ from stethoscope.checkpoints.adapter import AdapterTaskVector, LoraFactors
 from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.residual_axis import ResidualAxis, residual_axes, residual_axis
+from stethoscope.editing.residual_axis import ResidualAxis, residual_axis
 from stethoscope.models import preferred_dtype
 
 # A unit direction nearer than this to the span of those before it adds nothing: bf16 is known to about 1e-3.
@@ -269,26 +269,6 @@ def energy_along(
         product = change @ part if along_rows else (part.T @ change).T
         sums.append(product.float().square_().sum(0).double())
     return energy, torch.cat(sums)
-
-
-def energy_kept(task_vector: TaskVector, projection: FeatureProjection) -> dict[int, tuple[float, float]]:
-    """Per layer of the projection: the share of the task vector's energy that it keeps, and the chance level r/d.
-
-    Energy is the squared Frobenius norm over the layer's tensors that have a residual axis.
-
-    Raises:
-        CheckpointError: with every matrix whose role is not known or does not fit.
-    """
-    kept: dict[int, tuple[float, float]] = {}
-    for layer, Q in sorted(projection.bases.items()):
-        before = after = 0.0
-        for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
-            if axis:
-                energy, along = energy_along(task_vector, name, axis, projection.basis(layer, axis))
-                before, after = before + energy, after + float(along.sum())
-        if before > 0:
-            kept[layer] = (after / before, Q.shape[1] / Q.shape[0])
-    return kept
 
 
 @dataclass(frozen=True, kw_only=True)

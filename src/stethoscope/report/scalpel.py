@@ -9,7 +9,7 @@ import altair as alt
 from stethoscope.report.look import COLOURS, axis, configured, title, y_axis
 from stethoscope.report.tables import NONE, Row, percent
 from stethoscope.report.words import points, signed
-from stethoscope.results.comparison import Comparison, Contrast
+from stethoscope.results.comparison import Comparison, Contrast, PairedDifference
 from stethoscope.results.geometry import Geometry, Kept, LayerGeometry
 
 _KEPT = "energy of the layer's change that is kept, %"
@@ -130,36 +130,35 @@ def _kept_cells(kept: Kept) -> Row:
 
 
 class _Gain(NamedTuple):
-    """What one arm gains over another, with its interval, and that in words."""
+    """What one arm gains over another, whether its interval lies above or below 0, and the gain in words."""
 
     value: float
-    low: float | None
-    high: float | None
+    up: bool
+    down: bool
     text: str
 
-    @property
-    def up(self) -> bool:
-        return self.low is not None and self.low > 0
 
-    @property
-    def down(self) -> bool:
-        return self.high is not None and self.high < 0
+def _above(difference: PairedDifference | None) -> bool:
+    return difference is not None and difference.low is not None and difference.low > 0
+
+
+def _below(difference: PairedDifference | None) -> bool:
+    return difference is not None and difference.high is not None and difference.high < 0
 
 
 def _accuracy(contrast: Contrast) -> _Gain:
     pooled = contrast.pooled
-    return _Gain(pooled.difference, pooled.low, pooled.high, points(pooled))
+    return _Gain(pooled.difference, _above(pooled), _below(pooled), points(pooled))
 
 
 def _of_contrast(contrast: Contrast) -> _Gain:
     """The fall of loss on held-out target text where that was measured, else the rise of accuracy."""
     if (loss := contrast.target_loss) is None:
         return _accuracy(contrast)
-    low, high = (None if end is None else -end for end in (loss.high, loss.low))
     text = f"{signed(-loss.difference, 3)} nats per token"
-    if low is not None and high is not None:
-        text += f" ({signed(low, 3)} to {signed(high, 3)})"
-    return _Gain(-loss.difference, low, high, text)
+    if loss.low is not None and loss.high is not None:
+        text += f" ({signed(-loss.high, 3)} to {signed(-loss.low, 3)})"
+    return _Gain(-loss.difference, _below(loss), _above(loss), text)
 
 
 def answers(comparison: Comparison) -> list[tuple[str, str]]:
@@ -233,8 +232,7 @@ def _hybrids(comparison: Comparison) -> str | None:
         if contrast is None:
             continue
         gain, right, cost = _of_contrast(contrast), _accuracy(contrast), contrast.loss
-        dearer = bool(cost and cost.high is not None and cost.high < 0)  # raw costs clearly less
-        cheaper = bool(cost and cost.low is not None and cost.low > 0)
+        dearer, cheaper = _below(cost), _above(cost)  # the hybrid costs more control loss than raw, or less
         up, down = gain.up or right.up, gain.down or right.down
         if up and down:
             verdict = "gains by one measure and loses by another"
