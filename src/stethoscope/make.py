@@ -4,6 +4,7 @@ Functions import what they need when they are called, so that listing the stages
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,8 +244,6 @@ def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts
 
 def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
     """Run every arm on every task; what is stored by arm and task is read."""
-    from contextlib import nullcontext
-
     from stethoscope.evaluation.run import evaluate
     from stethoscope.models import load_skeleton
 
