@@ -3,7 +3,7 @@
     git worktree add ../before main && ...                      # a run of the demo by each of two versions
     python benchmarks/same_values.py runs/before runs/after     # prints what differs; exit code 1 if anything does
 
-Compared are every number and text in the JSON files (but not provenance, versions and times), the statistics, the edited
+Compared are every number and text in the JSON files (but not provenance, versions, times), the statistics, the edited
 tensors by hash, and the outcomes by arm, task and item.
 """
 
