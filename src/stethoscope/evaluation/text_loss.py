@@ -1,4 +1,4 @@
-"""What an edit costs on control text, per document: loss, and divergence from the base's distributions.
+"""What an edit costs on text, per document: loss, and divergence from the base's distributions.
 
 document_losses(model, documents)                                  # the model as it stands
 document_costs(model, {"edited": swap.entered}, documents)         # of many arms, loss and divergence in one pass
@@ -6,9 +6,8 @@ document_costs(model, {"edited": swap.entered}, documents)         # of many arm
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,51 +17,44 @@ from transformers import PreTrainedModel
 
 from stethoscope.artifacts import Artifact, Provenance, Saved
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.outcomes import DocumentDivergences, DocumentLosses, PerDocument
+from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.losses import chunk_size, head_logits, run, token_losses
 
 Documents = Sequence[Sequence[int]]
 Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 
 
-class _Measured(Artifact):
+class TextLoss(Artifact):
+    """One arm's loss on each document of a text: sums in nats over predicted tokens."""
+
+    FILE: ClassVar[str] = "loss.json"
+
     sums: tuple[float, ...]
     tokens: tuple[int, ...]
 
     @classmethod
     def of(cls: type[Saved], measured: PerDocument, provenance: Provenance) -> Saved:
         """What was measured, ready to be saved."""
-        return cls.model_validate({"provenance": provenance, **measured.to_dict()})
-
-
-class TextLoss(_Measured):
-    """One arm's loss on each document of a text: sums in nats over predicted tokens."""
-
-    FILE: ClassVar[str] = "loss.json"
+        values = {"sums": measured.sums.tolist(), "tokens": measured.tokens.tolist()}
+        return cls.model_validate({"provenance": provenance, **values})
 
     @property
-    def measured(self) -> DocumentLosses:
+    def measured(self) -> PerDocument:
         """As it was measured."""
-        return DocumentLosses.from_dict({"sums": self.sums, "tokens": self.tokens})
+        return PerDocument(sums=np.array(self.sums, dtype=np.float64), tokens=np.array(self.tokens, dtype=np.int64))
 
 
-class TextDivergence(_Measured):
+class TextDivergence(TextLoss):
     """One arm's divergence from the base on each document of a text: sums in nats over predicted tokens."""
 
     FILE: ClassVar[str] = "divergence.json"
 
-    @property
-    def measured(self) -> DocumentDivergences:
-        """As it was measured."""
-        return DocumentDivergences.from_dict({"sums": self.sums, "tokens": self.tokens})
 
+class DocumentCosts(NamedTuple):
+    """One arm's loss on each document of a text, and its divergence from the base, KL(base || arm)."""
 
-@dataclass(frozen=True, kw_only=True)
-class DocumentCosts:
-    """One arm's loss on each document of a text, and its divergence from the base."""
-
-    loss: DocumentLosses
-    divergence: DocumentDivergences
+    loss: PerDocument
+    divergence: PerDocument
 
     def save(self, folder: Path, provenance: Provenance) -> None:
         """Write ``loss.json`` and ``divergence.json``."""
@@ -74,15 +66,20 @@ class DocumentCosts:
         """What `save` wrote, if both were made from exactly these inputs; else None."""
         loss = TextLoss.load_if_current(folder, provenance)
         divergence = TextDivergence.load_if_current(folder, provenance)
-        if loss is None or divergence is None:
-            return None
-        return cls(loss=loss.measured, divergence=divergence.measured)
+        return cls(loss.measured, divergence.measured) if loss and divergence else None
+
+
+class ArmLosses(NamedTuple):
+    """Every arm's losses on the recipe's texts; each is empty where the recipe names no such text."""
+
+    general: dict[str, DocumentCosts]
+    target: dict[str, PerDocument]
 
 
 @torch.no_grad()
 def document_losses(
     model: PreTrainedModel, documents: Documents, *, starts: Sequence[int] | None = None, batch_tokens: int = 4096
-) -> DocumentLosses:
+) -> PerDocument:
     """Next-token loss of every document, in nats.
 
     The log-softmax is taken in float32 over a few tokens at a time, so the logits of a whole batch never exist.
@@ -99,26 +96,12 @@ def document_losses(
     Raises:
         EvaluationError: no document has two tokens, none has one that counts, or a loss is not finite.
     """
-    tokens = _checked(documents, starts)
-    sums = np.zeros(len(documents))
+    tokens, sums = _predicted(documents, starts), np.zeros(len(documents))
     for batch, ids in _batches(documents, batch_tokens):
         counted = _counted(ids, documents, batch, starts)
         sums[batch] = token_losses(model, run(model, ids), ids, counted).double().sum(1).cpu().numpy()
-    if not np.isfinite(sums).all():
-        raise EvaluationError("the control loss is not finite", hint="evaluate in bfloat16 or float32, not float16")
-    return DocumentLosses(sums=sums, tokens=tokens)
-
-
-def document_divergences(
-    model: PreTrainedModel, arms: Arms, documents: Documents, *, batch_tokens: int = 4096
-) -> dict[str, DocumentDivergences]:
-    """KL(base || arm) of the next-token distributions on every document, in nats; the divergences of `document_costs`.
-
-    Raises:
-        EvaluationError: no document has two tokens, or a divergence is not finite.
-    """
-    found = document_costs(model, arms, documents, batch_tokens=batch_tokens)
-    return {name: costs.divergence for name, costs in found.items()}
+    _check_finite("control loss", {"": sums})
+    return PerDocument(sums=sums, tokens=tokens)
 
 
 @torch.no_grad()
@@ -152,50 +135,64 @@ def document_costs(
     Raises:
         EvaluationError: no document has two tokens, none has one that counts, or a value is not finite.
     """
-    tokens = _predicted(documents)
-    counted = _checked(documents, starts)
+    tokens, judged_tokens = _predicted(documents), _predicted(documents, starts)
     losses, divergences = ({name: np.zeros(len(documents)) for name in arms} for _ in range(2))
+    edits = {name: enter for name, enter in arms.items() if enter is not nullcontext}
     done = 0
     for batch, ids in _batches(documents, batch_tokens):
-        output = run(model, ids)
-        changed = {}
-        for name, enter in arms.items():
-            if enter is not nullcontext:
-                with enter():
-                    changed[name] = run(model, ids)
-        hidden = {name: found.last_hidden_state[:, :-1].flatten(0, 1) for name, found in changed.items()}
-        base, targets = output.last_hidden_state[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(model.device)
-        real = _counted(ids, documents, batch)
-        sums = {name: base.new_zeros(2, len(targets), dtype=torch.float32) for name in arms}
-        for some in real.flatten().nonzero()[:, 0].to(model.device).split(chunk_size(model)):
-            expected = head_logits(model, output, base[some]).float().log_softmax(-1)
-            for name, enter in arms.items():
+        base, changed = run(model, ids), {}
+        for name, enter in edits.items():
+            with enter():
+                changed[name] = run(model, ids)
+        judged = _counted(ids, documents, batch, starts).to(model.device)
+        sums = {name: torch.zeros(2, *judged.shape, device=model.device) for name in arms}
+        targets = ids[:, 1:].to(model.device)
+        for rows, columns in _places(_counted(ids, documents, batch).to(model.device), chunk_size(model)):
+            expected = _log_probabilities(model, base, rows, columns)
+            for name in arms:
                 found = expected
-                if enter is not nullcontext:
-                    with enter():
-                        found = head_logits(model, changed[name], hidden[name][some]).float().log_softmax(-1)
+                if name in edits:
+                    with edits[name]():
+                        found = _log_probabilities(model, changed[name], rows, columns)
                     apart = torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True)
-                    sums[name][1, some] = apart.sum(-1)
-                sums[name][0, some] = -found.gather(1, targets[some, None])[:, 0]
+                    sums[name][1, rows, columns] = apart.sum(-1)
+                sums[name][0, rows, columns] = -found.gather(1, targets[rows, columns, None])[:, 0]
         for name, (loss, divergence) in sums.items():
-            judged = _counted(ids, documents, batch, starts).to(loss.device)
-            losses[name][batch] = loss.view(judged.shape).where(judged, 0.0).double().sum(1).cpu().numpy()
-            divergences[name][batch] = divergence.view(judged.shape).double().sum(1).cpu().numpy()
+            losses[name][batch] = loss.where(judged, 0.0).double().sum(1).cpu().numpy()
+            divergences[name][batch] = divergence.double().sum(1).cpu().numpy()
         done += int(tokens[batch].sum())
         if progress:
             progress(done, int(tokens.sum()))
-    for what, measured in {"control loss": losses, "divergence from the base": divergences}.items():
-        if bad := [f"arm `{name}`" for name, values in measured.items() if not np.isfinite(values).all()]:
-            raise EvaluationError(
-                f"the {what} is not finite", problems=bad, hint="evaluate in bfloat16 or float32, not float16"
-            )
+    _check_finite("control loss", losses)
+    _check_finite("divergence from the base", divergences)
     return {
         name: DocumentCosts(
-            loss=DocumentLosses(sums=losses[name], tokens=counted),
-            divergence=DocumentDivergences(sums=divergences[name], tokens=tokens),
+            loss=PerDocument(sums=losses[name], tokens=judged_tokens),
+            divergence=PerDocument(sums=divergences[name], tokens=tokens),
         )
         for name in arms
     }
+
+
+def _places(counted: Bool[Tensor, "rows predicted"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows and columns of the tokens that count, so many at a time."""
+    rows, columns = counted.nonzero(as_tuple=True)
+    return zip(rows.split(size), columns.split(size), strict=True)
+
+
+def _log_probabilities(model: PreTrainedModel, output: Any, rows: Tensor, columns: Tensor) -> Tensor:
+    """The model's log-probabilities after some tokens of a batch, shape [some, vocabulary]."""
+    return head_logits(model, output, output.last_hidden_state[rows, columns]).float().log_softmax(-1)
+
+
+def _check_finite(what: str, measured: Mapping[str, Any]) -> None:
+    bad = [name for name, values in measured.items() if not np.isfinite(values).all()]
+    if bad:
+        raise EvaluationError(
+            f"the {what} is not finite",
+            problems=[f"arm `{name}`" for name in bad if name],
+            hint="evaluate in bfloat16 or float32, not float16",
+        )
 
 
 def _batches(documents: Documents, batch_tokens: int) -> Iterator[tuple[list[int], Int[Tensor, "rows tokens"]]]:
@@ -216,27 +213,13 @@ def _counted(
 ) -> Bool[Tensor, "rows predicted"]:
     places = torch.arange(1, ids.shape[1])  # of the tokens that are predicted
     real = places < torch.tensor([len(documents[i]) for i in batch])[:, None]
-    if starts is not None:
-        real &= places >= torch.tensor([starts[i] for i in batch])[:, None]
-    return real
+    return real if starts is None else real & (places >= torch.tensor([starts[i] for i in batch])[:, None])
 
 
 def _predicted(documents: Documents, starts: Sequence[int] | None = None) -> Int[np.ndarray, " documents"]:
-    first = [max(1, start) for start in starts] if starts is not None else [1] * len(documents)
-    return np.array([max(len(d) - n, 0) for d, n in zip(documents, first, strict=True)], dtype=np.int64)
-
-
-def _checked(documents: Documents, starts: Sequence[int] | None) -> Int[np.ndarray, " documents"]:
     """Tokens of each document whose loss counts."""
-    tokens = _predicted(documents, starts)
+    first = [1] * len(documents) if starts is None else [max(1, start) for start in starts]
+    tokens = np.array([max(len(d) - n, 0) for d, n in zip(documents, first, strict=True)], dtype=np.int64)
     if starts is not None and not tokens.any():
         raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
     return tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArmLosses:
-    """Every arm's losses on the recipe's texts; each is empty where the recipe names no such text."""
-
-    general: dict[str, DocumentCosts]
-    target: dict[str, DocumentLosses]
