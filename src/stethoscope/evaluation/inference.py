@@ -20,6 +20,7 @@ from stethoscope.errors import EvaluationError
 from stethoscope.results.comparison import McNemar, NonInferiority, PairedDifference, UnpairedZ
 
 Floats = NDArray[np.float64]
+_Ends = tuple[float | None, float | None, str | None]  # of an interval, or why it has none
 _NO_FLIP = "the arms agree on every item"
 
 
@@ -30,13 +31,18 @@ class DetectableGain(NamedTuple):
     reason: str | None = None
 
 
+class _Units(NamedTuple):
+    """What is resampled, within groups: a unit's sum of differences, its size and its group, each of shape [units]."""
+
+    sums: Floats
+    sizes: Floats
+    groups: NDArray[np.int64]
+
+
 def unpaired_z(k_a: int, n_a: int, k_b: int, n_b: int) -> UnpairedZ:
-    """Compare ``k_a`` correct items of ``n_a`` with ``k_b`` of ``n_b``, with the harness' n - 1 standard errors.
+    """Compare ``k_a`` correct items of ``n_a`` with ``k_b`` of ``n_b`` as arXiv 2605.28649 does: errors from n - 1.
 
-    The test of arXiv 2605.28649. It ignores the pairing of items and so wastes power; `mcnemar_exact` does not.
-
-    Raises:
-        EvaluationError: counts that cannot be.
+    It ignores the pairing of items and so wastes power; `mcnemar_exact` does not.
     """
     if not (0 <= k_a <= n_a and 0 <= k_b <= n_b and n_a > 0 and n_b > 0):
         raise EvaluationError(f"`{k_a}/{n_a}` and `{k_b}/{n_b}` are not shares of items")
@@ -82,9 +88,8 @@ def paired_difference(
         method: ``bootstrap`` resamples items (whole clusters where given, within strata where given) and takes
             percentiles; ``score`` is Tango's interval (1998) for results of 0 and 1, which keeps its level where
             few items differ and exists where none does.
-        rng: randomness of the bootstrap; seed 0 if not given.
-        clusters: labels of items that share a source, shape [items]; the standard error is clustered too
-            (arXiv 2411.00640).
+        rng: of the bootstrap; seed 0 if not given.
+        clusters: labels of items that share a source, shape [items]; the error is clustered too (arXiv 2411.00640).
         strata: labels within which items are resampled, shape [items]; a task, say.
     """
     x, y = _paired(a, b)
@@ -93,17 +98,15 @@ def paired_difference(
         raise EvaluationError(f"`{len(x)}` items but labels of shape `{bad[0]}`")
     units = _sum_by_cluster(y - x, *labels)
     if method == "bootstrap":
-        return _over_units(len(x), float((y - x).mean()), *units, confidence, resamples, rng)
-    if labels != [None, None] or not _binary(x, y):
+        ends = _bootstrap(units, confidence, resamples, rng)
+    elif labels == [None, None] and _binary(x, y):
+        ends = (*_score_interval(int((y < x).sum()), int((y > x).sum()), len(x), confidence), None)
+    else:
         raise EvaluationError(
             "the score interval needs results of 0 and 1, and neither clusters nor strata",
             hint="use `method='bootstrap'`",
         )
-    low, high = _score_interval(int((y < x).sum()), int((y > x).sum()), len(x), confidence)
-    return PairedDifference(
-        n=len(x), clusters=len(x), difference=float((y - x).mean()), low=low, high=high,
-        standard_error=_clustered_error(*units), confidence=confidence, method=method,
-    )  # fmt: skip
+    return _difference(len(x), float((y - x).mean()), units, confidence, method, ends)
 
 
 def ratio_difference(
@@ -115,21 +118,19 @@ def ratio_difference(
     resamples: int = 10_000,
     rng: np.random.Generator | None = None,
 ) -> PairedDifference:
-    """Difference of two weighted means over the same units: loss per token over documents, say.
+    """(sum b - sum a) / sum weights with a bootstrap interval over units: loss per token over documents, say.
 
     Args:
         totals_a, totals_b: each unit's total under either arm, shape [units].
         weights: each unit's weight (its tokens), shape [units]; positive.
-
-    Returns:
-        (sum b - sum a) / sum weights with a bootstrap interval over units.
     """
     x, y = _paired(totals_a, totals_b)
     sizes = np.asarray(weights, dtype=np.float64)
     if sizes.shape != x.shape or not (sizes > 0).all():
         raise EvaluationError("every unit needs one positive weight")
-    difference = float((y - x).sum() / sizes.sum())
-    return _over_units(len(x), difference, y - x, sizes, np.zeros(len(x), np.int64), confidence, resamples, rng)
+    units = _Units(y - x, sizes, np.zeros(len(x), np.int64))
+    ends = _bootstrap(units, confidence, resamples, rng)
+    return _difference(len(x), float((y - x).sum() / sizes.sum()), units, confidence, "bootstrap", ends)
 
 
 def non_inferiority(
@@ -144,11 +145,8 @@ def non_inferiority(
     """Is b shown not to be worse than a by ``margin``: is the interval's lower end above -margin?
 
     Results of 0 and 1 without clusters use Tango's score test, which is defined even where the arms agree on
-    every item; all else the bootstrap, without a p-value. The rest is as for `paired_difference`.
-
-    Args:
-        margin: the loss that would still be accepted, in the results' unit; positive.
-        confidence: of the two-sided interval, so the one-sided level is (1 - confidence) / 2.
+    every item; all else the bootstrap, without a p-value. Arguments are as for `paired_difference`; ``margin`` is
+    positive and in the results' unit, and the one-sided level is (1 - confidence) / 2.
     """
     if not margin > 0:
         raise EvaluationError(f"the margin `{margin}` is not positive", hint="0.02 stands for 2 points")
@@ -189,10 +187,9 @@ def smallest_detectable_gain(n: int, discordance: float, power: float = 0.8, alp
 
 
 def adjust(p_values: Sequence[float | None], method: str = "holm") -> list[float | None]:
-    """Correct a family of p-values for their number.
+    """Correct a family of p-values for their number; ``None`` was not tested, stays ``None`` and does not count.
 
     Args:
-        p_values: the family; ``None`` was not tested, stays ``None`` and does not count.
         method: ``holm`` (any error at all) or ``bh`` (share of false findings, Benjamini and Hochberg).
     """
     methods = {"holm": _holm, "bh": stats.false_discovery_control}
@@ -234,9 +231,7 @@ def _score_interval(worse: int, better: int, n: int, confidence: float) -> tuple
 
 def _holm(p: Floats) -> Floats:
     order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
-    return adjusted
+    return np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)[np.argsort(order)]
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
@@ -252,71 +247,58 @@ def _binary(x: Floats, y: Floats) -> bool:
     return bool(np.isin(np.concatenate([x, y]), (0, 1)).all())
 
 
-def _sum_by_cluster(
-    difference: Floats, clusters: NDArray[Any] | None, strata: NDArray[Any] | None
-) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Per cluster: the sum of differences, the number of items, and the stratum's number."""
+def _sum_by_cluster(difference: Floats, clusters: NDArray[Any] | None, strata: NDArray[Any] | None) -> _Units:
     n = len(difference)
     group = np.zeros(n, np.int64) if strata is None else np.unique(strata, return_inverse=True)[1].astype(np.int64)
     if clusters is None:
-        return difference, np.ones(n), group
+        return _Units(difference, np.ones(n), group)
     pairs = np.stack([group, np.unique(clusters, return_inverse=True)[1]])
     _, first, unit = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
-    unit = unit.reshape(-1)
-    return np.bincount(unit, weights=difference).astype(np.float64), np.bincount(unit).astype(np.float64), group[first]
+    sums, sizes = (np.bincount(unit.reshape(-1), weights=given) for given in (difference, np.ones(n)))
+    return _Units(sums, sizes, group[first])
 
 
-def _over_units(
-    n: int,
-    difference: float,
-    sums: Floats,
-    sizes: Floats,
-    groups: NDArray[np.int64],
-    confidence: float,
-    resamples: int,
-    rng: np.random.Generator | None,
-) -> PairedDifference:
-    """The difference sum(sums) / sum(sizes) with the percentiles that it has when units are drawn within groups."""
-    low = high = reason = None
+def _bootstrap(units: _Units, confidence: float, resamples: int, rng: np.random.Generator | None) -> _Ends:
+    """Percentile interval of sum(sums) / sum(sizes) when units are drawn with replacement within groups."""
+    sums, sizes, groups = units
     if len(sums) < 2:
-        reason = "one unit cannot be resampled"
-    elif len(np.unique(sums / sizes)) == 1:
-        reason = "every unit has the same difference, which a bootstrap cannot tell from certainty"
-    else:
-        tail = (1 - confidence) / 2
-        draws = _bootstrap(sums, sizes, groups, resamples, rng or np.random.default_rng(0))
-        low, high = map(float, np.quantile(draws, [tail, 1 - tail]))
-    return PairedDifference(
-        n=n, clusters=len(sums), difference=difference, low=low, high=high,
-        standard_error=_clustered_error(sums, sizes, groups), confidence=confidence, method="bootstrap", reason=reason,
-    )  # fmt: skip
-
-
-def _bootstrap(
-    sums: Floats, sizes: Floats, groups: NDArray[np.int64], resamples: int, rng: np.random.Generator
-) -> Floats:
-    """sum(sums) / sum(sizes) of units drawn with replacement within groups, shape [resamples]."""
+        return None, None, "one unit cannot be resampled"
+    if len(np.unique(sums / sizes)) == 1:
+        return None, None, "every unit has the same difference, which a bootstrap cannot tell from certainty"
+    rng = rng or np.random.default_rng(0)
     top, bottom = np.zeros(resamples), np.zeros(resamples)
     for group in np.unique(groups):
         # Equal units are interchangeable: draw how often each distinct one comes, not which.
-        units, counts = np.unique(np.stack([sums, sizes], axis=1)[groups == group], axis=0, return_counts=True)
+        distinct, counts = np.unique(np.stack([sums, sizes], axis=1)[groups == group], axis=0, return_counts=True)
         count = int(counts.sum())
-        step = max(1, 4_000_000 // len(units))
+        step = max(1, 4_000_000 // len(distinct))
         for start in range(0, resamples, step):
             drawn = rng.multinomial(count, counts / count, size=min(step, resamples - start))
-            top[start : start + step] += drawn @ units[:, 0]
-            bottom[start : start + step] += drawn @ units[:, 1]
-    return top / bottom
+            top[start : start + step] += drawn @ distinct[:, 0]
+            bottom[start : start + step] += drawn @ distinct[:, 1]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(top / bottom, [tail, 1 - tail])
+    return float(low), float(high), None
 
 
-def _clustered_error(sums: Floats, sizes: Floats, groups: NDArray[np.int64]) -> float | None:
-    """Standard error of sum(sums) / sum(sizes) over units within groups; None where a group has a single unit."""
+def _difference(
+    n: int, difference: float, units: _Units, confidence: float, method: str, ends: _Ends
+) -> PairedDifference:
+    low, high, reason = ends
+    return PairedDifference(
+        n=n, clusters=len(units.sums), difference=difference, low=low, high=high,
+        standard_error=_clustered_error(units), confidence=confidence, method=method, reason=reason,
+    )  # fmt: skip
+
+
+def _clustered_error(units: _Units) -> float | None:
+    """Standard error of sum(sums) / sum(sizes); None where a group has a single unit."""
     variance = 0.0
-    for group in np.unique(groups):
-        chosen = groups == group
-        count = int(chosen.sum())
+    for group in np.unique(units.groups):
+        sums, sizes = (values[units.groups == group] for values in (units.sums, units.sizes))
+        count = len(sums)
         if count < 2:
             return None
-        residual = sums[chosen] - sizes[chosen] * sums[chosen].sum() / sizes[chosen].sum()
+        residual = sums - sizes * sums.sum() / sizes.sum()
         variance += float((residual**2).sum()) * count / (count - 1)
-    return variance**0.5 / float(sizes.sum())
+    return variance**0.5 / float(units.sizes.sum())

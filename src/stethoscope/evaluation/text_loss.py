@@ -11,7 +11,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.losses import chunk_size, head_logits, run, token_losses
 
-Documents = Sequence[Sequence[int]]
+Documents = Sequence[Sequence[int]]  # token ids
 Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]
 
 
@@ -90,18 +89,15 @@ def document_losses(
         starts: the first token of each document that counts, such as the first after a prompt; all if not given.
         batch_tokens: tokens of a batch, padding included.
 
-    Returns:
-        each document's summed loss and number of predicted tokens, in the documents' order.
-
     Raises:
         EvaluationError: no document has two tokens, none has one that counts, or a loss is not finite.
     """
-    tokens, sums = _predicted(documents, starts), np.zeros(len(documents))
-    for batch, ids in _batches(documents, batch_tokens):
-        counted = _counted(ids, documents, batch, starts)
-        sums[batch] = token_losses(model, run(model, ids), ids, counted).double().sum(1).cpu().numpy()
-    _check_finite("control loss", {"": sums})
-    return PerDocument(sums=sums, tokens=tokens)
+    found = _zeros(len(documents))
+    for batch, ids, _, judged in _batches(documents, starts, batch_tokens):
+        found.tokens[batch] = judged.sum(1)
+        found.sums[batch] = token_losses(model, run(model, ids), ids, judged).double().sum(1).cpu()
+    _check_finite("control loss", {"": found})
+    return found
 
 
 @torch.no_grad()
@@ -117,76 +113,56 @@ def document_costs(
     """Loss, and KL(base || arm) of the next-token distributions, on every document, in nats, for all arms in one pass.
 
     All sets of weights stay in memory and are exchanged within a batch, so the base's distributions are computed
-    once for all arms and never stored; logits exist for a few tokens at a time, in float32.
+    once for all arms and never stored. Arguments and errors are as for `document_losses`, whose losses are the same.
 
     Args:
         model: in the base state, on its device.
         arms: name to a callable whose context puts the model into that arm's state and takes it back; it is entered
             many times, so give `Swap.entered` of `editing.apply.prepare`, which only exchanges pointers. An arm that
-            is `contextlib.nullcontext` is the base, which is run anyway.
-        documents: token ids of each document; the first token is not predicted.
-        starts: the first token of each document whose loss counts, as for `document_losses`; divergences count all.
-        batch_tokens: tokens of a batch, padding included.
+            is `contextlib.nullcontext` is the base, which is run anyway; its divergence is exactly 0.
+        starts: the first token of each document whose loss counts; divergences count all.
         progress: called with tokens that are predicted, done and in all.
-
-    Returns:
-        by arm; the losses are those of `document_losses`, and the base's divergence is exactly 0.
-
-    Raises:
-        EvaluationError: no document has two tokens, none has one that counts, or a value is not finite.
     """
-    tokens, judged_tokens = _predicted(documents), _predicted(documents, starts)
-    losses, divergences = ({name: np.zeros(len(documents)) for name in arms} for _ in range(2))
+    costs = {name: DocumentCosts(_zeros(len(documents)), _zeros(len(documents))) for name in arms}
     edits = {name: enter for name, enter in arms.items() if enter is not nullcontext}
-    done = 0
-    for batch, ids in _batches(documents, batch_tokens):
+    done, total = 0, sum(max(len(document) - 1, 0) for document in documents)
+    for batch, ids, real, judged in _batches(documents, starts, batch_tokens):
         base, changed = run(model, ids), {}
         for name, enter in edits.items():
             with enter():
                 changed[name] = run(model, ids)
-        judged = _counted(ids, documents, batch, starts).to(model.device)
-        sums = {name: torch.zeros(2, *judged.shape, device=model.device) for name in arms}
+        sums = {name: torch.zeros(2, *real.shape, device=model.device) for name in arms}  # losses, divergences
         targets = ids[:, 1:].to(model.device)
-        for rows, columns in _places(_counted(ids, documents, batch).to(model.device), chunk_size(model)):
-            expected = _log_probabilities(model, base, rows, columns)
+        for some in real.nonzero().to(model.device).split(chunk_size(model)):
+            at = some[:, 0], some[:, 1]
+            expected = head_logits(model, base, base.last_hidden_state[at]).float().log_softmax(-1)
             for name in arms:
                 found = expected
                 if name in edits:
                     with edits[name]():
-                        found = _log_probabilities(model, changed[name], rows, columns)
+                        hidden = changed[name].last_hidden_state[at]
+                        found = head_logits(model, changed[name], hidden).float().log_softmax(-1)
                     apart = torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True)
-                    sums[name][1, rows, columns] = apart.sum(-1)
-                sums[name][0, rows, columns] = -found.gather(1, targets[rows, columns, None])[:, 0]
+                    sums[name][1][at] = apart.sum(-1)
+                sums[name][0][at] = -found.gather(1, targets[at][:, None])[:, 0]
         for name, (loss, divergence) in sums.items():
-            losses[name][batch] = loss.where(judged, 0.0).double().sum(1).cpu().numpy()
-            divergences[name][batch] = divergence.double().sum(1).cpu().numpy()
-        done += int(tokens[batch].sum())
+            counted = loss.where(judged.to(model.device), 0.0)
+            for cost, values, which in zip(costs[name], (counted, divergence), (judged, real), strict=True):
+                cost.sums[batch], cost.tokens[batch] = values.double().sum(1).cpu(), which.sum(1)
+        done += int(real.sum())
         if progress:
-            progress(done, int(tokens.sum()))
-    _check_finite("control loss", losses)
-    _check_finite("divergence from the base", divergences)
-    return {
-        name: DocumentCosts(
-            loss=PerDocument(sums=losses[name], tokens=judged_tokens),
-            divergence=PerDocument(sums=divergences[name], tokens=tokens),
-        )
-        for name in arms
-    }
+            progress(done, total)
+    _check_finite("control loss", {name: cost.loss for name, cost in costs.items()})
+    _check_finite("divergence from the base", {name: cost.divergence for name, cost in costs.items()})
+    return costs
 
 
-def _places(counted: Bool[Tensor, "rows predicted"], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and columns of the tokens that count, so many at a time."""
-    rows, columns = counted.nonzero(as_tuple=True)
-    return zip(rows.split(size), columns.split(size), strict=True)
+def _zeros(documents: int) -> PerDocument:
+    return PerDocument(sums=np.zeros(documents), tokens=np.zeros(documents, dtype=np.int64))
 
 
-def _log_probabilities(model: PreTrainedModel, output: Any, rows: Tensor, columns: Tensor) -> Tensor:
-    """The model's log-probabilities after some tokens of a batch, shape [some, vocabulary]."""
-    return head_logits(model, output, output.last_hidden_state[rows, columns]).float().log_softmax(-1)
-
-
-def _check_finite(what: str, measured: Mapping[str, Any]) -> None:
-    bad = [name for name, values in measured.items() if not np.isfinite(values).all()]
+def _check_finite(what: str, measured: Mapping[str, PerDocument]) -> None:
+    bad = [name for name, cost in measured.items() if not np.isfinite(cost.sums).all()]
     if bad:
         raise EvaluationError(
             f"the {what} is not finite",
@@ -195,31 +171,27 @@ def _check_finite(what: str, measured: Mapping[str, Any]) -> None:
         )
 
 
-def _batches(documents: Documents, batch_tokens: int) -> Iterator[tuple[list[int], Int[Tensor, "rows tokens"]]]:
-    """Documents of similar length: their numbers, and their ids padded on the right."""
+def _batches(
+    documents: Documents, starts: Sequence[int] | None, batch_tokens: int
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Documents of similar length, padded on the right.
+
+    Yields:
+        their numbers; ids [rows, tokens]; which tokens but the first are predicted, and which of them count, [rows,
+        tokens - 1].
+    """
+    firsts = [1] * len(documents) if starts is None else starts
     order = sorted((i for i, d in enumerate(documents) if len(d) > 1), key=lambda i: (-len(documents[i]), i))
     if not order:
         raise EvaluationError("no control document has two tokens", hint="give longer control text")
+    if not any(len(documents[i]) > firsts[i] for i in order):
+        raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
     while order:
         longest = len(documents[order[0]])
         size = max(1, batch_tokens // longest)
         batch, order = order[:size], order[size:]
+        places = torch.arange(1, longest)
+        real = places < torch.tensor([len(documents[i]) for i in batch])[:, None]
         # Under a causal mask no real token sees the padding, so no mask is needed.
-        yield batch, torch.tensor([list(documents[i]) + [0] * (longest - len(documents[i])) for i in batch])
-
-
-def _counted(
-    ids: Int[Tensor, "rows tokens"], documents: Documents, batch: Sequence[int], starts: Sequence[int] | None = None
-) -> Bool[Tensor, "rows predicted"]:
-    places = torch.arange(1, ids.shape[1])  # of the tokens that are predicted
-    real = places < torch.tensor([len(documents[i]) for i in batch])[:, None]
-    return real if starts is None else real & (places >= torch.tensor([starts[i] for i in batch])[:, None])
-
-
-def _predicted(documents: Documents, starts: Sequence[int] | None = None) -> Int[np.ndarray, " documents"]:
-    """Tokens of each document whose loss counts."""
-    first = [1] * len(documents) if starts is None else [max(1, start) for start in starts]
-    tokens = np.array([max(len(d) - n, 0) for d, n in zip(documents, first, strict=True)], dtype=np.int64)
-    if starts is not None and not tokens.any():
-        raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
-    return tokens
+        ids = torch.tensor([list(documents[i]) + [0] * (longest - len(documents[i])) for i in batch])
+        yield batch, ids, real, real & (places >= torch.tensor([firsts[i] for i in batch])[:, None])
