@@ -22,7 +22,7 @@ from stethoscope.editing.patch import undo_patch
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import StethoscopeError
-from stethoscope.evaluation.control import document_losses
+from stethoscope.evaluation.text_loss import document_losses
 from stethoscope.models import load_model
 from stethoscope.selection.controls import control_plan
 

@@ -24,7 +24,7 @@ ORDER = [
     {"editing"},
     {"saes"},
     {"replay"},
-    {"sites", "losses", "seen"},
+    {"sites", "losses"},
     {"checkpoints", "corpus", "models", "recipe"},
     {"documents"},
     {"report"},  # it reads saved values and no room that makes them

@@ -18,8 +18,9 @@ from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.errors import RecipeError, StethoscopeError
-from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs
+from stethoscope.evaluation.contamination import Seen
 from stethoscope.evaluation.tables import accuracy_table
+from stethoscope.evaluation.text_loss import TextDivergence, TextLoss, document_costs
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
@@ -30,7 +31,6 @@ from stethoscope.results.geometry import Geometry
 from stethoscope.results.hearing import Hearing
 from stethoscope.results.selection import Selection
 from stethoscope.run import run_recipe
-from stethoscope.seen import Seen
 from stethoscope.selection.arms import plan_arms
 from stethoscope.selection.controls import CONTROL_ARMS
 
@@ -324,7 +324,7 @@ def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
         "diagnosis.listen": ("listen",),
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
-        "evaluation.control": ("document_costs",),
+        "evaluation.text_loss": ("document_costs",),
         "saes.open": ("load_sae",),
         "selection.arms": ("plan_arms",),
         "artifacts": ("sha256_file",),
@@ -383,7 +383,7 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, tmp_path
         asked.append(list(arms))
         return document_costs(model, arms, *args, **options)
 
-    monkeypatch.setattr("stethoscope.evaluation.control.document_costs", counted)
+    monkeypatch.setattr("stethoscope.evaluation.text_loss.document_costs", counted)
     run_recipe(Recipe.from_yaml(world / "recipe.yaml"), copy, reporter=Recorder())
     assert asked == [["tuned"]]
     for kind in (TextLoss, TextDivergence):

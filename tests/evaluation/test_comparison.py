@@ -6,7 +6,8 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from stethoscope.errors import EvaluationError, StethoscopeError
-from stethoscope.evaluation import DocumentDivergences, DocumentLosses, Outcomes, aa_floor, compare
+from stethoscope.evaluation import Outcomes, PerDocument, aa_floor, compare
+from stethoscope.evaluation.inference import ratio_difference
 from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise
 from stethoscope.results.comparison import Comparison
 
@@ -56,7 +57,7 @@ def planted():
 
 
 def test_verdicts_say_what_was_planted(planted, tmp_path):
-    losses = {arm: DocumentLosses(sums=np.arange(9.0) + (arm == "good"), tokens=np.full(9, 2)) for arm in planted.arms}
+    losses = {arm: PerDocument(sums=np.arange(9.0) + (arm == "good"), tokens=np.full(9, 2)) for arm in planted.arms}
     result = compare(planted, family=["algebra", "geometry"], losses=losses)
     good, null, bad = (result.contrast(arm) for arm in ("good", "null", "bad"))
     assert good.improved == ["algebra", "geometry"]
@@ -172,10 +173,10 @@ def test_divergence_from_the_base_is_paired_by_document():
     rng = np.random.default_rng(0)
     near = rng.gamma(2.0, 0.1, 20)
     kept = {"base": np.zeros(20), "near": near, "far": near * 3}
-    divergences = {arm: DocumentDivergences(sums=sums, tokens=tokens) for arm, sums in kept.items()}
+    divergences = {arm: PerDocument(sums=sums, tokens=tokens) for arm, sums in kept.items()}
     result = compare(made, divergences=divergences, pairs=[("base", "near"), ("near", "far")])
     near_base, far_near = (c.divergence for c in result.contrasts)
-    assert near_base == divergences["near"].interval()
+    assert near_base == ratio_difference(np.zeros(20), near, tokens, rng=np.random.default_rng(0))
     assert far_near.difference == pytest.approx(2 * near.sum() / 80)
     assert far_near.low > 0
     assert "divergence from the base +" in result.contrasts[0].verdict
@@ -212,8 +213,8 @@ def test_arms_with_other_items_or_prompts_are_refused():
 def test_losses_of_other_documents_are_refused():
     made = outcomes(rows("base", "t", [1, 0]), rows("edit", "t", [1, 0]))
     losses = {
-        "base": DocumentLosses(sums=np.ones(3), tokens=np.ones(3, int)),
-        "edit": DocumentLosses(sums=np.ones(2), tokens=np.ones(2, int)),
+        "base": PerDocument(sums=np.ones(3), tokens=np.ones(3, int)),
+        "edit": PerDocument(sums=np.ones(2), tokens=np.ones(2, int)),
     }
     with pytest.raises(EvaluationError, match="same documents"):
         compare(made, losses=losses)

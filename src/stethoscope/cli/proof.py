@@ -127,7 +127,7 @@ def compare(
 ) -> None:
     """Compare two arms item by item, from `lm_eval --log_samples` folders or from runs; no model is needed."""
     from stethoscope.evaluation import compare as compare_arms
-    from stethoscope.evaluation.samples import join, read_results
+    from stethoscope.evaluation.harness_logs import join, read_results
 
     (path_a, arm_a), (path_b, arm_b) = labelled(a), labelled(b)
     first = read_results(Path(path_a), arm=arm_a, source=cluster)
@@ -163,7 +163,7 @@ def logs(
     as_json: AsJSON = False,
 ) -> None:
     """Write a run's outcomes as `lm_eval --log_samples` would have, for other tools."""
-    from stethoscope.evaluation.logs import write_logs
+    from stethoscope.evaluation.harness_logs import write_logs
     from stethoscope.evaluation.outcomes import Outcomes
 
     outcomes = Outcomes.load(run / "outcomes.parquet")
