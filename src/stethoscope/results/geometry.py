@@ -135,7 +135,6 @@ class Geometry(Shown, Artifact):
 
     draws: int
     leading: int
-    through_norms: bool
     tokens: dict[str, int]
     layers: tuple[LayerGeometry, ...]
     kinds: dict[str, Kept]
