@@ -40,7 +40,6 @@ class Stage:
         also: stages that are run with it where a run ends with it.
         help: of its command; a stage without has none.
         says: sentences at the end of its command.
-        left: columns of its table that are aligned left.
         wrote: files in the run's folder that its command names.
         then: the command to go on with.
     """
@@ -57,7 +56,6 @@ class Stage:
     also: tuple[str, ...] = ()
     help: str = ""
     says: Callable[[Any, Recipe], Iterable[str]] = lambda made, _recipe: [made.verdict]
-    left: int = 1
     wrote: Callable[[Recipe], Sequence[str]] = lambda _recipe: ()
     then: str = "run"
 
@@ -175,7 +173,6 @@ STAGES: tuple[Stage, ...] = (
         also=("claim",),
         help="Choose layers by the recipe's policy, with the reason for each.",
         says=_verdict_and_warnings,
-        left=2,
         wrote=lambda _: ("selection.json",),
     ),
     Stage(

@@ -1,6 +1,7 @@
 """Arm against arm, by task and over all tasks: `compare(outcomes)` says what the data show, in numbers and words."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -310,15 +311,16 @@ def _conclude(
         mcnemar_exact(sum(m.b for m in counted), sum(m.c for m in counted)) if len(counted) == len(family) else None
     )
     significant = [t for t in tasks if t.p_adjusted is not None and t.p_adjusted < alpha]
-    contrast: dict[str, Any] = {
-        "a": a,
-        "b": b,
-        "tasks": tasks,
-        "pooled": pooled,
-        "pooled_mcnemar": pooled_mcnemar,
-        "improved": [t.task for t in significant if t.difference.difference > 0],
-        "worsened": [t.task for t in significant if t.difference.difference < 0],
-        "not_degraded": [t.task for t in tasks if t.non_inferiority.shown],
+    contrast = Contrast(
+        a=a,
+        b=b,
+        tasks=tasks,
+        pooled=pooled,
+        pooled_mcnemar=pooled_mcnemar,
+        improved=[t.task for t in significant if t.difference.difference > 0],
+        worsened=[t.task for t in significant if t.difference.difference < 0],
+        not_degraded=[t.task for t in tasks if t.non_inferiority.shown],
+        verdict="",
         **on_text,
-    }
-    return Contrast(**contrast, verdict=overall_verdict(**contrast, margin=margin, alpha=alpha))
+    )
+    return replace(contrast, verdict=overall_verdict(contrast, margin=margin, alpha=alpha))

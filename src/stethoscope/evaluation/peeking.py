@@ -5,9 +5,9 @@ from typing import Any
 
 from lm_eval.api.task import Task
 
+from stethoscope.display import first_of
 from stethoscope.errors import EvaluationError
 from stethoscope.seen import Seen
-from stethoscope.shown import first_of
 
 SHOWN = 5  # items named per task
 
