@@ -30,7 +30,7 @@ ORDER = [
     {"report"},  # it reads saved values and no room that makes them
     {"results"},  # whose `plot` alone imports the report's charts, when called
     {"artifacts"},
-    {"errors", "lazy", "shown", "work"},
+    {"errors", "lazy", "display", "work"},
 ]
 
 

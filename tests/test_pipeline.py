@@ -19,12 +19,12 @@ from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen
-from stethoscope.evaluation.tables import accuracy_table
 from stethoscope.evaluation.text_loss import TextDivergence, TextLoss, document_costs
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
+from stethoscope.results.comparison_tables import accuracy_table
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.geometry import Geometry
@@ -224,7 +224,7 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     chosen = heard.scores["mass_shift"].sets[2].effect  # the truth is measured as the arm's loss is
     assert chosen.layers == tuple(result.selection.layers)
     assert chosen.target_gain == pytest.approx(-comparison.contrast("selected").target_loss.difference, rel=1e-3)
-    assert "target loss, change" in {row[0] for row in accuracy_table(comparison)}
+    assert "loss on held-out target text" in {row[0] for row in accuracy_table(comparison)}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Is what was thrown away what worked?" in page
     assert Geometry.load(tmp_path / "run").layers[0].features == 3

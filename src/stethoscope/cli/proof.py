@@ -205,20 +205,21 @@ def show_comparison(
     found: "Comparison", *, as_json: bool, everything: bool, wrote: Sequence[Path] = (), then: str = ""
 ) -> None:
     """Accuracies and verdicts, and where ``everything`` is wanted all tests of every contrast."""
-    from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise, notes
+    from stethoscope.results.comparison_tables import accuracy_rows, contrast_rows, gain_rows, noise, notes
 
     if as_json:
         say_json(found.to_dict())
         return
-    show_rows(accuracy_rows(found), left=2)
+    show_rows(accuracy_rows(found))
     for line in noise(found):
         say(f"noise: {line}")
     for contrast in found.contrasts:
         if everything:
-            show_rows(contrast_rows(contrast), left=2)
-            show_rows(bound_rows(contrast), left=1)
-            if len(gains := gain_rows(found, contrast)) > 1:
-                show_rows(gains, left=1)
+            rows = contrast_rows(contrast)
+            show_rows([row[:10] for row in rows])
+            show_rows([row[:1] + row[10:] for row in rows])  # all would be too wide
+            if gains := gain_rows(contrast):
+                show_rows(gains)
             for line in notes(contrast):
                 say(f"note: {line}")
             for task in contrast.tasks:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
+from stethoscope.display import first_of
 from stethoscope.documents import Document
 from stethoscope.errors import EvaluationError, StethoscopeError
-from stethoscope.shown import first_of
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
 
+from stethoscope.display import Display, Rows, percent, table_of
 from stethoscope.errors import EvaluationError
-from stethoscope.shown import Rows, Shown, text_rows
 
 SCHEMA = 1
 KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
@@ -50,7 +50,7 @@ class PerDocument:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Outcomes(Shown):
+class Outcomes(Display):
     """Results of several arms on the same items.
 
     Attributes:
@@ -178,7 +178,7 @@ class Outcomes(Shown):
         """
         import altair as alt
 
-        from stethoscope.report.look import COLOURS, configured, title
+        from stethoscope.report.style import COLOURS, configured, title
 
         table = self.accuracy(metric)
         bounds = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]
@@ -197,12 +197,18 @@ class Outcomes(Shown):
         heading = title("accuracy with its exact 95 % interval")
         return configured(alt.layer(rule, point).properties(width=width).facet(row=rows).properties(title=heading))
 
-    def _shown(self) -> tuple[str, Rows]:
+    @property
+    def verdict(self) -> str:
+        """How many arms, tasks and results there are."""
         counts = {"arm": len(self.arms), "task": len(self.tasks), "result": len(self.frame)}
-        said = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-        wide = self.accuracy().pivot(index="task", columns="arm", values="accuracy").loc[self.tasks].reset_index()
-        columns = {"accuracy": ("task", "s"), **{arm: (arm, ".1%") for arm in self.arms}}
-        return f"{said}.", text_rows(wide.to_dict("records"), columns)
+        return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()) + "."
+
+    def table(self) -> Rows:
+        """Accuracy in percent: a row per task, a column per arm."""
+        wide = self.accuracy().pivot(index="task", columns="arm", values="accuracy").loc[self.tasks]
+        return table_of(
+            {"accuracy, %": str(task), **{arm: percent(row[arm]) for arm in self.arms}} for task, row in wide.iterrows()
+        )
 
     def save(self, path: Path) -> None:
         """Write one parquet file, whole or not at all."""
