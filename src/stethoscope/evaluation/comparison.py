@@ -1,7 +1,7 @@
 """Arm against arm, by task and over all tasks: `compare(outcomes)` says what the data show, in numbers and words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
