@@ -1,5 +1,6 @@
 """Patches: there and back again to the bit, and for no other base."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError
 
-PLAN = EditPlan.for_layers({0: 1.0, 1: 0.3}, head=True)
+PLAN = replace(EditPlan.for_layers({0: 1.0, 1: 0.3}), outside={"head": 1.0})
 
 
 @pytest.fixture
