@@ -63,7 +63,7 @@ def evaluate(
     as_json: AsJSON = False,
 ) -> None:
     """Run harness tasks on checkpoints, item by item, and compare the others with the first."""
-    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.comparison import compare as compare_arms
     from stethoscope.evaluation.run import evaluate_checkpoints
 
     arms = {name or Path(path).name: path for path, name in map(labelled, model)}
@@ -126,7 +126,7 @@ def compare(
     as_json: AsJSON = False,
 ) -> None:
     """Compare two arms item by item, from `lm_eval --log_samples` folders or from runs; no model is needed."""
-    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.comparison import compare as compare_arms
     from stethoscope.evaluation.harness_logs import join, read_results
 
     (path_a, arm_a), (path_b, arm_b) = labelled(a), labelled(b)

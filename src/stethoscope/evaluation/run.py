@@ -66,7 +66,7 @@ def evaluate(
         tasks: names of harness tasks or groups, or paths of YAML files.
         out: folder for ``outcomes.parquet`` and, under ``parts/``, what is finished so far.
         include_path: folder of further task YAMLs; if it holds all tasks, the harness' own are not read (10 s).
-        data: local files of ``minerva_math``'s items (see `minerva.local_tasks`).
+        data: local files of ``minerva_math``'s items (see `tasks.load_tasks`).
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
         seed: of few-shot sampling.
