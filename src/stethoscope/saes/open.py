@@ -21,8 +21,8 @@ from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.errors import CheckpointError, SAEError
 from stethoscope.saes.layouts import LAYOUTS, convert, layout_of, read_folder
 from stethoscope.saes.layouts.base import SAEFolder
-from stethoscope.saes.layouts.hook_names import SITES
 from stethoscope.shown import first_of
+from stethoscope.sites import SITES
 
 if TYPE_CHECKING:
     import torch
