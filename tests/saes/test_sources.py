@@ -14,9 +14,8 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.layouts.hook_names import SITES, site_of
 from stethoscope.saes.open import check_fit, load_sae, open_saes
-from stethoscope.sites import TAPS, hear, hook_point
+from stethoscope.sites import SITES, TAPS, hear, hook_point, site_of
 
 
 def write_sae(folder: Path, hook_name: str, *, d_in: int = 8, width: int = 16) -> Path:
