@@ -48,13 +48,11 @@ class Failed:
 
 @runtime_checkable
 class Executor(Protocol):
-    """Runs pieces of work.
+    """Runs pieces of work."""
 
-    Attributes:
-        workers: how many pieces run at once.
-    """
-
-    workers: int
+    @property
+    def workers(self) -> int:
+        """How many pieces run at once."""
 
     def map_pieces(self, task: Task, pieces: Iterable[Any], *, setup: Setup) -> Results:
         """Call a task on each piece; yields index and result as they are done, in any order.

@@ -88,7 +88,7 @@ def listen(
         StethoscopeError: documents that cannot be heard, by name; a corpus has no token to count.
     """
     dtype = dtype or encoder_dtype(model)
-    options = {"site": site, "max_tokens": max_tokens, "tokens": tokens, "dtype": dtype}
+    options: dict[str, Any] = {"site": site, "max_tokens": max_tokens, "tokens": tokens, "dtype": dtype}
     executor = executor or LocalExecutor(model=model, tokenizer=tokenizer)
     run = partial(
         executor.map_pieces,

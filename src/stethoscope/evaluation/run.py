@@ -36,7 +36,7 @@ from stethoscope.models import find_device, load_model, load_tokenizer, preferre
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 
-Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]] | Mapping[str, EditPlan | None]
+Arms = Mapping[str, Callable[[], AbstractContextManager[Any]] | EditPlan | None]
 Progress = Callable[[int, int, str], None]
 
 
@@ -285,14 +285,14 @@ class TaskRunner:
 def _set_up_worker(
     context: WorkerContext,
     *,
-    arms: Mapping[str, EditPlan | Path | None],
+    arms: Mapping[str, Any],
     load_tasks: Callable[[], Mapping[str, Task]],
     batch_size: int,
     limit: int | None,
     seed: int,
 ) -> TaskRunner:
     @contextmanager
-    def opened(arm: EditPlan | Path | None) -> Iterator[LM]:
+    def opened(arm: Any) -> Iterator[LM]:
         with context.state(arm) as (model, tokenizer):
             yield SharedPrefixLM(model, tokenizer, batch_size=batch_size)
 
