@@ -4,7 +4,6 @@ Functions import what they need when they are called, so that listing the stages
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,13 +40,12 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     from stethoscope.diagnosis.listen import listen
     from stethoscope.diagnosis.statistics import save_statistics
 
-    recipe, options, crew = context.recipe, context.recipe.diagnose, context.crew
+    recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
     worth = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
     memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
-    split = recipe.ray.split if recipe.ray else "auto"
-    if crew:
-        memory = memory or crew.sae_memory(context.found.base.nbytes)
+    if executor:
+        memory = memory or executor.sae_memory(context.found.base.nbytes)
     heard = listen(
         context.model,
         context.tokenizer,
@@ -58,8 +56,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         tokens=options.tokens,
         memory=memory,
         skip_broken=options.skip_broken,
-        split=split,
-        spread=crew.listening if crew else None,
+        executor=executor,
         progress=progress,
     )
     save_statistics(context.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
@@ -140,7 +137,7 @@ def calibration(context: "Context", results: Results, provenance: Provenance, pr
         coefficients=options.coefficients,
         budget=options.budget,
         per_layer=options.per_layer,
-        spread=context.crew.injecting if context.crew else None,
+        executor=context.executor,
         progress=progress,
     )
 
@@ -245,21 +242,12 @@ def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts
 def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
     """Run every arm on every task; what is stored by arm and task is read."""
     from stethoscope.evaluation.run import evaluate
-    from stethoscope.models import load_skeleton
 
-    options, plans = context.recipe.evaluate, results["edit"].plans
-
-    def on_workers(make: Callable[..., Any]) -> Any:
-        assert context.crew
-        return context.crew.answering(plans)(make)  # they start when the first answer is missing
-
-    spread = on_workers if context.has_workers else None
-    base = context.found.base.path
+    options, plans, executor = context.recipe.evaluate, results["edit"].plans, context.executor
     return evaluate(
-        partial(load_skeleton, base, dtype=context.dtype) if spread else lambda: context.model,
+        lambda: context.model,
         context.tokenizer,
-        # workers have their own arms
-        {name: nullcontext if spread else context.arm(plan) for name, plan in plans.items()},
+        plans if executor else {name: context.arm(plan) for name, plan in plans.items()},
         [*options.tasks, *options.control_tasks],
         out=context.folder,
         include_path=options.include_path,
@@ -268,7 +256,7 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
         batch_size=options.batch_size,
         seed=context.recipe.seed,
         keys={name: made.key for name, made in _arm_keys(context, plans).items()},
-        spread=spread,
+        executor=executor,
         progress=lambda done, total, _: progress(done, total),
     )
 
@@ -388,7 +376,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         matched=options.matched if options.matched is not None else (recipe.score, ATTRIBUTION),
         random_sets=options.random_sets,
         coefficient=recipe.edit.coefficient,
-        spread=context.crew.injecting if context.crew else None,
+        executor=context.executor,
         progress=progress,
     )
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis import encoding
 from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.listener import Listener
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.saes.activations import SINK_RATIO
@@ -200,3 +201,21 @@ def test_chats_that_cannot_be_rendered_are_refused_for_that(llama, tokenizer):
     chats = [[{"role": "user", "content": f"question {i}"}] for i in range(4)]
     with pytest.raises(StethoscopeError, match="has no chat template"):
         listen(llama(layers=1), tokenizer, {0: exact_sae(32)}, {"target": chats})
+
+
+def test_a_document_broken_for_one_group_of_layers_counts_for_none(llama, tokenizer, monkeypatch):
+    """Layer 2 overflows on a document; the group of layers that was heard before is heard again without it."""
+    document, hear_documents = 7, Listener._hear
+
+    def choosy(self, documents):
+        if 2 in self._encoders and TEXTS[document] in documents.values():
+            raise FloatingPointError("overflow")
+        return hear_documents(self, documents)
+
+    monkeypatch.setattr(Listener, "_hear", choosy)
+    saes, one_encoder = {layer: exact_sae(32) for layer in range(3)}, 32 * 64 * 4
+    options = {"memory": 2 * one_encoder, "skip_broken": True, "block_size": 4}
+    found = listen(llama(layers=3), tokenizer, saes, {"all": TEXTS}, **options)["all"]
+    assert found.broken == {document: "overflow"}
+    tokens = [layer.tokens.tolist() for layer in found.statistics.layers.values()]
+    assert tokens[0] == tokens[2]
