@@ -25,7 +25,7 @@ from scipy.stats import linregress, spearmanr
 from stethoscope.evaluation import DocumentLosses, Outcomes, compare
 from stethoscope.evaluation.inference import ratio_difference
 from stethoscope.results.comparison import Comparison, Contrast, PairedDifference
-from stethoscope.results.hearing import Beaten
+from stethoscope.results.validation import Beaten
 
 HERE = Path(__file__).parent
 PRIMARY, K = "mass_shift", 5

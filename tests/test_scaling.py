@@ -43,7 +43,7 @@ from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
 from stethoscope.scaling.crew import AHEAD, CrewRun, _greet, _Member, _Queue
 from stethoscope.selection.calibration import calibrate
-from stethoscope.selection.hearing import judge_hearing
+from stethoscope.selection.validate import validate_scores
 from stethoscope.work import Alone, Lost, Means, Piece
 
 ray = pytest.importorskip("ray")
@@ -375,7 +375,7 @@ def test_streams_that_do_not_fit_are_refused_before_any_work(crew, model, tokeni
 
 @pytest.fixture(scope="module")
 def judged(world, model, tokenizer) -> Callable[[Any], tuple[Any, Any]]:
-    """Calibration and hearing, wherever the work is done."""
+    """Calibration and validation, wherever the work is done."""
     edits = LayerEdits(model, open_task_vector(open_checkpoint(world / "base"), world / "tuned"))
     texts = {n: list(batches(tokenize(some, tokenizer), tokenizer, batch_tokens=128)) for n, some in TEXTS.items()}
     z = {layer: float(layer * (3 - layer)) for layer in range(LAYERS)}
@@ -385,7 +385,7 @@ def judged(world, model, tokenizer) -> Callable[[Any], tuple[Any, Any]]:
     def both(spread: Any) -> tuple[Any, Any]:
         options = {"provenance": Provenance(), "spread": spread}
         found = calibrate(model, edits, texts, z, seen=seen, coefficients=(0.5, 1.0), most_forwards=12.0, **options)
-        return found, judge_hearing(model, edits, scores, texts, random_sets=4, matched=(), **options)
+        return found, validate_scores(model, edits, scores, texts, random_sets=4, matched=(), **options)
 
     return both
 
@@ -396,7 +396,7 @@ def judged_alone(judged) -> tuple[Any, Any]:
 
 
 @WORKERS
-def test_calibration_and_hearing_are_the_same(crew, workers, judged, judged_alone):
+def test_calibration_and_validation_are_the_same(crew, workers, judged, judged_alone):
     assert judged(few(crew, workers).injecting) == judged_alone
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from stethoscope.corpus import Document, TokenBatch
 from stethoscope.diagnosis.listener import HeardBlock
 from stethoscope.diagnosis.streams import Forward, Reading
-from stethoscope.results.hearing import Layers
+from stethoscope.results.validation import Layers
 from stethoscope.work import Lost, Piece
 
 

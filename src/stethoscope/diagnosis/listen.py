@@ -24,7 +24,7 @@ from stethoscope.diagnosis.sharing import Sharing, Split, share, waves
 from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
 from stethoscope.errors import StethoscopeError
 from stethoscope.results.diagnosis import SAEHealth
-from stethoscope.results.hearing import Layers
+from stethoscope.results.validation import Layers
 from stethoscope.saes.open import SAEFolder
 from stethoscope.work import Alone, Lost, Piece, Run, Spread
 

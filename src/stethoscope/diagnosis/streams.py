@@ -9,7 +9,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from stethoscope.corpus import Document, TokenBatch
-from stethoscope.results.hearing import Layers
+from stethoscope.results.validation import Layers
 
 
 @dataclass(frozen=True, kw_only=True)

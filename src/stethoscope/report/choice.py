@@ -1,4 +1,4 @@
-"""Was the choice of layers a good one? The hearing test's cloud of layer sets, and the calibration's front."""
+"""Was the choice of layers a good one? The cloud of layer sets from `validate`, and the calibration's front."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import altair as alt
 
 from stethoscope.report.look import COLOURS, axis, configured, title, y_axis
 from stethoscope.results.calibration import Calibration
-from stethoscope.results.hearing import Beaten, Correlation, Hearing, SetEffect
+from stethoscope.results.validation import Beaten, Correlation, ScoreValidation, SetEffect
 
 _COST = "control loss, change in nats per token (right is worse)"
 _GAIN = "fall of target loss, in nats per token"
@@ -19,15 +19,15 @@ _KINDS = {
 }
 
 
-def hearing_plane(hearing: Hearing, k: int, *, width: int = 640) -> alt.LayerChart:
+def validation_plane(validation: ScoreValidation, k: int, *, width: int = 640) -> alt.LayerChart:
     """What each score's best k layers do when injected together, in the cloud of random sets.
 
     Args:
         k: one of the sizes that were judged.
         width: of the plotting area in pixels.
     """
-    rows = [_row("", "random", effect) for effect in hearing.random[k].equal_size]
-    for name, found in hearing.scores.items():
+    rows = [_row("", "random", effect) for effect in validation.random[k].equal_size]
+    for name, found in validation.scores.items():
         rows.append(_row(name, found.kind, found.sets[k].effect))
     looks = [look for kind, look in _KINDS.items() if any(row["kind"] == look[0] for row in rows)]
     kind: dict[str, Any] = {"sort": None, "title": None}
@@ -58,7 +58,7 @@ def hearing_plane(hearing: Hearing, k: int, *, width: int = 640) -> alt.LayerCha
     return configured(chart.properties(width=width, height=380, title=title(_GAIN), datasets={"sets": rows}))
 
 
-def score_profiles(hearing: Hearing, *, picked: str = "", width: int = 640) -> alt.LayerChart:
+def score_profiles(validation: ScoreValidation, *, picked: str = "", width: int = 640) -> alt.LayerChart:
     """One score's layers, chosen from a list, beside the true gain of injecting each layer alone.
 
     Scores have units of their own, so each is drawn as a share of its largest layer.
@@ -67,8 +67,8 @@ def score_profiles(hearing: Hearing, *, picked: str = "", width: int = 640) -> a
         picked: the score shown first; the first of all if not given.
         width: of the plotting area in pixels.
     """
-    truth = next(found for found in hearing.scores.values() if found.kind == "truth")
-    names = [name for name, found in hearing.scores.items() if found.kind != "truth"]
+    truth = next(found for found in validation.scores.values() if found.kind == "truth")
+    names = [name for name, found in validation.scores.items() if found.kind != "truth"]
     rows = [
         {
             "score": name,
@@ -79,7 +79,7 @@ def score_profiles(hearing: Hearing, *, picked: str = "", width: int = 640) -> a
             "truth": truth.values[layer] / _largest(truth.values),
             "gain": truth.values[layer],
         }
-        for name, found in hearing.scores.items()
+        for name, found in validation.scores.items()
         if found.kind != "truth"
         for layer, value in found.values.items()
     ]
@@ -146,9 +146,9 @@ def calibration_front(calibration: Calibration, *, width: int = 640) -> alt.Laye
     return configured(chart.properties(width=width, height=320, title=title(_GAIN), datasets={"edits": rows}))
 
 
-def hearing_rows(hearing: Hearing, k: int) -> list[dict[str, str]]:
+def validation_rows(validation: ScoreValidation, k: int) -> list[dict[str, str]]:
     """A row per score, best trade-off first."""
-    ordered = sorted(hearing.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off)
+    ordered = sorted(validation.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off)
     return [
         {
             "score": name,

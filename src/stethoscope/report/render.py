@@ -18,7 +18,13 @@ from markupsafe import Markup, escape
 from stethoscope.artifacts import read_json, write_text
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import tables, words
-from stethoscope.report.choice import calibration_front, calibration_rows, hearing_plane, hearing_rows, score_profiles
+from stethoscope.report.choice import (
+    calibration_front,
+    calibration_rows,
+    score_profiles,
+    validation_plane,
+    validation_rows,
+)
 from stethoscope.report.gains import gain_rows, gain_split
 from stethoscope.report.look import COLOURS, FONT
 from stethoscope.report.profile import layer_profile
@@ -30,8 +36,8 @@ from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.evidence import Evidence
 from stethoscope.results.geometry import Geometry
-from stethoscope.results.hearing import Hearing
 from stethoscope.results.selection import Selection
+from stethoscope.results.validation import ScoreValidation
 
 # What replaces each colour of the charts on a dark screen; the page's own colours stand in the style sheet.
 _DARK = {
@@ -52,7 +58,7 @@ def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
-    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``hearing/*/hearing.json``,
+    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``validation/*/validation.json``,
     ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
@@ -67,7 +73,10 @@ def render_report(run_dir: Path) -> Path:
     calibration = None
     if selection.policy == "calibrated":  # one that was only tried is not this selection's
         calibration = Calibration.load(run_dir)
-    heard = {path.parent.name: Hearing.load(path.parent) for path in sorted(run_dir.glob("hearing/*/hearing.json"))}
+    validated = {
+        path.parent.name: ScoreValidation.load(path.parent)
+        for path in sorted(run_dir.glob("validation/*/validation.json"))
+    }
     recipe = _recipe(run_dir / "recipe.yaml")
     manifest = run_dir / "edited" / "manifest.json"
     changed = tables.scalars(read_json(manifest)) if manifest.exists() else []
@@ -77,7 +86,7 @@ def render_report(run_dir: Path) -> Path:
         geometry=Geometry.find(run_dir),
         claim=Claim.find(run_dir),
         calibration=calibration,
-        hearing=heard,
+        validation=validated,
     )
     page = _page(diagnosis, selection, comparison, more, recipe=recipe, manifest=changed)
     path = run_dir / "report.html"
@@ -94,7 +103,7 @@ class _More:
     geometry: Geometry | None
     claim: Claim | None
     calibration: Calibration | None
-    hearing: dict[str, Hearing]
+    validation: dict[str, ScoreValidation]
 
 
 def _page(
@@ -118,12 +127,14 @@ def _page(
         charts["curves"] = energy_curves(more.geometry, selection.layers)
     if more.calibration:
         charts["front"] = calibration_front(more.calibration)
-    hearing = []
-    for number, (control, heard) in enumerate(more.hearing.items()):
-        k = heard.size(len(selection.layers))
-        charts[f"hearing-{number}"] = hearing_plane(heard, k)
-        charts[f"scores-{number}"] = score_profiles(heard, picked=diagnosis.score)
-        hearing.append({"control": control, "k": k, "rows": hearing_rows(heard, k), "documents": heard.documents})
+    validation = []
+    for number, (control, validated) in enumerate(more.validation.items()):
+        k = validated.size(len(selection.layers))
+        charts[f"validation-{number}"] = validation_plane(validated, k)
+        charts[f"scores-{number}"] = score_profiles(validated, picked=diagnosis.score)
+        validation.append(
+            {"control": control, "k": k, "rows": validation_rows(validated, k), "documents": validated.documents}
+        )
     data = {
         "charts": {name: _transparent(chart.to_dict()) for name, chart in charts.items()},
         "features": {layer.layer: [tables.feature_row(f) for f in layer.features] for layer in diagnosis.layers},
@@ -148,7 +159,7 @@ def _page(
         geometry_rows=geometry_rows(more.geometry) if more.geometry else [],
         answers=answers(comparison),
         gains=gain_rows(comparison),
-        hearing=hearing,
+        validation=validation,
         strongest=strongest,
         settings=_settings(recipe),
         recipe=recipe,

@@ -150,7 +150,7 @@ class Crew:
         return CrewRun(self, lambda bench: make(bench.model, bench.tokenizer))
 
     def injecting(self, make: Callable[..., Any]) -> "CrewRun":
-        """For `calibrate`, `judge_hearing` and `measure`."""
+        """For `calibrate`, `validate_scores` and `measure`."""
         return CrewRun(self, lambda bench: make(bench.model, bench.edits))
 
     def answering(self, plans: Mapping[str, EditPlan | None]) -> Spread:
