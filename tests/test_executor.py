@@ -38,7 +38,7 @@ from stethoscope.recipe import Ray, Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import open_saes
 from stethoscope.selection.calibration import calibrate
-from stethoscope.selection.hearing import judge_hearing
+from stethoscope.selection.validate import validate_scores
 
 ray = pytest.importorskip("ray")
 
@@ -159,7 +159,7 @@ def judged(world, model, tokenizer) -> Callable[[Any], tuple[Any, Any]]:
     def both(executor: Any) -> tuple[Any, Any]:
         options = {"provenance": Provenance(), "executor": executor}
         found = calibrate(model, edits, texts, z, seen=seen, coefficients=(0.5, 1.0), most_forwards=12.0, **options)
-        return found, judge_hearing(model, edits, scores, texts, random_sets=4, matched=(), **options)
+        return found, validate_scores(model, edits, scores, texts, random_sets=4, matched=(), **options)
 
     return both
 

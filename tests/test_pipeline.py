@@ -28,8 +28,8 @@ from stethoscope.results.comparison_tables import accuracy_table
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.geometry import Geometry
-from stethoscope.results.hearing import Hearing
 from stethoscope.results.selection import Selection
+from stethoscope.results.validation import ScoreValidation
 from stethoscope.run import run_recipe
 from stethoscope.selection.arms import plan_arms
 from stethoscope.selection.controls import CONTROL_ARMS
@@ -547,12 +547,12 @@ def test_scores_are_validated_from_the_command_line(world, finished, capsys):
     shown = capsys.readouterr().out
     assert "`mass_shift`" in shown
     assert "gradient" in shown
-    found = Hearing.load(finished / "hearing/control")
+    found = ScoreValidation.load(finished / "validation/control")
     assert {"injection", "attribution", "mass_shift increment"} <= set(found.scores)
     with pytest.raises(SystemExit):
         main(["validate", str(world / "recipe.yaml"), *options, "--set", "validation.control=other"])
     assert "no control `other`" in capsys.readouterr().err
-    assert "Does the stethoscope hear right?" in (finished / "report.html").read_text(encoding="utf-8")
+    assert "Do the scores find the layers that matter?" in (finished / "report.html").read_text(encoding="utf-8")
     (finished / "report.html").unlink()
     main(["report", str(finished)])
     assert (finished / "report.html").exists()

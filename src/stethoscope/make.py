@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from stethoscope.results.diagnosis import Diagnosis
     from stethoscope.results.evidence import Evidence
     from stethoscope.results.geometry import Geometry
-    from stethoscope.results.hearing import Hearing
     from stethoscope.results.selection import Selection
+    from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
 GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
@@ -42,7 +42,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
 
     recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
-    worth = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
+    attribution = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
     memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
     if executor:
         memory = memory or executor.sae_memory(context.found.base.nbytes)
@@ -65,7 +65,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         documents={name: len(documents) for name, documents in texts.items()},
         provenance=provenance,
         score=recipe.score,
-        worth=worth,
+        attribution=attribution,
         increments=recipe.increments,
         permutations=options.permutations,
         resamples=options.resamples,
@@ -76,15 +76,15 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
 def _attribution(
     context: "Context", texts: Mapping[str, Sequence[Any]], progress: Progress
 ) -> "dict[str, FeatureStatistics]":
-    """What each layer's own edit is worth to target and control loss, by feature."""
+    """The attribution of each layer's own edit to its features, on target and control."""
     from stethoscope.diagnosis.attribution import attribute
     from stethoscope.saes.open import load_sae
 
     edits, saes = context.layer_edits(), {layer: load_sae(sae) for layer, sae in context.found.saes.items()}
     parts = {name: context.batches(name) for name in texts}
-    total, before, worth = sum(map(len, parts.values())), 0, {}
+    total, before, found = sum(map(len, parts.values())), 0, {}
     for name, part in parts.items():
-        worth[name] = attribute(
+        found[name] = attribute(
             context.model,
             edits,
             saes,
@@ -96,7 +96,7 @@ def _attribution(
             progress=lambda done, _, before=before: progress(before + done, total),  # type: ignore[misc]
         ).statistics()
         before += len(part)
-    return worth
+    return found
 
 
 def evidence(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Evidence":
@@ -343,12 +343,12 @@ def comparison(context: "Context", results: Results, _: Provenance, __: Progress
     return made
 
 
-def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
+def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "ScoreValidation":
     """Judge every score against the effect that injecting the layers has."""
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.saes.open import load_sae
-    from stethoscope.selection.hearing import judge_hearing
     from stethoscope.selection.scoring import edit_scores, text_scores
+    from stethoscope.selection.validate import validate_scores
 
     recipe, options = context.recipe, context.recipe.validation
     statistics = load_statistics(context.folder / "statistics.safetensors")
@@ -366,7 +366,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         tap=context.sae_site.tap,
         progress=progress,
     )
-    return judge_hearing(
+    return validate_scores(
         context.model,
         edits,
         scores,

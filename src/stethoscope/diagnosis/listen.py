@@ -24,7 +24,7 @@ from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor, Failed, LocalExecutor
 from stethoscope.results.diagnosis import SAEHealth
-from stethoscope.results.hearing import Layers
+from stethoscope.results.validation import Layers
 from stethoscope.saes.open import SAEFolder
 
 log = logging.getLogger(__name__)

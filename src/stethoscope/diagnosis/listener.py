@@ -19,7 +19,7 @@ from stethoscope.diagnosis.encoding import BlockSums, Encoder
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import SAEError
 from stethoscope.results.diagnosis import SAEHealth
-from stethoscope.results.hearing import Layers
+from stethoscope.results.validation import Layers
 from stethoscope.saes.activations import lent, loud_positions
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.open import SAEFolder, load_sae

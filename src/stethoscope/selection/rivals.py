@@ -201,9 +201,9 @@ def local_effect(
     losses = {name: np.zeros(len(found)) for name, found in sums.items()}
     for name, text in texts.items():
         for batch in text:
-            heard = own_changes(model, edits, points, batch, coefficient=coefficient)
-            losses[name][list(batch.documents)] = heard.losses.cpu().numpy()
-            for layer, change in heard.changes.items():
+            own = own_changes(model, edits, points, batch, coefficient=coefficient)
+            losses[name][list(batch.documents)] = own.losses.cpu().numpy()
+            for layer, change in own.changes.items():
                 gain = change.gain().where(batch.attention_mask.to(change.gradient.device), 0.0)
                 sums[name][list(batch.documents), layer] = gain.sum(1).cpu().numpy()
     tokens = {name: _tokens(text) for name, text in texts.items()}
