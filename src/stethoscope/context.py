@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import Provenance, canonical_json, remembered_hashes, sha256_bytes, sha256_files
-from stethoscope.corpus import TokenBatch, batches, documents_hash, prompt_lengths, tokenize
-from stethoscope.documents import Document
+from stethoscope.check import Check
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan, coefficients
-from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
-from stethoscope.preflight import Preflight
+from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.recipe import Recipe
 from stethoscope.saes.open import SAEFolder
+from stethoscope.text.documents import Document, documents_hash
+from stethoscope.text.tokens import TokenBatch, batches, prompt_lengths, tokenize
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Context:
 
     recipe: Recipe
     folder: Path
-    found: Preflight
+    found: Check
     hashes: Mapping[str, str]
     stack: ExitStack
 
@@ -156,7 +156,7 @@ def identity_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
 
 
-def open_context(recipe: Recipe, folder: Path, found: Preflight, stack: ExitStack) -> Context:
+def open_context(recipe: Recipe, folder: Path, found: Check, stack: ExitStack) -> Context:
     """A run's inputs with their hashes; ``stack`` stops workers when it closes."""
     with remembered_hashes(folder / "hashes.json") as hash_file:
         saes = {str(layer): sae.hashed(hash_file) for layer, sae in found.saes.items()}

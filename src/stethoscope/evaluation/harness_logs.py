@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stethoscope.artifacts import sha256_bytes, write_text
-from stethoscope.documents import json_lines
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.outcomes import SOURCE, Outcomes, few
+from stethoscope.text.documents import json_lines
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -32,7 +32,7 @@ from stethoscope.evaluation.harness_logs import Sample, to_rows
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
-from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype
+from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 

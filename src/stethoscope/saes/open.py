@@ -20,9 +20,9 @@ import yaml
 from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.display import first_of
 from stethoscope.errors import CheckpointError, SAEError
+from stethoscope.models.sites import SITES
 from stethoscope.saes.layouts import LAYOUTS, convert, layout_of, read_folder
 from stethoscope.saes.layouts.base import SAEFolder
-from stethoscope.sites import SITES
 
 if TYPE_CHECKING:
     import torch

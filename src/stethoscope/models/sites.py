@@ -83,7 +83,7 @@ def hook_point(model: torch.nn.Module, layer: int, site: str, tap: str | None = 
     Raises:
         SAEError: the block has no such module.
     """
-    from stethoscope.models import decoder_layers
+    from stethoscope.models.load import decoder_layers
 
     block = decoder_layers(model)[layer]
     modules = dict(block.named_modules())
@@ -106,7 +106,7 @@ def hear(
 
     No attention mask is given: padding belongs on the right, where a causal model never looks.
     """
-    from stethoscope.models import decoder
+    from stethoscope.models.load import decoder
 
     with hearing(points, last=True) as heard, suppress(_EnoughHeard):
         decoder(model)(input_ids=input_ids.to(_device(model)), use_cache=False)

@@ -16,7 +16,6 @@ from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.hub import HUB_ID
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.documents import Document, read_documents
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.residual_axis import residual_axes
@@ -35,6 +34,7 @@ from stethoscope.recipe import (
     Text,
 )
 from stethoscope.saes.open import SITES, SAEFolder, check_fit, check_source, open_saes
+from stethoscope.text.documents import Document, read_documents
 
 
 @dataclass(kw_only=True)
@@ -110,7 +110,7 @@ class Look:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Preflight:
+class Check:
     """What a recipe refers to, opened by headers alone and found to fit together; ``look`` has it as tables."""
 
     look: Look
@@ -154,7 +154,7 @@ def check_recipe(recipe: Recipe, folder: Path, *, offline: bool = False) -> Look
     return found
 
 
-def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Preflight:
+def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Check:
     """Open everything that a recipe refers to, without reading a weight, and build its tasks.
 
     Args:
@@ -166,7 +166,7 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     """
     # the harness takes seconds to import
     from stethoscope.evaluation.tasks import load_tasks
-    from stethoscope.models import find_device
+    from stethoscope.models.load import find_device
 
     found = _look(recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     found.attempt(find_device, recipe.device)
@@ -185,7 +185,7 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
     found.refuse()
     assert found.base is not None
     assert found.task_vector is not None
-    return Preflight(
+    return Check(
         look=found,
         base=found.base,
         task_vector=found.task_vector,
