@@ -44,7 +44,7 @@ from stethoscope.artifacts import write_json
 from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.listener import Listener
 from stethoscope.diagnosis.sharing import share
-from stethoscope.models import load_model, load_tokenizer
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Ray
 from stethoscope.saes.open import open_saes
 from stethoscope.scaling import Bench, Crew

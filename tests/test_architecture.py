@@ -18,15 +18,14 @@ ORDER = [
     {"make"},
     {"context"},
     {"scaling"},
-    {"preflight"},
+    {"check"},
     {"selection", "evaluation"},
     {"diagnosis"},
     {"editing"},
     {"saes"},
     {"replay"},
-    {"sites", "losses", "seen"},
-    {"checkpoints", "corpus", "models", "recipe"},
-    {"documents"},
+    {"losses", "seen"},
+    {"checkpoints", "text", "models", "recipe"},
     {"report"},  # it reads saved values and no room that makes them
     {"results"},  # whose `plot` alone imports the report's charts, when called
     {"artifacts"},

@@ -25,7 +25,6 @@ import stethoscope
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli.stages import _read
-from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis.listen import Listening, listen
 from stethoscope.diagnosis.listener import Block, Listener
 from stethoscope.diagnosis.sharing import BANDWIDTH, FLOPS, OPEN_BLOCKS, STORE_SHARE, share, token_seconds
@@ -35,7 +34,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 from stethoscope.recipe import Ray, Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import open_saes
@@ -44,6 +43,7 @@ from stethoscope.scaling.bench import versions
 from stethoscope.scaling.crew import AHEAD, CrewRun, _greet, _Member, _Queue
 from stethoscope.selection.calibration import calibrate
 from stethoscope.selection.hearing import judge_hearing
+from stethoscope.text.tokens import batches, tokenize
 from stethoscope.work import Alone, Lost, Means, Piece
 
 ray = pytest.importorskip("ray")

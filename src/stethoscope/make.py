@@ -47,7 +47,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
     split = recipe.ray.split if recipe.ray else "auto"
     if crew:
-        memory = memory or crew.sae_memory(context.found.base.nbytes)
+        memory = memory or crew.sae_memory(context.base.nbytes)
     heard = listen(
         context.model,
         context.tokenizer,
@@ -173,7 +173,7 @@ def geometry(context: "Context", results: Results, provenance: Provenance, progr
 
     diagnosis: Diagnosis = results["diagnose"]
     return measure_geometry(
-        context.found.task_vector,
+        context.task_vector,
         _features(context, diagnosis),
         provenance=provenance,
         model=context.model,
@@ -214,7 +214,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
     from stethoscope.results.edits import Edits
     from stethoscope.selection.arms import plan_arms, save_plans
 
-    task_vector, diagnosis = context.found.task_vector, results["diagnose"]
+    task_vector, diagnosis = context.task_vector, results["diagnose"]
     planned = plan_arms(
         context.recipe,
         task_vector,
@@ -227,7 +227,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
     (context.folder / Edits.FILE).unlink(missing_ok=True)
     if selected := planned.plans.get("selected"):
         edited = context.folder / "edited"
-        write_edit(context.found.base, task_vector, selected, edited, overwrite=True, progress=progress)
+        write_edit(context.base, task_vector, selected, edited, overwrite=True, progress=progress)
     save_plans(context.folder, planned, task_vector.energy_by_layer(), provenance=provenance)
     return planned
 
@@ -245,7 +245,7 @@ def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts
 def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
     """Run every arm on every task; what is stored by arm and task is read."""
     from stethoscope.evaluation.run import evaluate
-    from stethoscope.models import load_skeleton
+    from stethoscope.models.load import load_skeleton
 
     options, plans = context.recipe.evaluate, results["edit"].plans
 
@@ -254,7 +254,7 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
         return context.crew.answering(plans)(make)  # they start when the first answer is missing
 
     spread = on_workers if context.has_workers else None
-    base = context.found.base.path
+    base = context.base.path
     return evaluate(
         partial(load_skeleton, base, dtype=context.dtype) if spread else lambda: context.model,
         context.tokenizer,

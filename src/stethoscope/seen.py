@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from stethoscope.documents import Document
 from stethoscope.errors import StethoscopeError
+from stethoscope.text.documents import Document
 
 FILE = "seen.npy"
 # Runs of words, longest first: a text too short for one is judged by the next, and one of fewer than four words not.

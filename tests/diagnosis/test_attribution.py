@@ -11,8 +11,8 @@ from selection.planted import Planted, plant
 from stethoscope.diagnosis.attribution import attribute, feature_worths, own_changes, worths
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import hook_point
 from stethoscope.selection.rivals import local_effect
-from stethoscope.sites import hook_point
 
 D = 32
 

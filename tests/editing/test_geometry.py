@@ -13,7 +13,6 @@ from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch
 from stethoscope.editing.energy import energy_curve
 from stethoscope.editing.geometry import measure_geometry
 from stethoscope.editing.residual_axis import residual_axes
@@ -27,6 +26,7 @@ from stethoscope.editing.subspace import (
 )
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.results.geometry import Geometry
+from stethoscope.text.tokens import TokenBatch
 
 D, FEATURES = 16, 24
 

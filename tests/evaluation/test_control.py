@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from stethoscope import losses
-from stethoscope.corpus import prompt_lengths
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import DocumentDivergences, control
 from stethoscope.evaluation.inference import ratio_difference
+from stethoscope.text.tokens import prompt_lengths
 
 
 def by_hand(model, document):

@@ -9,7 +9,7 @@ import torch
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 
 
 def changed(model, scale=3.0):

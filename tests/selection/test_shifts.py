@@ -9,8 +9,8 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from stethoscope.checkpoints.full import FullTaskVector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.selection.shifts import residual_shift, tuned_shift
-from stethoscope.sites import hear, hook_point
 
 D = 32
 
@@ -36,9 +36,9 @@ def activations(made: Planted, layer: int, site: str) -> list[tuple[torch.Tensor
     for batch in made.texts["target"]:
         for row, document in enumerate(batch.documents):
             ids = batch.input_ids[row][batch.attention_mask[row]][None]
-            base = hear(made.model, point, ids)[0][0]
+            base = read_activations(made.model, point, ids)[0][0]
             with applied(made.model, made.task_vector, EditPlan.everything()):
-                found[document] = (base, hear(made.model, point, ids)[0][0])
+                found[document] = (base, read_activations(made.model, point, ids)[0][0])
     return [found[document] for document in sorted(found)]
 
 

@@ -99,7 +99,7 @@ def check(
     """Say everything that is wrong with a recipe, or what it will take; from names, configs and headers alone."""
     with _problems_as_json(as_json):
         chosen, folder = _read(recipe, out, changes)
-        from stethoscope.preflight import check_recipe
+        from stethoscope.check import check_recipe
 
         found = check_recipe(chosen, folder, offline=offline)
     conclude(
@@ -174,17 +174,17 @@ def _rehearse(
 ) -> None:
     with _problems_as_json(as_json), ConsoleReporter(quiet=quiet).stage("Check the recipe"):
         chosen, folder = _read(recipe, out, changes, device=device)
-        from stethoscope.preflight import preflight
+        from stethoscope.check import check_run
 
-        found = preflight(chosen, folder, headers_only=True)
+        found = check_run(chosen, folder, headers_only=True)
     tasks = {"tasks": found.tasks, "control_tasks": found.control_tasks}
     rows = [[name.replace("_", " "), ", ".join(names) or "none"] for name, names in tasks.items()]
     conclude(
-        {"ok": True, **found.look.summary(), **tasks, "seen_items": found.seen_items},
+        {"ok": True, **found.summary(), **tasks, "seen_items": found.seen_items},
         as_json=as_json,
-        rows=[*found.look.table(), *rows],
+        rows=[*found.table(), *rows],
         left=2,
-        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.look.notes],
+        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.notes],
         then=_then("run", recipe, out),
     )
 

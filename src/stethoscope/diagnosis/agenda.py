@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from stethoscope.corpus import Document, TokenBatch
 from stethoscope.diagnosis.listener import HeardBlock
 from stethoscope.diagnosis.streams import Forward, Reading
 from stethoscope.results.hearing import Layers
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import TokenBatch
 from stethoscope.work import Lost, Piece
 
 

@@ -17,7 +17,6 @@ import torch
 from sae_lens import SAE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import Document, Tokens, counted_tokens
 from stethoscope.diagnosis.agenda import Agenda, Part
 from stethoscope.diagnosis.listener import Block, Listener, Sample
 from stethoscope.diagnosis.sharing import Sharing, Split, share, waves
@@ -26,6 +25,8 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.hearing import Layers
 from stethoscope.saes.open import SAEFolder
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import Tokens, counted_tokens
 from stethoscope.work import Alone, Lost, Piece, Run, Spread
 
 log = logging.getLogger(__name__)

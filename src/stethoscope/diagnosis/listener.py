@@ -16,18 +16,19 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import Document, TokenBatch, Tokens, batches, counted_tokens, tokenize
 from stethoscope.diagnosis.encoding import BlockSums, Encoder
 from stethoscope.diagnosis.sharing import BATCH_TOKENS
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.streams import Begun, Forward, Reading, Streams
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.hearing import Layers
-from stethoscope.saes.activations import lent, loud_positions
+from stethoscope.saes.activations import attention_sinks, on_device
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.open import SAEFolder, load_sae
-from stethoscope.sites import HookPoint, hear, hook_point
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens, tokenize
 from stethoscope.work import Lost
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class Listener:
             rows = Rows.of(list(work.documents.values()), self.tokenizer, self.max_tokens, self.tokens)
             batch, *others = rows.batches(self.tokenizer)
             begun = Begun(batches=tuple(others), silent=rows.silent)
-        heard, counted, sinks = countable(hear(self.model, self.points, batch.input_ids), batch)
+        heard, counted, sinks = countable(read_activations(self.model, self.points, batch.input_ids), batch)
         return begun, *(Streams.of({layer: heard[layer] for layer in group}, counted, sinks) for group in work.groups)
 
     @torch.inference_mode()
@@ -189,7 +190,7 @@ class Listener:
         rows = Rows.of(list(documents.values()), self.tokenizer, self.max_tokens, self.tokens)
         sums = {layer: BlockSums(encoder.width, self.model.device) for layer, encoder in self._encoders.items()}
         for batch in rows.batches(self.tokenizer):
-            heard, counted, sinks = countable(hear(self.model, self.points, batch.input_ids), batch)
+            heard, counted, sinks = countable(read_activations(self.model, self.points, batch.input_ids), batch)
             for layer, encoder in self._encoders.items():
                 sums[layer].sinks += sinks
                 encoder.add(heard[layer][counted], sums[layer])
@@ -222,7 +223,7 @@ class Listener:
         rows = Rows.of(documents, self.tokenizer, self.max_tokens, self.tokens)
         parts: list[Heard] = []
         for batch in rows.batches(self.tokenizer):
-            heard, counted, _ = countable(hear(self.model, self.points, batch.input_ids), batch)
+            heard, counted, _ = countable(read_activations(self.model, self.points, batch.input_ids), batch)
             parts.append({layer: hidden[counted] for layer, hidden in heard.items()})
         return {layer: torch.cat([part[layer] for part in parts])[:tokens] for layer in self.points} if parts else {}
 
@@ -260,7 +261,7 @@ def countable(
 
     A sink's norm drops again in the last layers while it stays unlike any other token: once loud, always left out.
     """
-    loud = loud_positions(heard.values(), batch.attention_mask)
+    loud = attention_sinks(heard.values(), batch.attention_mask)
     counted = batch.countable & ~loud
     device = next(iter(heard.values())).device
     return heard, counted.to(device), int((loud & batch.countable).sum())
@@ -304,7 +305,7 @@ def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | N
     if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
         # a transcoder has nothing to say of what it reads but features
         return HealthSums.nothing(encoder.width).health()
-    with lent(sae, sample.device):
+    with on_device(sae, sample.device):
         exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
     fast = BlockSums(encoder.width, sample.device)
     encoder.add(sample, fast)

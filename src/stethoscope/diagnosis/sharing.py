@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.diagnosis.encoding import PLAIN
 from stethoscope.errors import StethoscopeError
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
 from stethoscope.saes.open import SAEFolder
 from stethoscope.work import Means
 

@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from stethoscope.corpus import Document, TokenBatch
 from stethoscope.results.hearing import Layers
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import TokenBatch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.relay import Answerer, Cell, RelayLM, Score, ask_workers
 from stethoscope.evaluation.samples import Sample, to_rows
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
-from stethoscope.models import find_device, load_model, load_skeleton, load_tokenizer, preferred_dtype
+from stethoscope.models.load import find_device, load_model, load_skeleton, load_tokenizer, preferred_dtype
 from stethoscope.work import Run, Spread
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]

@@ -47,7 +47,7 @@ class Bench:
     @cached_property
     def tokenizer(self) -> Any:
         """The base's."""
-        from stethoscope.models import load_tokenizer
+        from stethoscope.models.load import load_tokenizer
 
         assert self.base is not None
         return load_tokenizer(self.base)
@@ -75,7 +75,7 @@ class Bench:
 
     def load(self, folder: Path | None) -> Any:
         """A model of the bench's type, on its device."""
-        from stethoscope.models import load_model
+        from stethoscope.models.load import load_model
 
         assert folder is not None
         torch.set_num_threads(self.threads)
@@ -97,7 +97,7 @@ class Bench:
     @contextmanager
     def opened(self, folder: Path) -> Iterator[tuple[Any, Any]]:
         """Another checkpoint's model and tokenizer, for as long as the block lasts."""
-        from stethoscope.models import load_tokenizer
+        from stethoscope.models.load import load_tokenizer
 
         yield self.load(folder), load_tokenizer(folder)
 

@@ -162,7 +162,7 @@ class Crew:
     @property
     def dtype(self) -> torch.dtype:
         """In which the workers compute."""
-        from stethoscope.models import preferred_dtype
+        from stethoscope.models.load import preferred_dtype
 
         return self._bench.dtype or preferred_dtype(self._bench.device)
 

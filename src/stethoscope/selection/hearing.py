@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
 from stethoscope.results.hearing import (
     Beaten,
     Correlation,
