@@ -110,7 +110,7 @@ def run_recipe(
                 import_ray()
             found = check_run(recipe, folder)
             context = open_context(recipe, folder, found, stack)
-        for note in found.look.notes:
+        for note in found.notes:
             reporter.note(note)
         folder.mkdir(parents=True, exist_ok=True)
         if until is None:

@@ -178,10 +178,10 @@ def _rehearse(
     tasks = {"tasks": found.tasks, "control_tasks": found.control_tasks}
     rows = [[name.replace("_", " "), ", ".join(names) or "none"] for name, names in tasks.items()]
     conclude(
-        {"ok": True, **found.look.summary(), **tasks, "seen_items": found.seen_items},
+        {"ok": True, **found.summary(), **tasks, "seen_items": found.seen_items},
         as_json=as_json,
-        rows=[*found.look.table(), *rows],
-        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.look.notes],
+        rows=[*found.table(), *rows],
+        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.notes],
         then=_then("run", recipe, out),
     )
 
