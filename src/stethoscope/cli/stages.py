@@ -149,7 +149,7 @@ def stage_command(stage: "Stage") -> Callable[..., None]:
         conclude(
             found.model_dump(mode="json"),
             as_json=as_json,
-            rows=found.table(),
+            rows=stage.rows(found, chosen),
             says=list(stage.says(found, chosen)),
             wrote=[folder / name for name in stage.wrote(chosen)],
             then=_then(stage.then, recipe, out),
