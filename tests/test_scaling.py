@@ -24,7 +24,7 @@ from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 import stethoscope
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.cli.stages import _read
+from stethoscope.cli.options import RecipeOptions
 from stethoscope.diagnosis.listen import Listening, listen
 from stethoscope.diagnosis.listener import Block, Listener
 from stethoscope.diagnosis.sharing import BANDWIDTH, FLOPS, OPEN_BLOCKS, STORE_SHARE, share, token_seconds
@@ -499,11 +499,12 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     recipe = dict.fromkeys(("base", "tuned", "saes"), "x") | {"target": text, "control": text, "select": {"k": 1}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}}))
-    assert _read(path, None)[0].ray is None
-    assert _read(path, None, workers=2, gpus=0.5)[0].ray == Ray(workers=2, gpus=0.5)
+    assert RecipeOptions(recipe=path).read()[0].ray is None
+    assert RecipeOptions(recipe=path, workers=2, gpus=0.5).read()[0].ray == Ray(workers=2, gpus=0.5)
     path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}, "ray": {"workers": 8, "split": "layers"}}))
-    assert _read(path, None)[0].ray == Ray(workers=8, split="layers")
-    assert _read(path, None, ray="here:1", workers=0)[0].ray == Ray(address="here:1", workers=0, split="layers")
+    assert RecipeOptions(recipe=path).read()[0].ray == Ray(workers=8, split="layers")
+    options = RecipeOptions(recipe=path, ray="here:1", workers=0)
+    assert options.read()[0].ray == Ray(address="here:1", workers=0, split="layers")
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""Text as documents: from files of lines, tables, saved datasets and the hub; without torch.
+"""Reads documents from files, tables, saved datasets and the hub, without torch.
 
 documents = read_documents("data/math.jsonl", field="messages")             # texts, or chats as lists of messages
 """
@@ -25,25 +25,27 @@ def read_documents(
     """Read documents: texts, or chats where the field holds messages.
 
     Args:
-        path: a file that ends in ``.jsonl``, ``.parquet`` or ``.txt`` (one document); a folder that
-            `datasets.Dataset.save_to_disk` wrote; or a dataset on the hub, ``owner/name`` or ``owner/name/config``,
-            with ``:split`` behind it or not.
-        field: what holds the document in each row: a text, or a list of messages with ``role`` and ``content``.
-        limit: at most this many documents, from the top.
-        split: of a dataset that has several; ``train`` if nothing else is said.
+        path: a ``.jsonl``, ``.parquet`` or ``.txt`` file (one document); a folder of `datasets.Dataset.save_to_disk`;
+            or a dataset on the hub: ``owner/name`` or ``owner/name/config``, with or without ``:split``.
+        field: the field with the document in each row: a text, or a list of messages with ``role`` and ``content``.
+        limit: maximum number of documents, from the top.
+        split: of a dataset that has several; ``train`` by default.
 
     Returns:
         a str, or a list of messages, per document; all of one kind.
 
     Raises:
-        StethoscopeError: the data is missing, empty, malformed, or lacks the field; every bad row is named.
+        StethoscopeError: the data is missing, empty, malformed, or lacks the field; the bad rows are named.
     """
     path = Path(path)
+    rows: Iterable[tuple[str, Any]]
     if path.suffix == ".txt":
         text = _text(path)
-        return [text] if text.strip() else _none(path)
-    read = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix)
-    rows = read(path, field, limit) if read else _dataset(path, field, limit, split)
+        rows = [("text", {field: text})] if text.strip() else []
+    elif path.suffix == ".jsonl":
+        rows = _jsonl(path)
+    else:
+        rows = _parquet(path, field, limit) if path.suffix == ".parquet" else _dataset(path, field, limit, split)
     documents: list[Any] = []
     problems: list[str] = []
     for where, row in rows:
@@ -53,7 +55,12 @@ def read_documents(
         elif isinstance(value, str) and value.strip():
             documents.append(value)
         elif isinstance(value, list) and value:
-            problems += [f"{where}: {problem}" for problem in _unsound(value)]
+            problems += [
+                f"{where}: message {number} is no table with `role` and `content`, both text"
+                for number, message in enumerate(value, 1)
+                if not isinstance(message, dict)
+                or not all(isinstance(message.get(key), str) for key in ("role", "content"))
+            ]
             documents.append(value)
         else:
             have = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -66,19 +73,9 @@ def read_documents(
     if documents and not isinstance(documents[0], str):
         # tables fill in what a message lacks, which a file of lines does not
         documents = [[{k: v for k, v in m.items() if v is not None} for m in chat] for chat in documents]
-    return documents[:limit] or _none(path)
-
-
-def _none(path: Path) -> list[Any]:
-    raise StethoscopeError(f"`{path}` holds no documents")
-
-
-def _unsound(chat: list[Any]) -> list[str]:
-    return [
-        f"message {number} is no table with `role` and `content`, both text"
-        for number, message in enumerate(chat, 1)
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content"))
-    ]
+    if not documents:
+        raise StethoscopeError(f"`{path}` holds no documents")
+    return documents[:limit]
 
 
 def _text(path: Path) -> str:
@@ -88,7 +85,7 @@ def _text(path: Path) -> str:
         raise StethoscopeError(f"the text `{path}` cannot be read: {error}") from error
 
 
-def _jsonl(path: Path, _field: str, _limit: int | None) -> Iterator[tuple[str, Any]]:
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: strings may hold other line ends
         if line.strip():
             try:
@@ -146,5 +143,5 @@ def _column(path: Path, field: str, names: list[str], values: list[Any] | None) 
 
 
 def documents_hash(documents: Iterable[Document]) -> str:
-    """One content hash of a list of documents, order included."""
+    """The SHA-256 of a list of documents, in their order."""
     return sha256_bytes(canonical_json(list(documents)).encode())
