@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_pipeline import finished, interrupt, world  # noqa: F401 - fixtures
+from world import interrupt
 
 from stethoscope.cli import main
 from stethoscope.editing.manifest import read_manifest
@@ -19,7 +19,7 @@ from stethoscope.results.selection import Selection
 
 
 @pytest.fixture
-def run(finished, tmp_path) -> Path:  # noqa: F811
+def run(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
 
 
@@ -27,7 +27,7 @@ def lines_of(capsys) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_diagnose_ends_with_table_verdict_paths_and_next(world, run, capsys):  # noqa: F811
+def test_diagnose_ends_with_table_verdict_paths_and_next(world, run, capsys):
     main(["diagnose", str(world / "recipe.yaml"), "--out", str(run)])
     shown = lines_of(capsys)
     diagnosis = Diagnosis.load(run)
@@ -41,7 +41,7 @@ def test_diagnose_ends_with_table_verdict_paths_and_next(world, run, capsys):  #
     assert json.loads(capsys.readouterr().out)["layers"] == list(Selection.load(run).layers)
 
 
-def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):  # noqa: F811
+def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):
     main(["select", str(world / "recipe.yaml"), "--out", str(run)])
     shown = lines_of(capsys)
     selection = Selection.load(run)
@@ -57,7 +57,7 @@ def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):  # noqa:
     assert f"{geometry.total.share:.1%}" in shown[5].split()
 
 
-def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_path, monkeypatch, capsys):
     arguments = ["run", str(world / "recipe.yaml"), "--out", str(tmp_path / "a run")]
     with monkeypatch.context() as patched:
         patched.setattr("stethoscope.evaluation.comparison.compare", interrupt)
@@ -75,7 +75,7 @@ def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_pat
     assert len(verdicts) == 4  # against the base, two random sets, and all layers at equal energy
 
 
-def test_the_edited_folder_has_the_results_on_its_card_and_still_verifies(finished):  # noqa: F811
+def test_the_edited_folder_has_the_results_on_its_card_and_still_verifies(finished):
     edited = finished / "edited"
     contrast = Comparison.load(finished / "comparison.json").contrast("selected")
     card = (edited / "README.md").read_text(encoding="utf-8")
