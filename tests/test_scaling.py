@@ -500,10 +500,10 @@ def test_the_command_line_overrides_the_recipe(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}}))
     assert _read(path, None)[0].ray is None
-    assert _read(path, None, None, 2, 0.5)[0].ray == Ray(workers=2, gpus=0.5)
+    assert _read(path, None, workers=2, gpus=0.5)[0].ray == Ray(workers=2, gpus=0.5)
     path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}, "ray": {"workers": 8, "split": "layers"}}))
     assert _read(path, None)[0].ray == Ray(workers=8, split="layers")
-    assert _read(path, None, "here:1", 0, None)[0].ray == Ray(address="here:1", workers=0, split="layers")
+    assert _read(path, None, ray="here:1", workers=0)[0].ray == Ray(address="here:1", workers=0, split="layers")
 
 
 class Silent:

@@ -77,10 +77,14 @@ class RunResult:
         return {
             "selection": list(self.selection.layers),
             "accuracy": self.comparison.accuracy,
-            "verdicts": [contrast.verdict for contrast in self.comparison.contrasts],
+            "verdicts": self.verdicts(),
             "edited": str(self.edited),
             "report": str(self.report),
         }
+
+    def verdicts(self) -> list[str]:
+        """One sentence for every pair of arms that was compared."""
+        return [contrast.verdict for contrast in self.comparison.contrasts]
 
 
 def run_recipe(

@@ -40,7 +40,8 @@ class Stage:
         also: stages that are run with it where a run ends with it.
         help: of its command; a stage without has none.
         says: sentences at the end of its command.
-        left: columns of its table that are aligned left.
+        rows: its command's table.
+        left: columns of the table that are aligned left.
         wrote: files in the run's folder that its command names.
         then: the command to go on with.
     """
@@ -57,6 +58,7 @@ class Stage:
     also: tuple[str, ...] = ()
     help: str = ""
     says: Callable[[Any, Recipe], Iterable[str]] = lambda made, _recipe: [made.verdict]
+    rows: Callable[[Any, Recipe], list[list[str]]] = lambda made, _recipe: made.table()
     left: int = 1
     wrote: Callable[[Recipe], Sequence[str]] = lambda _recipe: ()
     then: str = "run"
@@ -124,8 +126,12 @@ def _validation_folder(recipe: Recipe) -> str:
     return f"hearing/{recipe.validation.control}"
 
 
+def _set_size(made: "Hearing", recipe: Recipe) -> int:
+    return made.size(recipe.select.k or 5)
+
+
 def _validation_says(made: "Hearing", recipe: Recipe) -> list[str]:
-    size = made.size(recipe.select.k or 5)
+    size = _set_size(made, recipe)
     return [made.verdict(score, size) for score in dict.fromkeys((recipe.score, ATTRIBUTION))]
 
 
@@ -242,6 +248,7 @@ STAGES: tuple[Stage, ...] = (
         wanted=lambda _: False,
         help="Judge every score of the layers against what injecting them truly does.",
         says=_validation_says,
+        rows=lambda made, recipe: made.table(_set_size(made, recipe)),
         wrote=lambda recipe: (f"{_validation_folder(recipe)}/hearing.json",),
     ),
     Stage(

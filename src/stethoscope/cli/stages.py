@@ -150,7 +150,7 @@ def stage_command(stage: "Stage") -> Callable[..., None]:
         conclude(
             found.model_dump(mode="json"),
             as_json=as_json,
-            rows=found.table(),
+            rows=stage.rows(found, chosen),
             left=stage.left,
             says=list(stage.says(found, chosen)),
             wrote=[folder / name for name in stage.wrote(chosen)],
