@@ -24,13 +24,13 @@ ORDER = [
     {"editing"},
     {"saes"},
     {"replay"},
-    {"sites", "losses", "seen"},
+    {"sites", "losses"},
     {"checkpoints", "corpus", "models", "recipe"},
     {"documents"},
     {"report"},  # it reads saved values and no room that makes them
     {"results"},  # whose `plot` alone imports the report's charts, when called
     {"artifacts"},
-    {"errors", "lazy", "shown", "work"},
+    {"errors", "lazy", "display", "work"},
 ]
 
 

@@ -16,19 +16,19 @@ from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.errors import RecipeError, StethoscopeError
-from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs
-from stethoscope.evaluation.tables import accuracy_table
+from stethoscope.evaluation.contamination import Seen
+from stethoscope.evaluation.text_loss import TextDivergence, TextLoss, document_costs
 from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
+from stethoscope.results.comparison_tables import accuracy_table
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.geometry import Geometry
 from stethoscope.results.hearing import Hearing
 from stethoscope.results.selection import Selection
 from stethoscope.run import run_recipe
-from stethoscope.seen import Seen
 from stethoscope.selection.arms import plan_arms
 from stethoscope.selection.controls import CONTROL_ARMS
 
@@ -141,7 +141,7 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     chosen = heard.scores["mass_shift"].sets[2].effect  # the truth is measured as the arm's loss is
     assert chosen.layers == tuple(result.selection.layers)
     assert chosen.target_gain == pytest.approx(-comparison.contrast("selected").target_loss.difference, rel=1e-3)
-    assert "target loss, change" in {row[0] for row in accuracy_table(comparison)}
+    assert "loss on held-out target text" in {row[0] for row in accuracy_table(comparison)}
     assert Geometry.load(tmp_path / "run").layers[0].features == 3
 
 
@@ -210,7 +210,7 @@ def test_a_finished_stage_is_not_run_again(world, copy, monkeypatch):
         "diagnosis.listen": ("listen",),
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
-        "evaluation.control": ("document_costs",),
+        "evaluation.text_loss": ("document_costs",),
         "saes.open": ("load_sae",),
         "selection.arms": ("plan_arms",),
         "artifacts": ("sha256_file",),
@@ -266,7 +266,7 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, copy, mo
         asked.append(list(arms))
         return document_costs(model, arms, *args, **options)
 
-    monkeypatch.setattr("stethoscope.evaluation.control.document_costs", counted)
+    monkeypatch.setattr("stethoscope.evaluation.text_loss.document_costs", counted)
     run(world / "recipe.yaml", copy)
     assert asked == [["tuned"]]
     for kind in (TextLoss, TextDivergence):

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.statistics import FeatureStatistics
     from stethoscope.editing.plan import EditPlan
     from stethoscope.editing.subspace import LayerFeatures
-    from stethoscope.evaluation.control import ArmLosses, DocumentCosts
-    from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
+    from stethoscope.evaluation.outcomes import Outcomes, PerDocument
+    from stethoscope.evaluation.text_loss import ArmLosses, DocumentCosts
     from stethoscope.results.calibration import Calibration
     from stethoscope.results.comparison import Claim, Comparison
     from stethoscope.results.diagnosis import Diagnosis
@@ -275,7 +275,7 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
 
 def losses(context: "Context", results: Results, _: Provenance, progress: Progress) -> "ArmLosses":
     """Measure every arm's loss on held-out target text, and loss and divergence from the base on general text."""
-    from stethoscope.evaluation.control import ArmLosses
+    from stethoscope.evaluation.text_loss import ArmLosses
 
     plans = results["edit"].plans
     return ArmLosses(general=_costs(context, plans, progress), target=_target_losses(context, plans, progress))
@@ -283,8 +283,8 @@ def losses(context: "Context", results: Results, _: Provenance, progress: Progre
 
 def _target_losses(
     context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
-) -> "dict[str, DocumentLosses]":
-    from stethoscope.evaluation.control import TextLoss, document_losses
+) -> "dict[str, PerDocument]":
+    from stethoscope.evaluation.text_loss import TextLoss, document_losses
 
     if not context.found.texts.get(HELD_OUT):
         return {}
@@ -307,7 +307,7 @@ def _target_losses(
 def _costs(
     context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
 ) -> "dict[str, DocumentCosts]":
-    from stethoscope.evaluation.control import DocumentCosts, document_costs
+    from stethoscope.evaluation.text_loss import DocumentCosts, document_costs
 
     if not context.found.texts.get(GENERAL):
         return {}

@@ -21,6 +21,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.errors import RecipeError, StethoscopeError
+from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import (
     ATTRIBUTION,
@@ -34,7 +35,6 @@ from stethoscope.recipe import (
     Text,
 )
 from stethoscope.saes.open import SITES, SAEFolder, check_fit, check_source, open_saes
-from stethoscope.seen import Seen
 
 
 @dataclass(kw_only=True)
@@ -165,7 +165,6 @@ def preflight(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Pr
         RecipeError: everything that is missing or does not fit, at once.
     """
     # the harness takes seconds to import
-    from stethoscope.evaluation.peeking import refuse_seen, seen_items
     from stethoscope.evaluation.tasks import load_tasks
     from stethoscope.models import find_device
 

@@ -16,7 +16,7 @@ from world import read_lines
 pytest.importorskip("reasoning_gym", reason="the generators' packages need a C compiler to install")
 
 from stethoscope.corpus import read_documents
-from stethoscope.seen import Seen
+from stethoscope.evaluation.contamination import Seen
 from stethoscope_demo.items import (
     MATH_SUBJECTS,
     SHOTS,

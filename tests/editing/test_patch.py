@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from world import contents, flip, stored
 
-from stethoscope.editing.patch import apply_patch, undo_patch
+from stethoscope.editing.patch import apply_patch
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import write_edit
@@ -29,8 +29,8 @@ def test_there_and_back(base, change, patch, tmp_path):
     assert verify(edited, base=base).ok
     assert verify(patch).ok
     assert verify(patch, base=base).ok
-    for source in (edited, whole):
-        back = undo_patch(patch, source, tmp_path / "back", overwrite=True)
+    for number, source in enumerate((edited, whole)):
+        back = apply_patch(patch, source, tmp_path / f"back {number}", undo=True)
         assert contents(back) == contents(base.path)
     selected = sum(e.nbytes for e in base.entries.values() if e.layer in (0, 1) or e.kind == "head")
     assert selected < (patch / "patch.safetensors").stat().st_size < selected + 6000  # as large as what it changes
@@ -41,7 +41,7 @@ def test_the_wrong_way_round_is_refused(base, patch, tmp_path):
     with pytest.raises(CheckpointError, match="was made for"):
         apply_patch(patch, edited, tmp_path / "twice")
     with pytest.raises(CheckpointError, match="has made"):
-        undo_patch(patch, base.path, tmp_path / "twice")
+        apply_patch(patch, base.path, tmp_path / "twice", undo=True)
     assert not (tmp_path / "twice").exists()
 
 
@@ -69,15 +69,15 @@ def test_an_edited_model_saved_in_another_layout_can_still_be_undone(base, patch
     (tmp_path / "single").mkdir()
     save_file(stored(edited), tmp_path / "single" / "model.safetensors")
     shutil.copy(edited / "config.json", tmp_path / "single")
-    back = load_file(undo_patch(patch, tmp_path / "single", tmp_path / "back") / "model.safetensors")
+    back = load_file(apply_patch(patch, tmp_path / "single", tmp_path / "back", undo=True) / "model.safetensors")
     assert all(torch.equal(tensor, back[name]) for name, tensor in stored(base.path).items())
 
 
 def test_what_is_not_a_patch(base, change, tmp_path):
     edit = write_edit(base, change, PLAN, tmp_path / "edited")
     with pytest.raises(CheckpointError, match="kind `checkpoint`"):
-        undo_patch(edit.path, base.path, tmp_path / "back")
+        apply_patch(edit.path, base.path, tmp_path / "back", undo=True)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        undo_patch(base.path, edit.path, tmp_path / "back")
+        apply_patch(base.path, edit.path, tmp_path / "back", undo=True)
     with pytest.raises(CheckpointError, match="changes nothing"):
         write_edit(base, change, EditPlan(), tmp_path / "nothing", kind="patch")

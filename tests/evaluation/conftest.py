@@ -7,9 +7,9 @@ import pytest
 import torch
 from world import read_lines, save_stirred, sums_writer, write_lines, write_logs, write_task
 
+from stethoscope.evaluation.harness_logs import read_results
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate_checkpoints
-from stethoscope.evaluation.samples import read_results
 
 TASKS = ["sums", "choice"]
 

@@ -8,8 +8,7 @@ from world import read_lines
 from stethoscope.cli import main
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.comparison import compare
-from stethoscope.evaluation.logs import write_logs
-from stethoscope.evaluation.samples import join, read_results
+from stethoscope.evaluation.harness_logs import join, read_results, write_logs
 from stethoscope.evaluation.tasks import load_tasks
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from world import Planted, exact_sae
 
-from stethoscope.checkpoints.full import FullTaskVector
+from stethoscope.checkpoints.open import open_task_vector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
 from stethoscope.selection.shifts import residual_shift, tuned_shift
@@ -39,7 +39,7 @@ def test_residual_shift_is_a_standardised_difference(planted):
 
 
 def test_a_fine_tune_that_changed_nothing_shifts_nothing(planted):
-    none = FullTaskVector(planted.task_vector.base, planted.task_vector.base)
+    none = open_task_vector(planted.task_vector.base, planted.task_vector.base.path)
     assert not residual_shift(planted.model, none, planted.texts)["target"].any()
     found = tuned_shift(planted.model, none, {2: exact_sae()}, {2: {0: 1.0}}, planted.texts["target"])
     assert not found.moved.any()

@@ -14,7 +14,6 @@ from stethoscope.artifacts import canonical_json
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
 from stethoscope.errors import CheckpointError
 
-PIECE = 1 << 20  # bytes read, hashed and written at a time: what stays in a core's cache
 SAMPLE = 4096
 
 
@@ -42,10 +41,7 @@ def new_digest(algorithm: str = ALGORITHM) -> Digest:
 def hash_tensor(checkpoint: Checkpoint, entry: Entry, algorithm: str = ALGORITHM) -> str:
     """The hash of a tensor's bytes as stored, read in pieces."""
     digest = new_digest(algorithm)
-    buffer = memoryview(bytearray(min(PIECE, entry.nbytes)))
-    for offset in range(entry.start, entry.end, PIECE):
-        piece = buffer[: min(PIECE, entry.end - offset)]
-        checkpoint.read_into(entry, offset, piece)
+    for piece in checkpoint.pieces(entry):
         digest.update(piece)
     return digest.hexdigest()
 

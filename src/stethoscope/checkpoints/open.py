@@ -8,13 +8,13 @@ Opening reads config.json, the index and the headers, and says everything that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, config_value, make_entry
 from stethoscope.checkpoints.files import read_json_object, weight_files
-from stethoscope.checkpoints.full import FullTaskVector
+from stethoscope.checkpoints.hashing import hash_tensor
 from stethoscope.checkpoints.header import Slot, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.task_vector import TaskVector
@@ -50,9 +50,9 @@ def open_checkpoint(
         )
     config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
     if remote and headers_only and not any(folder.glob("*.safetensors")):
-        entries = _entries(source, headers_from_hub(source, revision), [])
+        entries = named_entries(source, headers_from_hub(source, revision))
     else:
-        entries = _entries(str(folder), *_read_headers(folder))
+        entries = named_entries(str(folder), *_read_headers(folder))
     checkpoint = Checkpoint(folder, config, entries, source=source, revision=revision)
     _check_layers(checkpoint)
     return checkpoint
@@ -77,7 +77,8 @@ def open_task_vector(
     folder = _find_adapter(tuned, revision=revision, cache=cache)
     if folder is not None:
         return AdapterTaskVector(base, folder, source=str(tuned) if not Path(tuned).exists() else None)
-    return FullTaskVector(base, open_checkpoint(tuned, revision=revision, cache=cache, headers_only=headers_only))
+    store = open_checkpoint(tuned, revision=revision, cache=cache, headers_only=headers_only)
+    return TaskVector(base, store, match(base, store))
 
 
 def _find_adapter(tuned: str | Path, *, revision: str | None, cache: Path | None) -> Path | None:
@@ -108,9 +109,11 @@ def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Slot]], list[str]]:
     return headers, problems
 
 
-def _entries(source: str, headers: Mapping[str, Mapping[str, Slot]], problems: list[str]) -> dict[str, Entry]:
+def named_entries(
+    source: str, headers: Mapping[str, Mapping[str, Slot]], problems: Sequence[str] = ()
+) -> dict[str, Entry]:
     """All files' tensors by canonical name; raises ``problems`` and those of names."""
-    entries: dict[str, Entry] = {}
+    problems, entries = list(problems), {}
     for file, slots in headers.items():
         for stored, slot in slots.items():
             entry = make_entry(stored, slot, file)
@@ -146,3 +149,57 @@ def _check_layers(checkpoint: Checkpoint) -> None:
         )
     # layers beyond the config's are extra heads for multi-token prediction, not part of the stack
     checkpoint.layers = count
+
+
+def match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """The base's canonical names -> tuned's, for every tensor that both have.
+
+    A vision tower may be missing on either side, and so may constants and a tied head's copy.
+    """
+    problems = _config_problems(base, tuned)
+    matches: dict[str, str] = {}
+    for name, entry in base.entries.items():
+        other = name if name in tuned.entries else None
+        if other is None and name == "lm_head.weight" and base.tied:
+            other = "embed_tokens.weight" if "embed_tokens.weight" in tuned.entries else None
+        if entry.kind == "buffer" or (other is None and entry.kind == "vision"):
+            continue
+        if other is None:
+            problems.append(f"`{entry.stored}` is missing in `{tuned.source}`")
+        elif tuned.entries[other].shape != entry.shape:
+            shape = list(tuned.entries[other].shape)
+            problems.append(f"`{entry.stored}` is {list(entry.shape)} in `{base.source}`, {shape} in `{tuned.source}`")
+        else:
+            matches[name] = other
+    for name, entry in tuned.entries.items():
+        if name in base.entries or entry.kind in ("buffer", "vision"):
+            continue
+        if not (name == "lm_head.weight" and (tuned.tied or _same_bytes(tuned, name, "embed_tokens.weight"))):
+            problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
+    if problems:
+        raise CheckpointError(
+            f"`{tuned.source}` is not a fine-tune of `{base.source}` as it stands",
+            problems=problems,
+            hint="base and tuned must be the same architecture with the same vocabulary",
+        )
+    return matches
+
+
+# Heads are cut out of matrices whose shapes do not show how: a difference here would pass every check of shapes.
+HEADS = (("num_attention_heads", "n_head"), ("num_key_value_heads", "num_kv_heads"), ("head_dim",))
+
+
+def _config_problems(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    problems = []
+    for keys in HEADS:
+        one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
+        if one is not None and two is not None and one != two:
+            problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
+    return problems
+
+
+def _same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    first, second = checkpoint.entries.get(one), checkpoint.entries.get(two)
+    if first is None or second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return hash_tensor(checkpoint, first) == hash_tensor(checkpoint, second)

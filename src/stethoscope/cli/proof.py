@@ -127,7 +127,7 @@ def compare(
 ) -> None:
     """Compare two arms item by item, from `lm_eval --log_samples` folders or from runs; no model is needed."""
     from stethoscope.evaluation import compare as compare_arms
-    from stethoscope.evaluation.samples import join, read_results
+    from stethoscope.evaluation.harness_logs import join, read_results
 
     (path_a, arm_a), (path_b, arm_b) = labelled(a), labelled(b)
     first = read_results(Path(path_a), arm=arm_a, source=cluster)
@@ -163,7 +163,7 @@ def logs(
     as_json: AsJSON = False,
 ) -> None:
     """Write a run's outcomes as `lm_eval --log_samples` would have, for other tools."""
-    from stethoscope.evaluation.logs import write_logs
+    from stethoscope.evaluation.harness_logs import write_logs
     from stethoscope.evaluation.outcomes import Outcomes
 
     outcomes = Outcomes.load(run / "outcomes.parquet")
@@ -205,20 +205,21 @@ def show_comparison(
     found: "Comparison", *, as_json: bool, everything: bool, wrote: Sequence[Path] = (), then: str = ""
 ) -> None:
     """Accuracies and verdicts, and where ``everything`` is wanted all tests of every contrast."""
-    from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise, notes
+    from stethoscope.results.comparison_tables import accuracy_rows, contrast_rows, gain_rows, noise, notes
 
     if as_json:
         say_json(found.to_dict())
         return
-    show_rows(accuracy_rows(found), left=2)
+    show_rows(accuracy_rows(found))
     for line in noise(found):
         say(f"noise: {line}")
     for contrast in found.contrasts:
         if everything:
-            show_rows(contrast_rows(contrast), left=2)
-            show_rows(bound_rows(contrast), left=1)
-            if len(gains := gain_rows(found, contrast)) > 1:
-                show_rows(gains, left=1)
+            rows = contrast_rows(contrast)
+            show_rows([row[:10] for row in rows])
+            show_rows([row[:1] + row[10:] for row in rows])  # all would be too wide
+            if gains := gain_rows(contrast):
+                show_rows(gains)
             for line in notes(contrast):
                 say(f"note: {line}")
             for task in contrast.tasks:

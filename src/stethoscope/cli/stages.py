@@ -106,7 +106,6 @@ def check(
         {"ok": True, **found.summary()},
         as_json=as_json,
         rows=found.table(),
-        left=2,
         says=[
             f"`{recipe}` has no mistake in its form."
             if offline
@@ -151,7 +150,6 @@ def stage_command(stage: "Stage") -> Callable[..., None]:
             found.model_dump(mode="json"),
             as_json=as_json,
             rows=stage.rows(found, chosen),
-            left=stage.left,
             says=list(stage.says(found, chosen)),
             wrote=[folder / name for name in stage.wrote(chosen)],
             then=_then(stage.then, recipe, out),
@@ -183,7 +181,6 @@ def _rehearse(
         {"ok": True, **found.look.summary(), **tasks, "seen_items": found.seen_items},
         as_json=as_json,
         rows=[*found.look.table(), *rows],
-        left=2,
         says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.look.notes],
         then=_then("run", recipe, out),
     )
@@ -228,7 +225,7 @@ def _then(command: str, recipe: Path, out: Path | None) -> str:
 
 
 def _show(result: "RunResult", *, as_json: bool) -> None:
-    from stethoscope.evaluation.tables import accuracy_table
+    from stethoscope.results.comparison_tables import accuracy_table
 
     found = result.comparison
     rivals = [

@@ -6,18 +6,18 @@ from typing import Any
 import yaml
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 
 
-def mergekit_recipe(base: Checkpoint, task_vector: TaskVector, plan: EditPlan) -> str | None:
+def mergekit_recipe(task_vector: TaskVector, plan: EditPlan) -> str | None:
     """YAML for `mergekit-yaml` that makes the same weights, or None.
 
     There is none for transforms, for coefficients that differ between the modules of one layer (mergekit tells
     modules apart by substring only), for DoRA and for tensors outside the layers. With float32 arithmetic and one
     cast at the end mergekit's result equals this package's to the byte.
     """
+    base = task_vector.base
     outside = [entry for entry in base.entries.values() if entry.layer is None and plan.coefficient(entry.name)]
     if plan.transform is not None or outside or isinstance(task_vector, AdapterTaskVector):
         return None

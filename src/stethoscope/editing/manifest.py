@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_json, write_text
-from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.checkpoint import Entry
 from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.hashing import ALGORITHM, fingerprint, new_digest
 from stethoscope.checkpoints.task_vector import TaskVector
@@ -26,15 +26,16 @@ CARD, BASE_CARD, RECIPE = "README.md", "BASE_README.md", "mergekit.yaml"
 NOT_COPIED = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"})
 
 
+def describe_tensor(entry: Entry, more: Mapping[str, Any], *, file: str | None = None) -> dict[str, Any]:
+    """What a manifest says of a tensor."""
+    return {"file": file or entry.file, "dtype": entry.dtype, "shape": list(entry.shape), **more}
+
+
 def describe_edit(
-    kind: str,
-    base: Checkpoint,
-    task_vector: TaskVector,
-    plan: EditPlan,
-    chosen: Mapping[str, float],
-    tensors: Mapping[str, Any],
+    kind: str, task_vector: TaskVector, plan: EditPlan, chosen: Mapping[str, float], tensors: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The manifest of an edit, but for the files beside the weights."""
+    base = task_vector.base
     layers = {base.entries[name].layer for name in chosen}
     about_base = {"source": base.source, "revision": base.revision, "fingerprint": fingerprint(base)}
     if kind == "patch":
@@ -51,9 +52,14 @@ def describe_edit(
         "layers": sorted(layer for layer in layers if layer is not None),
         "base": about_base,
         "tuned": {"source": task_vector.source, "revision": tuned.revision, "fingerprint": fingerprint(tuned)},
-        "mergekit": mergekit_recipe(base, task_vector, plan) if kind == "checkpoint" else None,
+        "mergekit": mergekit_recipe(task_vector, plan) if kind == "checkpoint" else None,
         "tensors": dict(tensors),
     }
+
+
+def known_files(manifest: Mapping[str, Any]) -> set[str]:
+    """The files of an edit that its manifest knows, the manifest among them."""
+    return {MANIFEST, *manifest["files"], *(record["file"] for record in manifest["tensors"].values())}
 
 
 def describe_patched(patch: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.checkpoints.task_vector import ARITHMETIC, TaskVector
 from stethoscope.editing.manifest import MANIFEST, read_manifest
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.errors import CheckpointError
@@ -117,7 +117,7 @@ def check_edit(
     return replace(found, problems=(*problems, *found.problems))
 
 
-def output_problems(out: Path, *inputs: Path, overwrite: bool) -> list[str]:
+def output_problems(out: Path, *inputs: Path, overwrite: bool = False) -> list[str]:
     """Why a folder cannot be written, inputs considered."""
     place = out.resolve()
     problems = []
@@ -134,14 +134,6 @@ def output_problems(out: Path, *inputs: Path, overwrite: bool) -> list[str]:
     elif not os.access(parent, os.W_OK | os.X_OK):
         problems.append(f"`{parent}` cannot be written to")
     return problems
-
-
-def refuse_overlap(out: Path, *inputs: Path, overwrite: bool = False) -> None:
-    """Raise what `output_problems` finds."""
-    if problems := output_problems(out, *inputs, overwrite=overwrite):
-        raise CheckpointError(
-            "the output cannot be written", problems=problems, hint="choose another folder or remove it first"
-        )
 
 
 def _plan_problems(
@@ -187,7 +179,7 @@ def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str,
         problems.append("the plan changes nothing that the adapter has")
     for name, coefficient in chosen.items():
         change = task_vector.changes[name]
-        if coefficient != 1 and (change.replaced_by or "magnitude" in change.parts):
+        if coefficient != 1 and change.parts.keys() & {"whole", "magnitude"}:
             problems.append(f"`{name}` cannot be scaled by {coefficient} in an adapter")
     return problems
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
 from stethoscope.checkpoints.header import read_header
-from stethoscope.editing.manifest import MANIFEST, hash_bytes, read_manifest
+from stethoscope.editing.manifest import hash_bytes, known_files, read_manifest
 from stethoscope.editing.transfer import Progress, hash_tensors
 from stethoscope.errors import CheckpointError
 
@@ -59,7 +59,7 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
             if stored not in manifest["tensors"]:
                 problems.append(f"`{stored}` in `{file}` is not in the manifest")
             entries[stored] = make_entry(stored, slot, file)
-    store = Checkpoint(path, {}, entries, source=str(path), revision=None)
+    store = Checkpoint(path, {}, entries, source=str(path))
     present = {stored: record for stored, record in manifest["tensors"].items() if stored in entries}
     problems += [f"`{stored}` is missing" for stored in manifest["tensors"] if stored not in present]
     hashes = hash_tensors(store, [entries[stored] for stored in present], algorithm, progress=progress)
@@ -71,11 +71,10 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
             problems.append(f"`{name}` is missing")
         elif hash_bytes((path / name).read_bytes(), algorithm) != expected:
             problems.append(f"`{name}` is not as it was written")
-    known = set(manifest["files"]) | {MANIFEST} | {record["file"] for record in manifest["tensors"].values()}
     problems += [
         f"`{item.name}` is weights that the manifest does not know"
         for item in sorted(path.glob("*.safetensors"))
-        if item.name not in known
+        if item.name not in known_files(manifest)
     ]
     if base is not None:
         problems += _against_base(manifest["tensors"], base, algorithm)

@@ -26,9 +26,9 @@ from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_files
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
+from stethoscope.evaluation.harness_logs import Sample, to_rows
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.relay import Answerer, Cell, RelayLM, Score, ask_workers
-from stethoscope.evaluation.samples import Sample, to_rows
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.models import find_device, load_model, load_skeleton, load_tokenizer, preferred_dtype
 from stethoscope.work import Run, Spread

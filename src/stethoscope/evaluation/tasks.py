@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from stethoscope.artifacts import sha256_bytes
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.minerva import TEMPLATES, is_minerva, local_tasks
+from stethoscope.evaluation.minerva import GROUP, TEMPLATES, is_minerva, local_tasks
 from stethoscope.evaluation.names import unknown_tasks
 
 
@@ -33,25 +33,26 @@ def load_tasks(
         raise EvaluationError("there is no task to evaluate")
     if include_path is not None and not include_path.is_dir():
         raise EvaluationError(f"the folder of tasks `{include_path}` does not exist")
-    local = [] if include_path is None else [include_path]
-    if data is not None and not any(map(is_minerva, names)):
+    minerva = [name for name in names if is_minerva(name)]
+    if data is not None and not minerva:
         raise EvaluationError(
             f"none of the tasks reads its items from `{data}`",
             hint="`--data` is for `minerva_math` and its subjects; another task's YAML names its own files",
         )
-    given = [name for name in names if data is None or not is_minerva(name)]
+    given = [name for name in names if data is None or name not in minerva]
     if missing := unknown_tasks(given, include_path):
         raise EvaluationError(
             "these tasks are not known",
             problems=[f"`{n}`" + (f" (like {', '.join(m)}?)" if m else "") for n, m in missing.items()],
             hint="a task is a name or group of lm-evaluation-harness, or a YAML file",
         )
+    local = [] if include_path is None else [include_path]
     manager = TaskManager(include_path=[TEMPLATES, *local] if data else local, include_defaults=False)
     if any(name not in manager.all_tasks and not Path(name).is_file() for name in given):
         manager = TaskManager(include_path=local)
     wanted: dict[str, Any] = {name: name for name in given}
     if data is not None:
-        wanted["minerva_math"] = local_tasks([name for name in names if is_minerva(name)], data)
+        wanted[GROUP] = local_tasks(minerva, data)
     tasks: dict[str, Task] = {}
     problems = []
     for name, spec in wanted.items():
@@ -64,9 +65,7 @@ def load_tasks(
             said = str(error).strip() or type(error).__name__
             problems.append(f"`{name}`: {said.splitlines()[0]}")
     if problems:
-        offline = (
-            "; `--data DIR` gives Minerva Math local items" if data is None and any(map(is_minerva, names)) else ""
-        )
+        offline = "; `--data DIR` gives Minerva Math local items" if data is None and minerva else ""
         raise EvaluationError(
             "these tasks could not be built, or have no items",
             problems=problems,

@@ -9,7 +9,7 @@ from world import read_lines, write_lines, write_logs
 from stethoscope import cli
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import compare
-from stethoscope.evaluation.samples import join, read_results
+from stethoscope.evaluation.harness_logs import join, read_results
 
 TASKS = ["sums", "choice"]
 

@@ -9,8 +9,7 @@ import torch
 from stethoscope import losses
 from stethoscope.corpus import prompt_lengths
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import DocumentDivergences, control
-from stethoscope.evaluation.inference import ratio_difference
+from stethoscope.evaluation import text_loss
 
 caps = pytest.mark.parametrize("cap", [None, 5.0])
 
@@ -40,7 +39,7 @@ def by_hand(model, document):
 @caps
 def test_losses_are_each_documents_own(any_model, cap, documents):
     model = capped(any_model, cap)
-    found = control.document_losses(model, documents, batch_tokens=64)
+    found = text_loss.document_losses(model, documents, batch_tokens=64)
     assert found.tokens.tolist() == [39, 0, 6, 20, 1]
     expected = [by_hand(model, document) for document in documents]
     assert found.sums == pytest.approx(expected, rel=1e-4)
@@ -49,9 +48,9 @@ def test_losses_are_each_documents_own(any_model, cap, documents):
 
 def test_no_text_is_refused(stirred_llama):
     with pytest.raises(EvaluationError, match="two tokens"):
-        control.document_losses(stirred_llama, [[1], []])
+        text_loss.document_losses(stirred_llama, [[1], []])
     with pytest.raises(EvaluationError, match="two tokens"):
-        control.document_divergences(stirred_llama, {"same": nullcontext}, [[1], []])
+        text_loss.document_costs(stirred_llama, {"same": nullcontext}, [[1], []])
 
 
 def turned(model, scale):
@@ -76,7 +75,8 @@ def turned(model, scale):
 def test_divergences_are_the_definition(any_model, cap, documents):
     model = capped(any_model, cap)
     arms = {"same": nullcontext, "warm": turned(model, 0.7), "hot": turned(model, 0.2)}
-    found = control.document_divergences(model, arms, documents, batch_tokens=64)
+    costs = text_loss.document_costs(model, arms, documents, batch_tokens=64)
+    found = {name: cost.divergence for name, cost in costs.items()}
     for name, enter in arms.items():
         expected = []
         for document in documents:
@@ -94,11 +94,11 @@ def test_divergences_are_the_definition(any_model, cap, documents):
 def test_one_pass_gives_the_losses_that_each_arm_gives_alone(any_model, starts, documents):
     arms, seen = {"base": nullcontext, "warm": turned(any_model, 0.7)}, []
     options = {"starts": starts, "batch_tokens": 64}
-    found = control.document_costs(any_model, arms, documents, **options, progress=lambda *at: seen.append(at))
+    found = text_loss.document_costs(any_model, arms, documents, **options, progress=lambda *at: seen.append(at))
     assert seen[-1] == (66, 66)  # tokens; a document of one token has none
     for name, enter in arms.items():
         with enter():
-            alone = control.document_losses(any_model, documents, **options)
+            alone = text_loss.document_losses(any_model, documents, **options)
         assert found[name].loss.tokens.tolist() == alone.tokens.tolist()
         assert found[name].loss.sums == pytest.approx(alone.sums, rel=1e-6)
         if starts is None:  # the same tokens go through the head together
@@ -106,26 +106,13 @@ def test_one_pass_gives_the_losses_that_each_arm_gives_alone(any_model, starts, 
     assert found["base"].divergence.tokens.tolist() == [39, 0, 6, 20, 1]
 
 
-def test_divergence_has_an_interval_over_documents():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(5, 50, size=40)
-    kept = DocumentDivergences(sums=tokens * rng.gamma(2.0, 0.01, size=40), tokens=tokens)
-    interval = kept.interval()
-    assert interval.difference == pytest.approx(kept.mean)
-    assert 0 < interval.low < kept.mean < interval.high
-    assert interval == ratio_difference(np.zeros(40), kept.sums, tokens, rng=np.random.default_rng(0))
-    assert (DocumentDivergences.from_dict(kept.to_dict()).sums == kept.sums).all()
-    alone = DocumentDivergences(sums=np.array([0.5]), tokens=np.array([5])).interval()
-    assert (alone.low, alone.reason) == (None, "one unit cannot be resampled")
-
-
 def test_only_what_follows_a_prompt_counts(any_model):
     documents = [[3, 5, 7, 9, 11, 4], [6, 2, 8], [1, 2]]
     starts = prompt_lengths(documents, [[3, 5, 7], [6, 9], [1, 2]])
     assert starts == [3, 1, 2]  # a token that the whole text joins otherwise is the document's
-    found = control.document_losses(any_model, documents, starts=starts)
+    found = text_loss.document_losses(any_model, documents, starts=starts)
     assert found.tokens.tolist() == [3, 2, 0]
     expected = [by_hand(any_model, d) - by_hand(any_model, d[:n]) for d, n in zip(documents, starts, strict=True)]
     assert found.sums == pytest.approx(expected, abs=1e-4)
     with pytest.raises(EvaluationError, match="no token of the text counts"):
-        control.document_losses(any_model, documents, starts=[9, 9, 9])
+        text_loss.document_losses(any_model, documents, starts=[9, 9, 9])
