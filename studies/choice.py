@@ -15,12 +15,12 @@ from common import JUDGED_ON, NAMES, OUTCOMES, arguments, energies, recipe_of
 
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.recipe import Validation
-from stethoscope.results.hearing import Beaten, Hearing, SetEffect
+from stethoscope.results.validation import Beaten, ScoreValidation, SetEffect
 from stethoscope.run import run_recipe
 
 
-def rows(vector: str, found: Hearing, energy: dict[int, float]) -> Iterator[dict[str, Any]]:
-    """What a hearing found: a row per score and k, per random set, and per layer."""
+def rows(vector: str, found: ScoreValidation, energy: dict[int, float]) -> Iterator[dict[str, Any]]:
+    """What `validate` found: a row per score and k, per random set, and per layer."""
 
     def row(drawn: str, one: SetEffect, **more: Any) -> dict[str, Any]:
         return {
@@ -74,8 +74,8 @@ if __name__ == "__main__":
     table = [
         row
         for vector in NAMES
-        if (folder := options.vectors / vector / "run" / "hearing" / "control").exists()
-        for row in rows(vector, Hearing.load(folder), energies(recipe_of(vector, options.vectors)))
+        if (folder := options.vectors / vector / "run" / "validation" / "control").exists()
+        for row in rows(vector, ScoreValidation.load(folder), energies(recipe_of(vector, options.vectors)))
     ]
     OUTCOMES.mkdir(exist_ok=True)
     pd.DataFrame(table).to_parquet(OUTCOMES / "choice.parquet")

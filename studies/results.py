@@ -22,10 +22,11 @@ import pandas as pd
 from common import NAMES, OUTCOMES, TEXTS
 from scipy.stats import linregress, spearmanr
 
-from stethoscope.evaluation import Outcomes, PerDocument, compare
+from stethoscope.evaluation.comparison import compare
 from stethoscope.evaluation.inference import ratio_difference
+from stethoscope.evaluation.outcomes import Outcomes, PerDocument
 from stethoscope.results.comparison import Comparison, Contrast, PairedDifference
-from stethoscope.results.hearing import Beaten
+from stethoscope.results.validation import Beaten
 
 HERE = Path(__file__).parent
 PRIMARY, K = "mass_shift", 5

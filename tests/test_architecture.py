@@ -17,10 +17,10 @@ ORDER = [
     {"stages"},
     {"make"},
     {"context"},
-    {"scaling"},
     {"preflight"},
     {"selection", "evaluation"},
     {"diagnosis"},
+    {"executor"},
     {"editing"},
     {"saes"},
     {"replay"},
@@ -30,7 +30,7 @@ ORDER = [
     {"report"},  # it reads saved values and no room that makes them
     {"results"},  # whose `plot` alone imports the report's charts, when called
     {"artifacts"},
-    {"errors", "lazy", "display", "work"},
+    {"errors", "lazy", "display"},
 ]
 
 

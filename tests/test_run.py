@@ -26,8 +26,8 @@ from stethoscope.results.comparison_tables import accuracy_table
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.geometry import Geometry
-from stethoscope.results.hearing import Hearing
 from stethoscope.results.selection import Selection
+from stethoscope.results.validation import ScoreValidation
 from stethoscope.run import run_recipe
 from stethoscope.selection.arms import plan_arms
 from stethoscope.selection.controls import CONTROL_ARMS
@@ -394,7 +394,7 @@ def test_scores_are_validated_from_the_command_line(world, copy, capsys):
     shown = capsys.readouterr().out
     assert "`mass_shift`" in shown
     assert "gradient" in shown
-    found = Hearing.load(copy / "hearing/control")
+    found = ScoreValidation.load(copy / "validation/control")
     assert {"injection", "attribution", "mass_shift increment"} <= set(found.scores)
     with pytest.raises(SystemExit):
         main([*command, "--set", "validation.control=other"])

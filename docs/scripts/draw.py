@@ -5,9 +5,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from stethoscope.report import trade_off
-from stethoscope.report.charts import energy_curves, hearing_plane
+from stethoscope.report.charts import energy_curves, validation_plane
 from stethoscope.results.comparison import Comparison
-from stethoscope.results.hearing import Hearing
+from stethoscope.results.validation import ScoreValidation
 
 ROOT = Path(__file__).parents[2]
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs" / "pictures"
@@ -57,13 +57,13 @@ def main() -> None:
     """Write every picture."""
     PICTURES.mkdir(exist_ok=True)
     demo = Comparison.load(RESULTS / "demo.json")
-    hearing = Hearing.load(RESULTS)
-    hearing = hearing.model_copy(update={"scores": {name: hearing.scores[name] for name in SHOWN}})
+    validation = ScoreValidation.load(RESULTS)
+    validation = validation.model_copy(update={"scores": {name: validation.scores[name] for name in SHOWN}})
     # only some of the geometry's fields are kept there
     text = (RESULTS / "scalpel.json").read_text(encoding="utf-8")
     scalpel = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
     trade_off(demo, without=["tuned"], width=600).save(PICTURES / "trade_off.svg")
-    hearing_plane(hearing, 5, width=600).save(PICTURES / "hearing.svg")
+    validation_plane(validation, 5, width=600).save(PICTURES / "validation.svg")
     energy_curves(scalpel.geometry, scalpel.selection, width=600).save(PICTURES / "energy.svg")
     (PICTURES / "method.svg").write_text(method(), encoding="utf-8")
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stethoscope.scaling.crew import Crew
+    from stethoscope.executor import RayExecutor
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
 PROJECTED_SHARE = 0.03
@@ -74,16 +74,14 @@ class Context:
         return load_tokenizer(self.found.base.path)
 
     @cached_property
-    def crew(self) -> "Crew | None":
+    def executor(self) -> "RayExecutor | None":
         """Workers, if the recipe asks for any."""
-        from stethoscope.scaling.bench import Bench
-        from stethoscope.scaling.crew import Crew
+        from stethoscope.executor import RayExecutor, WorkerContext
 
-        options = self.recipe.ray
-        if options is None or not self.has_workers:
+        if self.recipe.ray is None or not self.has_workers:
             return None
-        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
-        return self.stack.enter_context(Crew(options, bench))
+        worker = WorkerContext(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
+        return self.stack.enter_context(RayExecutor(self.recipe.ray, worker))
 
     @property
     def sae_site(self) -> SAEFolder:

@@ -4,7 +4,6 @@ Functions import what they need when they are called, so that listing the stages
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from stethoscope.results.diagnosis import Diagnosis
     from stethoscope.results.evidence import Evidence
     from stethoscope.results.geometry import Geometry
-    from stethoscope.results.hearing import Hearing
     from stethoscope.results.selection import Selection
+    from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
 GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
@@ -41,13 +40,12 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     from stethoscope.diagnosis.listen import listen
     from stethoscope.diagnosis.statistics import save_statistics
 
-    recipe, options, crew = context.recipe, context.recipe.diagnose, context.crew
+    recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
-    worth = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
+    attribution = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
     memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
-    split = recipe.ray.split if recipe.ray else "auto"
-    if crew:
-        memory = memory or crew.sae_memory(context.found.base.nbytes)
+    if executor:
+        memory = memory or executor.sae_memory(context.found.base.nbytes)
     heard = listen(
         context.model,
         context.tokenizer,
@@ -58,8 +56,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         tokens=options.tokens,
         memory=memory,
         skip_broken=options.skip_broken,
-        split=split,
-        spread=crew.listening if crew else None,
+        executor=executor,
         progress=progress,
     )
     save_statistics(context.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
@@ -68,7 +65,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         documents={name: len(documents) for name, documents in texts.items()},
         provenance=provenance,
         score=recipe.score,
-        worth=worth,
+        attribution=attribution,
         increments=recipe.increments,
         permutations=options.permutations,
         resamples=options.resamples,
@@ -79,15 +76,15 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
 def _attribution(
     context: "Context", texts: Mapping[str, Sequence[Any]], progress: Progress
 ) -> "dict[str, FeatureStatistics]":
-    """What each layer's own edit is worth to target and control loss, by feature."""
+    """The attribution of each layer's own edit to its features, on target and control."""
     from stethoscope.diagnosis.attribution import attribute
     from stethoscope.saes.open import load_sae
 
     edits, saes = context.layer_edits(), {layer: load_sae(sae) for layer, sae in context.found.saes.items()}
     parts = {name: context.batches(name) for name in texts}
-    total, before, worth = sum(map(len, parts.values())), 0, {}
+    total, before, found = sum(map(len, parts.values())), 0, {}
     for name, part in parts.items():
-        worth[name] = attribute(
+        found[name] = attribute(
             context.model,
             edits,
             saes,
@@ -99,7 +96,7 @@ def _attribution(
             progress=lambda done, _, before=before: progress(before + done, total),  # type: ignore[misc]
         ).statistics()
         before += len(part)
-    return worth
+    return found
 
 
 def evidence(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Evidence":
@@ -140,7 +137,7 @@ def calibration(context: "Context", results: Results, provenance: Provenance, pr
         coefficients=options.coefficients,
         budget=options.budget,
         per_layer=options.per_layer,
-        spread=context.crew.injecting if context.crew else None,
+        executor=context.executor,
         progress=progress,
     )
 
@@ -245,21 +242,12 @@ def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts
 def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
     """Run every arm on every task; what is stored by arm and task is read."""
     from stethoscope.evaluation.run import evaluate
-    from stethoscope.models import load_skeleton
 
-    options, plans = context.recipe.evaluate, results["edit"].plans
-
-    def on_workers(make: Callable[..., Any]) -> Any:
-        assert context.crew
-        return context.crew.answering(plans)(make)  # they start when the first answer is missing
-
-    spread = on_workers if context.has_workers else None
-    base = context.found.base.path
+    options, plans, executor = context.recipe.evaluate, results["edit"].plans, context.executor
     return evaluate(
-        partial(load_skeleton, base, dtype=context.dtype) if spread else lambda: context.model,
+        lambda: context.model,
         context.tokenizer,
-        # workers have their own arms
-        {name: nullcontext if spread else context.arm(plan) for name, plan in plans.items()},
+        plans if executor else {name: context.arm(plan) for name, plan in plans.items()},
         [*options.tasks, *options.control_tasks],
         out=context.folder,
         include_path=options.include_path,
@@ -268,7 +256,7 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
         batch_size=options.batch_size,
         seed=context.recipe.seed,
         keys={name: made.key for name, made in _arm_keys(context, plans).items()},
-        spread=spread,
+        executor=executor,
         progress=lambda done, total, _: progress(done, total),
     )
 
@@ -355,12 +343,12 @@ def comparison(context: "Context", results: Results, _: Provenance, __: Progress
     return made
 
 
-def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
+def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "ScoreValidation":
     """Judge every score against the effect that injecting the layers has."""
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.saes.open import load_sae
-    from stethoscope.selection.hearing import judge_hearing
     from stethoscope.selection.scoring import edit_scores, text_scores
+    from stethoscope.selection.validate import validate_scores
 
     recipe, options = context.recipe, context.recipe.validation
     statistics = load_statistics(context.folder / "statistics.safetensors")
@@ -378,7 +366,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         tap=context.sae_site.tap,
         progress=progress,
     )
-    return judge_hearing(
+    return validate_scores(
         context.model,
         edits,
         scores,
@@ -388,7 +376,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         matched=options.matched if options.matched is not None else (recipe.score, ATTRIBUTION),
         random_sets=options.random_sets,
         coefficient=recipe.edit.coefficient,
-        spread=context.crew.injecting if context.crew else None,
+        executor=context.executor,
         progress=progress,
     )
 

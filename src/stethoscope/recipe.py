@@ -212,14 +212,12 @@ class Ray(_Section):
         threads: CPUs of each; if None as many as PyTorch uses here, with which the results are the same, or one beside
             a GPU.
         gpus: of each, one or a share of it; without, workers compute on CPUs.
-        split: what workers share of the listening, see `diagnosis.listen.listen`.
     """
 
     address: str = "auto"
     workers: int | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
     gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    split: Literal["auto", "documents", "layers", "streams"] = "auto"
 
 
 class Recipe(_Section):

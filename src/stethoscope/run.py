@@ -105,7 +105,7 @@ def run_recipe(
             from stethoscope.preflight import preflight
 
             if recipe.ray:
-                from stethoscope.scaling.crew import import_ray
+                from stethoscope.executor import import_ray
 
                 import_ray()
             found = preflight(recipe, folder)

@@ -6,18 +6,19 @@
 A tap is a module of the block and one of its ends: `output`, `mlp.output`, `self_attn.o_proj.input`.
 """
 
+from __future__ import annotations
+
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
 
 from stethoscope.errors import SAEError
-from stethoscope.models import decoder, decoder_layers
+from stethoscope.lazy import torch
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -32,17 +33,47 @@ TAPS: dict[str, tuple[str, ...]] = {
     "attn_out": ("self_attn.output", "attn.output", "attention.output"),
 }
 SITES = tuple(TAPS)
+# The site by the end of a hook name, in TransformerLens' style or as a tap. `post_attention_layernorm` is missing on
+# purpose: it ends attention in Gemma and begins the MLP everywhere else.
+_SITE_OF_HOOK = {
+    "hook_resid_pre": "resid_pre", "hook_resid_post": "resid_post", "mlp.hook_in": "mlp_in", "hook_mlp_out": "mlp_out",
+    "attn.hook_z": "attn_z", "hook_attn_out": "attn_out",
+}  # fmt: skip
+_SITE_OF_TAP = {tap: site for site, taps in TAPS.items() for tap in taps}
+_SITE_OF_TAP["pre_feedforward_layernorm.output"] = "mlp_in"
+
+
+def site_of(hook_name: str) -> tuple[int, str, str | None]:
+    """Layer, site and tap of a hook name of TransformerLens, or of a module, which is read at its output.
+
+    >>> site_of("blocks.12.hook_resid_post"), site_of("model.layers.3.mlp")
+    ((12, 'resid_post', None), (3, 'mlp_out', 'mlp.output'))
+
+    Raises:
+        SAEError: it names no site that is known.
+    """
+    if match := re.fullmatch(r"blocks\.(\d+)\.(\w+(?:\.\w+)?)", hook_name):
+        if site := _SITE_OF_HOOK.get(match[2]):
+            return int(match[1]), site, None
+    elif match := re.fullmatch(r"(?:[\w.]+\.)?(?:layers|h)\.(\d+)(?:\.([\w.]+))?", hook_name):
+        tap = match[2] or "output"
+        tap = tap if tap.endswith(("input", "output")) else f"{tap}.output"
+        if site := _SITE_OF_TAP.get(tap):
+            return int(match[1]), site, tap
+    raise SAEError(
+        "unknown site", problems=[f"the hook `{hook_name}` is none of {', '.join(SITES)} as far as is known"]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class HookPoint:
     """One end of one module of a model."""
 
-    module: nn.Module
+    module: torch.nn.Module
     reads_input: bool
 
 
-def hook_point(model: nn.Module, layer: int, site: str, tap: str | None = None) -> HookPoint:
+def hook_point(model: torch.nn.Module, layer: int, site: str, tap: str | None = None) -> HookPoint:
     """Where a site lies in a model's block.
 
     Args:
@@ -52,6 +83,8 @@ def hook_point(model: nn.Module, layer: int, site: str, tap: str | None = None) 
     Raises:
         SAEError: the block has no such module.
     """
+    from stethoscope.models import decoder_layers
+
     block = decoder_layers(model)[layer]
     modules = dict(block.named_modules())
     if tap is None and site == "attn_out" and "pre_feedforward_layernorm" in modules:
@@ -67,21 +100,23 @@ def hook_point(model: nn.Module, layer: int, site: str, tap: str | None = None) 
 
 
 def hear(
-    model: nn.Module, points: Mapping[Key, HookPoint], input_ids: Int[Tensor, "rows tokens"]
-) -> dict[Key, Float[Tensor, "rows tokens d_in"]]:
+    model: torch.nn.Module, points: Mapping[Key, HookPoint], input_ids: Int[torch.Tensor, "rows tokens"]
+) -> dict[Key, Float[torch.Tensor, "rows tokens d_in"]]:
     """What passes every point on some tokens; the forward ends at the last point, before the head.
 
     No attention mask is given: padding belongs on the right, where a causal model never looks.
     """
+    from stethoscope.models import decoder
+
     with hearing(points, last=True) as heard, suppress(_EnoughHeard):
         decoder(model)(input_ids=input_ids.to(_device(model)), use_cache=False)
     return heard
 
 
 @contextmanager
-def hearing(points: Mapping[Key, HookPoint], *, last: bool = False) -> Iterator[dict[Key, Tensor]]:
+def hearing(points: Mapping[Key, HookPoint], *, last: bool = False) -> Iterator[dict[Key, torch.Tensor]]:
     """What passes every point in a forward that the block runs itself; ``last`` ends it there."""
-    heard: dict[Key, Tensor] = {}
+    heard: dict[Key, torch.Tensor] = {}
 
     def keep(key: Key, value: Any) -> None:
         heard[key] = value[0] if isinstance(value, tuple) else value
@@ -101,16 +136,16 @@ class _EnoughHeard(Exception):  # noqa: N818 - control flow: ends a forward at t
 def _hooked(point: HookPoint, keep: Callable[[Any], None]) -> Any:
     if point.reads_input:
 
-        def before(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        def before(_module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
             keep(args[0] if args else options["hidden_states"])
 
         return point.module.register_forward_pre_hook(before, with_kwargs=True)
 
-    def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def after(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         keep(output)
 
     return point.module.register_forward_hook(after)
 
 
-def _device(model: nn.Module) -> torch.device:
+def _device(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device

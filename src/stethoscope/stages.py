@@ -19,7 +19,7 @@ from stethoscope.recipe import ATTRIBUTION, HELD_OUT, SCALPEL_ARMS, Recipe
 
 if TYPE_CHECKING:
     from stethoscope.context import Context
-    from stethoscope.results.hearing import Hearing
+    from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
 
@@ -121,14 +121,14 @@ def _selection_needs(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _validation_folder(recipe: Recipe) -> str:
-    return f"hearing/{recipe.validation.control}"
+    return f"validation/{recipe.validation.control}"
 
 
-def _set_size(made: "Hearing", recipe: Recipe) -> int:
+def _set_size(made: "ScoreValidation", recipe: Recipe) -> int:
     return made.size(recipe.select.k or 5)
 
 
-def _validation_says(made: "Hearing", recipe: Recipe) -> list[str]:
+def _validation_says(made: "ScoreValidation", recipe: Recipe) -> list[str]:
     size = _set_size(made, recipe)
     return [made.verdict(score, size) for score in dict.fromkeys((recipe.score, ATTRIBUTION))]
 
@@ -241,12 +241,12 @@ STAGES: tuple[Stage, ...] = (
         ),
         settings=lambda recipe: {**recipe.validation.model_dump(), "coefficient": recipe.edit.coefficient},
         make=make.validation,
-        **_artifact("stethoscope.results.hearing", "Hearing", _validation_folder),
+        **_artifact("stethoscope.results.validation", "ScoreValidation", _validation_folder),
         wanted=lambda _: False,
         help="Judge every score of the layers against what injecting them truly does.",
         says=_validation_says,
         rows=lambda made, recipe: made.table(_set_size(made, recipe)),
-        wrote=lambda recipe: (f"{_validation_folder(recipe)}/hearing.json",),
+        wrote=lambda recipe: (f"{_validation_folder(recipe)}/validation.json",),
     ),
     Stage(
         name="report",

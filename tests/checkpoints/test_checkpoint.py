@@ -157,8 +157,9 @@ COMMIT = "a" * 40
 
 
 @pytest.fixture
-def cache(single, tmp_path):
+def cache(single, tmp_path, monkeypatch):
     """The hub library's own cache layout: blobs, a snapshot of links to them, and a ref."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "cache" / "models--someone--tiny"
     for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
         (root / part).mkdir(parents=True)
@@ -166,12 +167,13 @@ def cache(single, tmp_path):
     for path in single.iterdir():
         (root / "blobs" / path.name).write_bytes(path.read_bytes())
         (root / "snapshots" / COMMIT / path.name).symlink_to(root / "blobs" / path.name)
-    return tmp_path / "cache"
+    return root / "snapshots" / COMMIT
 
 
-def test_a_hub_id_is_found_in_the_cache(single, cache):
+@pytest.mark.usefixtures("cache")
+def test_a_hub_id_is_found_in_the_cache(single):
     for revision in (None, "main", COMMIT):
-        checkpoint = open_checkpoint("someone/tiny", revision=revision, cache=cache)
+        checkpoint = open_checkpoint("someone/tiny", revision=revision)
         assert (checkpoint.source, checkpoint.revision) == ("someone/tiny", COMMIT)
         assert torch.equal(checkpoint["norm.weight"], open_checkpoint(single)["norm.weight"])
 
@@ -180,9 +182,9 @@ def test_headers_of_a_hub_id_without_its_weights(single, cache, monkeypatch):
     class Found:
         files_metadata = {"model.safetensors": parse_header(single / "model.safetensors")}  # noqa: RUF012
 
-    (cache / "models--someone--tiny" / "snapshots" / COMMIT / "model.safetensors").unlink()
+    (cache / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: Found)
-    checkpoint = open_checkpoint("someone/tiny", cache=cache, headers_only=True)
+    checkpoint = open_checkpoint("someone/tiny", headers_only=True)
     assert (checkpoint.layers, len(checkpoint)) == (2, 20)
     assert checkpoint.entries["norm.weight"].shape == (16,)
     with pytest.raises(CheckpointError, match="cannot read"):
@@ -190,8 +192,9 @@ def test_headers_of_a_hub_id_without_its_weights(single, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["someone/absent", "absent", "no/such/folder", "./nowhere", "a b"])
-def test_what_is_neither_folder_nor_in_the_cache(name, tmp_path):
+def test_what_is_neither_folder_nor_in_the_cache(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(name, cache=tmp_path)
+        open_checkpoint(name)
     assert caught.value.hint
     assert name in caught.value.message

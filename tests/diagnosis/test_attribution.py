@@ -7,7 +7,7 @@ import pytest
 import torch
 from world import exact_sae, plant, random_sae
 
-from stethoscope.diagnosis.attribution import attribute, feature_worths, own_changes, worths
+from stethoscope.diagnosis.attribution import attribute, attribution_scores, own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
 from stethoscope.selection.rivals import local_effect
@@ -27,8 +27,8 @@ def test_features_and_the_rest_are_the_exact_first_order_effect(planted, edits, 
     exact = local_effect(planted.model, edits, planted.texts, site=site)
     for n in range(6):
         np.testing.assert_allclose(total(found.layers[n]), exact.sums["target"][:, n], rtol=1e-6, atol=1e-6)
-        assert found.layers[n].worth.shape == (5, 48)
-        assert found.layers[n].worth.sum() == pytest.approx(found.layers[n].explained.sum())
+        assert found.layers[n].attribution.shape == (5, 48)
+        assert found.layers[n].attribution.sum() == pytest.approx(found.layers[n].explained.sum())
     np.testing.assert_array_equal(found.tokens, exact.tokens["target"])
     assert found.block_tokens.tolist() == [found.tokens[i : i + 5].sum() for i in range(0, 24, 5)]
     np.testing.assert_allclose(found.losses, exact.losses["target"])
@@ -42,7 +42,7 @@ def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, ar
     sae = random_sae(architecture, width=48, seed=3, apply_b_dec_to_input=apply_b_dec, normalize_activations=normalize)
     point = {4: hook_point(planted.model, 4, "resid_post")}
     found = attribute(planted.model, edits, {4: sae}, planted.texts["target"]).layers[4]
-    worth = np.zeros(48)
+    parts = np.zeros(48)
     for batch in planted.texts["target"]:
         heard = own_changes(planted.model, edits, point, batch)
         change = heard.changes[4]
@@ -58,9 +58,9 @@ def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, ar
             expected = float(rest) + found.masked[document]
             assert found.unexplained[document] == pytest.approx(expected, rel=1e-3, abs=1e-4)
             if normalize == "none":
-                worth += (-(slope @ sae.W_dec.T) * (after - before)).sum(0).numpy()
+                parts += (-(slope @ sae.W_dec.T) * (after - before)).sum(0).numpy()
     if normalize == "none":
-        np.testing.assert_allclose(found.worth.sum(0), worth, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found.attribution.sum(0), parts, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("Llama", (0, 3)), ("Llama", (2, 5)), ("Gemma3", (1, 2))])
@@ -69,33 +69,27 @@ def test_planted_layers_come_first(family, layers, tmp_path, tokenizer):
     edits = LayerEdits(made.model, made.task_vector)
     saes = {n: exact_sae() for n in range(6)}
     target, control = (attribute(made.model, edits, saes, made.texts[name]) for name in ("target", "control"))
-    scores = {n: worth.score for n, worth in worths(target, control).items()}
+    scores = {n: one.score for n, one in attribution_scores(target, control).items()}
     assert set(sorted(scores, key=scores.__getitem__)[-2:]) == set(layers)
     for layer in target.layers.values():  # an SAE that decodes everything leaves nothing but masked tokens
         np.testing.assert_allclose(layer.unexplained, layer.masked, atol=1e-3)
 
 
-def test_a_layers_worth_is_target_less_control_and_so_is_a_features(planted, edits):
+def test_a_layers_attribution_is_target_less_control(planted, edits):
     found = attribute(planted.model, edits, {4: exact_sae()}, planted.texts["target"])
     control = attribute(planted.model, edits, {4: exact_sae()}, planted.texts["control"])
-    worth = worths(found, control)[4]
-    features = feature_worths(found, control, 4, count=2 * D)
-    assert worth.score == pytest.approx(sum(f.worth for f in features if f.worth > 0))
-    assert worth.explained == pytest.approx(sum(f.worth for f in features))
-    assert [abs(f.worth) for f in features] == sorted((abs(f.worth) for f in features), reverse=True)
-    first = features[0]
-    assert first.target_worth == pytest.approx(found.layers[4].worth[:, first.feature].sum() / found.tokens.sum())
-    assert first.control_written == pytest.approx(
-        control.layers[4].written[:, first.feature].sum() / control.tokens.sum()
-    )
-    alone = worths(found, found)[4]
+    made = attribution_scores(found, control)[4]
+    ours, theirs = (one.layers[4].attribution.sum(0) / one.tokens.sum() for one in (found, control))
+    assert made.score == pytest.approx(sum(value for value in ours - theirs if value > 0))
+    assert made.explained == pytest.approx((ours - theirs).sum())
+    alone = attribution_scores(found, found)[4]
     assert (alone.score, alone.explained, alone.unexplained) == (0, 0, 0)
 
 
 def test_masked_tokens_count_as_unexplained(planted, edits):
     text = [replace(b, countable=torch.zeros_like(b.countable)) for b in planted.texts["target"]]
     found = attribute(planted.model, edits, {4: exact_sae()}, text).layers[4]
-    assert not found.worth.any()
+    assert not found.attribution.any()
     np.testing.assert_allclose(found.unexplained, found.masked)
     exact = local_effect(planted.model, edits, planted.texts).sums["target"][:, 4]
     np.testing.assert_allclose(found.masked, exact, rtol=1e-6, atol=1e-6)

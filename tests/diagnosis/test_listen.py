@@ -10,6 +10,7 @@ from world import LAYOUTS, exact_sae, make, random_sae
 from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis import encoding
 from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.listener import Listener
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.saes.activations import SINK_RATIO
@@ -155,3 +156,20 @@ def test_only_the_tokens_asked_for_count(heard_by):
     heard = heard_by(2, {1: exact_sae()}, tokens="last", block_size=4)
     assert heard.statistics.layers[1].tokens.tolist() == [4, 4, 4, 4, 4, 3]
     assert heard.health[1].tokens == len(TEXTS)
+
+
+def test_a_document_broken_for_one_group_of_layers_counts_for_none(heard_by, monkeypatch):
+    """Layer 2 overflows on a document; the group of layers that was heard before is heard again without it."""
+    document, hear_documents = 7, Listener._hear
+
+    def choosy(self, documents):
+        if 2 in self._encoders and TEXTS[document] in documents.values():
+            raise FloatingPointError("overflow")
+        return hear_documents(self, documents)
+
+    monkeypatch.setattr(Listener, "_hear", choosy)
+    saes, one_encoder = {layer: exact_sae() for layer in range(3)}, 32 * 64 * 4
+    found = heard_by(3, saes, memory=2 * one_encoder, skip_broken=True, block_size=4)
+    assert found.broken == {document: "overflow"}
+    tokens = [layer.tokens.tolist() for layer in found.statistics.layers.values()]
+    assert tokens[0] == tokens[2]

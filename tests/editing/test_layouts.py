@@ -143,7 +143,7 @@ def test_a_tied_head_stored_as_a_copy_follows_the_embedding(tmp_path):
     tensors = stored(base)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    after = stored(edit_of(base, tuned, EditPlan.for_layers([], embeddings=True), tmp_path / "edited"))
+    after = stored(edit_of(base, tuned, EditPlan(outside={"embedding": 1.0}), tmp_path / "edited"))
     assert bits_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     assert bits_equal(after["lm_head.weight"], stored(tuned)["model.embed_tokens.weight"])
     # a fine-tune that grew a copy of its tied head is the same fine-tune

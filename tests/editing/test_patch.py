@@ -1,6 +1,7 @@
 """Patches: there and back again to the bit, and for no other base."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError
 
-PLAN = EditPlan.for_layers({0: 1.0, 1: 0.3}, head=True)
+PLAN = replace(EditPlan.for_layers({0: 1.0, 1: 0.3}), outside={"head": 1.0})
 
 
 @pytest.fixture

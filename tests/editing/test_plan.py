@@ -1,5 +1,7 @@
 """Plans are data: what they say about a tensor, and that they survive JSON."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,8 +21,8 @@ INSIDE = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weig
         (EditPlan.for_layers({1: 0.5, 7: -1.0}, modules="mlp"), {1: (0, 0.5, 0), 7: (0, -1, 0)}, (0, 0, 0, 0, 0)),
         (EditPlan(layers={0: {"attention": 1.0, "mlp": 0.25}}), {0: (1, 0.25, 0)}, (0, 0, 0, 0, 0)),
         (
-            EditPlan.for_layers([0], coefficient=0.5, embeddings=True, head=True, final_norm=True),
-            {0: (0.5, 0.5, 0.5)},
+            EditPlan(layers={}, outside={"embedding": 0.5, "head": 0.5, "norm": 0.5}),
+            {0: (0, 0, 0)},
             (0.5, 0.5, 0.5, 0, 0),
         ),
         (EditPlan.everything(), {0: (1, 1, 1)}, (1, 1, 1, 1, 1)),
@@ -54,10 +56,10 @@ def test_nonsense_is_refused(make, said):
 @given(
     layers=st.dictionaries(st.integers(0, 40), st.floats(-2, 2), max_size=5),
     modules=st.sampled_from(["all", "attention", "mlp"]),
-    head=st.booleans(),
+    outside=st.dictionaries(st.sampled_from(["embedding", "head", "norm"]), st.floats(-2, 2)),
     transform=st.sampled_from([None, Kept()]),
 )
-def test_json_and_back(layers, modules, head, transform):
-    plan = EditPlan.for_layers(layers, modules=modules, head=head, transform=transform)
+def test_json_and_back(layers, modules, outside, transform):
+    plan = replace(EditPlan.for_layers(layers, modules=modules, transform=transform), outside=outside)
     assert EditPlan.from_json(plan.to_json(), transform=transform) == plan
     assert plan.selected_layers == tuple(sorted(layer for layer, value in layers.items() if value))

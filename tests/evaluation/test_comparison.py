@@ -6,8 +6,9 @@ import pytest
 from statsmodels.stats.proportion import proportion_confint
 
 from stethoscope.errors import EvaluationError, StethoscopeError
-from stethoscope.evaluation import Outcomes, PerDocument, aa_floor, compare
+from stethoscope.evaluation.comparison import aa_floor, compare
 from stethoscope.evaluation.inference import ratio_difference
+from stethoscope.evaluation.outcomes import Outcomes, PerDocument
 from stethoscope.results.comparison import Comparison
 from stethoscope.results.comparison_tables import accuracy_rows, contrast_rows, gain_rows, noise
 

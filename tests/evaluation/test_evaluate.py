@@ -10,8 +10,10 @@ import torch
 from world import interrupt, write_task
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import Outcomes, aa_floor, run
+from stethoscope.evaluation import run
 from stethoscope.evaluation import tasks as task_files
+from stethoscope.evaluation.comparison import aa_floor
+from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
 from stethoscope.models import load_model
 

@@ -8,7 +8,7 @@ from world import read_lines, write_lines, write_logs
 
 from stethoscope import cli
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import compare
+from stethoscope.evaluation.comparison import compare
 from stethoscope.evaluation.harness_logs import join, read_results
 from stethoscope.evaluation.harness_logs import write_logs as save_logs
 from stethoscope.evaluation.tasks import load_tasks

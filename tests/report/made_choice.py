@@ -7,12 +7,20 @@ import numpy as np
 from stethoscope.artifacts import Provenance
 from stethoscope.results.calibration import Calibration, CalibrationPoint
 from stethoscope.results.comparison import Claim
-from stethoscope.results.hearing import Beaten, Correlation, Hearing, RandomSets, ScoreHearing, SetEffect, SetHearing
+from stethoscope.results.validation import (
+    Beaten,
+    Correlation,
+    RandomSets,
+    ScoreValidation,
+    SetEffect,
+    ValidatedScore,
+    ValidatedSet,
+)
 
 GAINS = {"mass_shift": 0.1, "attribution": 0.32, "gradient": 0.34, "norm": 0.2, "injection": 0.36}
 
 
-def make_hearing(*, k: int = 5) -> Hearing:
+def make_validation(*, k: int = 5) -> ScoreValidation:
     rng = np.random.default_rng(0)
     random = tuple(
         SetEffect(layers=tuple(sorted(rng.choice(30, k, replace=False).tolist())), target_gain=gain, control_cost=cost)
@@ -24,11 +32,11 @@ def make_hearing(*, k: int = 5) -> Hearing:
         correlation = Correlation(rho=gain * 2, low=gain, high=min(1.0, gain * 3))
         effect = SetEffect(layers=tuple(range(number, number + k)), target_gain=gain, control_cost=0.02)
         share = Beaten(share=0.96, low=0.86, high=0.995)
-        beaten = SetHearing(effect=effect, overlap=0.4, beaten=share, beaten_matched=share if number == 0 else None)
-        scores[name] = ScoreHearing(
+        beaten = ValidatedSet(effect=effect, overlap=0.4, beaten=share, beaten_matched=share if number == 0 else None)
+        scores[name] = ValidatedScore(
             kind=kind, values=dict.fromkeys(range(30), gain), gain=correlation, trade_off=correlation, sets={k: beaten}
         )
-    return Hearing(
+    return ScoreValidation(
         provenance=Provenance(),
         scores=scores,
         injected=random[:3],
@@ -78,7 +86,7 @@ def make_claim(*, seen: tuple[int, ...] = ()) -> Claim:
 
 
 def save_choice(folder: Path, *, seen: tuple[int, ...] = ()) -> None:
-    (folder / "hearing/control").mkdir(parents=True)
-    make_hearing().save(folder / "hearing/control")
+    (folder / "validation/control").mkdir(parents=True)
+    make_validation().save(folder / "validation/control")
     make_calibration().save(folder)
     make_claim(seen=seen).save(folder)

@@ -158,8 +158,8 @@ def test_the_choices_pictures_draw(visit, results, tmp_path):
     save_choice(folder)
     (folder / "selection.json").write_text((folder / "selection.json").read_text().replace('"top_k"', '"calibrated"'))
     seen = visit(render_report(folder), viewport={"width": 1280, "height": 900})
-    assert seen.page.locator("#hearing-0 svg .mark-symbol path").count() >= 55
-    text = seen.page.text_content("#hearing-0 svg") or ""
+    assert seen.page.locator("#validation-0 svg .mark-symbol path").count() >= 55
+    text = seen.page.text_content("#validation-0 svg") or ""
     assert "mass_shift" in text
     assert "random sets of as many layers" in text
     bars = seen.page.locator("#scores-0 svg .mark-rect path")

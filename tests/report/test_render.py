@@ -324,7 +324,7 @@ def test_how_the_choice_was_made_and_whether_it_was_good(run_folder):
     selection = Selection.load(run_folder)
     page = Page(render_report(run_folder).read_text(encoding="utf-8"))
     assert "the claim is confirmatory" in page.text
-    assert "Does the stethoscope hear right? (control: control)" in page.text
+    assert "Do the scores find the layers that matter? (control: control)" in page.text
     assert "96 % (86 to 100)" in page.text
     assert "How layers and coefficient were found" not in page.text  # tried, but not what this selection rests on
     saved = json.loads((run_folder / "selection.json").read_text()) | {"policy": "calibrated"}

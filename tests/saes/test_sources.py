@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from world import make, random_sae
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.layouts.hook_names import SITES, site_of
 from stethoscope.saes.open import check_fit, load_sae, open_saes
-from stethoscope.sites import TAPS, hear, hook_point
+from stethoscope.sites import SITES, TAPS, hear, hook_point, site_of
 
 
 def write_sae(folder: Path, hook_name: str, *, d_in: int = 8) -> Path:

@@ -6,7 +6,7 @@ import pytest
 import results
 
 from stethoscope.results.comparison import PairedDifference
-from stethoscope.results.hearing import Beaten
+from stethoscope.results.validation import Beaten
 
 
 @pytest.mark.timeout(600)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
@@ -85,11 +85,8 @@ class AdapterTaskVector(TaskVector):
         self.config = read_json_object(path / CONFIG, hint="a PEFT adapter has one")
         if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
             refuse_pickle(path, "adapter_model.bin")
-        entries = {
-            key: Entry(name=key, stored=key, layer=None, kind="other", file=WEIGHTS, dtype=slot.dtype,
-                       shape=slot.shape, start=slot.start, end=slot.end)
-            for key, slot in read_header(path / WEIGHTS).items()
-        }  # fmt: skip
+        slots = read_header(path / WEIGHTS)
+        entries = {key: replace(make_entry(key, slot, WEIGHTS), name=key) for key, slot in slots.items()}
         # an adapter is a checkpoint with names of its own: the same reader serves; a snapshot's folder is its commit
         store = Checkpoint(
             path, {}, entries, source=source or path.resolve().name, revision=path.name if source else None

@@ -117,24 +117,27 @@ class TaskVector:
         if coefficient == 1 and name in self.own:
             yield from self._own_chunks(entry)
             return
+        memory: torch.Tensor | None = None
         for start, stop, base, delta in self._both(entry):
             # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
-            yield Chunk(start, stop, self._rounded(name, delta.mul_(coefficient).add_(base), coefficient))
+            values = delta.mul_(coefficient).add_(base)
+            if memory is None:
+                memory = torch.empty(values.numel(), dtype=torch_dtype(entry.dtype))
+            result = memory[: values.numel()].view_as(values).copy_(values)
+            yield Chunk(start, stop, self._in_range(name, result, coefficient))
 
     def add(
         self, name: str, base: Shaped[torch.Tensor, "..."], delta: Float[torch.Tensor, "..."], coefficient: float
     ) -> Shaped[torch.Tensor, "..."]:
         """base + coefficient * delta, rounded once to the base's dtype."""
-        return self._rounded(name, (delta * coefficient).add_(base.float()), coefficient)
+        return self._in_range(name, (delta * coefficient).add_(base.float()).to(base.dtype), coefficient)
 
-    def _rounded(self, name: str, values: torch.Tensor, coefficient: float) -> torch.Tensor:
-        dtype = self.base.entries[name].dtype
-        result = values.to(torch_dtype(dtype))
+    def _in_range(self, name: str, result: torch.Tensor, coefficient: float) -> torch.Tensor:
         if not is_finite(result):
             for _ in self.delta_chunks(name):  # raises if base or tuned is not finite
                 pass
             raise CheckpointError(
-                f"`{name}` leaves the range of `{dtype}` at coefficient {coefficient}",
+                f"`{name}` leaves the range of `{self.base.entries[name].dtype}` at coefficient {coefficient}",
                 hint="choose a smaller coefficient",
             )
         return result

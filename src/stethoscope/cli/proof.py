@@ -1,7 +1,7 @@
 """Commands that test and compare models, with or without a recipe."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,8 +27,8 @@ from stethoscope.cli.values import labelled, parse_margin
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
+    from stethoscope.executor import RayExecutor
     from stethoscope.results.comparison import Comparison
-    from stethoscope.scaling import Crew
 
 
 class Backend(StrEnum):
@@ -63,13 +63,13 @@ def evaluate(
     as_json: AsJSON = False,
 ) -> None:
     """Run harness tasks on checkpoints, item by item, and compare the others with the first."""
-    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.comparison import compare as compare_arms
     from stethoscope.evaluation.run import evaluate_checkpoints
 
     arms = {name or Path(path).name: path for path, name in map(labelled, model)}
     if len(arms) < len(model):
         raise StethoscopeError("two models have the same name", hint="name them: `--model PATH=NAME`")
-    with _crew(ray, workers, gpus) as crew, ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
+    with _executor(ray, workers, gpus) as executor, ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
         outcomes = evaluate_checkpoints(
             arms,
             [name.strip() for name in tasks.split(",") if name.strip()],
@@ -80,9 +80,8 @@ def evaluate(
             limit=limit,
             batch_size=batch_size,
             seed=seed,
-            dtype=crew.dtype if crew else None,
             device=device or "auto",
-            spread=crew.answering_from(arms) if crew else None,
+            executor=executor,
             progress=lambda done, total, _: advance(done, total),
         )
     found = compare_arms(outcomes, baseline=outcomes.arms[0], seed=seed)
@@ -97,16 +96,13 @@ def evaluate(
     )
 
 
-@contextmanager
-def _crew(ray: str | None, workers: int | None, gpus: float | None) -> "Iterator[Crew | None]":
+def _executor(ray: str | None, workers: int | None, gpus: float | None) -> "AbstractContextManager[RayExecutor | None]":
     if workers == 0 or (ray, workers, gpus) == (None, None, None):
-        yield None
-        return
+        return nullcontext()
+    from stethoscope.executor import RayExecutor, WorkerContext
     from stethoscope.recipe import Ray
-    from stethoscope.scaling import Bench, Crew
 
-    with Crew(Ray(address=ray or "auto", workers=workers, gpus=gpus or 0.0), Bench()) as crew:
-        yield crew
+    return RayExecutor(Ray(address=ray or "auto", workers=workers, gpus=gpus or 0.0), WorkerContext())
 
 
 def compare(
@@ -126,7 +122,7 @@ def compare(
     as_json: AsJSON = False,
 ) -> None:
     """Compare two arms item by item, from `lm_eval --log_samples` folders or from runs; no model is needed."""
-    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.comparison import compare as compare_arms
     from stethoscope.evaluation.harness_logs import join, read_results
 
     (path_a, arm_a), (path_b, arm_b) = labelled(a), labelled(b)

@@ -1,9 +1,9 @@
-"""What each layer's own edit does, read through its SAE and weighed by what it is worth to the loss.
+"""What each layer's own edit does, read through its SAE and weighed by its first-order effect on the loss.
 
     edits = LayerEdits(model, task_vector)
     target = attribute(model, edits, saes, target_batches)
     control = attribute(model, edits, saes, control_batches)
-    worths(target, control)[12].score             # nats per token, on features that help the target more
+    attribution_scores(target, control)[12].score      # nats per token, on features that help the target more
 
 Attribution patching over SAE features with error terms (arXiv 2403.19647), applied to a weight edit: a block is run
 with tuned weights on what the base gives it, and -dL/dh . dh is split into the features' parts and the rest.
@@ -100,14 +100,14 @@ class LayerAttribution:
     ``explained`` + ``unexplained`` is the exact first-order effect of the change at the site.
 
     Attributes:
-        worth: each feature's part, per block of documents.
+        attribution: each feature's part, per block of documents.
         written: each feature's change of activation, summed over the tokens that count.
         explained: the features' parts together, per document.
         unexplained: the part of the change that the SAE does not decode, and all of it where tokens are masked.
         masked: how much of ``unexplained`` falls on masked tokens (special tokens and attention sinks).
     """
 
-    worth: Float64[np.ndarray, "blocks width"]
+    attribution: Float64[np.ndarray, "blocks width"]
     written: Float64[np.ndarray, "blocks width"]
     explained: Float64[np.ndarray, " documents"]
     unexplained: Float64[np.ndarray, " documents"]
@@ -129,13 +129,13 @@ class Attribution:
     block_tokens: Int64[np.ndarray, " blocks"]
 
     def statistics(self) -> FeatureStatistics:
-        """The features' worth in the place of activation sums, so that chance is known for it in the same way."""
+        """The features' attribution in the place of activation sums, so that chance is known for it in the same way."""
         return FeatureStatistics(
             layers={
                 layer: LayerStatistics(
-                    sums=found.worth,
-                    fired=np.zeros(found.worth.shape, dtype=np.int64),
-                    maxima=np.zeros(found.worth.shape, dtype=np.float32),
+                    sums=found.attribution,
+                    fired=np.zeros(found.attribution.shape, dtype=np.int64),
+                    maxima=np.zeros(found.attribution.shape, dtype=np.float32),
                     tokens=self.block_tokens,
                     sinks=np.zeros_like(self.block_tokens),
                 )
@@ -188,7 +188,7 @@ def attribute(
                 sums[layer].add(saes[layer], change, batch, counted, block_size)
         if progress:
             progress(done, len(batches))
-    if broken := [layer for layer in sums if not np.isfinite(sums[layer].worth).all()]:
+    if broken := [layer for layer in sums if not np.isfinite(sums[layer].attribution).all()]:
         raise SAEError("some layers' attributions are not finite", problems=[f"layer {layer}" for layer in broken])
     members = np.arange(documents) // block_size
     return Attribution(
@@ -201,7 +201,7 @@ def attribute(
 
 class _Sums:
     def __init__(self, documents: int, blocks: int, width: int) -> None:
-        self.worth, self.written = np.zeros((blocks, width)), np.zeros((blocks, width))
+        self.attribution, self.written = np.zeros((blocks, width)), np.zeros((blocks, width))
         self.explained, self.total, self.masked = np.zeros((3, documents))
 
     def add(
@@ -218,14 +218,14 @@ class _Sums:
         self.masked[rows] = gain.where(batch.attention_mask & ~counted, 0.0).sum(1).numpy()
         for row, document in enumerate(batch.documents):
             block = document // block_size
-            for written, worth in _read(sae, change, row, counted[row]):
-                self.worth[block] += worth
+            for written, attribution in _read(sae, change, row, counted[row]):
+                self.attribution[block] += attribution
                 self.written[block] += written
-                self.explained[document] += worth.sum()
+                self.explained[document] += attribution.sum()
 
     def freeze(self) -> LayerAttribution:
         return LayerAttribution(
-            worth=self.worth,
+            attribution=self.attribution,
             written=self.written,
             explained=self.explained,
             unexplained=self.total - self.explained,
@@ -236,7 +236,7 @@ class _Sums:
 def _read(
     sae: SAE, change: OwnChange, row: int, counted: Bool[Tensor, " tokens"]
 ) -> Iterator[tuple[Float64[np.ndarray, " width"], Float64[np.ndarray, " width"]]]:
-    """Each feature's change and what it is worth, summed over some of a document's tokens at a time."""
+    """Each feature's change and its attribution, summed over some of a document's tokens at a time."""
     for chosen in counted.nonzero()[:, 0].split(_CHUNK):
         at = chosen.to(change.base.device)
         base, tuned, gradient = (x[row, at].float() for x in (change.base, change.tuned, change.gradient))
@@ -244,13 +244,13 @@ def _read(
         written = after - sae.encode(base)  # [tokens, width]; the last to be encoded sets the scale of decoding
         # An SAE that normalises each token decodes into units of that token: the gradient is taken there, once.
         scaled, offset = sae.run_time_activation_norm_fn_out(torch.stack([gradient, torch.zeros_like(gradient)]))
-        worth = -((scaled - offset) @ sae.W_dec.T) * written
-        yield tuple(x.sum(0, dtype=torch.float64).cpu().numpy() for x in (written, worth))
+        attribution = -((scaled - offset) @ sae.W_dec.T) * written
+        yield tuple(x.sum(0, dtype=torch.float64).cpu().numpy() for x in (written, attribution))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerWorth:
-    """What a layer's edit is worth to first order: nats per predicted token, on target less control.
+class AttributionScore:
+    """A layer's attribution: first-order effect in nats per predicted token, on target less control.
 
     Attributes:
         score: the positive features' parts together: `attribution` as a score of the layer.
@@ -263,29 +263,14 @@ class LayerWorth:
     unexplained: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureWorth:
-    """One feature under the layer's edit: by how much its mean activation changes, and what that is worth in nats.
-
-    All are per predicted token; ``worth`` is that on target less that on control.
-    """
-
-    feature: int
-    target_written: float
-    control_written: float
-    target_worth: float
-    control_worth: float
-    worth: float
-
-
-def worths(target: Attribution, control: Attribution) -> dict[int, LayerWorth]:
-    """Every layer's worth: positive where the edit helps the target more than it helps the control."""
+def attribution_scores(target: Attribution, control: Attribution) -> dict[int, AttributionScore]:
+    """Every layer's attribution: positive where the edit helps the target more than it helps the control."""
     share_t, share_c = 1 / target.tokens.sum(), 1 / control.tokens.sum()
     found = {}
     for layer, on_target in target.layers.items():
         on_control = control.layers[layer]
-        features = on_target.worth.sum(0) * share_t - on_control.worth.sum(0) * share_c
-        found[layer] = LayerWorth(
+        features = on_target.attribution.sum(0) * share_t - on_control.attribution.sum(0) * share_c
+        found[layer] = AttributionScore(
             score=positive_part(features),
             explained=float(features.sum()),
             unexplained=float(on_target.unexplained.sum() * share_t - on_control.unexplained.sum() * share_c),
@@ -294,26 +279,5 @@ def worths(target: Attribution, control: Attribution) -> dict[int, LayerWorth]:
 
 
 def positive_part(features: Float64[np.ndarray, " width"]) -> float:
-    """The score of a layer from its features' worth."""
+    """The score of a layer from its features' attribution."""
     return float(np.maximum(features, 0).sum())
-
-
-def feature_worths(target: Attribution, control: Attribution, layer: int, *, count: int = 64) -> list[FeatureWorth]:
-    """The features of a layer that the edit makes worth most, in either direction, largest first."""
-    written_t, worth_t, written_c, worth_c = (
-        getattr(found.layers[layer], field).sum(0) / found.tokens.sum()
-        for found in (target, control)
-        for field in ("written", "worth")
-    )
-    order = np.argsort(-np.abs(worth_t - worth_c), kind="stable")[:count]
-    return [
-        FeatureWorth(
-            feature=int(i),
-            target_written=float(written_t[i]),
-            control_written=float(written_c[i]),
-            target_worth=float(worth_t[i]),
-            control_worth=float(worth_c[i]),
-            worth=float(worth_t[i] - worth_c[i]),
-        )
-        for i in order
-    ]

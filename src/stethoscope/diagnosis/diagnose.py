@@ -28,7 +28,7 @@ def diagnose(
     documents: Mapping[str, int],
     provenance: Provenance | None = None,
     score: str = "mass_shift",
-    worth: Mapping[str, FeatureStatistics] | None = None,
+    attribution: Mapping[str, FeatureStatistics] | None = None,
     increments: bool = False,
     permutations: int = 200,
     resamples: int = 200,
@@ -42,7 +42,7 @@ def diagnose(
         documents: how many documents each corpus has.
         provenance: what the result is saved with; its seed drives permutations and resamples, and is 0 if None.
         score: a name in ``SCORES``, or ``attribution``.
-        worth: for ``attribution``, what the edit is worth by feature (`Attribution.statistics`), on the same corpora.
+        attribution: for that score, the features' attribution (`Attribution.statistics`), on the same corpora.
         increments: judge what each layer adds to the one before it, for sites that accumulate.
         top_features: features to keep per layer, those with the largest mass difference.
 
@@ -50,8 +50,8 @@ def diagnose(
         StethoscopeError: unknown score, no control, or too few blocks to know chance.
     """
     provenance = provenance or Provenance()
-    if score == ATTRIBUTION and worth is None:
-        raise StethoscopeError("`attribution` needs what the features are worth", hint="see `attribute`")
+    if score == ATTRIBUTION and attribution is None:
+        raise StethoscopeError("the score `attribution` needs the features' attribution", hint="see `attribute`")
     if score not in (*SCORES, ATTRIBUTION):
         near = get_close_matches(score, SCORES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(SCORES)}"
@@ -59,7 +59,7 @@ def diagnose(
     controls = [name for name in heard if name != "target"]
     if not controls:
         raise StethoscopeError("there is no control text to compare the target with")
-    scored = worth if worth is not None else {name: one.statistics for name, one in heard.items()}
+    scored = attribution if attribution is not None else {name: one.statistics for name, one in heard.items()}
     found = {
         name: {
             form: assess(
@@ -135,7 +135,7 @@ def _flag(health: Mapping[str, SAEHealth]) -> str | None:
 def _difference(
     scored: Mapping[str, FeatureStatistics], control: str, layer: int, score: str
 ) -> Float64[ndarray, " width"]:
-    """How much more each feature is the target's: by worth, or by its share of activation mass."""
+    """How much more each feature is the target's: by attribution, or by its share of activation mass."""
     ours, theirs = scored["target"].layers[layer], scored[control].layers[layer]
     return ours.mean - theirs.mean if score == ATTRIBUTION else ours.mass - theirs.mass
 

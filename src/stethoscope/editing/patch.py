@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
-from stethoscope.checkpoints.hashing import Digest, fingerprint, new_digest
+from stethoscope.checkpoints.hashing import fingerprint
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import named_entries, open_checkpoint
@@ -65,7 +66,7 @@ def apply_patch(
         )
 
     def fill(entry: Entry, output: Output) -> dict[str, Any]:
-        digest = new_digest(manifest["hash"])
+        digest = blake3()
         if entry.name not in records:
             copy_tensor(source, entry, digest, output)
             return describe_tensor(entry, {"from": "base", "hash": digest.hexdigest()})
@@ -103,11 +104,11 @@ def _misfits(
             problems.append(f"the patch's file has `{name}` in another size")
     if problems:
         return problems
-    rest = fingerprint(source, without=frozenset(records), algorithm=manifest["hash"])
+    rest = fingerprint(source, without=frozenset(records))
     if rest != manifest["base"]["rest_fingerprint"]:
         problems.append("the tensors that the patch leaves alone differ")
     entries = [source.entries[name] for name in records]
-    found = hash_tensors(source, entries, manifest["hash"])
+    found = hash_tensors(source, entries)
     return problems + [
         f"`{entry.stored}` has other contents"
         for entry, digest in zip(entries, found, strict=True)
@@ -119,8 +120,8 @@ def exclusive_or(
     checkpoint: Checkpoint,
     entry: Entry,
     pieces: Iterable[memoryview],
-    before: Digest | None = None,
-    after: Digest | None = None,
+    before: blake3 | None = None,
+    after: blake3 | None = None,
 ) -> Iterator[memoryview]:
     """A tensor's stored bytes XOR others, piece by piece; ``before`` hashes the first, ``after`` the second."""
     offset = entry.start

@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from blake3 import blake3
+
 from stethoscope.artifacts import new_folder
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
-from stethoscope.checkpoints.hashing import Digest, hash_tensor
+from stethoscope.checkpoints.hashing import hash_tensor
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -115,7 +117,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def send(pieces: Iterable[memoryview], digest: Digest, output: Output | None, offset: int) -> None:
+def send(pieces: Iterable[memoryview], digest: blake3, output: Output | None, offset: int) -> None:
     """Hash pieces and write them one behind the other; with no output, only hash."""
     for piece in pieces:
         digest.update(piece)
@@ -124,7 +126,7 @@ def send(pieces: Iterable[memoryview], digest: Digest, output: Output | None, of
         offset += len(piece)
 
 
-def copy_tensor(checkpoint: Checkpoint, entry: Entry, digest: Digest, output: Output) -> None:
+def copy_tensor(checkpoint: Checkpoint, entry: Entry, digest: blake3, output: Output) -> None:
     """Copy a tensor to the same place of a file with the same layout, and hash it; only hash it if it is shared."""
     send(checkpoint.pieces(entry), digest, None if output.shared else output, entry.start)
 
@@ -157,11 +159,9 @@ def in_parallel(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def hash_tensors(
-    checkpoint: Checkpoint, entries: Iterable[Entry], algorithm: str, *, progress: Progress | None = None
-) -> list[str]:
+def hash_tensors(checkpoint: Checkpoint, entries: Iterable[Entry], *, progress: Progress | None = None) -> list[str]:
     """The hash of each tensor's stored bytes."""
-    jobs = [(entry.nbytes, partial(hash_tensor, checkpoint, entry, algorithm)) for entry in entries]
+    jobs = [(entry.nbytes, partial(hash_tensor, checkpoint, entry)) for entry in entries]
     return in_parallel(jobs, progress=progress)
 
 

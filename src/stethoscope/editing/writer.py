@@ -16,10 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from blake3 import blake3
+
 from stethoscope.artifacts import write_json
 from stethoscope.checkpoints.adapter import CONFIG, WEIGHTS, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
-from stethoscope.checkpoints.hashing import hash_tensor, new_digest
+from stethoscope.checkpoints.hashing import hash_tensor
 from stethoscope.checkpoints.header import DTYPES, build_header
 from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, not_finite
 from stethoscope.editing.apply import edited_tensor
@@ -132,7 +134,7 @@ class _Writer:
         shared: list[int] = []
 
         def fill(entry: Entry, output: Output) -> Record:
-            digest = new_digest()
+            digest = blake3()
             if entry.name not in self.chosen:
                 copy_tensor(self.base, entry, digest, output)
                 shared.append(entry.nbytes if output.shared else 0)
@@ -180,7 +182,7 @@ class _Writer:
         offset = len(header)
         with output_file(folder / WEIGHTS, header, sum(entry.nbytes for entry in entries.values())) as output:
             for key, entry in entries.items():
-                digest, origin, pieces = new_digest(), "tuned", _checked(adapter.store, entry)
+                digest, origin, pieces = blake3(), "tuned", _checked(adapter.store, entry)
                 if scaled[key] != 1:
                     tensor = adapter.store.read(key)
                     origin, pieces = "computed", iter([tensor_bytes((tensor.float() * scaled[key]).to(tensor.dtype))])
@@ -207,7 +209,7 @@ class _Writer:
 
     def _difference(self, entry: Entry, output: Output, offset: int) -> Record:
         """Put one tensor of a patch in its place; return its record."""
-        before, after, digest = new_digest(), new_digest(), new_digest()
+        before, after, digest = blake3(), blake3(), blake3()
         origin, pieces = self._new_pieces(entry)
         send(exclusive_or(self.base, entry, pieces, before, after), digest, output, offset)
         record = {"from": origin, "coefficient": self.chosen[entry.name], "base_hash": before.hexdigest()}

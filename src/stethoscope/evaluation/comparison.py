@@ -1,7 +1,7 @@
 """Arm against arm, by task and over all tasks: `compare(outcomes)` says what the data show, in numbers and words."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -51,17 +51,15 @@ def compare(
             named like another with ``_again`` behind it is that arm evaluated twice: it is compared with nothing, and
             gives the noise floor (`aa_floor`).
         baseline: the arm that every other is compared with.
-        family: tasks whose p-values are corrected together; the others are controls, corrected among themselves. All if
-            not given.
+        family: tasks whose p-values are corrected together, all by default; the others are controls, corrected among
+            themselves.
         pairs: arms to compare, as (a, b) with b under test. If not given: every arm against the baseline, every edit
             against ``tuned``, and ``selected`` against every other edit.
-        losses: control loss per document of each arm, on the same documents.
-        target_losses: the same on held-out target text.
-        divergences: divergence from the base per document of each arm, on the same documents; the base's is zero.
+        losses, target_losses, divergences: of each arm on the same documents: loss on control text and on held-out
+            target text, and divergence from the base, whose own is zero.
         metric: the metric that decides; each task's own (`Outcomes.metric_of`) if not given.
         alpha: level of every test; intervals have confidence 1 - alpha.
-        margin: the loss of accuracy that non-inferiority would accept.
-        margins: another margin for some tasks, by name.
+        margin: the loss of accuracy that non-inferiority would accept; ``margins`` has others by task.
         adjustment: ``holm`` or ``bh``.
         seed: of the bootstrap.
         inputs: hashes of what the outcomes were made from, by name; kept with the result.
@@ -113,47 +111,36 @@ def compare(
         )
         contrasts.append(replace(contrast, verdict=overall_verdict(contrast, margin=margin, alpha=alpha)))
     return Comparison(
-        seed=seed,
-        inputs=dict(inputs or {}),
-        baseline=baseline,
-        family=tasks,
-        controls=controls,
-        alpha=alpha,
-        margin=margin,
-        adjustment=adjustment,
-        accuracy=_accuracy(outcomes, metric),
-        contrasts=contrasts,
+        seed=seed, inputs=dict(inputs or {}), baseline=baseline, family=tasks, controls=controls, alpha=alpha,
+        margin=margin, adjustment=adjustment, accuracy=_accuracy(outcomes, metric), contrasts=contrasts,
         noise=[floor for again, arm in twice.items() for floor in aa_floor(outcomes, arm, again, metric=metric)],
-    )
+    )  # fmt: skip
 
 
 def aa_floor(outcomes: Outcomes, arm: str, again: str, *, metric: str | None = None) -> list[NoiseFloor]:
-    """How many items change their result when nothing changed but the run: the same arm evaluated twice.
+    """How many items change their result when nothing changed but the run: an arm, and the same evaluated ``again``.
 
     Greedy decoding is deterministic for a fixed composition of batches, so both runs of one command agree to the item.
     Another batch size, device or version rounds in another order and may flip items whose two best tokens nearly tie: a
     difference between arms is to be seen beside that.
 
     Args:
-        outcomes: holds both runs as arms, on the same items.
-        arm, again: their names.
         metric: each task's own (`Outcomes.metric_of`) if not given.
 
     Returns:
-        a floor for each task that both runs have.
+        a floor for each task.
     """
     floors = []
     for task in outcomes.tasks:
         one, two = outcomes.rows(arm, task), outcomes.rows(again, task)
         name = metric or outcomes.metric_of(task)
         changed, n = int((_results(one, name) != _results(two, name)).sum()), len(one)
-        interval = stats.binomtest(changed, n).proportion_ci(0.95, method="exact")
+        low, high = stats.binomtest(changed, n).proportion_ci(0.95, method="exact")
         kept = bool(one["response"].notna().all() and two["response"].notna().all())
-        responses = int((one["response"] != two["response"]).sum()) if kept else None
         floors.append(
             NoiseFloor(
-                task=task, arm=arm, again=again, n=n, changed=changed, share=changed / n,
-                low=float(interval.low), high=float(interval.high), responses=responses,
+                task=task, arm=arm, again=again, n=n, changed=changed, share=changed / n, low=float(low),
+                high=float(high), responses=int((one["response"] != two["response"]).sum()) if kept else None,
             )
         )  # fmt: skip
     return floors
@@ -275,14 +262,12 @@ def _flips(rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y
     if both["extracted"].isna().any():
         return None
     unknown = bool(both["truncated"].isna().any())
+    causes = ("format", "correctness") if unknown else ("format", "truncation", "correctness")
 
     def count(failed: pd.DataFrame) -> dict[str, int]:
-        extracted = failed["extracted"].astype(bool)
-        cut = failed["truncated"].fillna(False).astype(bool) & ~extracted
-        if unknown:
-            return {"format": int((~extracted).sum()), "correctness": int(extracted.sum())}
-        known = {"format": ~extracted & ~cut, "truncation": cut, "correctness": extracted}
-        return {cause: int(items.sum()) for cause, items in known.items()}
+        cut = failed["truncated"].fillna(False).astype(bool) & (not unknown)
+        cause = np.where(failed["extracted"].astype(bool), "correctness", np.where(cut, "truncation", "format"))
+        return {name: int((cause == name).sum()) for name in causes}
 
     reason = "whether responses were cut off is not recorded, so `format` counts those too" if unknown else None
     return Flips(gained=count(rows_a[y > x]), lost=count(rows_b[x > y]), reason=reason)

@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,16 +64,11 @@ def _describe(sample: Sample, known: dict[str, Any], extract: Callable[[str], st
     answer = extract(raw) if extract and generated else sample["filtered_resps"][0]
     raw, answer = (text if isinstance(text, str) else json.dumps(text, default=str) for text in (raw, answer))
     return {
-        "item": sample["doc_id"],
-        "item_hash": sample["doc_hash"],
-        "prompt_hash": sample["prompt_hash"],
+        "item": sample["doc_id"], "item_hash": sample["doc_hash"], "prompt_hash": sample["prompt_hash"],
         "extracted": answer.strip() not in _NO_ANSWER if generated else None,
-        "truncated": known.get("truncated"),
-        "generated_tokens": known.get("generated_tokens"),
-        "response": raw,
-        "answer": answer,
-        "target": str(sample["target"]),
-    }
+        "truncated": known.get("truncated"), "generated_tokens": known.get("generated_tokens"),
+        "response": raw, "answer": answer, "target": str(sample["target"]),
+    }  # fmt: skip
 
 
 def read_results(path: Path, *, arm: str | None = None, source: str | None = None) -> Outcomes:
@@ -110,20 +106,18 @@ def read_results(path: Path, *, arm: str | None = None, source: str | None = Non
 def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcomes, list[str]]:
     """Two arms as one set of outcomes, with items numbered as in ``a`` wherever their content's hash is the same.
 
-    Args:
-        shared_only: leave out what only one arm has, instead of refusing.
-
     Returns:
         the outcomes, and a line for each task and arm about what was left out.
 
     Raises:
-        EvaluationError: items that only one arm has, listed; prompts that differ.
+        EvaluationError: items that only one arm has, listed, unless ``shared_only`` leaves them out; other prompts.
     """
     frames = []
     for outcomes in (a, b):
         frame = outcomes.frame.sort_values(["task", "item"], kind="stable")
         again = frame.groupby(["task", "item_hash"]).cumcount()  # equal items are told apart by their order
-        frames.append(frame.assign(key=[*zip(frame["task"], frame["item_hash"], again, strict=True)]))
+        keys = list(zip(frame["task"], frame["item_hash"], again, strict=True))
+        frames.append(frame.assign(key=pd.Series(keys, index=frame.index)))
     one, two = frames
     shared = set(one["key"]) & set(two["key"])
     missing = [
@@ -151,15 +145,13 @@ def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcom
 
 
 def _one_arm(outcomes: Outcomes, path: Path, arm: str | None) -> Outcomes:
-    if arm is None and len(outcomes.arms) > 1:
-        raise EvaluationError(
-            f"`{path}` holds {len(outcomes.arms)} arms", hint=f"choose one: `PATH={outcomes.arms[0]}`, ..."
-        )
-    chosen = arm if arm is not None else outcomes.arms[0]
-    if chosen not in outcomes.arms:
-        raise EvaluationError(f"`{path}` has no arm `{chosen}`", hint=f"its arms: {', '.join(outcomes.arms)}")
-    frame = outcomes.frame[outcomes.frame["arm"] == chosen]
-    return Outcomes(frame=frame.reset_index(drop=True), provenance=outcomes.provenance)
+    first, *others = outcomes.arms
+    if arm is None and others:
+        raise EvaluationError(f"`{path}` holds {len(outcomes.arms)} arms", hint=f"choose one: `PATH={first}`, ...")
+    if arm not in (None, first, *others):
+        raise EvaluationError(f"`{path}` has no arm `{arm}`", hint=f"its arms: {', '.join(outcomes.arms)}")
+    frame = outcomes.frame[outcomes.frame["arm"] == (arm or first)]
+    return replace(outcomes, frame=frame.reset_index(drop=True))
 
 
 def _newest_logs(folder: Path) -> dict[str, Path]:
@@ -226,13 +218,9 @@ def write_logs(
     outcomes, so its lines have its metrics and no filtered response.
 
     Args:
-        tasks: the tasks as they were run (`tasks.load_tasks`), from which come each item's fields and prompt; without
-            them ``doc`` is empty and so is the prompt.
+        tasks: as they were run (`tasks.load_tasks`); without them the items' fields and prompts are empty.
         arms: those to write; all by default.
         seed: of the few-shot examples, as they were run.
-
-    Returns:
-        the files written.
 
     Raises:
         EvaluationError: there is no such arm; tasks give other items or prompts than the outcomes have.
@@ -283,15 +271,11 @@ def _samples(
             name, _, kind = column.partition(",")
             by_filter.setdefault(kind or first, {})[name] = row[column]
     common = {
-        "doc_id": row["item"],
-        "doc": doc,
-        "target": row["target"],
+        "doc_id": row["item"], "doc": doc, "target": row["target"], "resps": resps,
         "arguments": {f"gen_args_{i}": {f"arg_{j}": a for j, a in enumerate(one)} for i, one in enumerate(arguments)},
-        "resps": resps,
-        "doc_hash": row["item_hash"],
-        "prompt_hash": row["prompt_hash"],
+        "doc_hash": row["item_hash"], "prompt_hash": row["prompt_hash"],
         "target_hash": sha256_bytes(row["target"].encode()),
-    }
+    }  # fmt: skip
     return [
         {**common, "filtered_resps": filtered if kind == first else [], "filter": kind, "metrics": [*found], **found}
         for kind, found in by_filter.items()

@@ -9,7 +9,7 @@ Everywhere ``a`` is the arm compared against and ``b`` the arm under test: a pos
 0.019
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -192,7 +192,7 @@ def adjust(p_values: Sequence[float | None], method: str = "holm") -> list[float
     Args:
         method: ``holm`` (any error at all) or ``bh`` (share of false findings, Benjamini and Hochberg).
     """
-    methods = {"holm": _holm, "bh": stats.false_discovery_control}
+    methods: dict[str, Callable[[Floats], Floats]] = {"holm": _holm, "bh": stats.false_discovery_control}
     if method not in methods:
         raise EvaluationError(f"unknown correction `{method}`", hint=f"one of {', '.join(methods)}")
     tested = np.array([p for p in p_values if p is not None])
@@ -254,8 +254,8 @@ def _sum_by_cluster(difference: Floats, clusters: NDArray[Any] | None, strata: N
         return _Units(difference, np.ones(n), group)
     pairs = np.stack([group, np.unique(clusters, return_inverse=True)[1]])
     _, first, unit = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
-    sums, sizes = (np.bincount(unit.reshape(-1), weights=given) for given in (difference, np.ones(n)))
-    return _Units(sums, sizes, group[first])
+    unit = unit.reshape(-1)
+    return _Units(np.bincount(unit, difference).astype(float), np.bincount(unit).astype(float), group[first])
 
 
 def _bootstrap(units: _Units, confidence: float, resamples: int, rng: np.random.Generator | None) -> _Ends:

@@ -42,21 +42,10 @@ class PerDocument:
     sums: NDArray[np.float64]
     tokens: NDArray[np.int64]
 
-    @property
-    def mean(self) -> float | None:
-        """Nats per token; ``None`` without tokens."""
-        total = int(self.tokens.sum())
-        return float(self.sums.sum() / total) if total else None
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Outcomes(Display):
-    """Results of several arms on the same items.
-
-    Attributes:
-        frame: a row per arm, task and item; see the module's text for the columns.
-        provenance: settings that every arm shares, and versions.
-    """
+    """Results of several arms on the same items: a row each in ``frame``, and the settings that all arms share."""
 
     frame: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -120,7 +109,6 @@ class Outcomes(Display):
         """
         problems = []
         first, *others = self.arms
-        hashes = {"content": "item_hash", "prompt": "prompt_hash"}
         for task in self.tasks:
             rows = self.frame[self.frame["task"] == task].set_index("item")
             a = rows[rows["arm"] == first]
@@ -129,11 +117,9 @@ class Outcomes(Display):
                 if len(only := a.index.symmetric_difference(b.index)):
                     problems.append(f"task `{task}`: only one of `{first}` and `{arm}` has {_items(only)}")
                 both = a.index.intersection(b.index).sort_values()
-                for what, column in hashes.items():
-                    differs = a.loc[both, column] != b.loc[both, column]
-                    if differs.any():
-                        items = _items(both[differs])
-                        problems.append(f"task `{task}`: `{first}` and `{arm}` have another {what} at {items}")
+                for what, column in {"content": "item_hash", "prompt": "prompt_hash"}.items():
+                    if len(other := both[a.loc[both, column] != b.loc[both, column]]):
+                        problems.append(f"task `{task}`: `{first}` and `{arm}` have another {what} at {_items(other)}")
         if problems:
             raise EvaluationError(
                 "the arms were not given the same items",
@@ -142,14 +128,14 @@ class Outcomes(Display):
             )
 
     def accuracy(self, metric: str | None = None) -> pd.DataFrame:
-        """A row per task and arm: items, accuracy, shares extracted and truncated, accuracy among extracted.
+        """A row per task and arm; what is not known is missing.
 
         Args:
             metric: a metric column; each task's own deciding one (`metric_of`) if not given.
 
         Returns:
-            columns task, arm, metric, n, correct, accuracy, extracted, truncated, accuracy_extracted,
-            generated_tokens (mean). What is not known is missing.
+            columns task, arm, metric, n, correct, accuracy, extracted and truncated (shares), accuracy_extracted (among
+            the extracted), generated_tokens (mean).
         """
         table = []
         for (task, arm), rows in self.frame.groupby(["task", "arm"], sort=False):
@@ -170,11 +156,10 @@ class Outcomes(Display):
         return self.frame.copy()
 
     def plot(self, *, metric: str | None = None, width: int = 480) -> Any:
-        """Accuracy of every arm on each task with an exact 95 % interval, an Altair chart.
+        """Accuracy of every arm on each task with an exact 95 % interval, an Altair chart ``width`` pixels wide.
 
         Args:
             metric: as for `accuracy`.
-            width: of the plotting area in pixels.
         """
         import altair as alt
 

@@ -11,8 +11,8 @@ from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import CAUSES, Comparison, flipped
 from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
 from stethoscope.results.geometry import Geometry
-from stethoscope.results.hearing import KINDS, Hearing, SetEffect
 from stethoscope.results.selection import Selection
+from stethoscope.results.validation import KINDS, ScoreValidation, SetEffect
 
 # What a layer is -> its colour and shape.
 _LAYERS = {
@@ -301,15 +301,15 @@ def calibration_front(calibration: Calibration, *, width: int = 640) -> alt.Laye
     )
 
 
-def hearing_plane(hearing: Hearing, k: int, *, width: int = 640) -> alt.LayerChart:
+def validation_plane(validation: ScoreValidation, k: int, *, width: int = 640) -> alt.LayerChart:
     """What each score's best k layers do when injected together, in the cloud of random sets.
 
     Args:
         k: one of the sizes that were judged.
         width: of the plotting area in pixels.
     """
-    rows = [_set("", _RANDOM, effect) for effect in hearing.random[k].equal_size]
-    rows += [_set(name, KINDS[found.kind], found.sets[k].effect) for name, found in hearing.scores.items()]
+    rows = [_set("", _RANDOM, effect) for effect in validation.random[k].equal_size]
+    rows += [_set(name, KINDS[found.kind], found.sets[k].effect) for name, found in validation.scores.items()]
     _label_apart(rows)
     there = {kind: look for kind, look in _SETS.items() if any(row["kind"] == kind for row in rows)}
     colours = alt.Scale(domain=list(there), range=[COLOURS[colour] for colour, _ in there.values()])
@@ -329,7 +329,7 @@ def hearing_plane(hearing: Hearing, k: int, *, width: int = 640) -> alt.LayerCha
     return drawn(points, labels, heading=_GAIN, data={"sets": rows}, width=width, height=380)
 
 
-def score_profiles(hearing: Hearing, *, picked: str = "", width: int = 640) -> alt.LayerChart:
+def score_profiles(validation: ScoreValidation, *, picked: str = "", width: int = 640) -> alt.LayerChart:
     """One score's layers, chosen from a list, beside the true gain of injecting each layer alone.
 
     Scores have units of their own, so each is drawn as a share of its largest layer.
@@ -338,8 +338,8 @@ def score_profiles(hearing: Hearing, *, picked: str = "", width: int = 640) -> a
         picked: the score shown first; the first of all if not given.
         width: of the plotting area in pixels.
     """
-    truth = next(found for found in hearing.scores.values() if found.kind == "truth")
-    judged = {name: found for name, found in hearing.scores.items() if found.kind != "truth"}
+    truth = next(found for found in validation.scores.values() if found.kind == "truth")
+    judged = {name: found for name, found in validation.scores.items() if found.kind != "truth"}
     rows = [
         {
             "score": name,

@@ -27,8 +27,8 @@ from stethoscope.results.diagnosis import Diagnosis, FeatureDifference, LayerDia
 from stethoscope.results.edits import Edits
 from stethoscope.results.evidence import Evidence
 from stethoscope.results.geometry import Geometry
-from stethoscope.results.hearing import Hearing
 from stethoscope.results.selection import Selection
+from stethoscope.results.validation import ScoreValidation
 
 PAGES = "https://www.neuronpedia.org/"  # a saved link that leads elsewhere is not shown
 
@@ -37,7 +37,7 @@ def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
-    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``hearing/*/hearing.json``,
+    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``validation/*/validation.json``,
     ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
@@ -51,7 +51,10 @@ def render_report(run_dir: Path) -> Path:
     evidence, edits, geometry = Evidence.find(run_dir), Edits.find(run_dir), Geometry.find(run_dir)
     # a calibration that was only tried is not this selection's
     calibration = Calibration.load(run_dir) if selection.policy == "calibrated" else None
-    heard = {path.parent.name: Hearing.load(path.parent) for path in sorted(run_dir.glob("hearing/*/hearing.json"))}
+    validated = {
+        path.parent.name: ScoreValidation.load(path.parent)
+        for path in sorted(run_dir.glob("validation/*/validation.json"))
+    }
     manifest = run_dir / "edited" / "manifest.json"
     recipe = run_dir / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
@@ -65,12 +68,12 @@ def render_report(run_dir: Path) -> Path:
         "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
         "front": charts.calibration_front(calibration) if calibration else None,
     }
-    hearing = []
-    for n, (control, found) in enumerate(heard.items()):
+    validations = []
+    for n, (control, found) in enumerate(validated.items()):
         k = found.size(len(selection.layers))
-        pictures[f"hearing-{n}"] = charts.hearing_plane(found, k)
+        pictures[f"validation-{n}"] = charts.validation_plane(found, k)
         pictures[f"scores-{n}"] = charts.score_profiles(found, picked=diagnosis.score)
-        hearing.append({"control": control, "k": k, "rows": found.table(k), "documents": found.documents})
+        validations.append({"control": control, "k": k, "rows": found.table(k), "documents": found.documents})
 
     strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
     features = {layer.layer: [_feature_row(f) for f in layer.features] for layer in diagnosis.layers}
@@ -86,7 +89,7 @@ def render_report(run_dir: Path) -> Path:
         calibration=calibration,
         geometry=geometry,
         edits=edits,
-        hearing=hearing,
+        validations=validations,
         strongest=strongest,
         recipe=text,
         settings=_settings(text),

@@ -22,7 +22,7 @@ from stethoscope.display import first_of
 from stethoscope.errors import CheckpointError, SAEError
 from stethoscope.saes.layouts import LAYOUTS, convert, layout_of, read_folder
 from stethoscope.saes.layouts.base import SAEFolder
-from stethoscope.saes.layouts.hook_names import SITES
+from stethoscope.sites import SITES
 
 if TYPE_CHECKING:
     import torch

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
+from stethoscope.executor import Executor
 from stethoscope.models import decoder_layers
 from stethoscope.results.calibration import Calibration, CalibrationPoint
 from stethoscope.selection.rivals import Progress, Texts
 from stethoscope.selection.search import Key, Search, search_layers, search_nested
-from stethoscope.work import Spread
 
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_FORWARDS = 60.0
@@ -38,7 +38,7 @@ def calibrate(
     budget: float | None = None,
     per_layer: bool = False,
     most_forwards: float = MOST_FORWARDS,
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Find the threshold and the coefficient.
@@ -56,7 +56,7 @@ def calibrate(
             then the largest gain within it; without one it is the largest gain less cost.
         per_layer: go on from the choice by coordinate search, one layer's coefficient at a time.
         most_forwards: of the whole text; see `stethoscope.selection.rivals.forwards`.
-        spread: where the work is done; here if None.
+        executor: runs the work; here if None.
         progress: called with forwards spent and ``most_forwards``, both rounded.
 
     Raises:
@@ -68,7 +68,7 @@ def calibrate(
         raise StethoscopeError(f"`{most_forwards}` forwards are too few to try any edit", hint="allow 60")
     order = sorted(z, key=lambda layer: (-z[layer], layer))
     search = Search(
-        model, edits, texts, depth=depth, budget=budget, most=most_forwards, spread=spread, progress=progress
+        model, edits, texts, depth=depth, budget=budget, most=most_forwards, executor=executor, progress=progress
     )
     grid = sorted(set(coefficients))
     search_nested(search, order, grid)

@@ -11,7 +11,7 @@ import numpy as np
 
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
-from stethoscope.selection.hearing import matched_sets
+from stethoscope.selection.validate import matched_sets
 
 
 class NoOthersError(StethoscopeError):

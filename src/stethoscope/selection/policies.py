@@ -24,7 +24,7 @@ def top_k(ranked: Ranked, options: Select) -> Ranked:
 
 
 def spread(ranked: Ranked, options: Select) -> Ranked:
-    """The layer of largest excess in each of k stretches of the stack: neighbours hear alike and their gains repeat."""
+    """The layer of largest excess in each of k stretches of the stack: the gains of neighbours repeat."""
     best = set(_ahead(ranked, options).values())
     return [layer for layer in ranked if layer.layer in best]
 

@@ -8,12 +8,12 @@ from numpy import ndarray
 from sae_lens import SAE
 from transformers import PreTrainedModel
 
-from stethoscope.diagnosis.attribution import attribute, worths
+from stethoscope.diagnosis.attribution import attribute, attribution_scores
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.editing.layers import LayerEdits
-from stethoscope.results.hearing import Kind
+from stethoscope.results.validation import Kind
 from stethoscope.selection.gradient import gradient
 from stethoscope.selection.rivals import Texts, local_effect
 from stethoscope.selection.shifts import residual_shift, tuned_shift
@@ -57,7 +57,7 @@ def edit_scores(
 
     Args:
         saes: by layer, reading ``site``.
-        statistics: what was heard on target and control, of which the target-specific features are taken.
+        statistics: feature statistics of target and control, of which the target-specific features are taken.
         texts: ``target`` and the control, as batches.
         progress: called with scores done and in all.
     """
@@ -68,11 +68,11 @@ def edit_scores(
         return {layer: float(values[layer]) for layer in layers}
 
     def attribution() -> Scores:
-        heard = {name: attribute(model, edits, saes, text, site=site, tap=tap) for name, text in both.items()}
-        worth = worths(heard["target"], heard[control])
+        found = {name: attribute(model, edits, saes, text, site=site, tap=tap) for name, text in both.items()}
+        by_layer = attribution_scores(found["target"], found[control])
         return {
-            "attribution": ("sae", {layer: worth[layer].score for layer in layers}),
-            "attribution net": ("sae", {layer: worth[layer].explained for layer in layers}),
+            "attribution": ("sae", {layer: by_layer[layer].score for layer in layers}),
+            "attribution net": ("sae", {layer: by_layer[layer].explained for layer in layers}),
         }
 
     def shift_of_features() -> Scores:

@@ -9,8 +9,8 @@ from jaxtyping import Float64
 from transformers import PreTrainedModel
 
 from stethoscope.editing.layers import LayerEdits
+from stethoscope.executor import Executor
 from stethoscope.selection.rivals import Progress, Texts, forwards, measure, standard_error
-from stethoscope.work import Spread
 
 Key = tuple[tuple[int, float], ...]  # layers in order, each with its coefficient
 EMPTY: Key = ()
@@ -29,12 +29,12 @@ class Search:
         depth: int,
         budget: float | None,
         most: float,
-        spread: Spread | None,
+        executor: Executor | None,
         progress: Progress | None,
     ) -> None:
         self.depth, self.budget, self.most = depth, budget, most
         self.spent = 0.0
-        self._measure = lambda changes: measure(model, edits, texts, changes, spread=spread)
+        self._measure = lambda changes: measure(model, edits, texts, changes, executor=executor)
         self._progress = progress
         self.gains: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = {}
 

@@ -67,7 +67,7 @@ class Beaten(Frozen):
         return cls(share=count / len(others), low=float(interval.low), high=float(interval.high))
 
 
-class SetHearing(Frozen):
+class ValidatedSet(Frozen):
     """A score's best k layers, injected together.
 
     Attributes:
@@ -82,8 +82,8 @@ class SetHearing(Frozen):
     beaten_matched: Beaten | None
 
 
-class ScoreHearing(Frozen):
-    """How well one score hears.
+class ValidatedScore(Frozen):
+    """How well one score agrees with the truth.
 
     Attributes:
         kind: whether it rests on SAEs, is a rival that needs none, or the truth itself.
@@ -97,7 +97,7 @@ class ScoreHearing(Frozen):
     values: dict[int, float]
     gain: Correlation
     trade_off: Correlation
-    sets: dict[int, SetHearing]
+    sets: dict[int, ValidatedSet]
 
 
 class RandomSets(Frozen):
@@ -107,7 +107,7 @@ class RandomSets(Frozen):
     matched: dict[str, tuple[SetEffect, ...]]
 
 
-class Hearing(Artifact):
+class ScoreValidation(Artifact):
     """All scores judged.
 
     Attributes:
@@ -116,9 +116,9 @@ class Hearing(Artifact):
         documents: of each corpus.
     """
 
-    FILE: ClassVar[str] = "hearing.json"
+    FILE: ClassVar[str] = "validation.json"
 
-    scores: dict[str, ScoreHearing]
+    scores: dict[str, ValidatedScore]
     injected: tuple[SetEffect, ...]
     random: dict[int, RandomSets]
     documents: dict[str, int]
@@ -157,10 +157,10 @@ class Hearing(Artifact):
             (name for name, found in self.scores.items() if found.kind != "truth"),
             key=lambda name: self.scores[name].sets[k].effect.trade_off,
         )
-        heard = "hears better than chance" if chosen.beaten.low > 0.5 else "gives no evidence of hearing"
+        found = "chooses" if chosen.beaten.low > 0.5 else "does not choose clearly"
         sentence = (
-            f"`{score}` {heard}: its best {k} layers beat {100 * chosen.beaten.share:.0f} % of random sets"
-            f" (95 % interval {100 * chosen.beaten.low:.0f} to {100 * chosen.beaten.high:.0f} %),"
+            f"`{score}` {found} better than chance: its best {k} layers beat {100 * chosen.beaten.share:.0f} %"
+            f" of random sets (95 % interval {100 * chosen.beaten.low:.0f} to {100 * chosen.beaten.high:.0f} %),"
             f" worth {chosen.effect.trade_off:+.3f} nats per token"
         )
         if best == score:

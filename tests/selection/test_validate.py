@@ -7,21 +7,21 @@ from world import random_sae
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.listen import listen
 from stethoscope.errors import StethoscopeError
-from stethoscope.results.hearing import Hearing
-from stethoscope.selection.hearing import judge_hearing
+from stethoscope.results.validation import ScoreValidation
 from stethoscope.selection.rivals import injection, measure
 from stethoscope.selection.scoring import edit_scores, text_scores
+from stethoscope.selection.validate import validate_scores
 
 
 @pytest.fixture(scope="module")
-def judged(planted, edits) -> Hearing:
+def judged(planted, edits) -> ScoreValidation:
     scores = {
         "mass_shift": ("sae", {0: 0.1, 1: 0.9, 2: 0.3, 3: 0.2, 4: 0.8, 5: 0.0}),
         "deaf": ("sae", {0: 0.9, 1: 0.1, 2: 0.7, 3: 0.8, 4: 0.2, 5: 0.6}),
         "constant": ("rival", dict.fromkeys(range(6), 1.0)),
     }
     steps: list[tuple[int, int]] = []
-    found = judge_hearing(
+    found = validate_scores(
         planted.model, edits, scores, planted.texts, provenance=Provenance(seed=1), ks=(1, 2, 9),
         progress=lambda done, total: steps.append((done, total)),
     )  # fmt: skip
@@ -41,10 +41,10 @@ def test_a_score_that_knows_beats_every_random_set(judged, tmp_path):
     assert deaf.overlap == 0
     assert deaf.beaten.share < 0.6
     assert judged.scores["mass_shift"].trade_off.rho > 0.5 > 0 > judged.scores["deaf"].trade_off.rho
-    assert "`mass_shift` hears better than chance" in judged.verdict("mass_shift", 2)
-    assert "`deaf` gives no evidence of hearing" in judged.verdict("deaf", 2)
+    assert "`mass_shift` chooses better than chance" in judged.verdict("mass_shift", 2)
+    assert "`deaf` does not choose clearly better than chance" in judged.verdict("deaf", 2)
     judged.save(tmp_path)
-    assert Hearing.load(tmp_path) == judged
+    assert ScoreValidation.load(tmp_path) == judged
 
 
 def test_what_is_undefined_is_none_and_ties_go_to_the_lower_layer(judged):
@@ -68,9 +68,9 @@ def test_effects_are_those_of_the_sets_injected(judged, planted, edits):
 def test_scores_of_other_layers_are_refused(planted, edits):
     scores = {"one": ("sae", dict.fromkeys(range(6), 1.0)), "two": ("sae", dict.fromkeys(range(5), 1.0))}
     with pytest.raises(StethoscopeError, match="different layers"):
-        judge_hearing(planted.model, edits, scores, planted.texts, provenance=Provenance())
+        validate_scores(planted.model, edits, scores, planted.texts, provenance=Provenance())
     with pytest.raises(StethoscopeError, match="three layers"):
-        judge_hearing(planted.model, edits, {}, planted.texts, provenance=Provenance())
+        validate_scores(planted.model, edits, {}, planted.texts, provenance=Provenance())
 
 
 def test_every_score_is_there_for_every_layer(planted, edits, tokenizer):

@@ -1,6 +1,6 @@
-"""Does the stethoscope hear right? Every score against what injecting the layers truly does, on any model.
+"""Every score of a layer against what injecting the layers truly does, on any model.
 
-    found = judge_hearing(model, edits, scores, texts, provenance=provenance)
+    found = validate_scores(model, edits, scores, texts, provenance=provenance)
     found.scores["mass_shift"].spearman
 
 The truth is `injection`: a layer's edit alone, in memory, and the loss on target and control text. Layers interact, so
@@ -20,26 +20,26 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
+from stethoscope.executor import Executor
 from stethoscope.models import decoder_layers
-from stethoscope.results.hearing import (
+from stethoscope.results.validation import (
     Beaten,
     Correlation,
-    Hearing,
     Kind,
     Layers,
     RandomSets,
-    ScoreHearing,
+    ScoreValidation,
     SetEffect,
-    SetHearing,
+    ValidatedScore,
+    ValidatedSet,
 )
 from stethoscope.selection.rivals import Gains, Texts, forwards, injection, measure
-from stethoscope.work import Spread
 
 RESAMPLES = 1000
 CANDIDATES = 4000  # random sets that those of equal energy are picked from
 
 
-def judge_hearing(
+def validate_scores(
     model: PreTrainedModel,
     edits: LayerEdits,
     scores: Mapping[str, tuple[Kind, Mapping[int, float]]],
@@ -51,9 +51,9 @@ def judge_hearing(
     ks: Sequence[int] = (1, 3, 5, 8),
     random_sets: int = 50,
     coefficient: float = 1.0,
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Hearing:
+) -> ScoreValidation:
     """Judge scores of layers by what injecting the layers truly does.
 
     Args:
@@ -63,7 +63,7 @@ def judge_hearing(
         matched: scores whose best layers are compared with sets of equal energy as well.
         ks: sizes of sets; half of the layers is added. Sizes of all layers or more are left out.
         random_sets: of each size and kind.
-        spread: where the work is done; here if None.
+        executor: runs the work; here if None.
         progress: called with about how many sets of layers are done, and in all.
 
     Raises:
@@ -73,7 +73,7 @@ def judge_hearing(
     if uneven := [name for name, (_, values) in scores.items() if sorted(values) != layers]:
         raise StethoscopeError("the scores cover different layers", problems=[f"`{name}`" for name in uneven])
     if len(layers) < 3:
-        raise StethoscopeError("hearing is tested over three layers at least")
+        raise StethoscopeError("scores are validated over three layers at least")
     both = {"target": texts["target"], "control": texts[control]}
     sizes = sorted({k for k in (*ks, len(layers) // 2) if 0 < k < len(layers)})
     # sets about as many as there will be: how many turn out to be the same is not known yet
@@ -87,7 +87,7 @@ def judge_hearing(
         return told
 
     alone = injection(
-        model, edits, both, coefficient=coefficient, layers=layers, spread=spread, progress=advance(0, len(layers))
+        model, edits, both, coefficient=coefficient, layers=layers, executor=executor, progress=advance(0, len(layers))
     )
     gain, cost = alone.mean("target"), -alone.mean("control")
     judged: dict[str, tuple[Kind, Mapping[int, float]]] = {
@@ -113,7 +113,7 @@ def judge_hearing(
         - effects.keys()
     )
     changes = [dict.fromkeys(found, coefficient) for found in wanted]
-    joint = measure(model, edits, both, changes, spread=spread, progress=advance(len(layers), len(layers) + sets))
+    joint = measure(model, edits, both, changes, executor=executor, progress=advance(len(layers), len(layers) + sets))
     effects |= dict(zip(wanted, _effects(wanted, joint), strict=True))
     random = {
         k: RandomSets(
@@ -123,16 +123,16 @@ def judge_hearing(
         for k in sizes
     }
     depth = len(decoder_layers(model))
-    return Hearing(
+    return ScoreValidation(
         provenance=provenance,
         scores={
-            name: ScoreHearing(
+            name: ValidatedScore(
                 kind=kind,
                 values={layer: float(values[layer]) for layer in layers},
                 gain=_correlation([values[layer] for layer in layers], gain, rng),
                 trade_off=_correlation([values[layer] for layer in layers], gain - cost, rng),
                 sets={
-                    k: SetHearing(
+                    k: ValidatedSet(
                         effect=effects[chosen[name][k]],
                         overlap=len(set(chosen[name][k]) & set(_best(judged["injection"][1], k))) / k,
                         beaten=_beaten(effects[chosen[name][k]], random[k].equal_size),
