@@ -176,7 +176,7 @@ class Outcomes(Display):
         x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])}
         base = alt.Chart(table).encode(**arm)
         rule = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("low:Q", **x), x2="high:Q")
-        tooltip = tips("task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".1f") for name in percent))
+        tooltip = tips("task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".1f") for name in shares))
         point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tooltip)
         rows = alt.Row("task:N", sort=self.tasks, title=None, header=alt.Header(labelAngle=0, labelAlign="left"))
         heading = title("accuracy with its exact 95 % interval")
