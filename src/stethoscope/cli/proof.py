@@ -186,7 +186,7 @@ def show_comparison(
         if everything:
             rows = contrast_rows(contrast)
             show_rows([row[:10] for row in rows])
-            show_rows([row[:1] + row[10:] for row in rows])  # all would be too wide
+            show_rows([row[:1] + row[10:] for row in rows if any(row[10:])])  # all would be too wide
             if gains := gain_rows(contrast):
                 show_rows(gains)
             for line in notes(contrast):
