@@ -41,7 +41,7 @@ class HealthSums:
         features: Float[Tensor, "tokens width"],
         decoded: Float[Tensor, "tokens d_in"],
     ) -> "HealthSums":
-        """The sums of one batch: activations, what the SAE encoded them to, and what it made of that."""
+        """The sums of activations, what the SAE encoded them to, and what it decoded that to."""
         wide = hidden.double()
         return cls(
             tokens=len(wide),
