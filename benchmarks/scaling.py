@@ -43,7 +43,7 @@ from stethoscope.artifacts import write_json
 from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.listener import Block, Listener
 from stethoscope.executor import LocalExecutor, RayExecutor, WorkerContext, import_ray, versions
-from stethoscope.models import load_model, load_tokenizer
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Ray
 from stethoscope.saes.open import open_saes
 

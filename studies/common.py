@@ -14,22 +14,22 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from stethoscope.check import check_recipe
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.context import INJECTED_TOKENS
-from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics
 from stethoscope.editing.apply import applied
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.evaluation.text_loss import document_losses
-from stethoscope.models import load_model, load_tokenizer
-from stethoscope.preflight import check_recipe
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import load_sae
 from stethoscope.selection.rivals import Gains, measure
+from stethoscope.text.tokens import batches, prompt_lengths, tokenize
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 DOCUMENTS = 40  # of each text

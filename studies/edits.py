@@ -23,7 +23,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import StethoscopeError
 from stethoscope.evaluation.text_loss import document_losses
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 from stethoscope.selection.controls import control_plan
 
 PARTS = ("coefficient", "bits", "two")

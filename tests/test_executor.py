@@ -24,7 +24,6 @@ import stethoscope
 from stethoscope import executor as executor_module
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis.listen import Listening, layer_groups, listen
 from stethoscope.diagnosis.listener import Block
 from stethoscope.editing.layers import LayerEdits
@@ -33,12 +32,13 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints
 from stethoscope.executor import Failed, RayExecutor, WorkerContext, versions
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 from stethoscope.recipe import Ray, Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import open_saes
 from stethoscope.selection.calibration import calibrate
 from stethoscope.selection.validate import validate_scores
+from stethoscope.text.tokens import batches, tokenize
 
 ray = pytest.importorskip("ray")
 

@@ -8,10 +8,10 @@ from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.losses import replaced_forward, run
-from stethoscope.models import decoder_layers, find_device, load_model, room_beside
+from stethoscope.models.load import decoder_layers, find_device, load_model, room_beside
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.replay import Recording
-from stethoscope.saes.activations import lent
-from stethoscope.sites import hear, hook_point
+from stethoscope.saes.activations import on_device
 
 IDS = torch.tensor([[5, 9, 12, 7, 3, 30], [8, 4, 11, 6, 0, 0]])
 
@@ -41,7 +41,7 @@ def test_lent_weights_come_back_whatever_happens():
     before = [parameter.data_ptr() for parameter in sae.parameters()]
 
     def fail() -> None:
-        with lent(sae, torch.device("cpu")):
+        with on_device(sae, torch.device("cpu")):
             sae.W_enc.data = sae.W_enc.data + 1
             raise KeyboardInterrupt
 
@@ -59,11 +59,13 @@ def test_what_a_block_adds_is_what_its_parts_return_and_the_next_reads_it(layout
     model, sites = make(layout, dtype=torch.float32), ["resid_pre", "attn_out", "mlp_out", "resid_post"]
     model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head was run"))
     for layer in range(3):
-        heard = hear(model, {site: hook_point(model, layer, site) for site in sites}, IDS[:1])
+        heard = read_activations(model, {site: hook_point(model, layer, site) for site in sites}, IDS[:1])
         added = heard["attn_out"] + heard["mlp_out"]
         torch.testing.assert_close(heard["resid_post"], heard["resid_pre"] + added, atol=1e-5, rtol=1e-5)
     decoder_layers(model)[2].register_forward_hook(lambda *_: pytest.fail("a layer below the last point was run"))
-    heard = hear(model, {"out": hook_point(model, 0, "resid_post"), "in": hook_point(model, 1, "resid_pre")}, IDS[:1])
+    heard = read_activations(
+        model, {"out": hook_point(model, 0, "resid_post"), "in": hook_point(model, 1, "resid_pre")}, IDS[:1]
+    )
     assert torch.equal(heard["out"], heard["in"])
 
 
@@ -71,7 +73,7 @@ def test_a_tap_says_exactly_where():
     model = make("gemma3 text", dtype=torch.float32)
     block = decoder_layers(model)[0]
     heads, before_the_norm, after_it = (
-        hear(model, {0: hook_point(model, 0, "attn_out", *tap)}, IDS[:1])[0]
+        read_activations(model, {0: hook_point(model, 0, "attn_out", *tap)}, IDS[:1])[0]
         for tap in (["self_attn.o_proj.input"], ["self_attn.output"], [])
     )
     torch.testing.assert_close(block.self_attn.o_proj(heads), before_the_norm)

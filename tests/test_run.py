@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 from world import changed, flip, interrupt, save_adapter, write_lines, write_saes, write_texts
 
 from stethoscope.artifacts import sha256_file
+from stethoscope.check import check_recipe, check_run
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen
 from stethoscope.evaluation.text_loss import TextDivergence, TextLoss, document_costs
-from stethoscope.preflight import check_recipe, preflight
 from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
@@ -63,7 +63,7 @@ def run(path, folder, **options):
 
 def refusal(path, folder) -> str:
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(path), folder)
+        check_run(Recipe.from_yaml(path), folder)
     return str(error.value)
 
 

@@ -22,8 +22,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch, batches, tokenize
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
+from stethoscope.text.tokens import TokenBatch, batches, tokenize
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -109,7 +109,7 @@ class WorkerContext:
     @cached_property
     def tokenizer(self) -> Any:
         """The base model's tokenizer."""
-        from stethoscope.models import load_tokenizer
+        from stethoscope.models.load import load_tokenizer
 
         assert self.base is not None
         return load_tokenizer(self.base)
@@ -127,13 +127,13 @@ class WorkerContext:
     def edits(self) -> Any:
         """The task vector's layers, to be put into the model."""
         from stethoscope.editing.layers import LayerEdits
-        from stethoscope.models import room_beside
+        from stethoscope.models.load import room_beside
 
         return LayerEdits(self.model, self.task_vector, memory=int(self.share * room_beside(self.model)))
 
     def load(self, folder: Path) -> Any:
         """A model on this worker's device."""
-        from stethoscope.models import load_model
+        from stethoscope.models.load import load_model
 
         torch.set_num_threads(self.threads)
         if self.device == "cuda" and self.share < 1:
@@ -144,7 +144,7 @@ class WorkerContext:
     def state(self, arm: Any) -> Iterator[tuple[Any, Any]]:
         """An arm's model and tokenizer: a checkpoint's by its folder, or the base under a plan, or as it is (None)."""
         from stethoscope.editing.apply import applied
-        from stethoscope.models import load_tokenizer
+        from stethoscope.models.load import load_tokenizer
 
         if isinstance(arm, Path):
             yield self.load(arm), load_tokenizer(arm)
@@ -265,7 +265,7 @@ class RayExecutor:
     @property
     def dtype(self) -> torch.dtype:
         """In which workers compute."""
-        from stethoscope.models import preferred_dtype
+        from stethoscope.models.load import preferred_dtype
 
         return self.context.dtype or preferred_dtype(self.context.device)
 

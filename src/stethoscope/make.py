@@ -45,7 +45,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     attribution = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
     memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
     if executor:
-        memory = memory or executor.sae_memory(context.found.base.nbytes)
+        memory = memory or executor.sae_memory(context.base.nbytes)
     heard = listen(
         context.model,
         context.tokenizer,
@@ -170,7 +170,7 @@ def geometry(context: "Context", results: Results, provenance: Provenance, progr
 
     diagnosis: Diagnosis = results["diagnose"]
     return measure_geometry(
-        context.found.task_vector,
+        context.task_vector,
         _features(context, diagnosis),
         provenance=provenance,
         model=context.model,
@@ -211,7 +211,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
     from stethoscope.results.edits import Edits
     from stethoscope.selection.arms import plan_arms, save_plans
 
-    task_vector, diagnosis = context.found.task_vector, results["diagnose"]
+    task_vector, diagnosis = context.task_vector, results["diagnose"]
     planned = plan_arms(
         context.recipe,
         task_vector,
@@ -224,7 +224,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
     (context.folder / Edits.FILE).unlink(missing_ok=True)
     if selected := planned.plans.get("selected"):
         edited = context.folder / "edited"
-        write_edit(context.found.base, task_vector, selected, edited, overwrite=True, progress=progress)
+        write_edit(context.base, task_vector, selected, edited, overwrite=True, progress=progress)
     save_plans(context.folder, planned, task_vector.energy_by_layer(), provenance=provenance)
     return planned
 

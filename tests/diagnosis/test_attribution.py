@@ -10,8 +10,8 @@ from world import exact_sae, plant, random_sae
 from stethoscope.diagnosis.attribution import attribute, attribution_scores, own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import hook_point
 from stethoscope.selection.rivals import local_effect
-from stethoscope.sites import hook_point
 
 D = 32
 

@@ -7,14 +7,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from world import LAYOUTS, exact_sae, make, random_sae
 
-from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis import encoding
 from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.listener import Listener
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import SINK_RATIO
-from stethoscope.sites import hear, hook_point
+from stethoscope.text.tokens import batches, tokenize
 
 TEXTS = [f"document {i}: " + "abc xyz "[i % 5 :] * (1 + i % 4) for i in range(23)]
 
@@ -37,7 +37,7 @@ def test_the_exact_sae_explains_every_layer_and_site_of_every_model_class(layout
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     small = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="!", padding_side="right")
     for site in ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_z", "attn_out"):
-        width = hear(model, {0: hook_point(model, 0, site)}, torch.tensor([[3, 4]]))[0].shape[-1]
+        width = read_activations(model, {0: hook_point(model, 0, site)}, torch.tensor([[3, 4]]))[0].shape[-1]
         saes = {layer: exact_sae(width) for layer in range(3)}
         heard = listen(model, small, saes, {"all": texts}, site=site, block_size=2)["all"]
         assert {n: h.variance_explained for n, h in heard.health.items()} == pytest.approx(dict.fromkeys(saes, 1.0))

@@ -12,12 +12,12 @@ from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch
 from stethoscope.editing.geometry import energy_curve, measure_geometry
 from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.editing.subspace import FeatureProjection, LayerFeatures, LinearChange, feature_basis, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.results.geometry import Geometry
+from stethoscope.text.tokens import TokenBatch
 
 D, FEATURES = 16, 24
 

@@ -15,7 +15,7 @@ from stethoscope.evaluation import tasks as task_files
 from stethoscope.evaluation.comparison import aa_floor
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 
 BASE = {"base": nullcontext}
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stethoscope import losses
-from stethoscope.corpus import prompt_lengths
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import text_loss
+from stethoscope.text.tokens import prompt_lengths
 
 caps = pytest.mark.parametrize("cap", [None, 5.0])
 

@@ -6,13 +6,13 @@ import torch
 from world import plant, save_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 from stethoscope.selection import gradient as gradients
 from stethoscope.selection.gradient import gradient
 from stethoscope.selection.rivals import forwards, injection, local_effect, measure, standard_error
+from stethoscope.text.tokens import batches, prompt_lengths, tokenize
 
 SMALL = 1e-2
 

@@ -8,8 +8,8 @@ from world import Planted, exact_sae
 from stethoscope.checkpoints.open import open_task_vector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.selection.shifts import residual_shift, tuned_shift
-from stethoscope.sites import hear, hook_point
 
 D = 32
 
@@ -22,9 +22,9 @@ def activations(made: Planted, layer: int, site: str) -> list[tuple[torch.Tensor
     for batch in made.texts["target"]:
         for row, document in enumerate(batch.documents):
             ids = batch.input_ids[row][batch.attention_mask[row]][None]
-            base = hear(made.model, point, ids)[0][0]
+            base = read_activations(made.model, point, ids)[0][0]
             with applied(made.model, made.task_vector, EditPlan.everything()):
-                found[document] = (base, hear(made.model, point, ids)[0][0])
+                found[document] = (base, read_activations(made.model, point, ids)[0][0])
     return [found[document] for document in sorted(found)]
 
 

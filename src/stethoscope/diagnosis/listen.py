@@ -17,7 +17,6 @@ import torch
 from sae_lens import SAE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import Document, Tokens, counted_tokens
 from stethoscope.diagnosis.encoding import PLAIN
 from stethoscope.diagnosis.listener import Block, HeardBlock, Listener, Sample
 from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
@@ -26,6 +25,8 @@ from stethoscope.executor import Executor, Failed, LocalExecutor
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.validation import Layers
 from stethoscope.saes.open import SAEFolder
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import Tokens, counted_tokens
 
 log = logging.getLogger(__name__)
 

@@ -14,16 +14,17 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import Document, TokenBatch, Tokens, batches, counted_tokens, tokenize
 from stethoscope.diagnosis.encoding import BlockSums, Encoder
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.validation import Layers
-from stethoscope.saes.activations import lent, loud_positions
+from stethoscope.saes.activations import attention_sinks, on_device
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.open import SAEFolder, load_sae
-from stethoscope.sites import HookPoint, hear, hook_point
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens, tokenize
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +139,7 @@ class Listener:
         rows = Rows.of(list(documents.values()), self.tokenizer, self.max_tokens, self.tokens)
         sums = {layer: BlockSums(encoder.width, self.model.device) for layer, encoder in self._encoders.items()}
         for batch in rows.batches(self.tokenizer):
-            heard, counted, sinks = countable(hear(self.model, self.points, batch.input_ids), batch)
+            heard, counted, sinks = countable(read_activations(self.model, self.points, batch.input_ids), batch)
             for layer, encoder in self._encoders.items():
                 sums[layer].sinks += sinks
                 encoder.add(heard[layer][counted], sums[layer])
@@ -175,7 +176,7 @@ class Listener:
         rows = Rows.of(documents, self.tokenizer, self.max_tokens, self.tokens)
         parts: list[Heard] = []
         for batch in rows.batches(self.tokenizer):
-            heard, counted, _ = countable(hear(self.model, self.points, batch.input_ids), batch)
+            heard, counted, _ = countable(read_activations(self.model, self.points, batch.input_ids), batch)
             parts.append({layer: hidden[counted] for layer, hidden in heard.items()})
         return {layer: torch.cat([part[layer] for part in parts])[:tokens] for layer in self.points} if parts else {}
 
@@ -213,7 +214,7 @@ def countable(
 
     A sink's norm drops again in the last layers while it stays unlike any other token: once loud, always left out.
     """
-    loud = loud_positions(heard.values(), batch.attention_mask)
+    loud = attention_sinks(heard.values(), batch.attention_mask)
     counted = batch.countable & ~loud
     device = next(iter(heard.values())).device
     return heard, counted.to(device), int((loud & batch.countable).sum())
@@ -236,7 +237,7 @@ def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | N
     if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
         # a transcoder has nothing to say of what it reads but features
         return HealthSums.nothing(encoder.width).health()
-    with lent(sae, sample.device):
+    with on_device(sae, sample.device):
         exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
     fast = BlockSums(encoder.width, sample.device)
     encoder.add(sample, fast)

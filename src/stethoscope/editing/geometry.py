@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch
 from stethoscope.editing.residual_axis import READERS, ResidualAxis, residual_axes
 from stethoscope.editing.subspace import (
     LayerFeatures,
@@ -31,8 +30,9 @@ from stethoscope.editing.subspace import (
     random_basis,
 )
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.geometry import Curve, Draws, Geometry, Kept, LayerGeometry, TensorGeometry, Written
-from stethoscope.sites import HookPoint, hear, hook_point
+from stethoscope.text.tokens import TokenBatch
 
 NEEDED = (0.5, 0.9, 0.99)
 _POINTS = 128  # of a curve that are saved
@@ -133,7 +133,7 @@ def _matrix_inputs(
         here = torch.from_numpy(picked[(picked >= before) & (picked < before + count)] - before)
         before += count
         if len(here) and points:
-            for key, values in hear(model, points, batch.input_ids).items():
+            for key, values in read_activations(model, points, batch.input_ids).items():
                 kept[key].append(values[batch.countable.to(values.device)][here.to(values.device)].float().cpu())
     rows = {key: torch.cat(several) for key, several in kept.items() if several}
     norms = {layer: values.norm(dim=1) for (layer, place), values in rows.items() if not place}

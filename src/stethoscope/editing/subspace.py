@@ -19,7 +19,7 @@ from stethoscope.checkpoints.adapter import AdapterTaskVector, LoraFactors
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.residual_axis import ResidualAxis, residual_axis
-from stethoscope.models import preferred_dtype
+from stethoscope.models.load import preferred_dtype
 
 # A unit direction nearer than this to the span of those before it adds nothing: bf16 is known to about 1e-3.
 RANK_TOLERANCE = 1e-3

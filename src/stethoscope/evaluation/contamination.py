@@ -19,8 +19,8 @@ import numpy as np
 from numpy import ndarray
 
 from stethoscope.display import first_of
-from stethoscope.documents import Document
 from stethoscope.errors import EvaluationError, StethoscopeError
+from stethoscope.text.documents import Document
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -19,9 +19,9 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from stethoscope.artifacts import sha256_bytes
-from stethoscope.documents import json_lines
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.names import unknown_tasks
+from stethoscope.text.documents import json_lines
 
 _TEMPLATES = Path(lm_eval.tasks.__file__).parent / "minerva_math"
 GROUP = "minerva_math"

@@ -17,7 +17,7 @@ from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
 from stethoscope.results.calibration import Calibration, CalibrationPoint
 from stethoscope.selection.rivals import Progress, Texts
 from stethoscope.selection.search import Key, Search, search_layers, search_nested

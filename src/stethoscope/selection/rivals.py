@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float64, Int64
 from transformers import PreTrainedModel
 
-from stethoscope.corpus import TokenBatch
 from stethoscope.diagnosis.attribution import own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor, Failed, LocalExecutor
 from stethoscope.losses import token_losses
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
+from stethoscope.models.sites import hook_point
 from stethoscope.replay import Recording
-from stethoscope.sites import hook_point
+from stethoscope.text.tokens import TokenBatch
 
 Texts = Mapping[str, Sequence[TokenBatch]]
 Change = Mapping[int, float]  # layer -> coefficient
@@ -86,7 +86,7 @@ def injection(
     """The truth: each layer edited alone, in memory, and the loss measured; a forward restarts at the edited layer.
 
     Args:
-        texts: corpus -> batches; see `stethoscope.corpus.batches`.
+        texts: corpus -> batches; see `stethoscope.text.tokens.batches`.
         layers: all if None.
         executor: as for `measure`.
 

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch
 from stethoscope.editing.apply import Swap, prepare
 from stethoscope.editing.plan import EditPlan
-from stethoscope.models import decoder_layers
-from stethoscope.saes.activations import lent, loud_positions
-from stethoscope.sites import hear, hook_point
+from stethoscope.models.load import decoder_layers
+from stethoscope.models.sites import hook_point, read_activations
+from stethoscope.saes.activations import attention_sinks, on_device
+from stethoscope.text.tokens import TokenBatch
 
 _CHUNK = 1024  # tokens encoded at once
 
@@ -102,7 +102,7 @@ def tuned_shift(
         counted, pairs = _heard(model, swap, layers, site, tap, batch)
         for layer, (base, tuned) in pairs:
             column = layers.index(layer)
-            with lent(saes[layer], base.device):
+            with on_device(saes[layer], base.device):
                 for row, document in enumerate(batch.documents):
                     for chosen in counted[row].nonzero()[:, 0].split(_CHUNK):
                         at = chosen.to(base.device)
@@ -119,8 +119,8 @@ def _heard(
     """Which tokens count, and a site of every layer under the base and under tuned."""
     points = {layer: hook_point(model, layer, site, tap) for layer in layers}
     streams = {("stream", layer): hook_point(model, layer, "resid_post") for layer in layers}
-    base = hear(model, {**points, **streams}, batch.input_ids)
+    base = read_activations(model, {**points, **streams}, batch.input_ids)
     with swap.entered():
-        tuned = hear(model, points, batch.input_ids)
-    loud = loud_positions((base[key] for key in streams), batch.attention_mask)
+        tuned = read_activations(model, points, batch.input_ids)
+    loud = attention_sinks((base[key] for key in streams), batch.attention_mask)
     return batch.countable & ~loud, ((layer, (base[layer], tuned[layer])) for layer in layers)

@@ -21,7 +21,7 @@ from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
 from stethoscope.results.validation import (
     Beaten,
     Correlation,

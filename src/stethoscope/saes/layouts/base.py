@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_file
 from stethoscope.errors import SAEError
-from stethoscope.sites import site_of
+from stethoscope.models.sites import site_of
 
 if TYPE_CHECKING:
     from torch import Tensor

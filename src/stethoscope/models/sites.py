@@ -1,7 +1,7 @@
-"""Where in a decoder block an SAE reads, and reading there: one forward feeds every layer.
+"""The sites in a decoder block that SAEs read, and reading activations there: one forward feeds every layer.
 
     points = {12: hook_point(model, 12, "mlp_out")}
-    hear(model, points, input_ids)[12]              # [rows, tokens, d_in]
+    read_activations(model, points, input_ids)[12]              # [rows, tokens, d_in]
 
 A tap is a module of the block and one of its ends: `output`, `mlp.output`, `self_attn.o_proj.input`.
 """
@@ -9,7 +9,7 @@ A tap is a module of the block and one of its ends: `output`, `mlp.output`, `sel
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -74,16 +74,16 @@ class HookPoint:
 
 
 def hook_point(model: torch.nn.Module, layer: int, site: str, tap: str | None = None) -> HookPoint:
-    """Where a site lies in a model's block.
+    """The hook point of a site in a model's block.
 
     Args:
         site: a key of ``TAPS``.
-        tap: the exact place, for SAEs whose makers read the site elsewhere than most.
+        tap: the exact module and end, for SAEs that were trained elsewhere than at the site's usual one.
 
     Raises:
         SAEError: the block has no such module.
     """
-    from stethoscope.models import decoder_layers
+    from stethoscope.models.load import decoder_layers
 
     block = decoder_layers(model)[layer]
     modules = dict(block.named_modules())
@@ -99,53 +99,46 @@ def hook_point(model: torch.nn.Module, layer: int, site: str, tap: str | None = 
     )
 
 
-def hear(
+def read_activations(
     model: torch.nn.Module, points: Mapping[Key, HookPoint], input_ids: Int[torch.Tensor, "rows tokens"]
 ) -> dict[Key, Float[torch.Tensor, "rows tokens d_in"]]:
-    """What passes every point on some tokens; the forward ends at the last point, before the head.
+    """Activations at every point; the forward ends at the last point, before the head.
 
     No attention mask is given: padding belongs on the right, where a causal model never looks.
     """
-    from stethoscope.models import decoder
+    from stethoscope.models.load import decoder
 
-    with hearing(points, last=True) as heard, suppress(_EnoughHeard):
-        decoder(model)(input_ids=input_ids.to(_device(model)), use_cache=False)
-    return heard
+    device = next(model.parameters()).device
+    with record_activations(points, stop=True) as found, suppress(_AllRecorded):
+        decoder(model)(input_ids=input_ids.to(device), use_cache=False)
+    return found
 
 
 @contextmanager
-def hearing(points: Mapping[Key, HookPoint], *, last: bool = False) -> Iterator[dict[Key, torch.Tensor]]:
-    """What passes every point in a forward that the block runs itself; ``last`` ends it there."""
-    heard: dict[Key, torch.Tensor] = {}
+def record_activations(points: Mapping[Key, HookPoint], *, stop: bool = False) -> Iterator[dict[Key, torch.Tensor]]:
+    """Record activations at every point in a forward that the block runs; ``stop`` ends the forward after the last."""
+    found: dict[Key, torch.Tensor] = {}
 
     def keep(key: Key, value: Any) -> None:
-        heard[key] = value[0] if isinstance(value, tuple) else value
-        if last and len(heard) == len(points):
-            raise _EnoughHeard
+        found[key] = value[0] if isinstance(value, tuple) else value
+        if stop and len(found) == len(points):
+            raise _AllRecorded
+
+    def keep_input(key: Key, _module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        keep(key, args[0] if args else options["hidden_states"])
+
+    def keep_output(key: Key, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        keep(key, output)
 
     with ExitStack() as stack:
         for key, point in points.items():
-            stack.callback(_hooked(point, partial(keep, key)).remove)
-        yield heard
+            if point.reads_input:
+                hook = point.module.register_forward_pre_hook(partial(keep_input, key), with_kwargs=True)
+            else:
+                hook = point.module.register_forward_hook(partial(keep_output, key))
+            stack.callback(hook.remove)
+        yield found
 
 
-class _EnoughHeard(Exception):  # noqa: N818 - control flow: ends a forward at the last point
+class _AllRecorded(Exception):  # noqa: N818 - control flow: ends a forward at the last point
     pass
-
-
-def _hooked(point: HookPoint, keep: Callable[[Any], None]) -> Any:
-    if point.reads_input:
-
-        def before(_module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            keep(args[0] if args else options["hidden_states"])
-
-        return point.module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        keep(output)
-
-    return point.module.register_forward_hook(after)
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
