@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stethoscope.results.diagnosis import DENSE_RATE, SAEHealth
-from stethoscope.shown import NONE
+from stethoscope.display import NONE
 
 
 @dataclass(kw_only=True)
