@@ -79,7 +79,6 @@ def test_a_disk_that_fills_on_the_way(
         return write
 
     monkeypatch.setattr(os, "pwrite", filling(os.pwrite))
-    monkeypatch.setattr(os, "copy_file_range", filling(os.copy_file_range))
     with pytest.raises(CheckpointError, match="is full"):
         write_edit(base, change, PLAN, tmp_path / "out", kind=kind)
     assert_nothing_left(tmp_path)
@@ -103,18 +102,6 @@ def test_a_file_system_without_fallocate(
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
-    assert contents(write_edit(base, change, PLAN, tmp_path / "two").path) == expected
-
-
-def test_two_file_systems(
-    base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = contents(write_edit(base, change, PLAN, tmp_path / "one").path)
-
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
     assert contents(write_edit(base, change, PLAN, tmp_path / "two").path) == expected
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_projection import LINEAR, adapter
-from tiny_models import LAYOUTS, make
+from tiny_models import LAYOUTS, make, save_pair
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
@@ -248,6 +248,16 @@ def test_gpt2_is_measured_too(tmp_path: Path) -> None:
     made = measure_geometry(change, features(), provenance=Provenance(), model=model, texts={"t": [batch()]}, draws=3)
     assert [len(layer.tensors) for layer in made.layers] == [4, 4]
     assert all(0 < tensor.functional["t"] <= 1.01 for layer in made.layers for tensor in layer.tensors)
+
+
+def test_routers_are_measured_too(tmp_path: Path) -> None:
+    base, tuned = save_pair(LAYOUTS["mixtral"], tmp_path, dtype=torch.float32)
+    change = open_task_vector(open_checkpoint(base), tuned)
+    model = make(LAYOUTS["mixtral"], dtype=torch.float32)
+    made = measure_geometry(change, features(), model=model, texts={"t": [batch()]}, draws=3)
+    routers = [tensor for layer in made.layers for tensor in layer.tensors if tensor.name.endswith("gate.weight")]
+    assert len(routers) == 2
+    assert all(0 < tensor.functional["t"] <= 1.01 for tensor in routers)
 
 
 def test_the_same_seed_gives_the_same_file_and_it_loads(measured: Geometry, planted, tmp_path: Path) -> None:
