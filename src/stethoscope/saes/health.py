@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stethoscope.results.diagnosis import DENSE_RATE, SAEHealth
 from stethoscope.display import NONE
+from stethoscope.results.diagnosis import DENSE_RATE, SAEHealth
 
 
 @dataclass(kw_only=True)
