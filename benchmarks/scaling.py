@@ -53,6 +53,7 @@ BLOCK = 16
 BUDGET = 8 << 20  # bytes that documents on their way may take; the corpus has ten times as many
 LENGTH = 8192  # bytes of a document of that corpus
 OBJECT_STORE = 400 << 20  # bytes
+NAP = 2.0  # seconds, so long that each worker gets a piece
 LINES = 48  # tokens of it that are heard
 
 
@@ -141,7 +142,7 @@ def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
         }  # fmt: skip
         for workers in (1, 2):
             with workers_of(world, workers) as executor:
-                start, _ = timed(lambda executor=executor: nothing(executor))
+                start = timed(lambda executor=executor: nothing(executor))[0] - NAP
                 load, _ = timed(lambda executor=executor: loading(executor, saes, model.dtype))
                 handling, _ = timed(lambda executor=executor, block=block: echo(executor, block, 64))
             with workers_of(world, workers) as executor:
@@ -185,8 +186,8 @@ def workers_of(world: Path, workers: int) -> RayExecutor:
 
 def nothing(executor: RayExecutor) -> None:
     """Until every worker has answered."""
-    waits = [0.5] * executor.workers  # long enough for each to get one
-    list(executor.map_pieces(lambda tool, seconds: time.sleep(seconds), waits, setup=lambda context: None))
+    naps = [NAP] * executor.workers
+    list(executor.map_pieces(lambda tool, seconds: time.sleep(seconds), naps, setup=lambda context: None))
 
 
 def loading(executor: RayExecutor, saes: Any, dtype: torch.dtype) -> None:

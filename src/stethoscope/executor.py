@@ -8,7 +8,7 @@
         ...
 
 Pieces never depend on the number of workers, and the caller merges their results in order: so results are equal to the
-bit. A worker is a Ray actor that loads the model once. Ray restarts a worker that died, and repeats its piece.
+bit. A worker is a Ray actor that loads the model once. Ray restarts a worker that died; its piece is run again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from __future__ import annotations
 import logging
 import os
 import platform
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -157,12 +158,7 @@ class WorkerContext:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the pieces of one call have in common; it is sent to each node once.
-
-    Attributes:
-        versions: of the packages where the job comes from.
-        folder: the working folder there, to which a worker that sees it goes.
-    """
+    """What the pieces of one call have in common, with the caller's versions of packages and working folder."""
 
     number: int
     setup: Setup
@@ -197,7 +193,7 @@ class Worker:
                     hint="install the same environment on every node",
                 )
             if job.folder.is_dir():
-                os.chdir(job.folder)
+                os.chdir(job.folder)  # tasks may name their data by relative paths
             if hasattr(self._tool, "close"):
                 self._tool.close()
             self._tool = None  # freed before the next is made
@@ -227,6 +223,7 @@ class RayExecutor:
         self._demand = {"CPU": threads, "GPU": options.gpus}
         self._idle: list[Any] = []
         self._busy: dict[Any, Any] = {}  # reference to a greeting or result -> actor
+        self._greetings: set[Any] = set()
         self._memory: list[int] = []  # bytes of the GPU of each worker that has started
         self._jobs = count()
         self._started_ray = False
@@ -258,8 +255,8 @@ class RayExecutor:
         options = {"num_cpus": self._demand["CPU"], "num_gpus": self._demand["GPU"], "scheduling_strategy": "SPREAD"}
         actor = self._ray.remote(Worker).options(max_restarts=-1, **options)
         actors = [actor.remote(self.context) for _ in range(self.options.workers or max(1, int(room)))]
-        self._greetings = {one.greet.options(max_task_retries=-1).remote(): one for one in actors}
-        self._busy.update(self._greetings)
+        for one in actors:
+            self._greet(one)
         return actors
 
     @property
@@ -288,32 +285,47 @@ class RayExecutor:
             StethoscopeError: no worker can start, or one has other versions than this process.
         """
         waiting = enumerate(pieces)
-        following = next(waiting, None)
-        if following is None or not self._actors:
+        queue = deque(islice(waiting, 1))
+        if not queue or not self._actors:
             return
-        job = self._ray.put(
-            Job(number=next(self._jobs), setup=setup, task=task, versions=versions(), folder=Path.cwd())
-        )
-        sent: dict[Any, int] = {}
+        job = Job(number=next(self._jobs), setup=setup, task=task, versions=versions(), folder=Path.cwd())
+        reference_to_job = self._ray.put(job)  # so that it is sent to each node once
+        sent: dict[Any, tuple[int, Any]] = {}
+        deaths: Counter[int] = Counter()
 
         def send() -> None:
-            nonlocal following
-            while self._idle and following:
-                index, piece = following
+            while self._idle and queue:
                 actor = self._idle.pop()
-                reference = actor.do.options(max_task_retries=ATTEMPTS - 1).remote(job, piece)
-                self._busy[reference], sent[reference] = actor, index
-                following = next(waiting, None)
+                index, piece = queue.popleft()
+                # without Ray's own retries: they also count each look at a worker that is still starting again
+                reference = actor.do.remote(reference_to_job, piece)
+                self._busy[reference], sent[reference] = actor, (index, piece)
+                if not queue:
+                    queue.extend(islice(waiting, 1))
 
         send()
-        while sent or following:
-            reference = self._wait()  # perhaps to a piece of a call that was abandoned
+        while sent or queue:
+            reference, found = self._wait()
+            index, piece = sent.pop(reference, (None, None))  # or of a greeting, or of a call that was abandoned
+            if index is not None and isinstance(found, Failed):
+                deaths[index] += 1
+                if deaths[index] < ATTEMPTS:
+                    queue.append((index, piece))
+                    index = None
+                found = Failed(why=f"{ATTEMPTS} workers died with it: {found.why}")
             send()
-            if reference in sent:
-                yield sent.pop(reference), self._result(reference)
+            if index is not None:
+                if isinstance(found, Exception):
+                    raise found
+                yield index, found
 
-    def _wait(self) -> Any:
-        """Wait for a worker to be free; returns the reference to its greeting or result.
+    def _greet(self, actor: Any) -> None:
+        reference = actor.greet.options(max_task_retries=-1).remote()  # answered when Ray has started the worker
+        self._busy[reference] = actor
+        self._greetings.add(reference)
+
+    def _wait(self) -> tuple[Any, Any]:
+        """Wait until a worker is done; returns the reference, and its value, `Failed`, or what the task raised.
 
         Raises:
             StethoscopeError: no worker can start.
@@ -328,25 +340,25 @@ class RayExecutor:
                     problems=[f"a worker takes {self._demand}, the cluster has {left} to give"],
                     hint="`ray status` tells more; fewer `threads` or a smaller share of a GPU may do",
                 )
-        actor = self._busy.pop(done[0])
-        if self._greetings.pop(done[0], None):
-            try:
-                self._memory.append(self._ray.get(done[0]))
-            except self._ray.exceptions.RayError as error:
-                problem, hint = str(error).strip().splitlines()[-1], "is stethoscope installed on every node?"
-                raise StethoscopeError("a worker cannot start", problems=[problem], hint=hint) from error
-        self._idle.append(actor)
-        return done[0]
-
-    def _result(self, reference: Any) -> Any:
-        errors = self._ray.exceptions
+        reference, errors = done[0], self._ray.exceptions
+        actor = self._busy.pop(reference)
         try:
-            return self._ray.get(reference)
+            found = self._ray.get(reference)
         except errors.RayTaskError as error:
             # an error of ours as it was raised; any other with the worker's traceback
-            raise (error.cause if isinstance(error.cause, StethoscopeError) else error) from None
+            found = error.cause if isinstance(error.cause, StethoscopeError) else error
         except errors.RayError as error:
-            return Failed(why=f"{ATTEMPTS} workers died with it: {str(error).strip().splitlines()[0]}")
+            why = str(error).strip().splitlines()
+            if reference in self._greetings:
+                raise StethoscopeError(
+                    "a worker cannot start", problems=[why[-1]], hint="is stethoscope installed on every node?"
+                ) from error
+            self._greet(actor)
+            return reference, Failed(why=why[0])
+        if reference in self._greetings:
+            self._memory.append(found)
+        self._idle.append(actor)
+        return reference, found
 
     def _connect(self) -> None:
         if self._ray.is_initialized():

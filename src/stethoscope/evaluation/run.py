@@ -5,10 +5,8 @@ Tasks are built once and every arm gets the same prompts. Each finished arm and 
 run goes on where it stopped, inside a task too.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -18,7 +16,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +25,8 @@ from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
-from stethoscope.evaluation.harness_logs import to_rows
 from stethoscope.evaluation.outcomes import Outcomes
+from stethoscope.evaluation.runner import Cell, TaskRunner, set_up_worker
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
@@ -70,7 +67,8 @@ def evaluate(
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
         seed: of few-shot sampling.
-        keys: a hash for each arm's state; arms without one are identified by hashing the model's weights in that state.
+        keys: a hash for each arm's state, needed with an ``executor``; arms without one are identified by hashing the
+            model's weights in that state.
         executor: its workers run whole tasks, with equal results; this process does if None.
         progress: called with items done, items in all, and what is running.
 
@@ -107,7 +105,7 @@ def evaluate(
         if isinstance(model, PreTrainedModel):
             settings |= {"dtype": str(model.dtype), "model": weights_hash(model)}
         reload = partial(load_tasks, tasks, include_path, data=data, seed=seed)
-        setup = partial(_set_up_worker, arms=arms, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
+        setup = partial(set_up_worker, arms=arms, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
         with TaskRunner({arm: partial(opened, state) for arm, state in arms.items()}, built, limit, seed) as runner:
             states = ((arm, identify(arm)) for arm in arms)
             return _complete(runner, states, settings, out, progress, executor, setup)
@@ -181,7 +179,7 @@ def evaluate_checkpoints(
             "tokenizer": next(iter(tokenizers.values())),
         }
         reload = partial(load_tasks, tasks, include_path, data=data, seed=seed)
-        setup = partial(_set_up_worker, arms=folders, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
+        setup = partial(set_up_worker, arms=folders, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
         with TaskRunner(
             {arm: partial(opened, folder) for arm, folder in folders.items()}, built, limit, seed
         ) as runner:
@@ -196,96 +194,6 @@ def weights_hash(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One arm on one task, a piece of the work; ``key`` identifies all that decides its outcomes."""
-
-    arm: str
-    task: str
-    key: str
-    stored: Path
-
-    @property
-    def journal(self) -> Path:
-        """Where finished batches are kept until the outcomes are stored."""
-        return self.stored.with_suffix(".jsonl")
-
-
-class TaskRunner:
-    """Runs arms on tasks by the harness, with one arm's model in memory at a time.
-
-    Attributes:
-        on_items: called with the number of prompts of each finished batch.
-    """
-
-    def __init__(
-        self,
-        arms: Mapping[str, Callable[[], AbstractContextManager[LM]]],
-        tasks: Mapping[str, Task],
-        limit: int | None,
-        seed: int,
-    ) -> None:
-        self.arms, self.tasks, self.limit, self.seed = arms, tasks, limit, seed
-        self.on_items: Callable[[int], None] = lambda _: None
-        self._arm: str | None = None
-        self._lm: LM | None = None
-        self._state = ExitStack()
-
-    def __enter__(self) -> "TaskRunner":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Leave the arm that is open."""
-        self._arm = self._lm = None
-        self._state.close()
-        gc.collect()  # a model holds cycles, and the next one needs its memory
-
-    def open(self, arm: str) -> LM:
-        """The model that answers for an arm; the arm before is left."""
-        if self._arm != arm:
-            self.close()
-            self._lm = self._state.enter_context(self.arms[arm]())
-            self._arm = arm
-        return self._lm
-
-    def run(self, cell: Cell) -> pd.DataFrame:
-        """One arm on one task, as rows of outcomes."""
-        lm, task = self.open(cell.arm), self.tasks[cell.task]
-        if isinstance(lm, SharedPrefixLM):
-            lm.on_items = self.on_items
-            lm.journal = cell.journal if cell.journal.parent.is_dir() else None
-        task.set_fewshot_seed(seed=self.seed)  # or the second arm would draw other shots than the first
-        with quiet_harness():
-            result = evaluator.evaluate(
-                lm, {"tasks": {cell.task: task}}, limit=self.limit, bootstrap_iters=0, log_samples=True
-            )
-        # Minerva's and its kin's tasks extract inside their scoring function, out of the filters' sight.
-        extract = getattr(task.config.process_results, "__globals__", {}).get("get_unnormalized_answer")
-        known = lm.generation if isinstance(lm, SharedPrefixLM) else None
-        return to_rows(cell.arm, cell.task, result["samples"][cell.task], extract=extract, generation=known)
-
-
-def _set_up_worker(
-    context: WorkerContext,
-    *,
-    arms: Mapping[str, Any],
-    load_tasks: Callable[[], Mapping[str, Task]],
-    batch_size: int,
-    limit: int | None,
-    seed: int,
-) -> TaskRunner:
-    @contextmanager
-    def opened(arm: Any) -> Iterator[LM]:
-        with context.state(arm) as (model, tokenizer):
-            yield SharedPrefixLM(model, tokenizer, batch_size=batch_size)
-
-    with quiet_harness():
-        return TaskRunner({name: partial(opened, arm) for name, arm in arms.items()}, load_tasks(), limit, seed)
 
 
 def _complete(
