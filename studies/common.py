@@ -29,7 +29,7 @@ from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import load_sae
-from stethoscope.selection.rivals import Gains, measure
+from stethoscope.selection.injection import Gains, measure
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 DOCUMENTS = 40  # of each text

@@ -31,8 +31,7 @@ from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
 from stethoscope.run import run_recipe
 from stethoscope.seen import Seen
-from stethoscope.selection.arms import plan_arms
-from stethoscope.selection.controls import CONTROL_ARMS
+from stethoscope.selection.arms import CONTROL_ARMS, plan_arms
 
 LAYERS = 4
 HIDDEN = 32

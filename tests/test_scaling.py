@@ -42,7 +42,7 @@ from stethoscope.saes.open import open_saes
 from stethoscope.scaling import Bench, Crew
 from stethoscope.scaling.bench import versions
 from stethoscope.scaling.crew import AHEAD, CrewRun, _greet, _Member, _Queue
-from stethoscope.selection.calibration import calibrate
+from stethoscope.selection.calibrate import calibrate
 from stethoscope.selection.validate import validate_scores
 from stethoscope.work import Alone, Lost, Means, Piece
 

@@ -1,12 +1,10 @@
-"""Scores of a layer that need no SAE: what its edit does to the loss, to first order and in truth.
+"""What edits of layers do to the loss, measured in memory: the truth about layers and sets of them.
 
-    texts = {"target": list(batches(...)), "control": list(batches(...))}
-    edits = LayerEdits(model, task_vector)
-    injection(model, edits, texts).score()       # the truth: each layer alone
-    local_effect(model, edits, texts).score()
-
-`gradient.py` has the effect through weights, `shifts.py` compares the two models' activations; the task vector's own
-norm is `TaskVector.energy_by_layer`.
+texts = {"target": list(batches(...)), "control": list(batches(...))}
+edits = LayerEdits(model, task_vector)
+injection(model, edits, texts).score()              # each layer alone
+measure(model, edits, texts, [{3: 1.0, 4: 0.5}])    # any set, at any coefficients
+local_effect(model, edits, texts).score()           # to first order, through activations
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -60,6 +58,11 @@ class Gains:
     def score(self, control: str = "control") -> Float64[np.ndarray, " changes"]:
         """Gain on target less gain on a control corpus."""
         return self.mean("target") - self.mean(control)
+
+    def by_layer(self, control: str = "control") -> dict[int, float]:
+        """`score` by layer, where each change is of one layer."""
+        scores = self.score(control).tolist()
+        return {layer: value for change, value in zip(self.changes, scores, strict=True) for layer in change}
 
 
 def standard_error(
