@@ -147,7 +147,7 @@ def mergekit_config(name: str, base: Path, tuned: Path) -> str:
     source = open_checkpoint(base)
     from stethoscope.editing.card import mergekit_recipe
 
-    text = mergekit_recipe(source, open_task_vector(source, tuned), PLANS[name])
+    text = mergekit_recipe(open_task_vector(source, tuned), PLANS[name])
     assert text is not None
     recipe = yaml.safe_load(text)
     paths = {"base": str(base), "tuned": str(tuned)}

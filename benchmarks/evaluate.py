@@ -35,7 +35,7 @@ from stethoscope.artifacts import write_json
 from stethoscope.cli import cache_folder
 from stethoscope.evaluation.harness import SharedPrefixLM
 from stethoscope.evaluation.run import evaluate, load_tasks
-from stethoscope.models import load_model, load_tokenizer
+from stethoscope.models.load import load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "evaluate.json"
 TASK = "sums_in_boxes"

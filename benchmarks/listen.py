@@ -31,10 +31,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import stethoscope_demo
 from stethoscope.cli import cache_folder
-from stethoscope.corpus import read_documents
 from stethoscope.diagnosis.listen import listen
-from stethoscope.models import load_model, load_tokenizer, preferred_dtype
-from stethoscope.sites import hear, hook_point
+from stethoscope.models.load import load_model, load_tokenizer, preferred_dtype
+from stethoscope.models.sites import hook_point, read_activations
+from stethoscope.text.documents import read_documents
 from stethoscope_demo.base_model import unpack_base
 
 RESULTS = Path(__file__).parent / "results" / "listen.json"
@@ -60,7 +60,7 @@ def make_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[str]
 @torch.inference_mode()
 def make_saes(model: PreTrainedModel, layers: list[int], width: int, ids: torch.Tensor) -> dict[int, SAE]:
     """JumpReLU SAEs with random directions, of whose features one in a hundred fires on a token."""
-    heard = hear(model, {layer: hook_point(model, layer, "resid_post") for layer in layers}, ids)
+    heard = read_activations(model, {layer: hook_point(model, layer, "resid_post") for layer in layers}, ids)
     saes: dict[int, SAE] = {}
     for layer in layers:
         torch.manual_seed(layer)
@@ -94,7 +94,7 @@ def floor(model: PreTrainedModel, weights: Mapping[int, torch.Tensor], batches: 
     """The forward and the products, and nothing done with them."""
     points = {layer: hook_point(model, layer, "resid_post") for layer in weights}
     for ids in batches:
-        for layer, hidden in hear(model, points, ids).items():
+        for layer, hidden in read_activations(model, points, ids).items():
             torch.mm(hidden.flatten(0, 1).to(weights[layer].dtype), weights[layer])
 
 

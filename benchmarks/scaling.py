@@ -1,6 +1,6 @@
 """Listening on the workers of a Ray cluster: is the time what its parts say, and does memory stay flat?
 
-    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--documents 256] [--rounds 1] [--parts memory time streams]
+    OMP_NUM_THREADS=1 python benchmarks/scaling.py [--documents 256] [--rounds 1] [--parts memory time]
 
 A Llama of 8 layers and SAEs of 4096 features, both with random weights, hear generated text in this process and with
 one and two workers, in turn; every sum is compared. The model of the time is
@@ -9,10 +9,9 @@ one and two workers, in turn; every sum is compared. The model of the time is
 
 with nothing fitted: `start` is a worker's start, `load` its model and SAEs, `handling` what a piece costs that comes
 back at once with as many bytes, `finish` what the driver does before and after; `work` is what this process takes
-for the pieces. Before that memory is watched while a corpus of ten times the budget passes through. Last, two workers
-hear half of the layers each, in turn with the text forwarded by both, and forwarded once and its streams moved. One
-thread everywhere. Results: benchmarks/results/scaling.json, where a part that is not asked for stays as it is. About
-five minutes on two cores.
+for the pieces. Before that memory is watched while a corpus of ten times the budget passes through. One thread
+everywhere. Results: benchmarks/results/scaling.json, where a part that is not asked for stays as it is. About three
+minutes on two cores.
 """
 
 import argparse
@@ -42,15 +41,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stethoscope.artifacts import write_json
 from stethoscope.diagnosis.listen import listen
-from stethoscope.diagnosis.listener import Listener
-from stethoscope.diagnosis.sharing import share
-from stethoscope.models import load_model, load_tokenizer
+from stethoscope.diagnosis.listener import Block, Listener
+from stethoscope.executor import LocalExecutor, RayExecutor, WorkerContext, import_ray, versions
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Ray
 from stethoscope.saes.open import open_saes
-from stethoscope.scaling import Bench, Crew
-from stethoscope.scaling.bench import versions
-from stethoscope.scaling.crew import CrewRun, import_ray
-from stethoscope.work import Alone, Means, Piece, Run
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 LAYERS, HIDDEN, WIDTH = 8, 512, 4096
@@ -112,21 +107,18 @@ def same(ours: Any, theirs: Any) -> bool:
     )
 
 
-class Clocked:
+class Clocked(LocalExecutor):
     """This process, with the time that the pieces take by themselves."""
 
-    def __init__(self, tool: Any) -> None:
-        self.run, self.means = Alone(tool), Means()
+    def map_pieces(self, task: Any, pieces: Any, *, setup: Any) -> Iterator[tuple[int, Any]]:
         self.seconds: list[float] = []
-        self.result: Any = None
 
-    def __call__(self, task: Callable[[Any, Any], Any], pieces: Any) -> Iterator[tuple[int, Any]]:
-        def clocked(tool: Any, loaded: Any) -> Any:
-            seconds, self.result = timed(lambda: task(tool, loaded))
+        def clocked(tool: Any, piece: Any) -> Any:
+            seconds, self.result = timed(lambda: task(tool, piece))
             self.seconds.append(seconds)
             return self.result
 
-        return self.run(clocked, pieces)
+        return super().map_pieces(clocked, pieces, setup=setup)
 
 
 def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
@@ -138,27 +130,22 @@ def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     expected: Any = None
     for number in range(rounds):
-        clock: list[Clocked] = []
-
-        def here(make: Any, clock: list[Clocked] = clock) -> Run:
-            clock.append(Clocked(make(model, tokenizer)))
-            return clock[0]
-
-        alone, heard = timed(lambda here=here: hear(spread=here))
+        clock = Clocked(model=model, tokenizer=tokenizer)
+        alone, heard = timed(lambda clock=clock: hear(executor=clock))
         expected = expected or heard
-        block = clock[0].result
+        block = clock.result
         # the first piece loads the encoders and examines the SAEs; all others are blocks
-        work, finish = sum(clock[0].seconds[1:]), alone - sum(clock[0].seconds)
+        work, finish = sum(clock.seconds[1:]), alone - sum(clock.seconds)
         row: dict[str, Any] = {
-            "alone": alone, "work": work, "first": clock[0].seconds[0], "finish": finish, "workers": {}
+            "alone": alone, "work": work, "first": clock.seconds[0], "finish": finish, "workers": {}
         }  # fmt: skip
         for workers in (1, 2):
-            with Crew(Ray(workers=workers, threads=1), Bench(base=world / "base")) as crew:
-                start, _ = timed(lambda crew=crew: nothing(crew))
-                load, _ = timed(lambda crew=crew: loading(crew, saes, model.dtype))
-                handling, _ = timed(lambda crew=crew, block=block: echo(crew, block, 64))
-            with Crew(Ray(workers=workers, threads=1), Bench(base=world / "base")) as crew:
-                measured, found = timed(lambda crew=crew: hear(spread=crew.listening))
+            with workers_of(world, workers) as executor:
+                start, _ = timed(lambda executor=executor: nothing(executor))
+                load, _ = timed(lambda executor=executor: loading(executor, saes, model.dtype))
+                handling, _ = timed(lambda executor=executor, block=block: echo(executor, block, 64))
+            with workers_of(world, workers) as executor:
+                measured, found = timed(lambda executor=executor: hear(executor=executor))
             assert same(found, expected), "other sums"
             parts = {"start": start, "load": load, "handling": handling / 64}
             modelled = start + load + (row["first"] + work) / workers + (pieces + 1) * handling / 64 + finish
@@ -192,70 +179,43 @@ def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def measure_streams(world: Path, documents: int, rounds: int) -> dict[str, Any]:
-    """Two workers, two groups of layers: seconds with each token forwarded twice, and with its streams moved."""
-    model, tokenizer, saes = load_model(world / "base"), load_tokenizer(world / "base"), open_saes(world / "saes")
-    texts = {"text": make_texts(documents)}
-    seconds: dict[str, list[float]] = {"layers": [], "streams": []}
-    stored: list[float] = []
-    expected: Any = None
-    with Crew(Ray(workers=2, threads=1), Bench(base=world / "base")) as crew:
-        loading(crew, saes, model.dtype)
-        sharing = share(model, saes, crew.means, dtype=model.dtype, memory=None, split="streams", max_tokens=1024)
-        for number, way in [(n, way) for n in range(rounds) for way in seconds]:
-            options = {"block_size": BLOCK, "split": way, "spread": crew.listening}
-            with watched(lambda: []) as seen:
-                taken, found = timed(lambda options=options: listen(model, tokenizer, saes, texts, **options))
-            seconds[way].append(taken)
-            stored += [row["store_mb"] for row in seen if way == "streams"]
-            expected = expected or found
-            assert same(found, expected), "other sums"
-            print(number, way, round(taken, 1), flush=True)
-    tokens = int(next(iter(expected["text"].statistics.layers.values())).tokens.sum())
-    return {
-        "documents": documents,
-        "tokens": tokens,
-        "said": sharing.said,
-        "stream_bytes_of_a_token": LAYERS * HIDDEN * model.dtype.itemsize,
-        "sums_equal_to_the_bit": True,
-        "seconds": {way: statistics.median(all_of_it) for way, all_of_it in seconds.items()},
-        "rounds": seconds,
-        "store_mb_at_most": max(stored),
-    }
+def workers_of(world: Path, workers: int) -> RayExecutor:
+    return RayExecutor(Ray(workers=workers, threads=1), WorkerContext(base=world / "base"))
 
 
-def nothing(crew: Crew) -> None:
+def nothing(executor: RayExecutor) -> None:
     """Until every worker has answered."""
-    while len(crew.pids) < crew.workers:
-        list(CrewRun(crew, lambda bench: None)(lambda tool, loaded: None, [Piece(name="", load=int)]))
+    waits = [0.5] * executor.workers  # long enough for each to get one
+    list(executor.map_pieces(lambda tool, seconds: time.sleep(seconds), waits, setup=lambda context: None))
 
 
-def loading(crew: Crew, saes: Any, dtype: torch.dtype) -> None:
+def loading(executor: RayExecutor, saes: Any, dtype: torch.dtype) -> None:
     """Each worker loads model and SAEs once, side by side."""
 
-    def make(bench: Any) -> Any:
-        from stethoscope.diagnosis.listener import Block
-
+    def setup(context: WorkerContext) -> Any:
         options = {"site": "resid_post", "max_tokens": 64, "tokens": "all", "dtype": dtype}
-        listener = Listener(bench.model, bench.tokenizer, saes=saes, **options)
+        listener = Listener(context.model, context.tokenizer, saes=saes, **options)
         return listener.hear(Block(layers=tuple(saes), documents={0: "one"}))
 
-    count = crew.workers
-    list(CrewRun(crew, make)(lambda tool, loaded: None, [Piece(name="", load=int) for _ in range(count)]))
+    list(executor.map_pieces(lambda tool, piece: None, range(executor.workers), setup=setup))
 
 
-def echo(crew: Crew, block: Any, count: int) -> None:
+def echo(executor: RayExecutor, block: Any, count: int) -> None:
     """Pieces that come back at once, with as many bytes as a block's statistics have, and are put in place."""
     from stethoscope.diagnosis.statistics import StatisticsTable
 
     table = StatisticsTable(count)
-    pieces = [Piece(name="", load=int) for _ in range(count)]
-    for number, found in CrewRun(crew, lambda bench: block)(lambda tool, loaded: tool, pieces):
+    for number, found in executor.map_pieces(lambda tool, piece: tool, range(count), setup=lambda context: block):
         table.put(number, found.statistics)
 
 
+def worker_pids() -> list[int]:
+    children = psutil.Process().children(recursive=True)
+    return [child.pid for child in children if "ray::Worker" in " ".join(child.cmdline())]
+
+
 @contextmanager
-def watched(pids: Callable[[], list[int]]) -> Iterator[list[dict[str, float]]]:
+def watched() -> Iterator[list[dict[str, float]]]:
     """Memory of the driver, the workers and the object store, twice a second."""
     ray, seen, stop = import_ray(), [], threading.Event()
     start = time.perf_counter()
@@ -269,7 +229,7 @@ def watched(pids: Callable[[], list[int]]) -> Iterator[list[dict[str, float]]]:
                 "driver_mb": own_memory(os.getpid()),
                 "store_mb": (total - left) / 1e6,
             }
-            seen.append(row | {"workers_mb": sum(map(own_memory, pids()))})
+            seen.append(row | {"workers_mb": sum(map(own_memory, worker_pids()))})
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -307,7 +267,7 @@ def measure_memory(world: Path) -> dict[str, Any]:
     model, tokenizer, saes = load_model(world / "base"), load_tokenizer(world / "base"), open_saes(world / "saes")
     # many small blocks: what a block leaves behind, its statistics, is counted too
     few, block = {layer: saes[layer] for layer in (0, 1)}, 64
-    with Crew(Ray(workers=2, threads=1), Bench(base=world / "base")) as crew, watched(lambda: crew.pids) as seen:
+    with workers_of(world, 2) as executor, watched() as seen:
         seconds, heard = timed(
             lambda: listen(
                 model,
@@ -317,7 +277,7 @@ def measure_memory(world: Path) -> dict[str, Any]:
                 block_size=block,
                 max_tokens=LINES,
                 health_tokens=LINES,
-                spread=crew.listening,
+                executor=executor,
             )
         )
     # from when both workers have loaded and begun
@@ -345,9 +305,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument(
-        "--parts", nargs="+", choices=["memory", "time", "streams"], default=["memory", "time", "streams"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=["memory", "time"], default=["memory", "time"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     ray = import_ray()
@@ -356,7 +314,6 @@ def main() -> None:
     measures = {
         "memory": measure_memory,
         "time": lambda world: measure_time(world, options.documents, options.rounds),
-        "streams": lambda world: measure_streams(world, options.documents, max(2, options.rounds)),
     }
     with tempfile.TemporaryDirectory() as folder:
         world = Path(folder)
@@ -371,7 +328,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     write_json(RESULTS, found)
     for part in options.parts:
-        print(part, {name: found[part].get(name) for name in ("modelled_over_measured", "growth_mb", "seconds")})
+        print(part, {name: found[part].get(name) for name in ("modelled_over_measured", "growth_mb")})
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ from scipy.stats import binomtest
 
 import stethoscope_demo
 from stethoscope.cli import cache_folder
-from stethoscope.corpus import read_documents
 from stethoscope.diagnosis.listen import listen
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.diagnosis.uncertainty import assess
-from stethoscope.models import load_model, load_tokenizer
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.saes.open import open_saes
+from stethoscope.text.documents import read_documents
 from stethoscope_demo.base_model import unpack_base
 
 RESULTS = Path(__file__).parent / "results" / "scores.json"

@@ -14,22 +14,22 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
+from stethoscope.check import check_recipe
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.context import INJECTED_TOKENS
-from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics
 from stethoscope.editing.apply import applied
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
-from stethoscope.evaluation.control import document_losses
-from stethoscope.evaluation.outcomes import DocumentLosses
-from stethoscope.models import load_model, load_tokenizer
-from stethoscope.preflight import check_recipe
+from stethoscope.evaluation.outcomes import PerDocument
+from stethoscope.evaluation.text_loss import document_losses
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import load_sae
 from stethoscope.selection.injection import Gains, measure
+from stethoscope.text.tokens import batches, prompt_lengths, tokenize
 
 OUTCOMES = Path(__file__).parent / "outcomes"
 DOCUMENTS = 40  # of each text
@@ -90,7 +90,7 @@ class Bench:
 
     def losses(
         self, text: str, plan: EditPlan | None, within: Callable[[Any], AbstractContextManager[None]] = nullcontext
-    ) -> DocumentLosses:
+    ) -> PerDocument:
         """An edit's loss on each document of a text; ``within`` changes the edited model further."""
         rows, starts = self.tokens[text]
         with applied(self.model, self.task_vector, plan) if plan else nullcontext(), within(self.model):
@@ -112,7 +112,7 @@ class Bench:
         return load_sae(self.saes[layer]).W_dec.detach()[ours.toward(theirs).tolist()]
 
 
-def loss_rows(losses: DocumentLosses, **more: Any) -> Iterator[dict[str, Any]]:
+def loss_rows(losses: PerDocument, **more: Any) -> Iterator[dict[str, Any]]:
     """A row per document."""
     for number, (nats, tokens) in enumerate(zip(losses.sums.tolist(), losses.tokens.tolist(), strict=True)):
         yield {**more, "document": number, "nats": nats, "tokens": tokens}

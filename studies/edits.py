@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from stethoscope.artifacts import sha256_file
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.editing.patch import undo_patch
+from stethoscope.editing.patch import apply_patch
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import StethoscopeError
-from stethoscope.evaluation.control import document_losses
-from stethoscope.models import load_model
+from stethoscope.evaluation.text_loss import document_losses
+from stethoscope.models.load import load_model
 from stethoscope.selection.arms import control_plan
 
 PARTS = ("coefficient", "bits", "two")
@@ -106,7 +106,7 @@ def two(benches: dict[str, Bench], undone: list[dict[str, Any]]) -> Iterator[dic
                 out = Path(made) / f"{patch} of {edited}"
                 row: dict[str, Any] = {"setting": setting, "patch": patch, "edited": edited, "said": None}
                 try:
-                    undo_patch(at[patch], at[edited], out)
+                    apply_patch(at[patch], at[edited], out, undo=True)
                 except StethoscopeError as error:
                     row |= {"said": str(error).replace(f"{made}/", ""), "exact": None}
                 else:

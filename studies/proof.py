@@ -17,7 +17,7 @@ import pandas as pd
 from common import NAMES, OUTCOMES, TEXTS, arguments, loss_rows, recipe_of, save
 
 from stethoscope.cli.console import ConsoleReporter
-from stethoscope.evaluation.control import TextLoss
+from stethoscope.evaluation.text_loss import TextLoss
 from stethoscope.recipe import Select
 from stethoscope.run import run_recipe
 

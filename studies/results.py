@@ -22,8 +22,9 @@ import pandas as pd
 from common import NAMES, OUTCOMES, TEXTS
 from scipy.stats import linregress, spearmanr
 
-from stethoscope.evaluation import DocumentLosses, Outcomes, compare
+from stethoscope.evaluation.comparison import compare
 from stethoscope.evaluation.inference import ratio_difference
+from stethoscope.evaluation.outcomes import Outcomes, PerDocument
 from stethoscope.results.comparison import Comparison, Contrast, PairedDifference
 from stethoscope.results.validation import Beaten
 
@@ -199,7 +200,7 @@ def compared(vector: str, pairs: tuple[tuple[str, str], ...] | None = None) -> C
     frame = pick("proof", vector=vector).drop(columns="vector").reset_index(drop=True).dropna(axis=1, how="all")
     losses = {
         text: {
-            arm: DocumentLosses(sums=one.nats.to_numpy(), tokens=one.tokens.to_numpy())
+            arm: PerDocument(sums=one.nats.to_numpy(), tokens=one.tokens.to_numpy())
             for arm, one in found.sort_values("document").groupby("arm", sort=False)
         }
         for text, found in pick("proof_losses", vector=vector).groupby("text")

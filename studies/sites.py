@@ -17,7 +17,7 @@ from common import NAMES, recipe_of, save
 from stethoscope.cli import cache_folder
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.diagnosis.statistics import load_statistics
-from stethoscope.models import load_tokenizer
+from stethoscope.models.load import load_tokenizer
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.run import run_recipe
 from stethoscope.saes.train import TrainingSettings, load_for_training, train_saes

@@ -17,20 +17,19 @@ ORDER = [
     {"stages"},
     {"make"},
     {"context"},
-    {"scaling"},
-    {"preflight"},
+    {"check"},
     {"selection", "evaluation"},
     {"diagnosis"},
+    {"executor"},
     {"editing"},
     {"saes"},
     {"replay"},
-    {"sites", "losses", "seen"},
-    {"checkpoints", "corpus", "models", "recipe"},
-    {"documents"},
+    {"losses"},
+    {"checkpoints", "text", "models", "recipe"},
     {"report"},  # it reads saved values and no room that makes them
     {"results"},  # whose `plot` alone imports the report's charts, when called
     {"artifacts"},
-    {"errors", "lazy", "shown", "work"},
+    {"errors", "lazy", "display"},
 ]
 
 

@@ -14,8 +14,9 @@ from pyarrow import parquet
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from stethoscope.corpus import batches, counted_tokens, documents_hash, read_documents, tokenize
 from stethoscope.errors import StethoscopeError
+from stethoscope.text.documents import documents_hash, read_documents
+from stethoscope.text.tokens import batches, counted_tokens, tokenize
 
 TEXTS = ["first text", "second\u2028text", "third"]
 CHATS = [

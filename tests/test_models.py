@@ -5,9 +5,9 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 
 from stethoscope.errors import RecipeError, StethoscopeError
-from stethoscope.models import find_device, room_beside
+from stethoscope.models.load import find_device, room_beside
 from stethoscope.recipe import Recipe
-from stethoscope.saes.activations import lent
+from stethoscope.saes.activations import on_device
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -50,7 +50,7 @@ def test_lent_weights_come_back_whatever_happens():
     before = [parameter.data_ptr() for parameter in sae.parameters()]
 
     def fail() -> None:
-        with lent(sae, torch.device("cpu")):
+        with on_device(sae, torch.device("cpu")):
             sae.W_enc.data = sae.W_enc.data + 1
             raise KeyboardInterrupt
 

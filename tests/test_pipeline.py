@@ -15,22 +15,22 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stethoscope.artifacts import sha256_file
+from stethoscope.check import check_recipe, check_run
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.errors import RecipeError, StethoscopeError
-from stethoscope.evaluation.control import TextDivergence, TextLoss, document_costs
-from stethoscope.evaluation.tables import accuracy_table
-from stethoscope.preflight import check_recipe, preflight
+from stethoscope.evaluation.contamination import Seen
+from stethoscope.evaluation.text_loss import TextDivergence, TextLoss, document_costs
 from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
+from stethoscope.results.comparison_tables import accuracy_table
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
 from stethoscope.run import run_recipe
-from stethoscope.seen import Seen
 from stethoscope.selection.arms import CONTROL_ARMS, plan_arms
 
 LAYERS = 4
@@ -223,7 +223,7 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     chosen = heard.scores["mass_shift"].sets[2].effect  # the truth is measured as the arm's loss is
     assert chosen.layers == tuple(result.selection.layers)
     assert chosen.target_gain == pytest.approx(-comparison.contrast("selected").target_loss.difference, rel=1e-3)
-    assert "target loss, change" in {row[0] for row in accuracy_table(comparison)}
+    assert "loss on held-out target text" in {row[0] for row in accuracy_table(comparison)}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "Is what was thrown away what worked?" in page
     assert Geometry.load(tmp_path / "run").layers[0].features == 3
@@ -294,7 +294,7 @@ def test_saes_that_read_heads_cannot_be_projected_onto(world, tmp_path):
         sae.save_model(tmp_path / "saes" / f"layer_{layer}")
     path = changed(world, tmp_path, saes=str(tmp_path / "saes"), arms=["base", "selected", "projected", "complement"])
     with pytest.raises(RecipeError, match="leave out `projected`, `complement` of `arms`"):
-        preflight(Recipe.from_yaml(path), tmp_path / "run")
+        check_run(Recipe.from_yaml(path), tmp_path / "run")
 
 
 def test_held_out_target_text_is_new(world, tmp_path):
@@ -303,7 +303,7 @@ def test_held_out_target_text_is_new(world, tmp_path):
     recipe["evaluate"]["target"] = recipe["target"]
     path.write_text(yaml.safe_dump(recipe))
     with pytest.raises(RecipeError, match="held-out target text"):
-        preflight(Recipe.from_yaml(path), tmp_path / "run")
+        check_run(Recipe.from_yaml(path), tmp_path / "run")
 
 
 def test_a_second_run_is_identical(world, finished, tmp_path):
@@ -323,7 +323,7 @@ def test_a_finished_stage_is_not_run_again(world, finished, monkeypatch):
         "diagnosis.listen": ("listen",),
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
-        "evaluation.control": ("document_costs",),
+        "evaluation.text_loss": ("document_costs",),
         "saes.open": ("load_sae",),
         "selection.arms": ("plan_arms",),
         "artifacts": ("sha256_file",),
@@ -382,7 +382,7 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, tmp_path
         asked.append(list(arms))
         return document_costs(model, arms, *args, **options)
 
-    monkeypatch.setattr("stethoscope.evaluation.control.document_costs", counted)
+    monkeypatch.setattr("stethoscope.evaluation.text_loss.document_costs", counted)
     run_recipe(Recipe.from_yaml(world / "recipe.yaml"), copy, reporter=Recorder())
     assert asked == [["tuned"]]
     for kind in (TextLoss, TextDivergence):
@@ -427,7 +427,7 @@ def test_everything_wrong_is_said_before_any_work(world, tmp_path, llama):
         control={"dataset": str(world / "control.jsonl"), "field": "body"},
     )
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(path), tmp_path / "run")
+        check_run(Recipe.from_yaml(path), tmp_path / "run")
     shown = str(error.value)
     assert "nowhere.jsonl" in shown
     assert "no text in field `body`" in shown
@@ -439,7 +439,7 @@ def test_an_adapter_for_another_model_is_refused(world, tmp_path, llama):
     other = get_peft_model(llama(layers=6, hidden=64), LoraConfig(r=2, target_modules=["q_proj"]))
     other.save_pretrained(tmp_path / "adapter")
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(changed(world, tmp_path, tuned=str(tmp_path / "adapter"))), tmp_path / "run")
+        check_run(Recipe.from_yaml(changed(world, tmp_path, tuned=str(tmp_path / "adapter"))), tmp_path / "run")
     assert "q_proj" in str(error.value)
 
 
@@ -447,7 +447,7 @@ def test_an_adapter_for_another_model_is_refused(world, tmp_path, llama):
 def test_a_gpu_that_is_not_there_is_said_before_any_work(world, tmp_path, capsys):
     path = changed(world, tmp_path, device="cuda", select={"k": 9})
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(path), tmp_path / "run")
+        check_run(Recipe.from_yaml(path), tmp_path / "run")
     assert "no device `cuda` here" in str(error.value)
     assert "select.k is `9`" in str(error.value)
     options = ["--out", str(tmp_path / "run"), "--device", "cuda:1"]
@@ -468,7 +468,7 @@ def test_unknown_task_and_too_many_layers_are_named(world, tmp_path):
     evaluate = {"tasks": ["tiny_summ"], "include_path": str(world / "tasks")}
     path = changed(world, tmp_path, evaluate=evaluate, select={"k": 9})
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(path), tmp_path / "run")
+        check_run(Recipe.from_yaml(path), tmp_path / "run")
     assert "tiny_summ" in str(error.value)
     assert "select.k is `9`" in str(error.value)
 
@@ -488,7 +488,7 @@ def test_items_that_the_choice_has_seen_are_refused_by_name_or_said(world, tmp_p
     control = {"dataset": str(tmp_path / "control.jsonl")}
     path = changed(world, tmp_path, control=control, evaluate=evaluate)
     with pytest.raises(RecipeError) as error:
-        preflight(Recipe.from_yaml(path), tmp_path / "run")
+        check_run(Recipe.from_yaml(path), tmp_path / "run")
     assert "`general text`: item 0" in str(error.value)
     assert "evaluate.exploratory: true" in str(error.value)
     path = changed(world, tmp_path, control=control, evaluate=evaluate | {"exploratory": True})
@@ -599,7 +599,7 @@ def test_check_names_texts_that_no_layer_can_be_judged_on(world, tmp_path):
 def test_check_names_an_output_that_cannot_be_written(world, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RecipeError, match="is a file"):
-        preflight(Recipe.from_yaml(world / "recipe.yaml"), tmp_path / "file" / "run")
+        check_run(Recipe.from_yaml(world / "recipe.yaml"), tmp_path / "file" / "run")
 
 
 def test_edit_undo_and_verify_from_the_command_line(world, tmp_path, capsys):

@@ -9,7 +9,7 @@ from editing.tiny_models import LAYOUTS, save_pair
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.losses import replaced_forward, run
-from stethoscope.models import decoder_layers, load_model
+from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.replay import Recording
 
 IDS = torch.tensor([[5, 9, 12, 7, 3, 30], [8, 4, 11, 6, 0, 0]])

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from stethoscope.artifacts import sha256_bytes, write_text
 from stethoscope.cli import ConsoleReporter
-from stethoscope.models import load_tokenizer
+from stethoscope.models.load import load_tokenizer
 from stethoscope.saes.health import health_rows
 from stethoscope.saes.train import TrainingSettings, load_for_training, train_saes
 from stethoscope_demo.base_model import ORIGIN

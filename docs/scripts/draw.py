@@ -5,8 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from stethoscope.report import trade_off
-from stethoscope.report.choice import validation_plane
-from stethoscope.report.scalpel import energy_curves
+from stethoscope.report.charts import energy_curves, validation_plane
 from stethoscope.results.comparison import Comparison
 from stethoscope.results.validation import ScoreValidation
 

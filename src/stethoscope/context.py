@@ -1,4 +1,4 @@
-"""What every stage of a run reads: the recipe, what it refers to, and the model, loaded when it is first needed."""
+"""The inputs of a run's stages: the recipe, what it refers to, and the model, loaded when it is first needed."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -8,24 +8,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import Provenance, canonical_json, remembered_hashes, sha256_bytes, sha256_files
-from stethoscope.corpus import TokenBatch, batches, documents_hash, prompt_lengths, tokenize
-from stethoscope.documents import Document
+from stethoscope.check import Check
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan, coefficients
-from stethoscope.models import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
-from stethoscope.preflight import Preflight
+from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.recipe import Recipe
 from stethoscope.saes.open import SAEFolder
+from stethoscope.text.documents import Document, documents_hash
+from stethoscope.text.tokens import TokenBatch, batches, prompt_lengths, tokenize
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from stethoscope.scaling.crew import Crew
+    from stethoscope.executor import RayExecutor
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
 PROJECTED_SHARE = 0.03
+IDENTITY = {".json", ".safetensors", ".jinja", ".model"}  # files that decide what a checkpoint or adapter is
 INJECTED_TOKENS = 2048  # a batch's activations after every layer are held at once
 
 Arm = Callable[[], AbstractContextManager[Any]]
@@ -38,18 +41,20 @@ class Context:
     Attributes:
         found: everything that the recipe refers to, opened by headers.
         hashes: content hash of each input by name: ``base``, ``tuned``, ``saes`` and every text.
-        stack: closes workers when the run ends.
+        stack: stops workers when the run ends.
     """
 
     recipe: Recipe
     folder: Path
-    found: Preflight
+    found: Check
+    base: Checkpoint
+    task_vector: TaskVector
     hashes: Mapping[str, str]
     stack: ExitStack
 
     @cached_property
     def device(self) -> "torch.device":
-        """Where this process computes: `auto` leaves the GPUs to the workers, if there are any."""
+        """The device of this process: `auto` leaves the GPUs to the workers, if there are any."""
         auto_beside_workers = self.recipe.device == "auto" and self.has_workers
         return find_device("cpu" if auto_beside_workers else self.recipe.device)
 
@@ -60,91 +65,88 @@ class Context:
 
     @property
     def dtype(self) -> "torch.dtype":
-        """Of the model here and of the workers' models."""
+        """The type of weights of the model here and of the workers' models."""
         return preferred_dtype("cuda" if self.recipe.ray and self.recipe.ray.gpus else self.device)
 
     @cached_property
     def model(self) -> "PreTrainedModel":
         """The base model on its device."""
-        return load_model(self.found.base.path, dtype=self.dtype, device=self.device)
+        return load_model(self.base.path, dtype=self.dtype, device=self.device)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The base model's tokenizer."""
-        return load_tokenizer(self.found.base.path)
+        return load_tokenizer(self.base.path)
 
     @cached_property
-    def crew(self) -> "Crew | None":
+    def executor(self) -> "RayExecutor | None":
         """Workers, if the recipe asks for any."""
-        from stethoscope.scaling.bench import Bench
-        from stethoscope.scaling.crew import Crew
+        from stethoscope.executor import RayExecutor, WorkerContext
 
-        options = self.recipe.ray
-        if options is None or not self.has_workers:
+        if self.recipe.ray is None or not self.has_workers:
             return None
-        bench = Bench(base=self.found.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
-        return self.stack.enter_context(Crew(options, bench))
+        worker = WorkerContext(base=self.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
+        return self.stack.enter_context(RayExecutor(self.recipe.ray, worker))
 
     @property
     def sae_site(self) -> SAEFolder:
-        """Any of the SAEs, for its site: all read the same one."""
+        """Any of the SAEs, for its site, which is the same for all."""
         return next(iter(self.found.saes.values()))
 
     @property
     def projected_features(self) -> int:
-        """Features per layer that the arms of the projection keep."""
-        return self.recipe.project.features or max(1, round(PROJECTED_SHARE * self.found.base.hidden_size))
+        """Number of features per layer that span the subspace of projected arms."""
+        return self.recipe.project.features or max(1, round(PROJECTED_SHARE * self.base.hidden_size))
 
     def provenance(self, *inputs: str, **settings: Any) -> Provenance:
-        """What a result is made from: the hashes of some inputs, and settings."""
+        """The provenance of a result of these inputs, by name, and settings."""
         return provenance_of(self.recipe.seed, {name: self.hashes[name] for name in inputs}, settings)
 
     def layer_edits(self) -> LayerEdits:
-        """The task vector by layer, to be put into the model."""
-        return LayerEdits(self.model, self.found.task_vector, memory=room_beside(self.model))
+        """The task vector by layer, to be added to the model."""
+        return LayerEdits(self.model, self.task_vector, memory=room_beside(self.model))
 
     def arm(self, plan: EditPlan | None) -> Arm:
         """A context in which the model has an arm's weights; its tensors are made at each entry."""
-        return nullcontext if plan is None else lambda: applied(self.model, self.found.task_vector, plan)
+        return nullcontext if plan is None else lambda: applied(self.model, self.task_vector, plan)
 
     def held_arm(self, plan: EditPlan | None) -> Arm:
         """As `arm`, with the changed tensors held in memory, for arms that are entered many times."""
-        return prepare(self.model, self.found.task_vector, plan).entered if plan else nullcontext
+        return prepare(self.model, self.task_vector, plan).entered if plan else nullcontext
 
     def held_together(self, plans: Mapping[str, EditPlan | None]) -> list[dict[str, EditPlan | None]]:
         """Arms in groups whose changed tensors need no more memory than the model, or than is free beside it."""
-        task_vector, held = self.found.task_vector, 0
-        most = task_vector.base.nbytes
+        held, limit = 0, self.base.nbytes
         if self.device.type != "cpu":
-            most = min(most, room_beside(self.model))
+            limit = min(limit, room_beside(self.model))
         groups: list[dict[str, EditPlan | None]] = [{}]
         for name, plan in plans.items():
-            changed = coefficients(task_vector, plan) if plan else ()
-            size = sum(task_vector.base.entries[tensor].nbytes for tensor in changed)
-            if groups[-1] and held + size > most:
+            changed = coefficients(self.task_vector, plan) if plan else ()
+            size = sum(self.base.entries[tensor].nbytes for tensor in changed)
+            if groups[-1] and held + size > limit:
                 groups.append({})
                 held = 0
             groups[-1][name] = plan
             held += size
         return groups
 
-    def batches(self, text: str, most: int | None = None, without: tuple[int, ...] = ()) -> list[TokenBatch]:
-        """A text's documents in batches of tokens: at most so many from the top, without some."""
-        rows, starts = self.rows(text, most, max_tokens=self.recipe.diagnose.max_tokens, without=without)
+    def batches(self, text: str, limit: int | None = None, without: tuple[int, ...] = ()) -> list[TokenBatch]:
+        """Batches of tokens of a text's first ``limit`` documents, without those at some positions."""
+        rows, starts = self.rows(text, limit, max_tokens=self.recipe.diagnose.max_tokens, without=without)
         return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
 
     def rows(
-        self, text: str, most: int | None = None, *, max_tokens: int = 1024, without: tuple[int, ...] = ()
+        self, text: str, limit: int | None = None, *, max_tokens: int = 1024, without: tuple[int, ...] = ()
     ) -> tuple[list[list[int]], list[int] | None]:
-        """Token ids of a text's documents, and where each one's loss begins to count if they have prompts."""
-        found = tokenize(self.documents(text, without)[:most], self.tokenizer, max_tokens=max_tokens)
+        """Token ids of a text's documents, and the lengths of their prompts in tokens if they have any."""
+        found = tokenize(self.documents(text, without)[:limit], self.tokenizer, max_tokens=max_tokens)
         prompts = self.found.prompts.get(text)
         if prompts is None:
             return found, None
-        return found, prompt_lengths(found, tokenize(prompts[:most], self.tokenizer, max_tokens=max_tokens))
+        return found, prompt_lengths(found, tokenize(prompts[:limit], self.tokenizer, max_tokens=max_tokens))
 
     def documents(self, text: str, without: tuple[int, ...] = ()) -> list[Document]:
-        """A text's documents, without those at some places."""
+        """A text's documents, without those at some positions."""
         return [document for n, document in enumerate(self.found.texts[text]) if n not in without]
 
 
@@ -153,20 +155,30 @@ def provenance_of(seed: int, hashes: Mapping[str, str], settings: Mapping[str, A
     return Provenance(seed=seed, inputs={**hashes, "settings": sha256_bytes(canonical_json(settings).encode())})
 
 
-def identity_files(folder: Path) -> list[Path]:
-    """The files that decide what a checkpoint or adapter is: configs, weights and tokenizer."""
-    return [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
-
-
-def open_context(recipe: Recipe, folder: Path, found: Preflight, stack: ExitStack) -> Context:
+def open_context(recipe: Recipe, folder: Path, found: Check, stack: ExitStack) -> Context:
     """A run's inputs with their hashes; ``stack`` stops workers when it closes."""
+    assert found.base is not None
+    assert found.task_vector is not None
     with remembered_hashes(folder / "hashes.json") as hash_file:
+
+        def hashed(model: Path) -> str:
+            identity = [path for path in model.iterdir() if path.suffix in IDENTITY]
+            return sha256_files(identity, hash_file)
+
         saes = {str(layer): sae.hashed(hash_file) for layer, sae in found.saes.items()}
         hashes = {
-            "base": sha256_files(identity_files(found.base.path), hash_file),
-            "tuned": sha256_files(identity_files(found.task_vector.store.path), hash_file),
+            "base": hashed(found.base.path),
+            "tuned": hashed(found.task_vector.store.path),
             "saes": sha256_bytes(canonical_json(saes).encode()),
         }
     for name, documents in found.texts.items():
         hashes[name] = documents_hash([*documents, *found.prompts.get(name, ())])
-    return Context(recipe=recipe, folder=folder, found=found, hashes=hashes, stack=stack)
+    return Context(
+        recipe=recipe,
+        folder=folder,
+        found=found,
+        base=found.base,
+        task_vector=found.task_vector,
+        hashes=hashes,
+        stack=stack,
+    )

@@ -4,7 +4,6 @@ Functions import what they need when they are called, so that listing the stages
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.statistics import FeatureStatistics
     from stethoscope.editing.plan import EditPlan
     from stethoscope.editing.subspace import LayerFeatures
-    from stethoscope.evaluation.control import ArmLosses, DocumentCosts
-    from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
+    from stethoscope.evaluation.outcomes import Outcomes, PerDocument
+    from stethoscope.evaluation.text_loss import ArmLosses, DocumentCosts
     from stethoscope.results.calibration import Calibration
     from stethoscope.results.comparison import Claim, Comparison
     from stethoscope.results.diagnosis import Diagnosis
@@ -41,13 +40,12 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     from stethoscope.diagnosis.listen import listen
     from stethoscope.diagnosis.statistics import save_statistics
 
-    recipe, options, crew = context.recipe, context.recipe.diagnose, context.crew
+    recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
     attribution = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
     memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
-    split = recipe.ray.split if recipe.ray else "auto"
-    if crew:
-        memory = memory or crew.sae_memory(context.found.base.nbytes)
+    if executor:
+        memory = memory or executor.sae_memory(context.base.nbytes)
     heard = listen(
         context.model,
         context.tokenizer,
@@ -58,8 +56,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         tokens=options.tokens,
         memory=memory,
         skip_broken=options.skip_broken,
-        split=split,
-        spread=crew.listening if crew else None,
+        executor=executor,
         progress=progress,
     )
     save_statistics(context.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
@@ -140,7 +137,7 @@ def calibration(context: "Context", results: Results, provenance: Provenance, pr
         coefficients=options.coefficients,
         budget=options.budget,
         per_layer=options.per_layer,
-        spread=context.crew.injecting if context.crew else None,
+        executor=context.executor,
         progress=progress,
     )
 
@@ -173,7 +170,7 @@ def geometry(context: "Context", results: Results, provenance: Provenance, progr
 
     diagnosis: Diagnosis = results["diagnose"]
     return measure_geometry(
-        context.found.task_vector,
+        context.task_vector,
         _features(context, diagnosis),
         provenance=provenance,
         model=context.model,
@@ -214,7 +211,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
     from stethoscope.results.edits import Edits
     from stethoscope.selection.arms import plan_arms, save_plans
 
-    task_vector, diagnosis = context.found.task_vector, results["diagnose"]
+    task_vector, diagnosis = context.task_vector, results["diagnose"]
     planned = plan_arms(
         context.recipe,
         task_vector,
@@ -227,7 +224,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
     (context.folder / Edits.FILE).unlink(missing_ok=True)
     if selected := planned.plans.get("selected"):
         edited = context.folder / "edited"
-        write_edit(context.found.base, task_vector, selected, edited, overwrite=True, progress=progress)
+        write_edit(context.base, task_vector, selected, edited, overwrite=True, progress=progress)
     save_plans(context.folder, planned, task_vector.energy_by_layer(), provenance=provenance)
     return planned
 
@@ -245,21 +242,12 @@ def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts
 def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
     """Run every arm on every task; what is stored by arm and task is read."""
     from stethoscope.evaluation.run import evaluate
-    from stethoscope.models import load_skeleton
 
-    options, plans = context.recipe.evaluate, results["edit"].plans
-
-    def on_workers(make: Callable[..., Any]) -> Any:
-        assert context.crew
-        return context.crew.answering(plans)(make)  # they start when the first answer is missing
-
-    spread = on_workers if context.has_workers else None
-    base = context.found.base.path
+    options, plans, executor = context.recipe.evaluate, results["edit"].plans, context.executor
     return evaluate(
-        partial(load_skeleton, base, dtype=context.dtype) if spread else lambda: context.model,
+        lambda: context.model,
         context.tokenizer,
-        # workers have their own arms
-        {name: nullcontext if spread else context.arm(plan) for name, plan in plans.items()},
+        plans if executor else {name: context.arm(plan) for name, plan in plans.items()},
         [*options.tasks, *options.control_tasks],
         out=context.folder,
         include_path=options.include_path,
@@ -268,14 +256,14 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
         batch_size=options.batch_size,
         seed=context.recipe.seed,
         keys={name: made.key for name, made in _arm_keys(context, plans).items()},
-        spread=spread,
+        executor=executor,
         progress=lambda done, total, _: progress(done, total),
     )
 
 
 def losses(context: "Context", results: Results, _: Provenance, progress: Progress) -> "ArmLosses":
     """Measure every arm's loss on held-out target text, and loss and divergence from the base on general text."""
-    from stethoscope.evaluation.control import ArmLosses
+    from stethoscope.evaluation.text_loss import ArmLosses
 
     plans = results["edit"].plans
     return ArmLosses(general=_costs(context, plans, progress), target=_target_losses(context, plans, progress))
@@ -283,8 +271,8 @@ def losses(context: "Context", results: Results, _: Provenance, progress: Progre
 
 def _target_losses(
     context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
-) -> "dict[str, DocumentLosses]":
-    from stethoscope.evaluation.control import TextLoss, document_losses
+) -> "dict[str, PerDocument]":
+    from stethoscope.evaluation.text_loss import TextLoss, document_losses
 
     if not context.found.texts.get(HELD_OUT):
         return {}
@@ -307,7 +295,7 @@ def _target_losses(
 def _costs(
     context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
 ) -> "dict[str, DocumentCosts]":
-    from stethoscope.evaluation.control import DocumentCosts, document_costs
+    from stethoscope.evaluation.text_loss import DocumentCosts, document_costs
 
     if not context.found.texts.get(GENERAL):
         return {}
@@ -388,7 +376,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         matched=options.matched if options.matched is not None else (recipe.score, ATTRIBUTION),
         random_sets=options.random_sets,
         coefficient=recipe.edit.coefficient,
-        spread=context.crew.injecting if context.crew else None,
+        executor=context.executor,
         progress=progress,
     )
 

@@ -4,33 +4,43 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stethoscope.errors import RecipeError
 
-ArmName = Literal[
-    "base", "tuned", "selected", "random_layers",
-    "scaled", "norm_ranked", "bottom_layers", "random_matched",
-    "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
-    "hybrid", "filtered",
-]  # fmt: skip
-# Of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
-FEWEST_BLOCKS = 4
-# There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
-OTHERS: tuple[ArmName, ...] = (
-    "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid",
-)  # fmt: skip
 ScalpelArm = Literal[
     "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
     "hybrid", "filtered",
 ]  # fmt: skip
+ArmName = Literal[
+    "base", "tuned", "selected", "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", ScalpelArm
+]
 SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
+ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")
+# There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
+OTHERS: tuple[ArmName, ...] = (
+    "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid",
+)  # fmt: skip
+# Blocks of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
+FEWEST_BLOCKS = 4
 ATTRIBUTION = "attribution"  # the score that needs the task vector
 GENERAL, HELD_OUT = "general", "held-out target"  # names of the texts of `evaluate`
-ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")
+
+
+def _resolved(name: str, info: Any) -> str:
+    """A path in the recipe's folder where that exists or the name is written as a path, else the name: a hub id."""
+    if info.context is None:
+        return name
+    path = info.context / Path(name).expanduser()
+    written_as_path = name.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".parquet", ".txt")
+    return str(path) if written_as_path or path.exists() else name
+
+
+PathOrHubId = Annotated[str, AfterValidator(_resolved)]
+LocalPath = Annotated[Path, AfterValidator(lambda path, info: info.context / path if info.context else path)]
 
 
 class _Section(BaseModel):
@@ -38,16 +48,16 @@ class _Section(BaseModel):
 
 
 class Text(_Section):
-    """Documents: a file, a saved dataset or one on the hub; what to read of it, and how many from the top.
+    """Documents in a file, a saved dataset or a dataset on the hub.
 
     Attributes:
         dataset: a .jsonl, .parquet or .txt file, a saved dataset's folder, or ``owner/name/config:split`` on the hub.
-        field: holds each document: a text, or a chat as a list of messages.
-        split: of a dataset that has several.
-        documents: at most so many.
+        field: the field that holds each document: a text, or a chat as a list of messages.
+        split: the split to read, of a dataset that has several.
+        documents: maximum number of documents, from the top.
     """
 
-    dataset: str
+    dataset: PathOrHubId
     field: str = "text"
     split: str | None = None
     documents: int | None = Field(default=None, ge=1)
@@ -57,22 +67,22 @@ class LossText(Text):
     """Text on which an arm's loss is measured.
 
     Attributes:
-        prompt: a field with what stands before each document; it is read, and its tokens do not count.
+        prompt: a field with the text that precedes each document; its tokens do not count.
     """
 
     prompt: str | None = None
 
 
 class Select(_Section):
-    """How scores become layers.
+    """The policy that turns scores into a choice of layers.
 
     Attributes:
-        policy: what decides, see `selection.policies`.
-        k: layers, for ``top_k`` and ``spread``.
-        z: least excess in standard deviations of the null, for ``threshold``.
-        alpha: level over all layers, for ``significant``.
-        share: of the excess to hold, for ``budget``.
-        include_flagged: believe SAEs whose health is poor.
+        policy: the policy, see `selection.policies`.
+        k: number of layers, for ``top_k`` and ``spread``.
+        z: minimum excess in standard deviations of the null, for ``threshold``.
+        alpha: family-wise significance level, for ``significant``.
+        share: share of the total excess to reach, for ``budget``.
+        include_flagged: include layers whose SAE has poor health.
     """
 
     policy: Literal["top_k", "spread", "threshold", "significant", "budget", "gap", "calibrated"] = "top_k"
@@ -95,14 +105,14 @@ class Select(_Section):
 
 
 class Calibrate(_Section):
-    """The search for layers and coefficient on the loss of texts that nothing is claimed on.
+    """The search for layers and coefficient by the loss on texts that no claim is tested on.
 
     Attributes:
         target: other text that uses the skill; with a ``prompt``, only the loss of what follows it counts.
-        control: other text that does not.
-        budget: the share by which control loss may rise; without one, a nat of control weighs a nat of target.
-        coefficients: those tried.
-        per_layer: go on with one layer's coefficient at a time.
+        control: other text that does not use it.
+        budget: share by which control loss may rise; without one, a nat of control weighs a nat of target.
+        coefficients: coefficients to try.
+        per_layer: then tune one layer's coefficient at a time.
     """
 
     target: LossText
@@ -113,27 +123,27 @@ class Calibrate(_Section):
 
 
 class EditOptions(_Section):
-    """How the task vector goes into the selected layers.
+    """The edit of the selected layers.
 
     Attributes:
-        coefficient: how much of the change; negative takes the skill away.
+        coefficient: factor of the task vector; negative removes the skill.
     """
 
     coefficient: float = Field(default=1.0, allow_inf_nan=False)
 
 
 class Diagnose(_Section):
-    """How the listening is done; blocks are what permutations relabel.
+    """How SAE activations are collected and scored; permutations relabel blocks of documents.
 
     Attributes:
-        block_size: documents to a block.
-        max_tokens: documents are cut here.
-        tokens: which count, of target and control alike: all, those that an assistant says in chats, or each
+        block_size: documents in a block.
+        max_tokens: documents are cut to this many tokens.
+        tokens: the tokens that count, in target and control: all, those of the assistant's messages, or each
             document's last.
-        permutations: relabellings that chance is judged by; the smallest p is 1 / (permutations + 1).
-        resamples: draws of blocks, for intervals and the stability of ranks.
-        sae_memory_gb: encoders that do not fit wait for another forward over the text; no limit by default.
-        skip_broken: leave out documents that cannot be heard, instead of ending with their names.
+        permutations: relabellings for the null distribution; the smallest p is 1 / (permutations + 1).
+        resamples: bootstrap draws of blocks, for intervals and the stability of ranks.
+        sae_memory_gb: memory for encoders; those that do not fit take another pass over the text. No limit by default.
+        skip_broken: leave out documents that the model cannot process, instead of an error that names them.
     """
 
     block_size: int = Field(default=64, ge=1)
@@ -146,13 +156,13 @@ class Diagnose(_Section):
 
 
 class Project(_Section):
-    """The arms that cut along feature directions.
+    """The arms that project the task vector onto SAE feature directions.
 
     Attributes:
-        features: how many per layer span the subspace; 3 % of the width if None, as published.
-        share: of a layer's energy that ``filtered`` keeps in the selected layers, and ``hybrid`` in the others.
-        draws: random feature sets, and as many random bases, that the geometry is compared with.
-        tokens: of each corpus, on which functional energy is measured.
+        features: features per layer that span the subspace; 3 % of the width if None, as published.
+        share: share of a layer's energy that ``filtered`` keeps in the selected layers, ``hybrid`` in the others.
+        draws: random feature sets, and random bases, that the geometry is compared with.
+        tokens: tokens of each corpus for the measurement of functional energy.
     """
 
     features: int | None = Field(default=None, ge=1)
@@ -162,24 +172,24 @@ class Project(_Section):
 
 
 class Evaluate(_Section):
-    """The proof: tasks of lm-evaluation-harness, and text on which the edit should cost nothing.
+    """The evaluation: tasks of lm-evaluation-harness, and text on which the edit should cost nothing.
 
     Attributes:
-        tasks: task or group names whose gain is claimed; Holm's family.
+        tasks: tasks or groups whose gain is claimed; the family of Holm's correction.
         control_tasks: tasks that the edit might hurt.
-        include_path: a folder with task definitions of your own.
-        data: local files of ``minerva_math``'s items, a folder or one file.
-        limit: items per task; None for all.
+        include_path: a folder with further task definitions.
+        data: local items of ``minerva_math``, a folder or one file.
+        limit: maximum items per task; None for all.
         batch_size: prompts decoded together.
         control: text for the loss control.
-        target: held-out target text, on which every arm's loss is measured: finer than accuracy, though no task.
-        exploratory: test on items that the choice of layers has seen, and say so in the report.
+        target: held-out target text on which every arm's loss is measured, a finer measure than accuracy.
+        exploratory: allow test items that occur in the texts the layers were chosen by; the report says so.
     """
 
     tasks: tuple[str, ...] = Field(min_length=1)
     control_tasks: tuple[str, ...] = ()
-    include_path: Path | None = None
-    data: Path | None = None
+    include_path: LocalPath | None = None
+    data: LocalPath | None = None
     limit: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
     control: LossText | None = None
@@ -188,13 +198,13 @@ class Evaluate(_Section):
 
 
 class Validation(_Section):
-    """How ``validate`` judges the scores of layers against the effect of injecting them.
+    """How ``validate`` compares the scores of layers with the effect of injecting them.
 
     Attributes:
-        control: name of the control text whose loss is the cost.
-        documents: of each text, from the top; the effect is measured on held-out target text if there is any.
+        control: name of the control text on which the cost is measured.
+        documents: documents of each text, from the top; gain is measured on held-out target text if there is any.
         random_sets: random layer sets of each size to compare a score's layers with.
-        matched: scores compared with random sets of equal energy too; the recipe's and ``attribution`` if None.
+        matched: scores also compared with random sets of equal energy; the recipe's and ``attribution`` if None.
     """
 
     control: str = "control"
@@ -212,14 +222,12 @@ class Ray(_Section):
         threads: CPUs of each; if None as many as PyTorch uses here, with which the results are the same, or one beside
             a GPU.
         gpus: of each, one or a share of it; without, workers compute on CPUs.
-        split: what workers share of the listening, see `diagnosis.listen.listen`.
     """
 
     address: str = "auto"
     workers: int | None = Field(default=None, ge=0)
     threads: int | None = Field(default=None, ge=1)
     gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    split: Literal["auto", "documents", "layers", "streams"] = "auto"
 
 
 class Recipe(_Section):
@@ -229,30 +237,30 @@ class Recipe(_Section):
         base: the model that is edited: a folder or a hub id.
         tuned: its fine-tune: a checkpoint of the same shapes, or a PEFT adapter.
         saes: one for each layer of the base: a folder, a SAELens release or a hub id.
-        sae_id: picks among several: their id or path, with ``{layer}`` for the number.
+        sae_id: chooses among several SAEs: their id or path, with ``{layer}`` for the number.
         target: text that uses the skill.
         control: text that lacks the target's skill; a layer must stand out against it.
-        controls: further such texts by name, against each of which a layer must stand out too.
-        score: how layers are judged, see `diagnosis.scores`; or ``attribution``.
-        increments: judge what each layer adds to the one before it, for SAEs that read the residual stream.
-        diagnose: how the listening is done.
-        select: how scores become layers.
-        calibrate: the search that the policy ``calibrated`` rests on.
-        edit: how the change goes into the selected layers.
-        project: the arms that cut along feature directions.
-        arms: the models that answer the items.
-        random_sets: arms of layers drawn at random.
-        validation: how ``validate`` judges the scores.
-        evaluate: the proof.
-        device: where this process computes: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one, but the
+        controls: further control texts by name; a layer must stand out against each.
+        score: the score of layers, see `diagnosis.scores`; or ``attribution``.
+        increments: score what each layer adds to the one before it, for SAEs that read the residual stream.
+        diagnose: how activations are collected and scored.
+        select: the policy that chooses layers.
+        calibrate: the search that the policy ``calibrated`` uses.
+        edit: the edit of the selected layers.
+        project: the arms that project onto feature directions.
+        arms: the models that are evaluated.
+        random_sets: number of arms with random layers.
+        validation: how ``validate`` compares the scores.
+        evaluate: tasks and texts of the evaluation.
+        device: device of this process: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one, but the
             CPU beside workers, which may need the GPU.
         ray: a cluster that shares the work; without, all is done in this process.
         seed: of permutations, resamples, random layers and few-shot sampling.
     """
 
-    base: str
-    tuned: str
-    saes: str
+    base: PathOrHubId
+    tuned: PathOrHubId
+    saes: PathOrHubId
     sae_id: str | None = None
     target: Text
     control: Text
@@ -298,6 +306,18 @@ class Recipe(_Section):
         """Names of the texts that layers are scored on."""
         return ("target", *self.all_controls)
 
+    @property
+    def texts(self) -> dict[str, Text]:
+        """Every text by name."""
+        calibrate, evaluate = self.calibrate, self.evaluate
+        optional = {
+            "calibration target": calibrate and calibrate.target,
+            "calibration control": calibrate and calibrate.control,
+            GENERAL: evaluate.control,
+            HELD_OUT: evaluate.target,
+        }
+        return {"target": self.target, **self.all_controls} | {name: text for name, text in optional.items() if text}
+
     @classmethod
     def from_yaml(cls, path: Path, changes: Iterable[str] = ()) -> "Recipe":
         """Read and validate a recipe; relative paths in it are relative to its folder.
@@ -319,42 +339,13 @@ class Recipe(_Section):
         for change in changes:
             _change(value, change)
         try:
-            recipe = cls.model_validate(value)
+            return cls.model_validate(value, context=path.parent.resolve())
         except ValidationError as error:
             raise RecipeError(
                 f"the recipe `{path}` has mistakes",
                 problems=[_problem(item) for item in error.errors()],  # type: ignore[arg-type]
                 hint="`stethoscope check` reads a recipe without running it",
             ) from error
-        return recipe._resolved(path.parent.resolve())
-
-    def _resolved(self, folder: Path) -> "Recipe":
-        def there(text: Text) -> Text:
-            place = folder / Path(text.dataset).expanduser()
-            here = place.suffix in (".jsonl", ".parquet", ".txt")
-            return text.model_copy(update={"dataset": str(place) if here else _local(folder, text.dataset)})
-
-        evaluate = self.evaluate.model_copy(
-            update={
-                "include_path": self.evaluate.include_path and folder / self.evaluate.include_path,
-                "data": self.evaluate.data and folder / self.evaluate.data,
-                "control": self.evaluate.control and there(self.evaluate.control),
-                "target": self.evaluate.target and there(self.evaluate.target),
-            }
-        )
-        calibrate = self.calibrate and self.calibrate.model_copy(
-            update={side: there(getattr(self.calibrate, side)) for side in ("target", "control")}
-        )
-        return self.model_copy(
-            update={
-                "calibrate": calibrate,
-                **{name: _local(folder, getattr(self, name)) for name in ("base", "tuned", "saes")},
-                "target": there(self.target),
-                "control": there(self.control),
-                "controls": {name: there(text) for name, text in self.controls.items()},
-                "evaluate": evaluate,
-            }
-        )
 
 
 def _change(value: dict[str, Any], change: str) -> None:
@@ -370,27 +361,20 @@ def _change(value: dict[str, Any], change: str) -> None:
         raise RecipeError(f"the value in `--set {change}` is not YAML: {error}") from error
 
 
-def _local(folder: Path, name: str) -> str:
-    """A path relative to the recipe where that exists or is written as one, else the name as it stands: a hub id."""
-    path = folder / Path(name).expanduser()
-    return str(path) if path.exists() or name.startswith((".", "/", "~")) else name
-
-
 def _problem(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"])
-    if error["type"] != "extra_forbidden":
+    if error["type"] == "extra_forbidden":
+        section: type[BaseModel] = Recipe
+        for part in error["loc"][:-1]:
+            if str(part) in section.model_fields:  # else the name of an entry of `controls`
+                annotation = section.model_fields[str(part)].annotation
+                types = [annotation, *getattr(annotation, "__args__", ())]
+                section = next(t for t in types if isinstance(t, type) and issubclass(t, BaseModel))
+        close = get_close_matches(str(error["loc"][-1]), list(section.model_fields), n=1)
+        message = f"{place}: unknown key"
+    else:
         given = "" if error["type"] in ("missing", "value_error") else f" (given: `{error['input']}`)"
         known = re.findall(r"'([^']+)'", str(error.get("ctx", {}).get("expected", "")))
         close = get_close_matches(str(error["input"]), known, n=1)
-        return f"{place or 'recipe'}: {error['msg']}{given}" + (f"; did you mean `{close[0]}`?" if close else "")
-    section: type[BaseModel] = Recipe
-    for part in error["loc"][:-1]:
-        if str(part) in section.model_fields:  # else the name of an entry of `controls`
-            section = _section(section.model_fields[str(part)].annotation)
-    close = get_close_matches(str(error["loc"][-1]), list(section.model_fields), n=1)
-    return f"{place}: unknown key" + (f"; did you mean `{close[0]}`?" if close else "")
-
-
-def _section(annotation: Any) -> type[BaseModel]:
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        message = f"{place or 'recipe'}: {error['msg']}{given}"
+    return message + (f"; did you mean `{close[0]}`?" if close else "")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stethoscope.losses import replaced_forward, run
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
 
 
 class Recording:

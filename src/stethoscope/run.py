@@ -101,16 +101,16 @@ def run_recipe(
     reporter = reporter or Silent()
     with ExitStack() as stack:
         with reporter.stage("Check the recipe"):
+            from stethoscope.check import check_run
             from stethoscope.context import open_context, provenance_of
-            from stethoscope.preflight import preflight
 
             if recipe.ray:
-                from stethoscope.scaling.crew import import_ray
+                from stethoscope.executor import import_ray
 
                 import_ray()
-            found = preflight(recipe, folder)
+            found = check_run(recipe, folder)
             context = open_context(recipe, folder, found, stack)
-        for note in found.look.notes:
+        for note in found.notes:
             reporter.note(note)
         folder.mkdir(parents=True, exist_ok=True)
         if until is None:

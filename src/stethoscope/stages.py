@@ -41,7 +41,6 @@ class Stage:
         help: of its command; a stage without has none.
         says: sentences at the end of its command.
         rows: its command's table.
-        left: columns of the table that are aligned left.
         wrote: files in the run's folder that its command names.
         then: the command to go on with.
     """
@@ -59,7 +58,6 @@ class Stage:
     help: str = ""
     says: Callable[[Any, Recipe], Iterable[str]] = lambda made, _recipe: [made.verdict]
     rows: Callable[[Any, Recipe], list[list[str]]] = lambda made, _recipe: made.table()
-    left: int = 1
     wrote: Callable[[Recipe], Sequence[str]] = lambda _recipe: ()
     then: str = "run"
 
@@ -181,7 +179,6 @@ STAGES: tuple[Stage, ...] = (
         also=("claim",),
         help="Choose layers by the recipe's policy, with the reason for each.",
         says=_verdict_and_warnings,
-        left=2,
         wrote=lambda _: ("selection.json",),
     ),
     Stage(

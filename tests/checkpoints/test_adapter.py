@@ -114,7 +114,6 @@ def test_factors(llama: Callable[..., PreTrainedModel], tmp_path: Path) -> None:
     assert (factors.A.shape, factors.B.shape, factors.scaling) == ((4, 16), (32, 4), 3.0)
     expected = factors.scaling * factors.B @ factors.A
     torch.testing.assert_close(change.delta("layers.1.mlp.up_proj.weight"), expected)
-    assert sum(change.energy_by_layer().values()) == pytest.approx(sum(change.energy_by_kind().values()))
     assert list(change.energy_by_layer()) == [0, 1, 2, 3]
     with pytest.raises(CheckpointError, match="does not change"):
         change.delta("norm.weight")

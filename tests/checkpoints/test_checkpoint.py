@@ -163,11 +163,12 @@ def hub_cache(cache: Path, folder: Path, repository: str, commit: str) -> None:
         (root / "snapshots" / commit / path.name).symlink_to(blob)
 
 
-def test_a_hub_id_is_found_in_the_cache(single: Path, tmp_path: Path) -> None:
+def test_a_hub_id_is_found_in_the_cache(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "a" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     hub_cache(tmp_path / "cache", single, "someone/tiny", commit)
     for revision in (None, "main", commit):
-        checkpoint = open_checkpoint("someone/tiny", revision=revision, cache=tmp_path / "cache")
+        checkpoint = open_checkpoint("someone/tiny", revision=revision)
         assert (checkpoint.source, checkpoint.revision) == ("someone/tiny", commit)
         assert torch.equal(checkpoint["norm.weight"], open_checkpoint(single)["norm.weight"])
 
@@ -178,13 +179,14 @@ def test_headers_of_a_hub_id_without_its_weights(single: Path, tmp_path: Path, m
 
     about = parse(single / "model.safetensors")
     (single / "model.safetensors").rename(tmp_path / "weights")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     hub_cache(tmp_path / "cache", single, "someone/tiny", "b" * 40)
 
     class Found:
         files_metadata = {"model.safetensors": about}  # noqa: RUF012
 
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: Found)
-    checkpoint = open_checkpoint("someone/tiny", cache=tmp_path / "cache", headers_only=True)
+    checkpoint = open_checkpoint("someone/tiny", headers_only=True)
     assert (checkpoint.layers, len(checkpoint)) == (2, 20)
     assert checkpoint.entries["norm.weight"].shape == (16,)
     with pytest.raises(CheckpointError, match="cannot read"):
@@ -192,9 +194,10 @@ def test_headers_of_a_hub_id_without_its_weights(single: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["someone/absent", "absent", "no/such/folder", "./nowhere", "a b"])
-def test_what_is_neither_folder_nor_in_the_cache(name: str, tmp_path: Path) -> None:
+def test_what_is_neither_folder_nor_in_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError) as caught:
-        open_checkpoint(name, cache=tmp_path)
+        open_checkpoint(name)
     assert caught.value.hint
     assert name in caught.value.message
 

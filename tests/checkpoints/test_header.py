@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 
-from stethoscope.checkpoints.header import DTYPE_BITS, build_header, parse_header, read_header
+from stethoscope.checkpoints.header import DTYPES, build_header, parse_header, read_header
 from stethoscope.errors import CheckpointError
 
 FILE = Path("model.safetensors")
@@ -116,7 +116,7 @@ json_values = st.recursive(
 )
 claims = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from([*DTYPE_BITS, "X"]) | json_values,
+        "dtype": st.sampled_from([*DTYPES, "X"]) | json_values,
         "shape": st.lists(st.integers(-1, 8), max_size=3) | json_values,
         "data_offsets": st.lists(st.integers(-8, 64), min_size=2, max_size=2) | json_values,
     }

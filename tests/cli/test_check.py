@@ -10,11 +10,11 @@ import pytest
 import yaml
 from test_pipeline import changed, world  # noqa: F401 - a fixture
 
+from stethoscope.check import check_recipe
 from stethoscope.cli import main
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.errors import RecipeError, SAEError
 from stethoscope.evaluation.names import unknown_tasks
-from stethoscope.preflight import check_recipe
 from stethoscope.recipe import Recipe
 from stethoscope.saes.open import check_source, read_release, release_texts
 

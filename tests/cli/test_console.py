@@ -131,7 +131,7 @@ def test_ctrl_c_says_the_exact_command(arguments, word, monkeypatch, capsys):
 
 
 def test_task_names_and_paths_are_no_markup(capsys):
-    console.show_rows([["[b]task[/b]", "n"], ["[red]x[/red]", "1"]], left=1)
+    console.show_rows([["[b]task[/b]", "n"], ["[red]x[/red]", "1"]])
     console.say("runs/[demo]/report.html")
     shown = capsys.readouterr().out
     assert "[red]x[/red]" in shown

@@ -10,8 +10,10 @@ import yaml
 from test_pipeline import finished, interrupt, world  # noqa: F401 - fixtures
 
 from stethoscope.cli import main
+from stethoscope.cli.stages import _read
 from stethoscope.editing.manifest import read_manifest
 from stethoscope.editing.verify import verify
+from stethoscope.recipe import Ray
 from stethoscope.results.comparison import Comparison
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.geometry import Geometry
@@ -86,3 +88,15 @@ def test_the_edited_folder_has_the_results_on_its_card_and_still_verifies(finish
     assert contrast.verdict in card
     assert verify(edited).ok
     assert read_manifest(edited)["results"]["verdict"] == contrast.verdict
+
+
+def test_workers_on_the_command_line_override_the_recipe(tmp_path):
+    text = {"dataset": "a.jsonl"}
+    recipe = dict.fromkeys(("base", "tuned", "saes"), "x") | {"target": text, "control": text, "select": {"k": 1}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}}))
+    assert _read(path, None)[0].ray is None
+    assert _read(path, None, workers=2, gpus=0.5)[0].ray == Ray(workers=2, gpus=0.5)
+    path.write_text(yaml.safe_dump(recipe | {"evaluate": {"tasks": ["x"]}, "ray": {"workers": 8, "threads": 3}}))
+    assert _read(path, None)[0].ray == Ray(workers=8, threads=3)
+    assert _read(path, None, ray="here:1", workers=0)[0].ray == Ray(address="here:1", workers=0, threads=3)

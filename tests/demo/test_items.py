@@ -13,8 +13,8 @@ import yaml
 
 pytest.importorskip("reasoning_gym", reason="the generators' packages need a C compiler to install")
 
-from stethoscope.corpus import read_documents
-from stethoscope.seen import Seen
+from stethoscope.evaluation.contamination import Seen
+from stethoscope.text.documents import read_documents
 from stethoscope_demo.items import (
     MATH_SUBJECTS,
     SHOTS,

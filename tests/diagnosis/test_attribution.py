@@ -11,8 +11,8 @@ from selection.planted import Planted, plant
 from stethoscope.diagnosis.attribution import attribute, attribution_scores, own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import hook_point
 from stethoscope.selection.injection import local_effect
-from stethoscope.sites import hook_point
 
 D = 32
 

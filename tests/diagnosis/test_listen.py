@@ -18,13 +18,14 @@ from sae_lens import (
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from stethoscope.corpus import batches, tokenize
 from stethoscope.diagnosis import encoding
 from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.listener import Listener
 from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import SINK_RATIO
-from stethoscope.sites import hear, hook_point
+from stethoscope.text.tokens import batches, tokenize
 
 TEXTS = [f"document {i}: " + "abc xyz "[i % 5 :] * (1 + i % 4) for i in range(23)]
 
@@ -44,7 +45,7 @@ def test_the_exact_sae_explains_every_layer_and_site_of_every_model_class(layout
     texts = ["".join(map(chr, range(33, 33 + n))) for n in (9, 12, 5, 14)]  # ids below the tiny models' 48
     small = PreTrainedTokenizerFast(tokenizer_object=letters(), pad_token="!", padding_side="right")
     for site in ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_z", "attn_out"):
-        width = hear(model, {0: hook_point(model, 0, site)}, torch.tensor([[3, 4]]))[0].shape[-1]
+        width = read_activations(model, {0: hook_point(model, 0, site)}, torch.tensor([[3, 4]]))[0].shape[-1]
         saes = {layer: exact_sae(width) for layer in range(3)}
         heard = listen(model, small, saes, {"all": texts}, site=site, block_size=2)["all"]
         assert {n: h.variance_explained for n, h in heard.health.items()} == pytest.approx(dict.fromkeys(saes, 1.0))
@@ -200,3 +201,21 @@ def test_chats_that_cannot_be_rendered_are_refused_for_that(llama, tokenizer):
     chats = [[{"role": "user", "content": f"question {i}"}] for i in range(4)]
     with pytest.raises(StethoscopeError, match="has no chat template"):
         listen(llama(layers=1), tokenizer, {0: exact_sae(32)}, {"target": chats})
+
+
+def test_a_document_broken_for_one_group_of_layers_counts_for_none(llama, tokenizer, monkeypatch):
+    """Layer 2 overflows on a document; the group of layers that was heard before is heard again without it."""
+    document, hear_documents = 7, Listener._hear
+
+    def choosy(self, documents):
+        if 2 in self._encoders and TEXTS[document] in documents.values():
+            raise FloatingPointError("overflow")
+        return hear_documents(self, documents)
+
+    monkeypatch.setattr(Listener, "_hear", choosy)
+    saes, one_encoder = {layer: exact_sae(32) for layer in range(3)}, 32 * 64 * 4
+    options = {"memory": 2 * one_encoder, "skip_broken": True, "block_size": 4}
+    found = listen(llama(layers=3), tokenizer, saes, {"all": TEXTS}, **options)["all"]
+    assert found.broken == {document: "overflow"}
+    tokens = [layer.tokens.tolist() for layer in found.statistics.layers.values()]
+    assert tokens[0] == tokens[2]

@@ -13,9 +13,7 @@ from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch
-from stethoscope.editing.energy import energy_curve
-from stethoscope.editing.geometry import measure_geometry
+from stethoscope.editing.geometry import energy_curve, measure_geometry
 from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.editing.subspace import (
     FeatureProjection,
@@ -27,6 +25,7 @@ from stethoscope.editing.subspace import (
 )
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.results.geometry import Geometry
+from stethoscope.text.tokens import TokenBatch
 
 D, FEATURES = 16, 24
 
@@ -238,7 +237,7 @@ def test_lora_factors_give_what_the_product_gives(layout: str, tmp_path: Path) -
         assert np.cos(principal_angles(one.leading, two.leading)) == pytest.approx(np.ones(3), abs=1e-3)
 
 
-def test_gpt2_and_norms_between_are_measured_too(tmp_path: Path) -> None:
+def test_gpt2_is_measured_too(tmp_path: Path) -> None:
     change = adapter(
         make(LAYOUTS["gpt2"], dtype=torch.float32),
         tmp_path,
@@ -246,9 +245,7 @@ def test_gpt2_and_norms_between_are_measured_too(tmp_path: Path) -> None:
         fan_in_fan_out=True,
     )
     model = make(LAYOUTS["gpt2"], dtype=torch.float32)
-    made = measure_geometry(
-        change, features(), provenance=Provenance(), model=model, texts={"t": [batch()]}, draws=3, through_norms=True
-    )
+    made = measure_geometry(change, features(), provenance=Provenance(), model=model, texts={"t": [batch()]}, draws=3)
     assert [len(layer.tensors) for layer in made.layers] == [4, 4]
     assert all(0 < tensor.functional["t"] <= 1.01 for layer in made.layers for tensor in layer.tensors)
 

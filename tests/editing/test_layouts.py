@@ -167,7 +167,7 @@ def test_a_tied_head_stored_as_a_copy_follows_the_embedding(tmp_path: Path) -> N
     save_file(tensors, base_path / "model.safetensors", metadata={"format": "pt"})
     base = open_checkpoint(base_path)
     change = open_task_vector(base, tuned_path)
-    edit = write_edit(base, change, EditPlan.for_layers([], embeddings=True), tmp_path / "edited")
+    edit = write_edit(base, change, EditPlan(outside={"embedding": 1.0}), tmp_path / "edited")
     after = stored(edit.path)
     assert bits_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     assert bits_equal(after["lm_head.weight"], stored(tuned_path)["model.embed_tokens.weight"])

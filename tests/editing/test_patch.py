@@ -1,5 +1,6 @@
 """Patches: there and back again to the bit, and for no other base."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from tiny_models import stored
 from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.patch import apply_patch, undo_patch
+from stethoscope.editing.patch import apply_patch
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError
 
-PLAN = EditPlan.for_layers({0: 1.0, 1: 0.3}, head=True)
+PLAN = replace(EditPlan.for_layers({0: 1.0, 1: 0.3}), outside={"head": 1.0})
 
 
 @pytest.fixture
@@ -35,8 +36,8 @@ def test_there_and_back(base: Checkpoint, change: TaskVector, patch: Path, tmp_p
     assert verify(edited, base=base).ok
     assert verify(patch).ok
     assert verify(patch, base=base).ok
-    for source in (edited, whole):
-        back = undo_patch(patch, source, tmp_path / "back", overwrite=True)
+    for number, source in enumerate((edited, whole)):
+        back = apply_patch(patch, source, tmp_path / f"back {number}", undo=True)
         assert contents(back) == contents(base.path)
 
 
@@ -50,7 +51,7 @@ def test_the_wrong_way_round_is_refused(base: Checkpoint, patch: Path, tmp_path:
     with pytest.raises(CheckpointError, match="was made for"):
         apply_patch(patch, edited, tmp_path / "twice")
     with pytest.raises(CheckpointError, match="has made"):
-        undo_patch(patch, base.path, tmp_path / "twice")
+        apply_patch(patch, base.path, tmp_path / "twice", undo=True)
     assert not (tmp_path / "twice").exists()
 
 
@@ -84,16 +85,16 @@ def test_an_edited_model_saved_in_another_layout_can_still_be_undone(
     single.mkdir()
     save_file(stored(edited), single / "model.safetensors")
     (single / "config.json").write_bytes((edited / "config.json").read_bytes())
-    back = load_file(undo_patch(patch, single, tmp_path / "back") / "model.safetensors")
+    back = load_file(apply_patch(patch, single, tmp_path / "back", undo=True) / "model.safetensors")
     assert all(torch.equal(tensor, back[name]) for name, tensor in stored(base.path).items())
 
 
 def test_what_is_not_a_patch(base: Checkpoint, change: TaskVector, tmp_path: Path) -> None:
     edit = write_edit(base, change, PLAN, tmp_path / "edited")
     with pytest.raises(CheckpointError, match="kind `checkpoint`"):
-        undo_patch(edit.path, base.path, tmp_path / "back")
+        apply_patch(edit.path, base.path, tmp_path / "back", undo=True)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
-        undo_patch(base.path, edit.path, tmp_path / "back")
+        apply_patch(base.path, edit.path, tmp_path / "back", undo=True)
     with pytest.raises(CheckpointError, match="changes nothing"):
         write_edit(base, change, EditPlan(), tmp_path / "nothing", kind="patch")
     assert open_checkpoint(edit.path).layers == 3

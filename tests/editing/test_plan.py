@@ -1,5 +1,6 @@
 """Plans are data: what they say about a tensor, and that they survive JSON."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ def test_modules_lists_and_negative_coefficients() -> None:
 
 
 def test_what_is_outside_the_layers_has_to_be_asked_for() -> None:
-    plan = EditPlan.for_layers([0], coefficient=0.5, embeddings=True, head=True, final_norm=True)
+    plan = EditPlan(layers={}, outside={"embedding": 0.5, "head": 0.5, "norm": 0.5})
     assert [plan.coefficient(n) for n in ("embed_tokens.weight", "lm_head.weight", "norm.weight")] == [0.5] * 3
     assert plan.coefficient("vision_tower.x.weight") == 0
     everything = EditPlan.everything()
@@ -65,10 +66,10 @@ def test_nonsense_is_refused(make: Any) -> None:
 @given(
     layers=st.dictionaries(st.integers(0, 40), st.floats(-2, 2), max_size=5),
     modules=st.sampled_from(["all", "attention", "mlp"]),
-    head=st.booleans(),
+    outside=st.dictionaries(st.sampled_from(["embedding", "head", "norm"]), st.floats(-2, 2)),
 )
-def test_json_and_back(layers: dict[int, float], modules: Any, head: bool) -> None:
-    plan = EditPlan.for_layers(layers, modules=modules, head=head)
+def test_json_and_back(layers: dict[int, float], modules: Any, outside: dict[Any, float]) -> None:
+    plan = replace(EditPlan.for_layers(layers, modules=modules), outside=outside)
     assert EditPlan.from_json(plan.to_json()) == plan
 
 
@@ -84,4 +85,3 @@ def test_a_transform_must_be_the_one_described() -> None:
 def test_a_coefficient_that_would_be_ignored_is_refused() -> None:
     with pytest.raises(CheckpointError, match="coefficients of their own"):
         EditPlan.for_layers({3: 1.0}, coefficient=0.5)
-    assert EditPlan.for_layers({3: 1.0}, coefficient=0.5, embeddings=True).outside == {"embedding": 0.5}

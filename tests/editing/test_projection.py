@@ -20,7 +20,6 @@ from stethoscope.editing.residual_axis import residual_axes, residual_axis
 from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.subspace import (
     FeatureProjection,
-    bases_through_norms,
     energy_along,
     feature_basis,
     nested_basis,
@@ -169,24 +168,6 @@ def test_matrices_of_unknown_role_are_all_named(pair, tmp_path):
         residual_axis("model.layers.1.linear_attn.in_proj_qkvz.weight", (64, D), D)
     with pytest.raises(CheckpointError, match="along axis 0"):  # a Linear under the name of a Conv1D
         residual_axis("transformer.h.1.attn.c_attn.weight", (3 * D, D), D)
-
-
-def test_a_norm_between_is_taken_into_account(tmp_path):
-    """A reader behind Gemma's norm meets (1 + w) f, and what a writer adds comes out of the norm behind it."""
-    model = make(LAYOUTS["gemma3 text"], dtype=torch.float32)
-    block = model.model.layers[1]
-    block.input_layernorm.weight.data = torch.linspace(-0.9, 3.0, 16)
-    block.post_feedforward_layernorm.weight.data = torch.linspace(-0.9, 3.0, 16)
-    model.save_pretrained(tmp_path / "base")
-    features = torch.randn(4, 16)
-    bases = bases_through_norms(open_checkpoint(tmp_path / "base"), 1, features)
-    met = block.input_layernorm(torch.randn(7, 4) @ features).double()
-    Q = bases["attention.reads"]
-    torch.testing.assert_close(met @ Q @ Q.T, met, rtol=1e-4, atol=1e-5)
-    plain = feature_basis(features)
-    assert not torch.allclose(met @ plain @ plain.T, met, rtol=1e-2, atol=1e-2)
-    written = block.post_feedforward_layernorm((torch.randn(7, 4).double() @ bases["mlp.writes"].T).float()).double()
-    torch.testing.assert_close(written @ plain @ plain.T, written, rtol=1e-4, atol=1e-5)
 
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

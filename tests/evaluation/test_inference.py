@@ -16,10 +16,10 @@ from stethoscope.evaluation.inference import (
     non_inferiority,
     paired_difference,
     ratio_difference,
+    score_statistic,
     smallest_detectable_gain,
     unpaired_z,
 )
-from stethoscope.evaluation.intervals import score_statistic
 
 
 def pair(both, only_a, only_b, neither):

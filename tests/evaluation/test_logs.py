@@ -5,15 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_samples import CHOICE, checkpoints, tasks, written  # noqa: F401 - fixtures
+from test_harness_logs import CHOICE, checkpoints, tasks, written  # noqa: F401 - fixtures
 
 from stethoscope.cli import main
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.comparison import compare
-from stethoscope.evaluation.logs import write_logs
+from stethoscope.evaluation.harness_logs import join, read_results, write_logs
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate_checkpoints
-from stethoscope.evaluation.samples import join, read_results
 from stethoscope.evaluation.tasks import load_tasks
 
 

@@ -9,8 +9,8 @@ import pytest
 from lm_eval.tasks.minerva_math import utils as harness
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.minerva import SUBJECTS
 from stethoscope.evaluation.run import evaluate, load_tasks
+from stethoscope.evaluation.tasks import SUBJECTS
 
 DATA = Path(__file__).parent / "data" / "math"
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import Outcomes
+from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 
 
 def changed(model, scale=3.0):
@@ -219,7 +219,7 @@ def test_a_task_without_a_metric_per_item_is_named(stirred_llama, tokenizer, mak
 
 def test_the_noise_floor_of_a_repeated_run_is_zero(stirred_llama, tokenizer, make_task, tmp_path):
     """Greedy decoding at a fixed composition of batches; each arm is decoded anew, nothing is read from the other."""
-    from stethoscope.evaluation import aa_floor
+    from stethoscope.evaluation.comparison import aa_floor
 
     arms = {"base": nullcontext, "base_again": nullcontext}
     outcomes = evaluate(stirred_llama, tokenizer, arms, ["sums"], out=tmp_path, include_path=make_task(), batch_size=5)

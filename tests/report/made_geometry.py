@@ -5,7 +5,7 @@ import torch
 from made_results import make_comparison
 
 from stethoscope.artifacts import Provenance
-from stethoscope.editing.energy import TensorEnergy, energy_curve, sum_energies
+from stethoscope.editing.geometry import TensorEnergy, energy_curve, sum_energies
 from stethoscope.results.comparison import Comparison
 from stethoscope.results.geometry import Geometry, LayerGeometry, TensorGeometry, Written
 
@@ -69,7 +69,6 @@ def make_geometry(*, layers: int = 30) -> Geometry:
         provenance=Provenance(),
         draws=50,
         leading=16,
-        through_norms=False,
         tokens={"target": 512, "control": 512},
         layers=tuple(made),
         kinds={"mlp": total},

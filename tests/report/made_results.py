@@ -9,7 +9,7 @@ import pandas as pd
 
 from stethoscope.artifacts import Provenance
 from stethoscope.evaluation.comparison import compare
-from stethoscope.evaluation.outcomes import DocumentLosses, Outcomes
+from stethoscope.evaluation.outcomes import Outcomes, PerDocument
 from stethoscope.results.comparison import Comparison
 from stethoscope.results.diagnosis import CorpusSummary, Diagnosis, FeatureDifference, LayerDiagnosis, SAEHealth
 from stethoscope.results.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
@@ -192,11 +192,11 @@ def make_comparison(
     tokens = np.full(64, 200)
     documents = rng.normal(3.2, 0.3, 64)
     losses = {
-        arm: DocumentLosses(sums=tokens * (documents + harm + rng.normal(0, 0.02, 64) * (harm > 0)), tokens=tokens)
+        arm: PerDocument(sums=tokens * (documents + harm + rng.normal(0, 0.02, 64) * (harm > 0)), tokens=tokens)
         for arm, (_, harm) in arms.items()
     }
     gains = {
-        arm: DocumentLosses(sums=tokens * (documents - gain + rng.normal(0, 0.02, 64) * (gain > 0)), tokens=tokens)
+        arm: PerDocument(sums=tokens * (documents - gain + rng.normal(0, 0.02, 64) * (gain > 0)), tokens=tokens)
         for arm, gain in (target or {}).items()
     }
     if pairs is not None and not pairs:

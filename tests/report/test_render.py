@@ -1,7 +1,6 @@
 """The page as text: what it says, that it says it safely, and that equal artefacts give equal bytes."""
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,12 +12,14 @@ from made_geometry import CHOSEN, WIDTH, make_cuts, make_geometry
 from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
 from stethoscope.artifacts import Provenance
+from stethoscope.display import points, short_names
 from stethoscope.errors import StethoscopeError
-from stethoscope.report import gains, layer_profile, render_report, trade_off, words
-from stethoscope.report.profile import profile_rows
-from stethoscope.report.render import _ticks
-from stethoscope.report.scalpel import answers, energy_by_layer, energy_curves, geometry_rows
+from stethoscope.report import layer_profile, render_report, trade_off, wording
+from stethoscope.report.charts import energy_by_layer, energy_curves, gain_split, profile_rows
+from stethoscope.report.render import _ticks, _typeset
+from stethoscope.report.wording import answers
 from stethoscope.results.comparison import Comparison
+from stethoscope.results.comparison_tables import gain_rows
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.selection import Selection
@@ -87,30 +88,30 @@ def test_the_table_holds_accuracy_difference_and_interval(page, results):
 def test_small_samples_are_announced(page, results):
     assert "Small sample: 120 items per task" in page.text
     many = make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)}, subjects=ONE, items=200)
-    large = words.notices(results.diagnosis, many)
+    large = wording.notices(results.diagnosis, many)
     assert not any("Small sample" in notice for notice in large)
 
 
 def test_no_evidence_of_benefit_can_be_said():
     same = dict.fromkeys(("base", "selected", "random_layers_1"), (0.0, 0.0))
     comparison = make_comparison(arms=same, subjects=ONE, items=60)
-    assert words.headline(comparison)[0].startswith("No evidence of benefit")
-    assert words.findings(comparison, None)[0][1].startswith("No evidence that the selected layers are better")
+    assert wording.headline(comparison)[0].startswith("No evidence of benefit")
+    assert wording.findings(comparison, None)[0][1].startswith("No evidence that the selected layers are better")
 
 
 def test_layers_are_set_against_the_same_energy_everywhere():
     arms = {"base": (0.0, 0.0), "selected": (0.05, 0.0), "scaled": (0.3, 0.05)}
     comparison = make_comparison(arms=arms, subjects=ONE, items=200, pairs=None)
-    said = dict(words.findings(comparison, None))["Against all layers at equal energy"]
+    said = dict(wording.findings(comparison, None))["Against all layers at equal energy"]
     assert said.startswith("`selected` is worse than `scaled`")
 
 
 def test_shares_of_the_fine_tune_are_given_only_where_both_are_clear(results):
     comparison = results.comparison
-    said = dict(words.findings(comparison, None))["The whole fine-tune"]
+    said = dict(wording.findings(comparison, None))["The whole fine-tune"]
     assert "The selected layers alone give 62% of its gain and 22% of its control loss." in said
     unclear = [replace(c, pooled=replace(c.pooled, low=-0.1)) if c.b == "selected" else c for c in comparison.contrasts]
-    said = dict(words.findings(replace(comparison, contrasts=unclear), None))["The whole fine-tune"]
+    said = dict(wording.findings(replace(comparison, contrasts=unclear), None))["The whole fine-tune"]
     assert "alone give" not in said
 
 
@@ -298,14 +299,14 @@ def test_a_far_fine_tune_does_not_hide_the_edits(page, results):
 
 
 def test_task_names_lose_what_they_share():
-    assert words.short_names(["minerva_math_algebra", "minerva_math_geometry"])["minerva_math_algebra"] == "algebra"
-    assert words.short_names(["algebra"]) == {"algebra": "algebra"}
-    assert words.short_names(["word_sorting", "spell_backward"])["word_sorting"] == "word_sorting"
+    assert short_names(["minerva_math_algebra", "minerva_math_geometry"])["minerva_math_algebra"] == "algebra"
+    assert short_names(["algebra"]) == {"algebra": "algebra"}
+    assert short_names(["word_sorting", "spell_backward"])["word_sorting"] == "word_sorting"
 
 
 def test_edits_of_every_layer_are_not_listed():
     edits = Edits(provenance=Provenance(), plans={"tuned": {"layers": {}, "default": 1.0}}, energy=())
-    assert words.describe_arm("tuned", edits) == "the whole fine-tune: every layer's weight change"
+    assert wording.describe_arm("tuned", edits) == "the whole fine-tune: every layer's weight change"
 
 
 def test_backticks_become_code_only_in_pairs():
@@ -314,8 +315,8 @@ def test_backticks_become_code_only_in_pairs():
 
 
 def test_numbers_have_a_true_minus_and_no_signed_zero():
-    assert [words.signed(v) for v in (1.26, -1.26, -0.01)] == ["+1.3", "\N{MINUS SIGN}1.3", "0.0"]
-    assert not re.search(r"-\d", words.signed(-3.0))
+    shown = [_typeset(text) for text in ("+1.3", "-1.3 to -0.02", "-0.0", "+0.000 nats", "-", "mmlu-5", "+1 -0")]
+    assert shown == ["+1.3", "\u22121.3 to \u22120.02", "0.0", "0.000 nats", "\u2013", "mmlu-5", "+1 \u22120"]
 
 
 def test_how_the_choice_was_made_and_whether_it_was_good(run_folder):
@@ -347,11 +348,12 @@ def test_the_geometry_is_shown_with_its_chance_level(run_folder, results):
     page = Page(render_report(run_folder).read_text(encoding="utf-8"))
     assert {"energy", "curves"} <= set(page.data()["charts"])
     assert made.verdict in page.text
-    assert dict(words.findings(results.comparison, made))["Projected"].endswith(made.verdict)
-    row = geometry_rows(made)[0]
-    assert row["chance"] == f"{100 * CHOSEN / WIDTH:.1f}"
-    assert row["features for 50, 90, 99 %"].split(" / ")[0] == str(made.layers[0].curve.needed["50"])
-    assert geometry_rows(made)[-1]["kept, %"] == f"{100 * made.total.share:.1f}"
+    assert dict(wording.findings(results.comparison, made))["Projected"].endswith(made.verdict)
+    head, first, *_, whole = made.table()
+    assert first[head.index("chance")] == f"{100 * CHOSEN / WIDTH:.1f}"
+    needed = first[head.index("features for 50, 90, 99 %")].split(" / ")
+    assert needed[0] == str(made.layers[0].curve.needed["50"])
+    assert whole[head.index("kept, %")] == f"{100 * made.total.share:.1f}"
 
 
 def test_energy_curves_hold_every_layer_and_chance():
@@ -403,28 +405,28 @@ def test_without_target_text_the_questions_are_answered_by_accuracy():
 
 
 def test_arms_are_described_by_their_whole_name():
-    assert words.describe_arm("random_subspace", None) != words.describe_arm("random_layers_2", None) != ""
-    assert words.describe_arm("projected_energy_matched", None) != words.describe_arm("projected", None)
-    assert words.describe_arm("complement", None)
+    assert wording.describe_arm("random_subspace", None) != wording.describe_arm("random_layers_2", None) != ""
+    assert wording.describe_arm("projected_energy_matched", None) != wording.describe_arm("projected", None)
+    assert wording.describe_arm("complement", None)
 
 
 def test_gains_are_split_by_cause_and_add_up(page, results):
     comparison = results.comparison
-    rows = gains.gain_rows(comparison)
-    selected = {row["task"]: row for row in rows if row["arm"] == "selected"}
-    for task in comparison.contrast("selected").tasks:
-        assert selected[task.task]["net, points"] == words.signed(100 * (task.accuracy_b - task.accuracy_a))
+    contrast = comparison.contrast("selected")
+    selected = {row[0]: row for row in gain_rows(contrast)[1:]}
+    for task in contrast.tasks:
+        assert selected[task.task][-1] == points(task.accuracy_b - task.accuracy_a)
     whole = selected["all target items"]
-    assert whole["net, points"] == words.signed(100 * comparison.contrast("selected").pooled.difference)
-    assert whole["no answer found"].startswith("+")
-    bars = gains.gain_split(comparison).to_dict()["datasets"]["gains"]
+    assert whole[-1] == points(contrast.pooled.difference)
+    assert whole[1].startswith("+")
+    bars = gain_split(comparison).to_dict()["datasets"]["gains"]
     mine = sum(bar["points"] for bar in bars if bar["arm"] == "selected")
-    assert mine == pytest.approx(100 * comparison.contrast("selected").pooled.difference)
+    assert mine == pytest.approx(100 * contrast.pooled.difference)
     assert "Where the gain comes from" in page.text
 
 
 def test_losses_on_held_out_target_text_are_in_the_table(tmp_path, results):
     folder = Results(results.diagnosis, results.selection, make_cuts(), results.recipe).save(tmp_path / "run")
     text = " ".join(Page(render_report(folder).read_text(encoding="utf-8")).text.split())
-    assert "loss on held-out text" in text
+    assert "loss on held-out target text" in text
     assert "target loss -0.398" in text.replace("\u2212", "-")

@@ -14,9 +14,8 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.layouts.hook_names import SITES, site_of
+from stethoscope.models.sites import SITES, TAPS, hook_point, read_activations, site_of
 from stethoscope.saes.open import check_fit, load_sae, open_saes
-from stethoscope.sites import TAPS, hear, hook_point
 
 
 def write_sae(folder: Path, hook_name: str, *, d_in: int = 8, width: int = 16) -> Path:
@@ -195,7 +194,7 @@ def test_the_sites_width_is_what_must_fit(tmp_path: Path, caplog: pytest.LogCapt
     with pytest.raises(SAEError, match="the model's hidden size is"):
         check_fit(open_saes(tmp_path / "m"), hidden_size=hidden, num_layers=3, sites=SITES, attn_width=heads)
     sae = saes[0]
-    heard = hear(model, {0: hook_point(model, sae.layer, sae.site, sae.tap)}, torch.tensor([[5, 9, 12]]))[0]
+    heard = read_activations(model, {0: hook_point(model, sae.layer, sae.site, sae.tap)}, torch.tensor([[5, 9, 12]]))[0]
     assert load_sae(sae).encode(heard).shape == (1, 3, sae.width)
 
 

@@ -320,7 +320,7 @@ def test_an_interrupted_command_says_how_to_go_on(
     def interrupt(*_args: Any, **_options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stethoscope.corpus.read_documents", interrupt)
+    monkeypatch.setattr("stethoscope.text.documents.read_documents", interrupt)
     with pytest.raises(SystemExit) as caught:
         main(["train-saes", "--base", "a", "--text", "b", "--out", "c"])
     assert caught.value.code == 130

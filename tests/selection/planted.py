@@ -11,8 +11,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch, batches, tokenize
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
+from stethoscope.text.tokens import TokenBatch, batches, tokenize
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,

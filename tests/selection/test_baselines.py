@@ -5,11 +5,11 @@ import torch
 from planted import Planted, plant
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-from stethoscope.checkpoints.full import FullTaskVector
+from stethoscope.checkpoints.open import open_task_vector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.plan import EditPlan
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.selection.baselines import residual_shift, tuned_shift
-from stethoscope.sites import hear, hook_point
 
 D = 32
 
@@ -35,9 +35,9 @@ def activations(made: Planted, layer: int, site: str) -> list[tuple[torch.Tensor
     for batch in made.texts["target"]:
         for row, document in enumerate(batch.documents):
             ids = batch.input_ids[row][batch.attention_mask[row]][None]
-            base = hear(made.model, point, ids)[0][0]
+            base = read_activations(made.model, point, ids)[0][0]
             with applied(made.model, made.task_vector, EditPlan.everything()):
-                found[document] = (base, hear(made.model, point, ids)[0][0])
+                found[document] = (base, read_activations(made.model, point, ids)[0][0])
     return [found[document] for document in sorted(found)]
 
 
@@ -52,7 +52,7 @@ def test_residual_shift_is_a_standardised_difference(planted):
 
 
 def test_a_fine_tune_that_changed_nothing_shifts_nothing(planted):
-    none = FullTaskVector(planted.task_vector.base, planted.task_vector.base)
+    none = open_task_vector(planted.task_vector.base, planted.task_vector.base.path)
     assert not any(residual_shift(planted.model, none, planted.texts["target"]).values())
     found = tuned_shift(planted.model, none, {2: exact_sae()}, {2: {0: 1.0}}, planted.texts["target"])
     assert found == {2: 0}

@@ -9,7 +9,7 @@ from planted import Planted, plant
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
 from stethoscope.results.calibration import Calibration
 from stethoscope.selection.calibrate import calibrate
 from stethoscope.selection.injection import Gains, measure

@@ -9,13 +9,13 @@ from editing.tiny_models import LAYOUTS, save_pair
 from planted import Planted, plant
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.corpus import batches, prompt_lengths, tokenize
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.models import load_model
+from stethoscope.models.load import load_model
 from stethoscope.selection import baselines
 from stethoscope.selection.baselines import gradient
 from stethoscope.selection.injection import forwards, injection, local_effect, measure, standard_error
+from stethoscope.text.tokens import batches, prompt_lengths, tokenize
 
 SMALL = 1e-2
 

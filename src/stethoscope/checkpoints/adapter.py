@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, torch_dtype
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
-from stethoscope.checkpoints.task_vector import Chunk, TaskVector, require_finite, require_float, row_chunks
+from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -47,8 +47,8 @@ class LoraFactors:
     """A low-rank change: scaling * B A, transposed where the module stores its weight as (in, out).
 
     Attributes:
-        A: (rank, in). B: (out, rank). Both float32.
-        magnitude: DoRA's, (out,) or None; with it the change is not low-rank.
+        A, B: float32.
+        magnitude: DoRA's; with it the change is not low-rank.
     """
 
     A: Float[torch.Tensor, "rank d_in"]
@@ -60,13 +60,16 @@ class LoraFactors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What an adapter does to one base tensor: adapter keys by part, or one key that replaces it."""
+    """What an adapter does to one base tensor.
+
+    Attributes:
+        parts: "A", "B", "magnitude", "bias", or "whole" for a tensor that replaces the base's -> the adapter's key.
+    """
 
     module: str
     parts: dict[str, str]
-    transposed: bool
-    scaling: float
-    replaced_by: str | None = None
+    transposed: bool = False
+    scaling: float = 1.0
 
 
 class AdapterTaskVector(TaskVector):
@@ -78,37 +81,31 @@ class AdapterTaskVector(TaskVector):
     """
 
     def __init__(self, base: Checkpoint, path: Path, *, source: str | None = None) -> None:
-        self.base = base
         self.path = path
-        self.source = source or path.resolve().name
         self.config = read_json_object(path / CONFIG, hint="a PEFT adapter has one")
         if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
             refuse_pickle(path, "adapter_model.bin")
-        self.slots = read_header(path / WEIGHTS)
-        # an adapter is a checkpoint with names of its own: the same reader serves
-        self.store = Checkpoint(
-            path,
-            {},
-            {
-                key: Entry(name=key, stored=key, layer=None, kind="other", dtype=slot.dtype, shape=slot.shape,
-                           file=WEIGHTS, start=slot.start, end=slot.end)
-                for key, slot in self.slots.items()
-            },
-            source=self.source,
-            revision=path.name if source else None,  # a snapshot's folder is its commit
-        )  # fmt: skip
+        slots = read_header(path / WEIGHTS)
+        entries = {key: replace(make_entry(key, slot, WEIGHTS), name=key) for key, slot in slots.items()}
+        # an adapter is a checkpoint with names of its own: the same reader serves; a snapshot's folder is its commit
+        store = Checkpoint(
+            path, {}, entries, source=source or path.resolve().name, revision=path.name if source else None
+        )
+        super().__init__(base, store, {})
         self.changes = self._match()
+        self.own = {name: change.parts["whole"] for name, change in self.changes.items() if "whole" in change.parts}
         self.names = tuple(name for name in base.entries if name in self.changes)
 
     def factors(self, name: str) -> LoraFactors | None:
-        """The low-rank factors of a tensor's change; None where the adapter replaces the tensor."""
+        """The low-rank factors of a tensor's change; None where the adapter replaces the tensor or adds to a bias."""
         self._entry(name)
         change = self.changes[name]
-        if change.replaced_by or "A" not in change.parts:
+        if "A" not in change.parts:
             return None
         read = {part: self.store.read(key).float() for part, key in change.parts.items()}
         for part, values in read.items():
-            require_finite(values, f"{change.module}, {part}", self.source)
+            if not is_finite(values):
+                raise not_finite(f"{change.module}, {part}", self.source)
         return LoraFactors(
             A=read["A"],
             B=read["B"],
@@ -117,45 +114,8 @@ class AdapterTaskVector(TaskVector):
             magnitude=read["magnitude"].flatten() if "magnitude" in read else None,
         )
 
-    def delta_chunks(self, name: str) -> Iterator[Chunk]:
-        entry = self._entry(name)
-        require_float(entry)
-        for start, stop, delta in self._raw_delta_chunks(entry):
-            require_finite(delta, name, self.source)
-            yield Chunk(start, stop, delta)
-
-    def _raw_delta_chunks(self, entry: Entry) -> Iterator[Chunk]:
-        change = self.changes[entry.name]
-        factors = self.factors(entry.name)
-        if change.replaced_by:
-            for start, stop in row_chunks(entry):
-                base = self.base.read_rows(entry.name, start, stop).float()
-                yield Chunk(start, stop, self.store.read_rows(change.replaced_by, start, stop).float() - base)
-        elif factors is None:  # the bias of a LoRA layer
-            bias = self.store.read(change.parts["bias"]).double().mul(change.scaling).float().reshape(1, -1)
-            yield Chunk(0, 1, bias)
-        else:
-            product = _Product(factors)
-            scale = self._dora_scale(entry, factors, product)
-            for start, stop in row_chunks(entry):
-                delta = product.rows(start, stop)
-                if scale is not None:
-                    base = self.base.read_rows(entry.name, start, stop).float()
-                    by = scale[None, :] if factors.transposed else scale[start:stop, None]
-                    delta = (by * (base.double() + delta)).float() - base
-                yield Chunk(start, stop, delta)
-
-    def tuned_chunks(self, name: str) -> Iterator[Chunk]:
-        entry = self._entry(name)
-        replaced_by = self.changes[name].replaced_by
-        if replaced_by:
-            for start, stop in row_chunks(entry):
-                rows = self.store.read_rows(replaced_by, start, stop).to(torch_dtype(entry.dtype))
-                require_finite(rows, name, self.source)
-                yield Chunk(start, stop, rows)
-        else:
-            for start, stop, delta in self.delta_chunks(name):
-                yield Chunk(start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, 1.0))
+    def raw(self, name: str) -> None:
+        """An adapter's tensors are always computed."""
 
     def energy(self, name: str) -> float:
         """|scaling B A|^2 = scaling^2 <B'B, AA'>, without forming the product."""
@@ -165,46 +125,54 @@ class AdapterTaskVector(TaskVector):
         A, B = factors.A.double(), factors.B.double()
         return factors.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())
 
-    def _dora_scale(self, entry: Entry, factors: LoraFactors, product: _Product) -> torch.Tensor | None:
-        """DoRA's magnitude over the norm of base + change, float64, one per output; None for plain LoRA."""
-        if factors.magnitude is None:
-            return None
-        squares = torch.zeros(factors.B.shape[0], dtype=torch.float64)
+    def _both(self, entry: Entry) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        change = self.changes[entry.name]
+        if "whole" in change.parts:
+            yield from super()._both(entry)
+            return
+        require_float(entry)
+        factors = self.factors(entry.name)
+        if factors is None:  # the bias of a LoRA layer
+            bias = self.store.read(change.parts["bias"]).double().mul(change.scaling).float().reshape(1, -1)
+            yield 0, 1, self.base.read_rows(entry.name, 0, 1).float(), bias
+            return
+        A, B = factors.A.double(), factors.B.double()
+        left, right = (A.T, B.T) if factors.transposed else (B, A)
+
+        def product(start: int, stop: int) -> Float[torch.Tensor, "rows columns"]:
+            return (left[start:stop] @ right).mul_(change.scaling).float()
+
+        scale = None  # DoRA: its magnitude over the norm of base + change, one per output
+        if factors.magnitude is not None:
+            squares = torch.zeros(len(B), dtype=torch.float64)
+            for start, stop in row_chunks(entry):
+                moved = self.base.read_rows(entry.name, start, stop).double() + product(start, stop)
+                if factors.transposed:
+                    squares += moved.square().sum(0)
+                else:
+                    squares[start:stop] = moved.square().sum(1)
+            scale = factors.magnitude.double() / squares.sqrt()
         for start, stop in row_chunks(entry):
-            moved = self.base.read_rows(entry.name, start, stop).double() + product.rows(start, stop)
-            if factors.transposed:
-                squares += moved.square().sum(0)
-            else:
-                squares[start:stop] = moved.square().sum(1)
-        return factors.magnitude.double() / squares.sqrt()
+            base, delta = self.base.read_rows(entry.name, start, stop).float(), product(start, stop)
+            if scale is not None:
+                by = scale[None, :] if factors.transposed else scale[start:stop, None]
+                delta = (by * (base.double() + delta)).float() - base
+            yield start, stop, base, delta
 
     def _match(self) -> dict[str, Change]:
         """Adapter keys -> base tensors; raises with every key that fits none."""
         problems = self._check_config()
         understood = not problems
         modules: dict[str, dict[str, str]] = {}
-        embeddings: set[str] = set()
+        for key in self.store.entries:
+            module, part = _split_key(key)
+            modules.setdefault(module, {})[part] = key
         changes: dict[str, Change] = {}
-        for key in self.slots:
-            module, part, embedding = _split_key(key)
-            if part is not None:
-                modules.setdefault(module, {})[part] = key
-                embeddings |= {module} if embedding else set()
-                continue
-            name = parse_name(module).canonical
-            if name == "lm_head.weight" and name not in self.base.entries and self._head_is_embedding(key):
-                continue
-            entry = self.base.entries.get(name)
-            if entry is None:
-                problems.append(f"`{key}` fits no tensor of `{self.base.source}`")
-            elif entry.shape != self.slots[key].shape:
-                problems.append(
-                    f"`{key}` is {list(self.slots[key].shape)}, the base's `{entry.stored}` {list(entry.shape)}"
-                )
-            else:
-                changes[name] = Change(module=module, parts={}, transposed=False, scaling=1.0, replaced_by=key)
-        for module, parts in modules.items() if understood else ():
-            self._match_module(module, module in embeddings, parts, changes, problems)
+        for module, parts in modules.items():
+            if "whole" in parts:
+                self._match_whole(module, parts["whole"], changes, problems)
+            elif understood:
+                self._match_factors(module, parts, changes, problems)
         if problems:
             raise CheckpointError(
                 f"the adapter `{self.source}` does not fit `{self.base.source}`",
@@ -214,8 +182,20 @@ class AdapterTaskVector(TaskVector):
             )
         return changes
 
-    def _match_module(
-        self, module: str, embedding: bool, parts: dict[str, str], changes: dict[str, Change], problems: list[str]
+    def _match_whole(self, module: str, key: str, changes: dict[str, Change], problems: list[str]) -> None:
+        name = parse_name(module).canonical
+        entry, shape = self.base.entries.get(name), self.store.entries[key].shape
+        if name == "lm_head.weight" and entry is None and self._head_is_embedding(key):
+            return
+        if entry is None:
+            problems.append(f"`{key}` fits no tensor of `{self.base.source}`")
+        elif entry.shape != shape:
+            problems.append(f"`{key}` is {list(shape)}, the base's `{entry.stored}` {list(entry.shape)}")
+        else:
+            changes[name] = Change(module=module, parts={"whole": key})
+
+    def _match_factors(
+        self, module: str, parts: dict[str, str], changes: dict[str, Change], problems: list[str]
     ) -> None:
         if not {"A", "B"} <= set(parts):
             problems.append(f"`{module}` has {' and '.join(sorted(parts))} but not both of A and B")
@@ -225,7 +205,8 @@ class AdapterTaskVector(TaskVector):
         if entry is None:
             problems.append(f"`{parts['A']}` fits no tensor of `{self.base.source}`")
             return
-        A, B = self.slots[parts["A"]].shape, self.slots[parts["B"]].shape
+        A, B = (self.store.entries[parts[part]].shape for part in "AB")
+        embedding = any(".lora_embedding_" in key for key in parts.values())
         transposed = embedding or bool(self.config.get("fan_in_fan_out"))
         made = (B[0], A[-1])[:: -1 if transposed else 1] if len(A) == len(B) == 2 and B[1] == A[0] else None
         if made != entry.shape:
@@ -233,17 +214,15 @@ class AdapterTaskVector(TaskVector):
             return
         scaling = self._scaling(module, rank=A[0])
         weight = {part: key for part, key in parts.items() if part != "bias"}
-        if bool(self.config.get("use_dora")) != ("magnitude" in weight):
-            problems.append(
-                f"`{module}`: use_dora is {bool(self.config.get('use_dora'))}, its magnitude vector says otherwise"
-            )
+        dora = bool(self.config.get("use_dora"))
+        if dora != ("magnitude" in weight):
+            problems.append(f"`{module}`: use_dora is {dora}, its magnitude vector says otherwise")
         changes[name] = Change(module=module, parts=weight, transposed=transposed, scaling=scaling)
         if "bias" in parts:
             bias = parse_name(f"{module}.bias").canonical
             if bias not in self.base.entries:
                 problems.append(f"`{parts['bias']}` adds a bias that `{self.base.source}` does not have")
-            else:
-                changes[bias] = Change(module=module, parts={"bias": parts["bias"]}, transposed=False, scaling=scaling)
+            changes[bias] = Change(module=module, parts={"bias": parts["bias"]}, scaling=scaling)
 
     def _check_config(self) -> list[str]:
         problems = []
@@ -254,11 +233,9 @@ class AdapterTaskVector(TaskVector):
         if isinstance(start, str) and start.startswith(MOVES_BASE):
             problems.append(f"its init_lora_weights `{start}` also changed the base")
         patterns = self.config.get("alpha_pattern") or {}
-        alphas = {"lora_alpha": self.config.get("lora_alpha", 8)} | (
-            patterns if isinstance(patterns, dict) else {"": patterns}
-        )
-        problems += [f"its alpha `{key}` is {value!r}" for key, value in alphas.items() if not _is_number(value)]
-        return problems
+        alphas = {"lora_alpha": self.config.get("lora_alpha", 8)}
+        alphas |= patterns if isinstance(patterns, dict) else {"": patterns}
+        return problems + [f"its alpha `{key}` is {value!r}" for key, value in alphas.items() if not _is_number(value)]
 
     def _scaling(self, module: str, *, rank: int) -> float:
         alpha = self.config.get("lora_alpha", 8)
@@ -274,31 +251,19 @@ class AdapterTaskVector(TaskVector):
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _head_is_embedding(self, head: str) -> bool:
-        embeddings = [key for key in self.slots if parse_name(_split_key(key)[0]).canonical == "embed_tokens.weight"]
+        embeddings = [key for key in self.store if parse_name(_split_key(key)[0]).canonical == "embed_tokens.weight"]
         return any(self.store.read_bytes(key) == self.store.read_bytes(head) for key in embeddings)
 
 
-def _split_key(key: str) -> tuple[str, str | None, bool]:
-    """An adapter key -> (module, part, is an embedding), or (tensor name, None, False) for a replaced tensor."""
+def _split_key(key: str) -> tuple[str, str]:
+    """An adapter key -> (module, part), or (tensor name, "whole") for a tensor that replaces the base's."""
     parts = tuple(key.removeprefix(ADAPTER_PREFIX).split("."))
     for length in (2, 1):
         if parts[-length:] in PARTS:
-            return ".".join(parts[:-length]), PARTS[parts[-length:]], parts[-length].startswith("lora_embedding")
+            return ".".join(parts[:-length]), PARTS[parts[-length:]]
     if len(parts) >= 2 and parts[-2] in ("base_layer", "modules_to_save"):
         parts = (*parts[:-2], parts[-1])
-    return ".".join(parts), None, False
-
-
-class _Product:
-    """Rows of scaling * B A, taken in float64 so that the BLAS and its threads leave no trace in float32."""
-
-    def __init__(self, factors: LoraFactors) -> None:
-        A, B = factors.A.double(), factors.B.double()
-        self.left, self.right = (A.T, B.T) if factors.transposed else (B, A)
-        self.scaling = factors.scaling
-
-    def rows(self, start: int, stop: int) -> Float[torch.Tensor, "rows columns"]:
-        return (self.left[start:stop] @ self.right).mul_(self.scaling).float()
+    return ".".join(parts), "whole"
 
 
 def _is_number(value: Any) -> bool:

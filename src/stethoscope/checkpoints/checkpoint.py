@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,23 +12,17 @@ from typing import Any
 
 from jaxtyping import Shaped
 
-from stethoscope.checkpoints.header import Slot
+from stethoscope.checkpoints.header import DTYPES, Slot
 from stethoscope.checkpoints.names import Kind, parse_name
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
-TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64", "F16": "float16",
-    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "U16": "uint16", "U32": "uint32", "U64": "uint64",
-    "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-}  # fmt: skip
-# What a task vector can be computed in. 8-bit floats come with scales in other tensors, so they are not among them.
-ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
+PIECE = 1 << 20  # bytes read, hashed and written at a time: what stays in a core's cache
 
 
 def torch_dtype(stored: str) -> torch.dtype:
     """PyTorch's dtype for a stored one that has a tensor form."""
-    found: torch.dtype = getattr(torch, TORCH_NAMES[stored])
+    found: torch.dtype = getattr(torch, str(DTYPES[stored].torch))
     return found
 
 
@@ -69,7 +63,7 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: Path, config: dict[str, Any], entries: dict[str, Entry], *, source: str, revision: str | None
+        self, path: Path, config: dict[str, Any], entries: dict[str, Entry], *, source: str, revision: str | None = None
     ) -> None:
         self.path = path
         self.source = source
@@ -91,10 +85,6 @@ class Checkpoint:
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
-
-    def keys(self) -> KeysView[str]:
-        """The canonical names, in the order of files and bytes."""
-        return self.entries.keys()
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.layers} layers)"
@@ -139,7 +129,7 @@ class Checkpoint:
             buffer: bytes (uint8) to read into and to return a view of; new memory by default.
         """
         entry = self.entry(name)
-        if entry.dtype not in TORCH_NAMES:
+        if DTYPES[entry.dtype].torch is None:
             raise CheckpointError(
                 f"`{entry.stored}` has the packed dtype `{entry.dtype}`, which has no tensor form",
                 hint="use an unquantised checkpoint of this model",
@@ -157,27 +147,30 @@ class Checkpoint:
         self.read_into(entry, entry.start, memoryview(data))
         return bytes(data)
 
+    def pieces(self, entry: Entry) -> Iterator[memoryview]:
+        """A tensor's bytes as stored, in pieces; each is valid until the next is asked for."""
+        buffer = memoryview(bytearray(min(PIECE, entry.nbytes)))
+        for offset in range(entry.start, entry.end, PIECE):
+            piece = buffer[: min(PIECE, entry.end - offset)]
+            self.read_into(entry, offset, piece)
+            yield piece
+
     def read_into(self, entry: Entry, offset: int, view: memoryview) -> None:
         """Fill ``view`` from the entry's file, ``offset`` counted from the file's first byte."""
         path = self.path / entry.file
         try:
             handle = os.open(path, os.O_RDONLY)
             try:
-                read_exactly(handle, view, offset)
+                done = 0
+                while done < len(view):
+                    count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
+                    if count == 0:
+                        raise OSError(None, "the file became shorter while it was being read")
+                    done += count
             finally:
                 os.close(handle)
         except OSError as error:
             raise CheckpointError(f"cannot read `{entry.stored}` from `{path}`: {error.strerror or error}") from error
-
-
-def read_exactly(handle: int, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from ``offset``; a file that ends first has been changed since its header was read."""
-    done = 0
-    while done < len(view):
-        count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
-        if count == 0:
-            raise OSError(None, "the file became shorter while it was being read")
-        done += count
 
 
 def config_value(config: Mapping[str, Any], *keys: str) -> Any:

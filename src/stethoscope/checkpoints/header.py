@@ -11,17 +11,35 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stethoscope.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
 
-# bits per element; the sub-byte kinds of quantised checkpoints are copied, never computed with
-DTYPE_BITS: dict[str, int] = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+
+class Dtype(NamedTuple):
+    """A stored dtype.
+
+    Attributes:
+        bits: per element.
+        torch: PyTorch's name; None for packed ones, which are copied, never computed with.
+        exponent: for floats, the bits that are all set in NaN and infinity alone.
+    """
+
+    bits: int
+    torch: str | None = None
+    exponent: int = 0
+
+
+DTYPES = {
+    "BOOL": Dtype(8, "bool"), "U8": Dtype(8, "uint8"), "I8": Dtype(8, "int8"), "U16": Dtype(16, "uint16"),
+    "I16": Dtype(16, "int16"), "U32": Dtype(32, "uint32"), "I32": Dtype(32, "int32"), "U64": Dtype(64, "uint64"),
+    "I64": Dtype(64, "int64"), "C64": Dtype(64, "complex64"), "F16": Dtype(16, "float16", 0x7C00),
+    "BF16": Dtype(16, "bfloat16", 0x7F80), "F32": Dtype(32, "float32", 0x7F80 << 16),
+    "F64": Dtype(64, "float64", 0x7FF0 << 48), "F8_E4M3": Dtype(8, "float8_e4m3fn", 0x7F),
+    "F8_E5M2": Dtype(8, "float8_e5m2", 0x7C), "F8_E8M0": Dtype(8), "F4": Dtype(4), "F6_E2M3": Dtype(6),
+    "F6_E3M2": Dtype(6),
 }  # fmt: skip
 
 
@@ -95,13 +113,13 @@ def _check_claim(name: str, claim: Any, data_start: int, problems: list[str]) ->
         problems.append(f"`{name}` does not say exactly dtype, shape and data_offsets")
         return None
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         problems.append(f"`{name}` has the unknown dtype `{dtype}`")
     elif not _naturals(shape):
         problems.append(f"`{name}` has the shape {_short(shape)}")
     elif not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         problems.append(f"`{name}` has the byte range {_short(offsets)}")
-    elif math.prod(shape) * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
+    elif math.prod(shape) * DTYPES[dtype].bits != 8 * (offsets[1] - offsets[0]):
         problems.append(
             f"`{name}` is {dtype} {_short(shape)} but its byte range holds {offsets[1] - offsets[0]:,} bytes"
         )
@@ -133,7 +151,7 @@ def build_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
-        nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+        nbytes = math.prod(shape) * DTYPES[dtype].bits // 8
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

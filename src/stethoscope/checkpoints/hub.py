@@ -12,7 +12,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
 
 
-def from_hub(repository: str, revision: str | None, cache: Path | None, *, weights: bool = True) -> Path:
+def from_hub(repository: str, revision: str | None, *, weights: bool = True) -> Path:
     """The folder of a hub repository, from the cache or the network.
 
     Args:
@@ -26,9 +26,7 @@ def from_hub(repository: str, revision: str | None, cache: Path | None, *, weigh
     wanted = [*SIDE_FILES, "*.safetensors"] if weights else SIDE_FILES
     with hub_errors(repository, revision):
         # other formats lie in folders of their own
-        return Path(
-            download(repository, revision=revision, cache_dir=cache, allow_patterns=wanted, ignore_patterns=["*/*"])
-        )
+        return Path(download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
 def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[str, Slot]]:

@@ -8,28 +8,28 @@ Opening reads config.json, the index and the headers, and says everything that i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, config_value, make_entry
 from stethoscope.checkpoints.files import read_json_object, weight_files
-from stethoscope.checkpoints.full import FullTaskVector
+from stethoscope.checkpoints.hashing import hash_tensor
 from stethoscope.checkpoints.header import Slot, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
 
+# Heads are cut out of matrices whose shapes do not show how: a difference here would pass every check of shapes.
+HEADS = (("num_attention_heads", "n_head"), ("num_key_value_heads", "num_kv_heads"), ("head_dim",))
 
-def open_checkpoint(
-    path: str | Path, *, revision: str | None = None, cache: Path | None = None, headers_only: bool = False
-) -> Checkpoint:
+
+def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_only: bool = False) -> Checkpoint:
     """Open a local folder or a hub id; reads headers only.
 
     Args:
         path: a folder with config.json and safetensors, or `owner/name` on the hub.
         revision: a branch, tag or commit of the hub repository.
-        cache: the hub's cache folder; the library's own by default.
         headers_only: do not download weights that are not in the cache; such a checkpoint can be looked at, not read.
 
     Raises:
@@ -40,31 +40,27 @@ def open_checkpoint(
     remote = not folder.exists()
     if remote:
         source = str(path)
-        folder = from_hub(source, revision, cache, weights=not headers_only)
+        folder = from_hub(source, revision, weights=not headers_only)
         revision = folder.name  # the commit
     if not folder.is_dir():
         raise CheckpointError(f"`{path}` is not a folder", hint="give the folder that holds config.json")
-    if not (folder / "config.json").exists() and (folder / "adapter_config.json").exists():
+    if not (folder / "config.json").exists() and (folder / CONFIG).exists():
         raise CheckpointError(
             f"`{path}` is a PEFT adapter, not a checkpoint", hint="adapters can be `tuned`, not `base`"
         )
     config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
     if remote and headers_only and not any(folder.glob("*.safetensors")):
-        entries = _entries(source, headers_from_hub(source, revision), [])
+        entries = named_entries(source, headers_from_hub(source, revision))
     else:
-        entries = _entries(str(folder), *_read_headers(folder))
+        entries = named_entries(str(folder), *_read_headers(folder))
     checkpoint = Checkpoint(folder, config, entries, source=source, revision=revision)
-    _check_layers(checkpoint)
+    # layers beyond the config's are extra heads for multi-token prediction, not part of the stack
+    checkpoint.layers = _count_layers(checkpoint)
     return checkpoint
 
 
 def open_task_vector(
-    base: Checkpoint,
-    tuned: str | Path,
-    *,
-    revision: str | None = None,
-    cache: Path | None = None,
-    headers_only: bool = False,
+    base: Checkpoint, tuned: str | Path, *, revision: str | None = None, headers_only: bool = False
 ) -> TaskVector:
     """The change from ``base`` to a full checkpoint or a PEFT adapter (folder or hub id); reads headers only.
 
@@ -74,20 +70,15 @@ def open_task_vector(
     Raises:
         CheckpointError: with every tensor that is missing, extra or of another shape.
     """
-    folder = _find_adapter(tuned, revision=revision, cache=cache)
-    if folder is not None:
-        return AdapterTaskVector(base, folder, source=str(tuned) if not Path(tuned).exists() else None)
-    return FullTaskVector(base, open_checkpoint(tuned, revision=revision, cache=cache, headers_only=headers_only))
-
-
-def _find_adapter(tuned: str | Path, *, revision: str | None, cache: Path | None) -> Path | None:
-    """The folder of an adapter, or None if ``tuned`` is something else."""
-    folder = Path(tuned)
-    if not folder.exists():
-        folder = from_hub(str(tuned), revision, cache, weights=False)
-    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
-        return None
-    return folder if Path(tuned).exists() else from_hub(str(tuned), revision, cache)
+    folder, remote = Path(tuned), not Path(tuned).exists()
+    if remote:
+        folder = from_hub(str(tuned), revision, weights=False)
+    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
+        if remote:
+            folder = from_hub(str(tuned), revision)
+        return AdapterTaskVector(base, folder, source=str(tuned) if remote else None)
+    store = open_checkpoint(tuned, revision=revision, headers_only=headers_only)
+    return TaskVector(base, store, _match(base, store))
 
 
 def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Slot]], list[str]]:
@@ -108,18 +99,19 @@ def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Slot]], list[str]]:
     return headers, problems
 
 
-def _entries(source: str, headers: Mapping[str, Mapping[str, Slot]], problems: list[str]) -> dict[str, Entry]:
-    """All files' tensors by canonical name; raises ``problems`` and those of names."""
+def named_entries(
+    source: str, headers: Mapping[str, Mapping[str, Slot]], found: Iterable[str] = ()
+) -> dict[str, Entry]:
+    """All files' tensors by canonical name; raises the problems ``found`` so far and those of names."""
+    problems = list(found)
     entries: dict[str, Entry] = {}
     for file, slots in headers.items():
         for stored, slot in slots.items():
             entry = make_entry(stored, slot, file)
-            other = entries.get(entry.name)
-            if other is None:
-                entries[entry.name] = entry
-            elif other.stored == stored:
+            other = entries.setdefault(entry.name, entry)
+            if other is not entry and other.stored == stored:
                 problems.append(f"`{stored}` is in `{other.file}` and in `{file}`")
-            else:
+            elif other is not entry:
                 problems.append(f"`{other.stored}` and `{stored}` are the same tensor, `{entry.name}`")
     if problems:
         raise CheckpointError(
@@ -128,7 +120,8 @@ def _entries(source: str, headers: Mapping[str, Mapping[str, Slot]], problems: l
     return entries
 
 
-def _check_layers(checkpoint: Checkpoint) -> None:
+def _count_layers(checkpoint: Checkpoint) -> int:
+    """The number of layers that the config says, all of which must be there."""
     present = {entry.layer for entry in checkpoint.entries.values() if entry.layer is not None}
     if not present:
         raise CheckpointError(
@@ -144,5 +137,48 @@ def _check_layers(checkpoint: Checkpoint) -> None:
             problems=[f"layer {layer} has no tensor" for layer in missing],
             hint="a shard may be missing",
         )
-    # layers beyond the config's are extra heads for multi-token prediction, not part of the stack
-    checkpoint.layers = count
+    return count
+
+
+def _match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
+    """The base's canonical names -> tuned's, for every tensor that both have.
+
+    A vision tower may be missing on either side, and so may constants and a tied head's copy.
+    """
+    head, embedding = "lm_head.weight", "embed_tokens.weight"
+    problems = []
+    for keys in HEADS:
+        one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
+        if one is not None and two is not None and one != two:
+            problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
+    matches: dict[str, str] = {}
+    for name, entry in base.entries.items():
+        tied = name == head and base.tied and name not in tuned.entries
+        other = tuned.entries.get(embedding if tied else name)
+        if entry.kind == "buffer" or (other is None and entry.kind == "vision"):
+            continue
+        if other is None:
+            problems.append(f"`{entry.stored}` is missing in `{tuned.source}`")
+        elif other.shape != entry.shape:
+            shapes = f"{list(entry.shape)} in `{base.source}`, {list(other.shape)} in `{tuned.source}`"
+            problems.append(f"`{entry.stored}` is {shapes}")
+        else:
+            matches[name] = other.name
+    for name, entry in tuned.entries.items():
+        if name in base.entries or entry.kind in ("buffer", "vision"):
+            continue
+        if not (name == head and (tuned.tied or _same_bytes(tuned, entry, tuned.entries.get(embedding)))):
+            problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
+    if problems:
+        raise CheckpointError(
+            f"`{tuned.source}` is not a fine-tune of `{base.source}` as it stands",
+            problems=problems,
+            hint="base and tuned must be the same architecture with the same vocabulary",
+        )
+    return matches
+
+
+def _same_bytes(checkpoint: Checkpoint, one: Entry, two: Entry | None) -> bool:
+    if two is None or (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    return hash_tensor(checkpoint, one) == hash_tensor(checkpoint, two)

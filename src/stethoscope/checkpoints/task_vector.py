@@ -1,4 +1,4 @@
-"""Tuned minus base, one tensor at a time, whether tuned is a checkpoint (full.py) or a PEFT adapter (adapter.py).
+"""Tuned minus base, one tensor at a time, whether tuned is a full checkpoint or a PEFT adapter (adapter.py).
 
     change = open_task_vector(open_checkpoint("base"), "tuned-or-adapter")    # of open.py
     change.delta("layers.3.mlp.up_proj.weight")    # float32
@@ -11,21 +11,21 @@ have the same bytes, and no step needs more memory than it returns.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint, Entry, torch_dtype
-from stethoscope.checkpoints.names import Kind
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, torch_dtype
+from stethoscope.checkpoints.header import DTYPES
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
-Key = TypeVar("Key")
 CHUNK_ELEMENTS = 1 << 19  # two float32 copies of a chunk stay in a core's caches
+# What a task vector can be computed in. 8-bit floats come with scales in other tensors, so they are not among them.
+ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 def row_chunks(entry: Entry) -> Iterator[tuple[int, int]]:
@@ -36,67 +36,33 @@ def row_chunks(entry: Entry) -> Iterator[tuple[int, int]]:
 
 
 class Chunk(NamedTuple):
-    """Rows ``start`` to ``stop`` of a tensor seen as a matrix of its last dimension."""
+    """Rows ``start`` to ``stop`` of a tensor seen as a matrix of its last dimension.
+
+    The next chunk may lie in the same memory: use it before asking for that.
+    """
 
     start: int
     stop: int
     rows: torch.Tensor
 
 
-class TaskVector(ABC):
+class TaskVector:
     """The change from base to tuned, lazily; made by `open_task_vector`.
 
     Attributes:
         base: the checkpoint that the change is relative to.
+        store: tuned's files: the tuned checkpoint, or the adapter's matrices under their own keys.
+        own: canonical name -> the tensor of ``store`` that takes the base's place; an adapter computes the others.
         source: what the user called tuned.
-        store: its files: the tuned checkpoint, or the adapter's matrices under their own keys.
         names: canonical names of the tensors that tuned has a value for, in the base's order.
     """
 
-    base: Checkpoint
-    source: str
-    store: Checkpoint
-    names: tuple[str, ...]
-
-    @abstractmethod
-    def delta_chunks(self, name: str) -> Iterator[Chunk]:
-        """The change in float32, chunk by chunk, each [rows, columns], on the grid of `row_chunks`.
-
-        A chunk may share its memory with the next: use it before asking for that.
-        """
-
-    @abstractmethod
-    def tuned_chunks(self, name: str) -> Iterator[Chunk]:
-        """The tuned tensor in the base's dtype, chunk by chunk."""
-
-    def edited_chunks(self, name: str, coefficient: float) -> Iterator[Chunk]:
-        """base + coefficient * change, rounded once to the base's dtype, chunk by chunk; at 1 exactly tuned."""
-        if coefficient == 1:
-            yield from self.tuned_chunks(name)
-            return
-        for start, stop, delta in self.delta_chunks(name):
-            yield Chunk(start, stop, self.add(name, self.base.read_rows(name, start, stop), delta, coefficient))
-
-    def add(
-        self, name: str, base: Shaped[torch.Tensor, "..."], delta: Float[torch.Tensor, "..."], coefficient: float
-    ) -> Shaped[torch.Tensor, "..."]:
-        """base + coefficient * delta, rounded once to the base's dtype."""
-        # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
-        result = (delta * coefficient).add_(base.float()).to(base.dtype)
-        if not is_finite(result):
-            raise self.out_of_range(name, coefficient)
-        return result
-
-    def out_of_range(self, name: str, coefficient: float) -> CheckpointError:
-        """The error for a result that the base's dtype cannot hold."""
-        return CheckpointError(
-            f"`{name}` leaves the range of `{self.base.entries[name].dtype}` at coefficient {coefficient}",
-            hint="choose a smaller coefficient",
-        )
-
-    def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
-        """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""
-        return None
+    def __init__(self, base: Checkpoint, store: Checkpoint, own: Mapping[str, str]) -> None:
+        self.base = base
+        self.store = store
+        self.own = own
+        self.source = store.source
+        self.names = tuple(own)
 
     def delta(self, name: str) -> Float[torch.Tensor, "..."]:
         """tuned - base in float32.
@@ -106,34 +72,107 @@ class TaskVector(ABC):
         """
         return self._assemble(name, self.delta_chunks(name), torch.float32)
 
-    def tuned(self, name: str) -> Shaped[torch.Tensor, "..."]:
-        """The tuned tensor in the base's dtype: its very bytes where the dtypes agree, else cast once."""
-        return self.edited(name, 1.0)
-
     def edited(self, name: str, coefficient: float) -> Shaped[torch.Tensor, "..."]:
         """base + coefficient * change in the base's dtype; at 1 exactly `tuned`."""
         dtype = torch_dtype(self._entry(name).dtype)
         return self._assemble(name, self.edited_chunks(name, coefficient), dtype)
 
+    def tuned(self, name: str) -> Shaped[torch.Tensor, "..."]:
+        """The tuned tensor in the base's dtype: its very bytes where the dtypes agree, else cast once."""
+        return self.edited(name, 1.0)
+
+    def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
+        """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""
+        entry = self.store.entries[self.own[name]]
+        return (self.store, entry) if entry.dtype == self.base.entries[name].dtype else None
+
     def energy(self, name: str) -> float:
         """The squared Frobenius norm of the tensor's change."""
-        self._entry(name)
         norms = (float(torch.linalg.vector_norm(rows, dtype=torch.float64)) for _, _, rows in self.delta_chunks(name))
         return math.fsum(norm**2 for norm in norms)
 
     def energy_by_layer(self) -> dict[int, float]:
-        """Energy per decoder layer: the sum over its tensors."""
-        return dict(sorted(_sum_by(self.base, self._energies, lambda entry: entry.layer).items()))
-
-    def energy_by_kind(self) -> dict[Kind, float]:
-        """Energy per kind of module."""
-        return _sum_by(self.base, self._energies, lambda entry: entry.kind)
+        """Energy per decoder layer: the sum over its float tensors."""
+        return dict(self._layer_energies)
 
     @cached_property
-    def _energies(self) -> dict[str, float]:
-        """Energy per float tensor but vision's; kept, so that a second summary does not read two models again."""
-        entries = [self.base.entries[name] for name in self.names]
-        return {e.name: self.energy(e.name) for e in entries if e.dtype in ARITHMETIC and e.kind != "vision"}
+    def _layer_energies(self) -> dict[int, float]:
+        """Kept, so that a second summary does not read two models again."""
+        groups: dict[int, list[float]] = {}
+        for entry in (self.base.entries[name] for name in self.names):
+            if entry.layer is not None and entry.dtype in ARITHMETIC:
+                groups.setdefault(entry.layer, []).append(self.energy(entry.name))
+        return {layer: math.fsum(energies) for layer, energies in sorted(groups.items())}
+
+    def delta_chunks(self, name: str) -> Iterator[Chunk]:
+        """The change in float32, chunk by chunk, each [rows, columns], on the grid of `row_chunks`."""
+        for start, stop, base, delta in self._both(self._entry(name)):
+            if not is_finite(delta):
+                raise not_finite(name, self.source if is_finite(base) else self.base.source)
+            yield Chunk(start, stop, delta)
+
+    def edited_chunks(self, name: str, coefficient: float) -> Iterator[Chunk]:
+        """base + coefficient * change, rounded once to the base's dtype, chunk by chunk; at 1 exactly tuned."""
+        entry = self._entry(name)
+        if coefficient == 1 and name in self.own:
+            yield from self._own_chunks(entry)
+            return
+        memory: torch.Tensor | None = None
+        for start, stop, base, delta in self._both(entry):
+            # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
+            values = delta.mul_(coefficient).add_(base)
+            if memory is None:
+                memory = torch.empty(values.numel(), dtype=torch_dtype(entry.dtype))
+            result = memory[: values.numel()].view_as(values).copy_(values)
+            yield Chunk(start, stop, self._in_range(name, result, coefficient))
+
+    def add(
+        self, name: str, base: Shaped[torch.Tensor, "..."], delta: Float[torch.Tensor, "..."], coefficient: float
+    ) -> Shaped[torch.Tensor, "..."]:
+        """base + coefficient * delta, rounded once to the base's dtype."""
+        return self._in_range(name, (delta * coefficient).add_(base.float()).to(base.dtype), coefficient)
+
+    def _in_range(self, name: str, result: torch.Tensor, coefficient: float) -> torch.Tensor:
+        if not is_finite(result):
+            for _ in self.delta_chunks(name):  # raises if base or tuned is not finite
+                pass
+            raise CheckpointError(
+                f"`{name}` leaves the range of `{self.base.entries[name].dtype}` at coefficient {coefficient}",
+                hint="choose a smaller coefficient",
+            )
+        return result
+
+    def _both(self, entry: Entry) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        """Base and change in float32, chunk by chunk, in memory that is used again."""
+        other = self.store.entries[self.own[entry.name]]
+        require_float(entry, other)
+        largest = max(((stop - start) * entry.columns for start, stop in row_chunks(entry)), default=0)
+        # memory from the kernel costs more than the arithmetic, so it is asked for once per tensor
+        raw = torch.empty(8 * largest, dtype=torch.uint8)
+        base_memory, delta_memory = torch.empty(largest), torch.empty(largest)
+        for start, stop in row_chunks(entry):
+            shape = (stop - start, entry.columns)
+            size = math.prod(shape)
+            base = base_memory[:size].view(shape).copy_(self.base.read_rows(entry.name, start, stop, buffer=raw))
+            delta = delta_memory[:size].view(shape).copy_(self.store.read_rows(other.name, start, stop, buffer=raw))
+            yield start, stop, base, delta.sub_(base)
+
+    def _own_chunks(self, entry: Entry) -> Iterator[Chunk]:
+        """Tuned's own tensor in the base's dtype."""
+        other = self.store.entries[self.own[entry.name]]
+        if entry.dtype != other.dtype:
+            require_float(entry, other)
+        for start, stop in row_chunks(entry):
+            rows = self.store.read_rows(other.name, start, stop)
+            if rows.is_floating_point() and not is_finite(rows):
+                raise not_finite(entry.name, self.source)
+            cast = rows.to(torch_dtype(entry.dtype))
+            if cast is not rows and not is_finite(cast):
+                raise CheckpointError(
+                    f"`{entry.name}` of `{self.source}` has values that `{entry.dtype}` cannot hold",
+                    hint="convert the base to a wider dtype first",
+                )
+            yield Chunk(start, stop, cast)
 
     def _assemble(self, name: str, chunks: Iterator[Chunk], dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)
@@ -143,13 +182,13 @@ class TaskVector(ABC):
         return out.reshape(entry.shape)
 
     def _entry(self, name: str) -> Entry:
-        if name not in self._name_set:
+        if name not in self._changed:
             self.base.entry(name)
             raise CheckpointError(f"`{self.source}` does not change `{name}`")
         return self.base.entries[name]
 
     @cached_property
-    def _name_set(self) -> frozenset[str]:
+    def _changed(self) -> frozenset[str]:
         return frozenset(self.names)
 
 
@@ -158,19 +197,13 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
-# Dtype -> an integer of its size, and the bits that are all set in NaN and infinity alone.
-EXPONENTS = {
-    "F64": (np.uint64, 0x7FF0 << 48), "F32": (np.uint32, 0x7F80 << 16), "F16": (np.uint16, 0x7C00),
-    "BF16": (np.uint16, 0x7F80), "F8_E5M2": (np.uint8, 0x7C), "F8_E4M3": (np.uint8, 0x7F),
-}  # fmt: skip
-
-
 def bytes_finite(piece: memoryview, dtype: str) -> bool:
     """Whether a piece of a tensor of this stored dtype holds neither NaN nor infinity; True for what is no float."""
-    if dtype not in EXPONENTS or not piece:
+    bits, _, exponent = DTYPES[dtype]
+    if not exponent or not piece:
         return True
-    kind, mask = EXPONENTS[dtype]
-    return bool((np.frombuffer(piece, dtype=kind) & kind(mask)).max() < mask)
+    values = np.frombuffer(piece, dtype=f"u{bits // 8}")
+    return bool((values & values.dtype.type(exponent)).max() < exponent)
 
 
 def not_finite(name: str, source: str) -> CheckpointError:
@@ -178,12 +211,6 @@ def not_finite(name: str, source: str) -> CheckpointError:
     return CheckpointError(
         f"`{name}` of `{source}` holds NaN or infinity", hint="the training run diverged or the file is damaged"
     )
-
-
-def require_finite(values: torch.Tensor, name: str, source: str) -> None:
-    """Raise if a tensor's values hold NaN or infinity."""
-    if not is_finite(values):
-        raise not_finite(name, source)
 
 
 def require_float(*entries: Entry) -> None:
@@ -194,12 +221,3 @@ def require_float(*entries: Entry) -> None:
                 f"`{entry.stored}` has dtype `{entry.dtype}`, whose difference means nothing",
                 hint="use the unquantised checkpoints of base and tuned",
             )
-
-
-def _sum_by(base: Checkpoint, energies: dict[str, float], key: Callable[[Entry], Key | None]) -> dict[Key, float]:
-    groups: dict[Key, list[float]] = {}
-    for name, energy in energies.items():
-        group = key(base.entries[name])
-        if group is not None:
-            groups.setdefault(group, []).append(energy)
-    return {group: math.fsum(values) for group, values in groups.items()}

@@ -15,8 +15,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Column
+
+from stethoscope.display import aligned
 
 _out = Console()
 _err = Console(stderr=True)
@@ -129,7 +130,6 @@ def conclude(
     *,
     as_json: bool,
     rows: Sequence[Sequence[str]] = (),
-    left: int = 1,
     says: Sequence[str] = (),
     wrote: Sequence[Path] = (),
     then: str = "",
@@ -137,14 +137,14 @@ def conclude(
     """A command's end: the value as JSON, or a table, sentences, the paths written and the next command.
 
     Args:
-        rows: the table, its header first; its ``left`` first columns stand to the left.
+        rows: the table, its header first.
         then: a command line, from `command_line`.
     """
     if as_json:
         say_json(value)
         return
     if rows:
-        show_rows(rows, left=left)
+        show_rows(rows)
     for sentence in says:
         say(sentence)
     if (rows or says) and (wrote or then):
@@ -175,11 +175,9 @@ def say_json(value: Any) -> None:
     print(json.dumps(value, indent=1))  # noqa: T201 - the one place that prints
 
 
-def show_rows(rows: Sequence[Sequence[str]], *, left: int) -> None:
-    """A table with its first columns to the left and numbers to the right, as wide as it is, and an empty line."""
-    table = Table(*map(Column, map(Text, rows[0])), box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[left:]:
-        column.justify = "right"
-    for row in rows[1:]:
-        table.add_row(*map(Text, row))  # task names are no markup
-    Console(width=240).print(table, "")  # at its own width: folded numbers cannot be read
+def show_rows(rows: Sequence[Sequence[str]]) -> None:
+    """A table, as wide as it is since folded numbers cannot be read, and an empty line."""
+    head, *lines = aligned(rows)
+    _out.print(head, style="bold", highlight=False, markup=False, soft_wrap=True)
+    for line in (*lines, ""):
+        say(line)

@@ -1,7 +1,7 @@
 """Commands that test and compare models, with or without a recipe."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,8 +27,8 @@ from stethoscope.cli.values import labelled, parse_margin
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
+    from stethoscope.executor import RayExecutor
     from stethoscope.results.comparison import Comparison
-    from stethoscope.scaling import Crew
 
 
 class Backend(StrEnum):
@@ -63,13 +63,13 @@ def evaluate(
     as_json: AsJSON = False,
 ) -> None:
     """Run harness tasks on checkpoints, item by item, and compare the others with the first."""
-    from stethoscope.evaluation import compare as compare_arms
+    from stethoscope.evaluation.comparison import compare as compare_arms
     from stethoscope.evaluation.run import evaluate_checkpoints
 
     arms = {name or Path(path).name: path for path, name in map(labelled, model)}
     if len(arms) < len(model):
         raise StethoscopeError("two models have the same name", hint="name them: `--model PATH=NAME`")
-    with _crew(ray, workers, gpus) as crew, ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
+    with _executor(ray, workers, gpus) as executor, ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
         outcomes = evaluate_checkpoints(
             arms,
             [name.strip() for name in tasks.split(",") if name.strip()],
@@ -80,9 +80,8 @@ def evaluate(
             limit=limit,
             batch_size=batch_size,
             seed=seed,
-            dtype=crew.dtype if crew else None,
             device=device or "auto",
-            spread=crew.answering_from(arms) if crew else None,
+            executor=executor,
             progress=lambda done, total, _: advance(done, total),
         )
     found = compare_arms(outcomes, baseline=outcomes.arms[0], seed=seed)
@@ -97,16 +96,13 @@ def evaluate(
     )
 
 
-@contextmanager
-def _crew(ray: str | None, workers: int | None, gpus: float | None) -> "Iterator[Crew | None]":
+def _executor(ray: str | None, workers: int | None, gpus: float | None) -> "AbstractContextManager[RayExecutor | None]":
     if workers == 0 or (ray, workers, gpus) == (None, None, None):
-        yield None
-        return
+        return nullcontext()
+    from stethoscope.executor import RayExecutor, WorkerContext
     from stethoscope.recipe import Ray
-    from stethoscope.scaling import Bench, Crew
 
-    with Crew(Ray(address=ray or "auto", workers=workers, gpus=gpus or 0.0), Bench()) as crew:
-        yield crew
+    return RayExecutor(Ray(address=ray or "auto", workers=workers, gpus=gpus or 0.0), WorkerContext())
 
 
 def compare(
@@ -126,8 +122,8 @@ def compare(
     as_json: AsJSON = False,
 ) -> None:
     """Compare two arms item by item, from `lm_eval --log_samples` folders or from runs; no model is needed."""
-    from stethoscope.evaluation import compare as compare_arms
-    from stethoscope.evaluation.samples import join, read_results
+    from stethoscope.evaluation.comparison import compare as compare_arms
+    from stethoscope.evaluation.harness_logs import join, read_results
 
     (path_a, arm_a), (path_b, arm_b) = labelled(a), labelled(b)
     first = read_results(Path(path_a), arm=arm_a, source=cluster)
@@ -163,7 +159,7 @@ def logs(
     as_json: AsJSON = False,
 ) -> None:
     """Write a run's outcomes as `lm_eval --log_samples` would have, for other tools."""
-    from stethoscope.evaluation.logs import write_logs
+    from stethoscope.evaluation.harness_logs import write_logs
     from stethoscope.evaluation.outcomes import Outcomes
 
     outcomes = Outcomes.load(run / "outcomes.parquet")
@@ -205,20 +201,21 @@ def show_comparison(
     found: "Comparison", *, as_json: bool, everything: bool, wrote: Sequence[Path] = (), then: str = ""
 ) -> None:
     """Accuracies and verdicts, and where ``everything`` is wanted all tests of every contrast."""
-    from stethoscope.evaluation.tables import accuracy_rows, bound_rows, contrast_rows, gain_rows, noise, notes
+    from stethoscope.results.comparison_tables import accuracy_rows, contrast_rows, gain_rows, noise, notes
 
     if as_json:
         say_json(found.to_dict())
         return
-    show_rows(accuracy_rows(found), left=2)
+    show_rows(accuracy_rows(found))
     for line in noise(found):
         say(f"noise: {line}")
     for contrast in found.contrasts:
         if everything:
-            show_rows(contrast_rows(contrast), left=2)
-            show_rows(bound_rows(contrast), left=1)
-            if len(gains := gain_rows(found, contrast)) > 1:
-                show_rows(gains, left=1)
+            rows = contrast_rows(contrast)
+            show_rows([row[:10] for row in rows])
+            show_rows([row[:1] + row[10:] for row in rows])  # all would be too wide
+            if gains := gain_rows(contrast):
+                show_rows(gains)
             for line in notes(contrast):
                 say(f"note: {line}")
             for task in contrast.tasks:

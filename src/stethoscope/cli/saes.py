@@ -34,10 +34,10 @@ def train_saes(
     as_json: AsJSON = False,
 ) -> None:
     """Train an SAE for every layer of a model; the same command resumes a stopped training."""
-    from stethoscope.corpus import read_documents
-    from stethoscope.models import load_tokenizer
+    from stethoscope.models.load import load_tokenizer
     from stethoscope.saes import train as training
     from stethoscope.saes.health import health_rows
+    from stethoscope.text.documents import read_documents
 
     chosen = None if layers == "all" else parse_layers(layers)
     documents = read_documents(text, field=field)

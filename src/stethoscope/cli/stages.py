@@ -99,14 +99,13 @@ def check(
     """Say everything that is wrong with a recipe, or what it will take; from names, configs and headers alone."""
     with _problems_as_json(as_json):
         chosen, folder = _read(recipe, out, changes)
-        from stethoscope.preflight import check_recipe
+        from stethoscope.check import check_recipe
 
         found = check_recipe(chosen, folder, offline=offline)
     conclude(
         {"ok": True, **found.summary()},
         as_json=as_json,
         rows=found.table(),
-        left=2,
         says=[
             f"`{recipe}` has no mistake in its form."
             if offline
@@ -151,7 +150,6 @@ def stage_command(stage: "Stage") -> Callable[..., None]:
             found.model_dump(mode="json"),
             as_json=as_json,
             rows=stage.rows(found, chosen),
-            left=stage.left,
             says=list(stage.says(found, chosen)),
             wrote=[folder / name for name in stage.wrote(chosen)],
             then=_then(stage.then, recipe, out),
@@ -174,17 +172,16 @@ def _rehearse(
 ) -> None:
     with _problems_as_json(as_json), ConsoleReporter(quiet=quiet).stage("Check the recipe"):
         chosen, folder = _read(recipe, out, changes, device=device)
-        from stethoscope.preflight import preflight
+        from stethoscope.check import check_run
 
-        found = preflight(chosen, folder, headers_only=True)
+        found = check_run(chosen, folder, headers_only=True)
     tasks = {"tasks": found.tasks, "control_tasks": found.control_tasks}
     rows = [[name.replace("_", " "), ", ".join(names) or "none"] for name, names in tasks.items()]
     conclude(
-        {"ok": True, **found.look.summary(), **tasks, "seen_items": found.seen_items},
+        {"ok": True, **found.summary(), **tasks, "seen_items": found.seen_items},
         as_json=as_json,
-        rows=[*found.look.table(), *rows],
-        left=2,
-        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.look.notes],
+        rows=[*found.table(), *rows],
+        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.notes],
         then=_then("run", recipe, out),
     )
 
@@ -228,7 +225,7 @@ def _then(command: str, recipe: Path, out: Path | None) -> str:
 
 
 def _show(result: "RunResult", *, as_json: bool) -> None:
-    from stethoscope.evaluation.tables import accuracy_table
+    from stethoscope.results.comparison_tables import accuracy_table
 
     found = result.comparison
     rivals = [

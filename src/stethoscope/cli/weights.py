@@ -113,14 +113,13 @@ def undo(
 def _patched(
     direction: Literal["apply", "undo"], patch: Path, checkpoint: str, out: Path, *, quiet: bool, as_json: bool
 ) -> None:
-    from stethoscope.editing.patch import apply_patch, undo_patch
+    from stethoscope.editing.patch import apply_patch
 
-    turn, made, then = {
-        "apply": (apply_patch, "The edited checkpoint", command_line("verify", out, "--base", checkpoint)),
-        "undo": (undo_patch, "The base, bit for bit", ""),
-    }[direction]
+    undo = direction == "undo"
     with ConsoleReporter(quiet=quiet).stage(f"{direction.capitalize()} the patch") as advance:
-        path = turn(patch, checkpoint, out, progress=advance)
+        path = apply_patch(patch, checkpoint, out, undo=undo, progress=advance)
+    made = "The base, bit for bit" if undo else "The edited checkpoint"
+    then = "" if undo else command_line("verify", out, "--base", checkpoint)
     said = f"{made}: every tensor was checked against its hash before it changed and after"
     conclude({"out": str(path)}, as_json=as_json, says=[said], wrote=[path], then=then)
 
@@ -160,11 +159,13 @@ def push(
     as_json: AsJSON = False,
 ) -> None:
     """Send an edit and its card to the hub, after comparing it with its manifest and asking."""
-    from stethoscope.editing.publish import files_of, publish
+    from stethoscope.editing.manifest import known_files, read_manifest
+    from stethoscope.editing.publish import publish
     from stethoscope.editing.verify import verify as verify_edit
 
     folder = edited / "edited" if (edited / "edited").is_dir() else edited
-    size = sum(path.stat().st_size for path in files_of(folder) if path.exists())
+    paths = [folder / name for name in known_files(read_manifest(folder))]
+    size = sum(path.stat().st_size for path in paths if path.exists())
     if not yes and not sys.stdin.isatty():
         raise StethoscopeError("nothing was sent: there is no terminal to ask on", hint="`--yes` sends without asking")
     reporter = ConsoleReporter(quiet=quiet)

@@ -19,14 +19,14 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.corpus import TokenBatch
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
 from stethoscope.losses import loss_gradient
+from stethoscope.models.sites import HookPoint, hook_point, read_activations, record_activations
 from stethoscope.replay import Recording
-from stethoscope.saes.activations import lent, loud_positions
-from stethoscope.sites import HookPoint, hear, hearing, hook_point
+from stethoscope.saes.activations import attention_sinks, on_device
+from stethoscope.text.tokens import TokenBatch
 
 Progress = Callable[[int, int], None]
 _CHUNK = 1024  # tokens encoded at once
@@ -75,7 +75,7 @@ def own_changes(
     """
     embedded = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
     try:
-        with torch.enable_grad(), hearing(points) as found:
+        with torch.enable_grad(), record_activations(points) as found:
             recording = Recording(model, batch.input_ids)
     finally:
         embedded.remove()
@@ -87,9 +87,9 @@ def own_changes(
     with torch.no_grad():
         for (layer, point), base, gradient in zip(points.items(), sites, gradients, strict=True):
             with edits.entered({layer: coefficient}), recording.below(layer):
-                tuned = hear(model, {layer: point}, batch.input_ids)[layer]
+                tuned = read_activations(model, {layer: point}, batch.input_ids)[layer]
             changes[layer] = OwnChange(base=base.detach(), tuned=tuned, gradient=gradient)
-        loud = loud_positions((recording.after(layer) for layer in points), batch.attention_mask)
+        loud = attention_sinks((recording.after(layer) for layer in points), batch.attention_mask)
     return Heard(losses=losses.where(counted, 0.0).double().sum(1), changes=changes, sinks=loud)
 
 
@@ -163,7 +163,7 @@ def attribute(
     Args:
         edits: the layers' edited weights.
         saes: by layer, reading ``site``.
-        batches: the corpus; see `stethoscope.corpus.batches`.
+        batches: the corpus; see `stethoscope.text.tokens.batches`.
         tap: the exact place, where the SAEs read the site elsewhere than most; see `hook_point`.
         coefficient: of the edits.
         block_size: documents to a block, in the corpus's order.
@@ -184,7 +184,7 @@ def attribute(
         tokens[rows] = batch.predicted.sum(1).numpy()
         counted = batch.countable & ~heard.sinks
         for layer, change in heard.changes.items():
-            with torch.no_grad(), lent(saes[layer], change.base.device):
+            with torch.no_grad(), on_device(saes[layer], change.base.device):
                 sums[layer].add(saes[layer], change, batch, counted, block_size)
         if progress:
             progress(done, len(batches))

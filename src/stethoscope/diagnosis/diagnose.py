@@ -13,10 +13,10 @@ from stethoscope.diagnosis.listen import Listening
 from stethoscope.diagnosis.scores import SCORES, positive_difference
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
+from stethoscope.display import first_of
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import ATTRIBUTION
 from stethoscope.results.diagnosis import NAMED, CorpusSummary, Diagnosis, FeatureDifference, LayerDiagnosis, SAEHealth
-from stethoscope.shown import first_of
 
 # Below this an SAE does not describe the layer, and what it hears is not believed.
 LEAST_VARIANCE_EXPLAINED = 0.5

@@ -20,13 +20,14 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import Provenance
-from stethoscope.corpus import Document, Tokens, batches
 from stethoscope.diagnosis.listener import Rows, countable, loaded, point_of
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
+from stethoscope.models.sites import read_activations
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
 from stethoscope.saes.open import SAEFolder
-from stethoscope.sites import hear
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import Tokens, batches
 
 # Tokens of text on each side of the one that fired.
 WINDOW = 12
@@ -91,7 +92,7 @@ def gather_evidence(
         }
         for name, some in rows.items():
             for batch in batches(some.ids, tokenizer, counted=some.counted):
-                heard, counted, _ = countable(hear(model, points, batch.input_ids), batch)
+                heard, counted, _ = countable(read_activations(model, points, batch.input_ids), batch)
                 for layer, part in parts.items():
                     values = part.encode(heard[layer][counted])
                     spread = values.new_zeros(*counted.shape, values.shape[1])

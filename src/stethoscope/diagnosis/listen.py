@@ -8,7 +8,7 @@ Blocks of documents are the pieces of the work; see `listener.py` for what is do
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,16 +17,16 @@ import torch
 from sae_lens import SAE
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import Document, Tokens, counted_tokens
-from stethoscope.diagnosis.agenda import Agenda, Part
-from stethoscope.diagnosis.listener import Block, Listener, Sample
-from stethoscope.diagnosis.sharing import Sharing, Split, share, waves
+from stethoscope.diagnosis.encoding import PLAIN
+from stethoscope.diagnosis.listener import Block, HeardBlock, Listener, Sample
 from stethoscope.diagnosis.statistics import FeatureStatistics, StatisticsTable
 from stethoscope.errors import StethoscopeError
+from stethoscope.executor import Executor, Failed, LocalExecutor
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.validation import Layers
 from stethoscope.saes.open import SAEFolder
-from stethoscope.work import Alone, Lost, Piece, Run, Spread
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import Tokens, counted_tokens
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +61,7 @@ def listen(
     memory: int | None = None,
     dtype: torch.dtype | None = None,
     skip_broken: bool = False,
-    split: Split = "auto",
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Listening]:
     """Feature statistics of every layer with an SAE on some corpora, and the SAEs' health there.
@@ -82,54 +81,72 @@ def listen(
         dtype: of the encoders' products; by default bfloat16 if the model computes in it, else float32. SAE health
             says what it costs.
         skip_broken: leave out documents that cannot be heard, instead of ending with their names.
-        split: what several workers share. ``documents``: all workers go through one group of layers after another,
-            which is one group if all encoders fit in a worker's ``memory``. ``layers``: a group for every worker at
-            least, which keeps to it while there is work for it and forwards the text for it. ``streams``: the same, but
-            a batch is forwarded once, and its residual streams go to the groups through the object store. By default
-            the documents if all encoders fit, else the cheaper of the other two, see `sharing.share`. The statistics
-            are the same.
-        spread: where the work is done; here if None.
+        executor: runs the work; here if None. The results are equal to the bit.
         progress: called with characters of text done and in all, a cut document counting about what is read of it.
 
     Raises:
         SAEError: an SAE gave values that are not finite, or does not fit its site.
-        StethoscopeError: documents that cannot be heard, by name; a corpus has no token to count; ``streams`` that do
-            not fit in the object store.
+        StethoscopeError: documents that cannot be heard, by name; a corpus has no token to count.
     """
     dtype = dtype or encoder_dtype(model)
-    make = partial(Listener, saes=saes, site=site, max_tokens=max_tokens, tokens=tokens, dtype=dtype)
-    run = spread(make) if spread else Alone(make(model, tokenizer))
-    sharing = share(model, saes, run.means, dtype=dtype, memory=memory, split=split, max_tokens=max_tokens)
-    if run.means.workers > 1:
-        log.info(sharing.said)
+    options: dict[str, Any] = {"site": site, "max_tokens": max_tokens, "tokens": tokens, "dtype": dtype}
+    executor = executor or LocalExecutor(model=model, tokenizer=tokenizer)
+    run = partial(
+        executor.map_pieces,
+        Listener.attend,
+        setup=lambda context: Listener(context.model, context.tokenizer, saes=saes, **options),
+    )
     opening = {
         name: _opening(name, some, tokenizer, max_tokens, tokens, health_tokens) for name, some in corpora.items()
     }
     sizes = {name: [_size(document, max_tokens) for document in some] for name, some in corpora.items()}
-    heard = _Pass(corpora, sizes, sharing.groups, block_size, keep_groups=sharing.way != "documents")
-    for group in sharing.groups:
-        heard.samples[group] = Sample(layers=group, documents=opening, tokens=health_tokens)
-    agenda = heard.together(sharing, run.means.workers) if sharing.way == "streams" else heard.apart()
-    while agenda.pieces:
-        lost: list[tuple[Part, Lost]] = []
-        for number, result in run(Listener.attend, agenda.pieces):
-            for part, found in agenda.settle(number, result):
-                if isinstance(found, Lost):
-                    lost.append((part, found))
-                else:
-                    heard.take(part, found)
-                    if progress:
-                        progress(heard.done, heard.total)
+    groups = layer_groups(saes, dtype, memory)
+    samples = {group: Sample(layers=group, documents=opening, tokens=health_tokens) for group in groups}
+    heard = _Pass(corpora, sizes, samples, block_size)
+    while todo := heard.todo():
+        failed: list[tuple[Part, Failed]] = []
+        for index, found in run(map(heard.work, todo)):
+            if isinstance(found, Failed):
+                failed.append((todo[index], found))
+            else:
+                heard.take(todo[index], found)
+                if progress:
+                    progress(heard.done, heard.total)
             if not skip_broken:
                 heard.refuse_broken()
-                if lost:
+                if failed:
                     break
-        for part, end in lost:
-            heard.find_deadly(run, part, end)
+        for part, failure in failed:
+            heard.find_crashing(run, part, failure)
         if not skip_broken:
             heard.refuse_broken()
-        agenda = heard.apart()
     return {name: heard.listening(name, sorted(saes)) for name in corpora}
+
+
+def layer_groups(
+    saes: Mapping[int, SAE | SAEFolder], dtype: torch.dtype, memory: int | None = None
+) -> tuple[Layers, ...]:
+    """The layers in order of depth, in groups whose encoders fit in so many bytes; each group has one at least."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for layer, sae in sorted(saes.items()):
+        size = _encoder_bytes(sae, dtype)
+        if groups[-1] and memory is not None and used + size > memory:
+            groups.append([])
+            used = 0
+        groups[-1].append(layer)
+        used += size
+    return tuple(tuple(group) for group in groups)
+
+
+def _encoder_bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
+    """Of an encoder; where SAELens encodes itself, of the whole SAE in float32."""
+    if isinstance(sae, SAEFolder):
+        values, architecture = sae.width * sae.d_in, sae.architecture
+    else:
+        values, architecture = int(sae.cfg.d_sae) * int(sae.cfg.d_in), sae.cfg.architecture()
+    plain = architecture in PLAIN or architecture.endswith("batchtopk")  # which is read as a JumpReLU
+    return values * dtype.itemsize if plain else 2 * values * torch.float32.itemsize
 
 
 def _size(document: Document, max_tokens: int) -> int:
@@ -143,6 +160,16 @@ def encoder_dtype(model: PreTrainedModel) -> torch.dtype:
     return torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A block of a corpus, or the samples of all (``corpus`` None), to be heard by the SAEs of a group of layers."""
+
+    group: Layers
+    corpus: str | None = None
+    number: int = 0
+    places: range = range(0)
+
+
 class _Pass:
     """What has been heard so far, and what is left to hear."""
 
@@ -150,35 +177,25 @@ class _Pass:
         self,
         corpora: Mapping[str, Sequence[Document]],
         sizes: Mapping[str, Sequence[int]],
-        groups: Sequence[Layers],
+        samples: Mapping[Layers, Sample],
         block_size: int,
-        *,
-        keep_groups: bool,
     ) -> None:
-        self.corpora, self.sizes, self.groups, self.keep_groups = corpora, sizes, groups, keep_groups
+        self.corpora, self.sizes, self.samples = corpora, sizes, samples
         self.blocks = {
             name: [range(len(some))[start : start + block_size] for start in range(0, len(some), block_size)]
             for name, some in corpora.items()
         }
-        self.samples: dict[Layers, Sample] = {}
         self.broken: dict[str, dict[int, str]] = {name: {} for name in corpora}
-        self.done, self.total = 0, len(groups) * sum(map(sum, sizes.values()))
+        self.done, self.total = 0, len(samples) * sum(map(sum, sizes.values()))
         self._heard: dict[Part, frozenset[int]] = {}  # which documents of it
         self._tables = {name: StatisticsTable(len(blocks)) for name, blocks in self.blocks.items()}
         self._health: dict[str, dict[int, SAEHealth]] = {name: {} for name in corpora}
         self._silent = dict.fromkeys(corpora, 0)
-        self._parts = [
-            part
-            for group in groups
-            for part in (
-                Part(group=group),
-                *(
-                    Part(group=group, corpus=name, number=number, places=places)
-                    for name, blocks in self.blocks.items()
-                    for number, places in enumerate(blocks)
-                ),
-            )
-        ]
+        self._parts: list[Part] = []
+        for group in samples:
+            self._parts.append(Part(group=group))
+            for name, blocks in self.blocks.items():
+                self._parts += [Part(group=group, corpus=name, number=n, places=p) for n, p in enumerate(blocks)]
 
     def todo(self) -> list[Part]:
         """The parts not heard, or heard with documents that turned out broken for another group of layers."""
@@ -187,58 +204,47 @@ class _Pass:
             part for part in self._parts if self._heard.get(part, nothing if part.corpus else None) != self._sound(part)
         ]
 
-    def apart(self) -> Agenda:
-        """What is to do, each part by itself."""
-        return Agenda(self.piece, self._documents, parts=self.todo())
+    def work(self, part: Part) -> Block | Sample:
+        """A part as a piece of work, without the documents that turned out broken."""
+        return self.samples[part.group] if part.corpus is None else self.block(part, sorted(self._sound(part)))
 
-    def together(self, sharing: Sharing, workers: int) -> Agenda:
-        """All there is to do, where one forward feeds several groups of layers."""
-        todo = self.todo()
-        fed = waves(sharing.groups, workers)
-        parts = [[part for part in todo if part.group in wave] for wave in fed]
-        return Agenda(self.piece, self._documents, waves=parts, blocks=sharing.blocks)
+    def block(self, part: Part, places: Sequence[int]) -> Block:
+        """Some documents of a part."""
+        assert part.corpus is not None
+        return Block(layers=part.group, documents={n: self.corpora[part.corpus][n] for n in places})
 
-    def piece(self, part: Part) -> Piece:
-        """A part as work for anyone."""
-        key = part.group if self.keep_groups else None
-        if part.corpus is None:
-            return Piece(name="a sample of every corpus", key=key, load=lambda: self.samples[part.group])
-        name = f"documents {part.places[0]} to {part.places[-1]} of `{part.corpus}`"
-        return Piece(name=name, key=key, load=lambda: self._block(part, sorted(self._sound(part))))
-
-    def take(self, part: Part, found: Any) -> None:
+    def take(self, part: Part, found: HeardBlock | dict[str, dict[int, SAEHealth]]) -> None:
         """Keep what was heard."""
-        if part.corpus is None:
+        if not isinstance(found, HeardBlock):
             for name, layers in found.items():
                 self._health[name] |= layers
             self._heard[part] = frozenset()
             return
+        assert part.corpus is not None
         self.broken[part.corpus] |= found.broken
         if part not in self._heard:
             self.done += sum(self.sizes[part.corpus][place] for place in part.places)
-            self._silent[part.corpus] += found.silent if part.group == self.groups[0] else 0
+            self._silent[part.corpus] += found.silent if part.group == next(iter(self.samples)) else 0
         self._heard[part] = found.places
         if found.statistics:
             self._tables[part.corpus].put(part.number, found.statistics)
 
-    def find_deadly(self, run: Run, part: Part, end: Lost) -> None:
-        """Name the documents that end the worker that hears them.
+    def find_crashing(self, run: Callable[..., Any], part: Part, failure: Failed) -> None:
+        """Find the documents of a part that crash a worker by themselves.
 
         Raises:
-            StethoscopeError: no document does so by itself.
+            StethoscopeError: no document does.
         """
         if part.corpus is None:
-            raise StethoscopeError(f"examining SAEs ends every worker: {end.why}", hint="is its memory enough?")
+            raise StethoscopeError(f"examining SAEs ends every worker: {failure.why}", hint="is its memory enough?")
         places = sorted(self._sound(part))
-        pieces = [
-            replace(self.piece(part), name=f"document {n} of `{part.corpus}`", load=partial(self._block, part, [n]))
-            for n in places
-        ]
-        for number, found in run(Listener.hear, pieces):
-            if isinstance(found, Lost):
-                self.broken[part.corpus][places[number]] = found.why
-        if not self._broken(part):
-            raise StethoscopeError(f"{self.piece(part).name} end every worker together: {end.why}")
+        tried = run(self.block(part, [place]) for place in places)
+        crashing = {places[index]: found.why for index, found in tried if isinstance(found, Failed)}
+        if not crashing:
+            raise StethoscopeError(
+                f"documents {places[0]} to {places[-1]} of `{part.corpus}` end every worker together: {failure.why}"
+            )
+        self.broken[part.corpus] |= crashing
 
     def refuse_broken(self) -> None:
         """
@@ -277,18 +283,8 @@ class _Pass:
             broken=dict(sorted(self.broken[name].items())),
         )
 
-    def _broken(self, part: Part) -> set[int]:
-        return set(part.places) & set(self.broken[part.corpus]) if part.corpus else set()
-
     def _sound(self, part: Part) -> frozenset[int]:
-        return frozenset(part.places) - self._broken(part)
-
-    def _block(self, part: Part, places: Sequence[int]) -> Block:
-        return Block(layers=part.group, documents=self._documents(part, places))
-
-    def _documents(self, part: Part, places: Sequence[int] | None = None) -> dict[int, Document]:
-        assert part.corpus is not None
-        return {n: self.corpora[part.corpus][n] for n in (part.places if places is None else places)}
+        return frozenset(part.places) - frozenset(self.broken[part.corpus]) if part.corpus else frozenset()
 
 
 def _nothing(name: str) -> StethoscopeError:

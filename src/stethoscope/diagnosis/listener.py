@@ -1,13 +1,11 @@
 """What hears: a model, and the encoders of some of its layers; documents in, sums and SAE health out.
 
-Documents that are heard together are forwarded on their own, so their sums are the same whoever computes them. Where
-several workers hear the layers of one forward, they are given its streams: the same values in the same batches.
+Documents that are heard together are forwarded on their own, so their sums are the same whoever computes them.
 """
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,24 +14,23 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import Document, TokenBatch, Tokens, batches, counted_tokens, tokenize
 from stethoscope.diagnosis.encoding import BlockSums, Encoder
-from stethoscope.diagnosis.sharing import BATCH_TOKENS
-from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
-from stethoscope.diagnosis.streams import Begun, Forward, Reading, Streams
+from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.validation import Layers
-from stethoscope.saes.activations import lent, loud_positions
+from stethoscope.saes.activations import attention_sinks, on_device
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.open import SAEFolder, load_sae
-from stethoscope.sites import HookPoint, hear, hook_point
-from stethoscope.work import Lost
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens, tokenize
 
 log = logging.getLogger(__name__)
 
 # SAELens encodes and decodes so many tokens at once; on a GPU several times their features has to fit beside the rest.
 HEALTH_TOKENS = {"cpu": 4096, "cuda": 512}
+BATCH_TOKENS = 4096  # of a forward, padding included; a document that is longer by itself has its own
 
 Heard = dict[int, Float[Tensor, "tokens d_in"]]
 
@@ -93,18 +90,9 @@ class Listener:
         self.points = {layer: point_of(model, layer, saes[layer], site) for layer in sorted(saes)}
         self._encoders: dict[int, Encoder] = {}
 
-    def attend(self, work: Block | Sample | Forward | Reading, *given: Any) -> Any:
-        """Any of the things that a listener does. What goes wrong with streams is returned, as `Lost`."""
-        if isinstance(work, Sample):
-            return self.examine(work)
-        if isinstance(work, Block):
-            return self.hear(work)
-        try:
-            return self.forward(work) if isinstance(work, Forward) else self.read(work, *given)
-        except Exception as error:
-            log.debug("streams are given up", exc_info=True)
-            kept = len(work.groups) if isinstance(work, Forward) else 1
-            return Lost(why=str(error)), *[None] * kept
+    def attend(self, work: Block | Sample) -> HeardBlock | dict[str, dict[int, SAEHealth]]:
+        """Hear a block, or examine SAEs."""
+        return self.hear(work) if isinstance(work, Block) else self.examine(work)
 
     @torch.inference_mode()
     def hear(self, block: Block) -> HeardBlock:
@@ -139,44 +127,6 @@ class Listener:
                 found[name][layer] = _health(sae, self._encoders[layer], activations.get(layer))
         return found
 
-    @torch.inference_mode()
-    def forward(self, work: Forward) -> tuple[Any, ...]:
-        """A batch's streams.
-
-        Returns:
-            `Begun` if it is a block's first, and the `Streams` of each group of layers.
-        """
-        begun, batch = None, work.batch
-        if batch is None:
-            rows = Rows.of(list(work.documents.values()), self.tokenizer, self.max_tokens, self.tokens)
-            batch, *others = rows.batches(self.tokenizer)
-            begun = Begun(batches=tuple(others), silent=rows.silent)
-        heard, counted, sinks = countable(hear(self.model, self.points, batch.input_ids), batch)
-        return begun, *(Streams.of({layer: heard[layer] for layer in group}, counted, sinks) for group in work.groups)
-
-    @torch.inference_mode()
-    def read(
-        self, work: Reading, streams: Streams, so_far: FeatureStatistics | None = None
-    ) -> tuple[FeatureStatistics | None, FeatureStatistics | None]:
-        """A block's sums with those of another batch.
-
-        Returns:
-            the block's statistics if it was its last, and else its sums so far.
-
-        Raises:
-            SAEError: an SAE gave values that are not finite.
-        """
-        self._load(work.layers)
-        sums: dict[int, LayerStatistics] = {}
-        for layer, encoder in self._encoders.items():
-            block = _resumed(encoder, self.model.device, so_far.layers[layer] if so_far else None)
-            block.sinks += streams.sinks
-            encoder.add(streams.of_layer(layer, self.model.device), block)
-            sums[layer] = block.freeze()
-        if not work.last:
-            return None, FeatureStatistics(layers=sums)
-        return _finite(sums), None
-
     def _load(self, layers: Layers) -> None:
         if tuple(self._encoders) != layers:
             self._encoders = {}  # before the next are loaded
@@ -189,12 +139,16 @@ class Listener:
         rows = Rows.of(list(documents.values()), self.tokenizer, self.max_tokens, self.tokens)
         sums = {layer: BlockSums(encoder.width, self.model.device) for layer, encoder in self._encoders.items()}
         for batch in rows.batches(self.tokenizer):
-            heard, counted, sinks = countable(hear(self.model, self.points, batch.input_ids), batch)
+            heard, counted, sinks = countable(read_activations(self.model, self.points, batch.input_ids), batch)
             for layer, encoder in self._encoders.items():
                 sums[layer].sinks += sinks
                 encoder.add(heard[layer][counted], sums[layer])
+        layers = {layer: some.freeze() for layer, some in sums.items()}
+        for layer, found in layers.items():
+            if not np.isfinite(found.sums).all():
+                raise SAEError(f"the SAE of layer {layer} gave activations that are not finite")
         return HeardBlock(
-            statistics=_finite({layer: some.freeze() for layer, some in sums.items()}),
+            statistics=FeatureStatistics(layers=layers),
             places=frozenset(documents),
             silent=rows.silent,
         )
@@ -222,7 +176,7 @@ class Listener:
         rows = Rows.of(documents, self.tokenizer, self.max_tokens, self.tokens)
         parts: list[Heard] = []
         for batch in rows.batches(self.tokenizer):
-            heard, counted, _ = countable(hear(self.model, self.points, batch.input_ids), batch)
+            heard, counted, _ = countable(read_activations(self.model, self.points, batch.input_ids), batch)
             parts.append({layer: hidden[counted] for layer, hidden in heard.items()})
         return {layer: torch.cat([part[layer] for part in parts])[:tokens] for layer in self.points} if parts else {}
 
@@ -260,7 +214,7 @@ def countable(
 
     A sink's norm drops again in the last layers while it stays unlike any other token: once loud, always left out.
     """
-    loud = loud_positions(heard.values(), batch.attention_mask)
+    loud = attention_sinks(heard.values(), batch.attention_mask)
     counted = batch.countable & ~loud
     device = next(iter(heard.values())).device
     return heard, counted.to(device), int((loud & batch.countable).sum())
@@ -278,33 +232,12 @@ def loaded(sae: SAE | SAEFolder) -> SAE:
     return load_sae(sae) if isinstance(sae, SAEFolder) else sae
 
 
-def _resumed(encoder: Encoder, device: torch.device, so_far: LayerStatistics | None) -> BlockSums:
-    """A block's sums as they were when they were frozen."""
-    sums = BlockSums(encoder.width, device)
-    if so_far:
-        for ours, array in ((sums.sums, so_far.sums), (sums.fired, so_far.fired), (sums.maxima, so_far.maxima)):
-            ours.copy_(torch.tensor(array[0]))
-        sums.tokens, sums.sinks = int(so_far.tokens[0]), int(so_far.sinks[0])
-    return sums
-
-
-def _finite(layers: dict[int, LayerStatistics]) -> FeatureStatistics:
-    """
-    Raises:
-        SAEError: an SAE gave values that are not finite.
-    """
-    for layer, block in layers.items():
-        if not np.isfinite(block.sums).all():
-            raise SAEError(f"the SAE of layer {layer} gave activations that are not finite")
-    return FeatureStatistics(layers=layers)
-
-
 def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | None) -> SAEHealth:
     """An SAE on a sample, and how far the encoder's activation mass lies from SAELens' own in float32."""
     if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
         # a transcoder has nothing to say of what it reads but features
         return HealthSums.nothing(encoder.width).health()
-    with lent(sae, sample.device):
+    with on_device(sae, sample.device):
         exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
     fast = BlockSums(encoder.width, sample.device)
     encoder.add(sample, fast)

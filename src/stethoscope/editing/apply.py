@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count, takewhile
 
 from jaxtyping import Shaped
 
@@ -20,6 +22,9 @@ from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
+
+# Transformers 5 runs a block's experts as one tensor, and still saves one per expert.
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 @contextmanager
@@ -35,22 +40,25 @@ def applied(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> 
         yield edited
 
 
+@dataclass(frozen=True)
 class Swap:
-    """New tensors for some of a model's parameters, ready to be put in and taken out; see `prepare`."""
+    """New tensors for some of a model's parameters, by canonical name; see `prepare`."""
 
-    def __init__(
-        self, model: torch.nn.Module, tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor]
-    ) -> None:
-        self.model = model
-        self.tensors = tensors
-        self._targets = targets
+    model: torch.nn.Module
+    tensors: dict[str, torch.Tensor]
+    targets: dict[str, torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the new tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @contextmanager
     def entered(self) -> Iterator[torch.nn.Module]:
         """The model with the new tensors in place, for the length of a block."""
         originals: list[tuple[torch.Tensor, torch.Tensor]] = []
         try:
-            for name, target in self._targets.items():
+            for name, target in self.targets.items():
                 originals.append((target, target.data))
                 target.data = self.tensors[name]
             yield self.model
@@ -61,14 +69,12 @@ class Swap:
 
 def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
     """Read and compute the edited tensors of a plan, on the model's devices and in its dtypes."""
-    live = live_tensors(model)
-    chosen = coefficients(task_vector, plan)
-    fused = _fused(live, task_vector)
+    live, entries = live_tensors(model), task_vector.base.entries
     targets: dict[str, torch.Tensor] = {}
     problems = []
-    for name in chosen:
-        shape = task_vector.base.entries[name].shape
-        place = fused.get(name, name)
+    for name in coefficients(task_vector, plan):
+        shape = entries[name].shape
+        place = name if name in live else _stacked_place(name)
         target = live.get(place)
         if target is None:
             problems.append(f"`{name}` is in the plan but not in the model")
@@ -84,49 +90,38 @@ def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> 
         )
     tensors = {}
     for place, target in targets.items():
-        stacked = place not in task_vector.base.entries
-        new = _stack_experts(task_vector, plan, place, target) if stacked else edited_tensor(task_vector, plan, place)
+        make = edited_tensor if place in entries else _stack_experts
+        new = make(task_vector, plan, place)
+        if new.shape != target.shape:
+            raise CheckpointError(
+                f"`{place}` is {list(target.shape)} in the model, its experts on disk make {list(new.shape)}",
+                hint="this version of Transformers stacks the experts in another way: edit on disk and load that",
+            )
         tensors[place] = new.to(device=target.device, dtype=target.dtype)
     return Swap(model, tensors, targets)
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A model's parameters and buffers by canonical name; tied ones appear under each of their names."""
-    live = {parse_name(name).canonical: tensor for name, tensor in model.named_buffers(remove_duplicate=False)}
-    return live | {
-        parse_name(name).canonical: tensor for name, tensor in model.named_parameters(remove_duplicate=False)
-    }
+    named = [*model.named_buffers(remove_duplicate=False), *model.named_parameters(remove_duplicate=False)]
+    return {parse_name(name).canonical: tensor for name, tensor in named}
 
 
-# Transformers 5 runs a block's experts as one tensor, and still saves one per expert.
-STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def _fused(live: dict[str, torch.Tensor], task_vector: TaskVector) -> dict[str, str]:
-    """Canonical name of an expert's tensor -> the live tensor that holds all experts', where the model stacks them."""
-    places = {}
-    for name in task_vector.names:
-        parts = name.split(".")
-        if parts[2:4] == ["mlp", "experts"] and parts[4].isdigit() and name not in live:
+def _stacked_place(name: str) -> str:
+    """The name of the tensor that holds all experts' of a kind, for one expert's; any other name as it is."""
+    match name.split("."):
+        case ["layers", layer, "mlp", "experts", _, module, "weight"]:
             for stacked, modules in STACKED.items():
-                if parts[5] in modules:
-                    places[name] = ".".join((*parts[:4], stacked))
-    return places
+                if module in modules:
+                    return f"layers.{layer}.mlp.experts.{stacked}"
+    return name
 
 
-def _stack_experts(task_vector: TaskVector, plan: EditPlan, place: str, target: torch.Tensor) -> torch.Tensor:
+def _stack_experts(task_vector: TaskVector, plan: EditPlan, place: str) -> torch.Tensor:
     prefix, _, stacked = place.rpartition(".")
-    experts = [
-        torch.cat([edited_tensor(task_vector, plan, f"{prefix}.{n}.{module}.weight") for module in STACKED[stacked]])
-        for n in range(len(target))
-    ]
-    new = torch.stack(experts)
-    if new.shape != target.shape:
-        raise CheckpointError(
-            f"`{place}` is {list(target.shape)} in the model, its experts on disk make {list(new.shape)}",
-            hint="this version of Transformers stacks the experts in another way: edit on disk and load that",
-        )
-    return new
+    parts = ([f"{prefix}.{n}.{module}.weight" for module in STACKED[stacked]] for n in count())
+    experts = takewhile(lambda names: names[0] in task_vector.base.entries, parts)
+    return torch.stack([torch.cat([edited_tensor(task_vector, plan, name) for name in names]) for names in experts])
 
 
 def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[torch.Tensor, "..."]:

@@ -6,18 +6,18 @@ from typing import Any
 import yaml
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 
 
-def mergekit_recipe(base: Checkpoint, task_vector: TaskVector, plan: EditPlan) -> str | None:
+def mergekit_recipe(task_vector: TaskVector, plan: EditPlan) -> str | None:
     """YAML for `mergekit-yaml` that makes the same weights, or None.
 
     There is none for transforms, for coefficients that differ between the modules of one layer (mergekit tells
     modules apart by substring only), for DoRA and for tensors outside the layers. With float32 arithmetic and one
     cast at the end mergekit's result equals this package's to the byte.
     """
+    base = task_vector.base
     outside = [entry for entry in base.entries.values() if entry.layer is None and plan.coefficient(entry.name)]
     if plan.transform is not None or outside or isinstance(task_vector, AdapterTaskVector):
         return None
@@ -70,13 +70,13 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         "`stethoscope undo` takes the edit back.",
         "adapter": f"The part of the adapter `{tuned}` for `{base}` that changes some layers.",
     }[kind]
-    layers = ", ".join(map(str, manifest["layers"])) or "none"
     transform = manifest["plan"]["transform"]
+    at = {key: f" at `{revision}`" if (revision := manifest[key].get("revision")) else "" for key in ("base", "tuned")}
     rows = {
-        "base": f"`{base}`{_at(manifest['base'])}",
-        "tuned": f"`{tuned}`{_at(manifest['tuned'])}",
+        "base": f"`{base}`{at['base']}",
+        "tuned": f"`{tuned}`{at['tuned']}",
         "architecture": ", ".join(config.get("architectures") or ["unknown"]),
-        "layers changed": layers,
+        "layers changed": ", ".join(map(str, manifest["layers"])) or "none",
         "tensors changed": f"{len(changed)} of {len(manifest['tensors'])}" if kind == "checkpoint" else len(changed),
         "transform": f"`{transform.get('kind', 'see manifest.json')}`" if transform else "none, the raw change",
         "made by": f"stethoscope {manifest['stethoscope']}",
@@ -113,21 +113,14 @@ def _model_index(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _result_rows(results: Mapping[str, Any]) -> list[str]:
-    head = ["task", "metric", "items", f"{results['baseline']}, %", "edited, %", "change", "adjusted p"]
-    rows = [
-        [
-            row["task"],
-            row["metric"],
-            str(row["items"]),
-            f"{100 * row['baseline']:.1f}",
-            f"{100 * row['accuracy']:.1f}",
-            f"{100 * (row['accuracy'] - row['baseline']):+.1f}",
-            "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.2g}",
-        ]
-        for row in results["tasks"]
+    lines = [
+        f"| task | metric | items | {results['baseline']}, % | edited, % | change | adjusted p |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * 2 + ["---:"] * 5, *rows)]
-
-
-def _at(about: Mapping[str, Any]) -> str:
-    return f" at `{about['revision']}`" if about.get("revision") else ""
+    for row in results["tasks"]:
+        before, after = 100 * row["baseline"], 100 * row["accuracy"]
+        p = "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.2g}"
+        change = 100 * (row["accuracy"] - row["baseline"])
+        cells = f"{row['items']} | {before:.1f} | {after:.1f} | {change:+.1f} | {p}"
+        lines.append(f"| {row['task']} | {row['metric']} | {cells} |")
+    return lines

@@ -7,33 +7,36 @@ Each weight is read once: energies along the basis vectors of all subspaces are 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch
-from stethoscope.editing.energy import TensorEnergy, energy_curve, sum_energies
 from stethoscope.editing.residual_axis import READERS, ResidualAxis, residual_axes
 from stethoscope.editing.subspace import (
-    FeatureProjection,
     LayerFeatures,
     LinearChange,
-    bases_through_norms,
     energy_along,
+    feature_basis,
     nested_basis,
     principal_angles,
     random_basis,
 )
 from stethoscope.errors import SAEError, StethoscopeError
-from stethoscope.results.geometry import Geometry, LayerGeometry, TensorGeometry, Written
-from stethoscope.sites import HookPoint, hear, hook_point
+from stethoscope.models.sites import HookPoint, hook_point, read_activations
+from stethoscope.results.geometry import Curve, Draws, Geometry, Kept, LayerGeometry, TensorGeometry, Written
+from stethoscope.text.tokens import TokenBatch
 
+NEEDED = (0.5, 0.9, 0.99)
+_POINTS = 128  # of a curve that are saved
+_RESAMPLES = 1000
 _FUNCTIONAL_DRAWS = 4  # random bases that functional energy is compared with
 _SINK = 10.0  # times the median residual norm: an attention sink, which statistics leave out too
 Texts = Mapping[str, Sequence[TokenBatch]]
@@ -49,7 +52,6 @@ def measure_geometry(
     draws: int = 100,
     leading: int = 16,
     tokens: int = 512,
-    through_norms: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Geometry:
     """Measure every layer that has features.
@@ -62,7 +64,6 @@ def measure_geometry(
         draws: random feature sets, and as many random bases.
         leading: singular directions of each matrix that principal angles are taken to.
         tokens: of each corpus, evenly spread, attention sinks left out.
-        through_norms: use `bases_through_norms`, except for curves and ``written``.
 
     Raises:
         CheckpointError: with every matrix whose role is not known or does not fit.
@@ -82,8 +83,7 @@ def measure_geometry(
     energies: list[TensorEnergy] = []
     for number, (layer, load) in enumerate(sorted(features.items())):
         own = {name: axis for name, axis in axes.items() if entries[name].layer == layer}
-        subspaces = _Subspaces(task_vector, layer, load(), rng, draws=draws, through_norms=through_norms)
-        if measured := subspaces.measure(own, inputs, leading):
+        if measured := _Subspaces(task_vector, layer, load(), rng, draws).measure(own, inputs, leading):
             layers.append(measured[0])
             energies += measured[1]
         if progress:
@@ -96,7 +96,6 @@ def measure_geometry(
         provenance=provenance,
         draws=draws,
         leading=leading,
-        through_norms=through_norms,
         tokens=counts,
         layers=tuple(layers),
         kinds={kind: sum_energies(several, rng) for kind, several in kinds.items()},
@@ -134,7 +133,7 @@ def _matrix_inputs(
         here = torch.from_numpy(picked[(picked >= before) & (picked < before + count)] - before)
         before += count
         if len(here) and points:
-            for key, values in hear(model, points, batch.input_ids).items():
+            for key, values in read_activations(model, points, batch.input_ids).items():
                 kept[key].append(values[batch.countable.to(values.device)][here.to(values.device)].float().cpu())
     rows = {key: torch.cat(several) for key, several in kept.items() if several}
     norms = {layer: values.norm(dim=1) for (layer, place), values in rows.items() if not place}
@@ -143,41 +142,40 @@ def _matrix_inputs(
     return len(picked), {name: rows[key] for name, key in places.items() if key in rows}
 
 
+@dataclass(frozen=True, kw_only=True)
+class TensorEnergy:
+    """One tensor's energies; arrays are over draws."""
+
+    layer: int
+    kind: str
+    energy: float
+    kept: float
+    chance: float
+    features: np.ndarray
+    bases: np.ndarray
+
+
 class _Subspaces:
     """One layer's subspaces: of its features, of all features in order, of encoders, and at random."""
 
     def __init__(
-        self,
-        task_vector: TaskVector,
-        layer: int,
-        found: LayerFeatures,
-        rng: np.random.Generator,
-        *,
-        draws: int,
-        through_norms: bool,
+        self, task_vector: TaskVector, layer: int, found: LayerFeatures, rng: np.random.Generator, draws: int
     ) -> None:
         self.task_vector, self.layer, self.found, self.rng = task_vector, layer, found, rng
-        width = task_vector.base.hidden_size
+        width, every = task_vector.base.hidden_size, len(found.decoder)
         if {found.decoder.shape[1], found.encoder.shape[1]} != {width}:
             raise SAEError(
                 f"the features of layer {layer} are no directions of the residual stream: they have"
                 f" {found.decoder.shape[1]} values to write and {found.encoder.shape[1]} to read, it has {width}",
                 hint="geometry needs SAEs of the residual stream, or of what attention or MLP add to it",
             )
-
-        def subspace(rows: Tensor) -> FeatureProjection:
-            placed = {layer: bases_through_norms(task_vector.base, layer, rows)} if through_norms else {}
-            return FeatureProjection(bases={layer: nested_basis(rows)[0]}, placed=placed)
-
-        ordered, every = found.directions, len(found.decoder)
-        self.whole, self.came = nested_basis(ordered)
-        self.projection = subspace(ordered[: found.chosen])
-        self.rank = self.projection.bases[layer].shape[1]
-        self.encoder, _ = nested_basis(found.encoder[list(found.order)[: found.chosen]])
+        self.whole, self.came = nested_basis(found.directions)
+        self.chosen = feature_basis(found.directions[: found.chosen])
+        self.encoder = feature_basis(found.encoder[list(found.order)[: found.chosen]])
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        self.bases = [random_basis(width, self.rank, generator) for _ in range(draws)]
+        self.random = [random_basis(width, self.chosen.shape[1], generator) for _ in range(draws)]
         sets = [rng.choice(every, min(found.chosen, every), replace=False) for _ in range(draws)]
-        self.sets = [subspace(found.decoder[torch.from_numpy(one)]) for one in sets]
+        self.sets = [feature_basis(found.decoder[torch.from_numpy(one)]) for one in sets]
         self.along = torch.zeros(self.whole.shape[1], dtype=torch.float64)
 
     def measure(
@@ -198,8 +196,10 @@ class _Subspaces:
             energies.append(energy)
             if axis.writes:
                 writers, read = writers + energy.energy, read + written
-            matrix = len(self.task_vector.base.entries[name].shape) == 2
-            change = LinearChange.of(self.task_vector, name, axis) if matrix else None
+            change, spectrum = None, None
+            if len(self.task_vector.base.entries[name].shape) == 2:
+                change = LinearChange.of(self.task_vector, name, axis)
+                spectrum = change.spectrum(axis, leading)
             functional = {
                 corpus: self._functional(change, axis, found[name])
                 for corpus, found in inputs.items()
@@ -207,9 +207,7 @@ class _Subspaces:
             }
             for corpus, sums in functional.items():
                 squares[corpus] += sums
-            spectrum = change.spectrum(axis, leading) if change else None
-            Q = self.projection.basis(self.layer, axis)
-            angles = principal_angles(Q, spectrum.leading) if spectrum else np.zeros(0)
+            angles = principal_angles(self.chosen, spectrum.leading) if spectrum else np.zeros(0)
             tensors.append(
                 TensorGeometry(
                     name=name,
@@ -225,12 +223,11 @@ class _Subspaces:
             )
         if not energies:
             return None
-        total = sum(one.energy for one in energies)
-        width = len(self.whole)
+        total, width = sum(one.energy for one in energies), len(self.whole)
         return LayerGeometry(
             layer=self.layer,
             features=self.found.chosen,
-            rank=self.rank,
+            rank=self.chosen.shape[1],
             kept=sum_energies(energies, self.rng),
             unprojected=outside / (outside + total),
             **_shares(squares),
@@ -241,17 +238,19 @@ class _Subspaces:
 
     def _energy(self, name: str, axis: ResidualAxis) -> tuple[TensorEnergy, float]:
         """A tensor's energies, and how much of it lies in the span of the encoder directions."""
-        Q = self.projection.basis(self.layer, axis)
-        drawn = [one.basis(self.layer, axis) for one in self.sets]
-        groups = [self.whole, Q, self.encoder, *drawn, *self.bases]
+        groups = [self.whole, self.chosen, self.encoder, *self.sets, *self.random]
         energy, along = energy_along(self.task_vector, name, axis, torch.cat(groups, 1))
         parts = along.split([group.shape[1] for group in groups])
         self.along += parts[0]
-        kept, read, *random = (float(part.sum()) for part in parts[1:])
-        features, bases = np.array(random[: len(drawn)]), np.array(random[len(drawn) :])
-        kind, chance = axis.place.split(".")[0], Q.shape[1] / len(Q)
+        kept, read, *drawn = (float(part.sum()) for part in parts[1:])
         return TensorEnergy(
-            layer=self.layer, kind=kind, energy=energy, kept=kept, chance=chance, features=features, bases=bases
+            layer=self.layer,
+            kind=self.task_vector.base.entries[name].kind,
+            energy=energy,
+            kept=kept,
+            chance=self.chosen.shape[1] / len(self.chosen),
+            features=np.array(drawn[: len(self.sets)]),
+            bases=np.array(drawn[len(self.sets) :]),
         ), read
 
     def _functional(self, change: LinearChange, axis: ResidualAxis, x: Tensor) -> np.ndarray:
@@ -263,9 +262,8 @@ class _Subspaces:
             values = raw @ Q if axis.writes else change.outputs((x @ Q) @ Q.T)
             return float(values.double().square().sum())
 
-        drawn = [kept(Q) for Q in self.bases[:_FUNCTIONAL_DRAWS]]
-        basis = self.projection.basis(self.layer, axis)
-        return np.array([float(raw.double().square().sum()), kept(basis), float(np.mean(drawn))])
+        drawn = [kept(Q) for Q in self.random[:_FUNCTIONAL_DRAWS]]
+        return np.array([float(raw.double().square().sum()), kept(self.chosen), float(np.mean(drawn))])
 
 
 def _shares(squares: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -274,3 +272,57 @@ def _shares(squares: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "functional": {corpus: float(sums[1] / sums[0]) for corpus, sums in there.items()},
         "functional_chance": {corpus: float(sums[2] / sums[0]) for corpus, sums in there.items()},
     }
+
+
+def energy_curve(shares: Float64[Tensor, " rank"], came: Int[Tensor, " rank"], features: int, width: int) -> Curve:
+    """What 1, 2, ... features keep.
+
+    Args:
+        shares: of energy along the columns of a nested basis.
+        came: the feature that each column came with.
+        features: how many there are.
+        width: of the residual stream.
+    """
+    gains, ranks = np.zeros(features), np.zeros(features)
+    gains[came.numpy()], ranks[came.numpy()] = shares.numpy(), 1.0
+    kept, chance = gains.cumsum(), ranks.cumsum() / width
+    points = np.unique(np.linspace(0, features - 1, min(features, _POINTS)).round().astype(int))
+    # a share that is whole but for rounding has been reached
+    short = {share: int((kept < share - 1e-6).sum()) for share in NEEDED}
+    return Curve(
+        features=tuple((points + 1).tolist()),
+        share=tuple(kept[points].tolist()),
+        chance=tuple(chance[points].tolist()),
+        needed={f"{share:.0%}"[:-1]: n + 1 if n < features else None for share, n in short.items()},
+    )
+
+
+def sum_energies(energies: Sequence[TensorEnergy], rng: np.random.Generator) -> Kept:
+    """What subspaces keep of several tensors together; the bootstrap draws layers, or tensors of a single layer."""
+    units = sorted({one.layer for one in energies})
+    groups = [[one for one in energies if one.layer == n] for n in units] if len(units) > 1 else [[e] for e in energies]
+    kept = np.array([sum(one.kept for one in group) for group in groups])
+    chance = np.array([sum(one.energy * one.chance for one in group) for group in groups])
+    energy = sum(one.energy for one in energies)
+    features = sum((one.features for one in energies), np.zeros(1)) / energy
+    share = kept.sum() / energy
+    interval = None
+    if len(groups) > 1:
+        drawn = rng.integers(len(groups), size=(_RESAMPLES, len(groups)))
+        low, high = np.percentile(kept[drawn].sum(1) / chance[drawn].sum(1), (2.5, 97.5))
+        interval = (float(low), float(high))
+    return Kept(
+        energy=energy,
+        share=share,
+        chance=chance.sum() / energy,
+        random_features=_draws(features),
+        random_bases=_draws(sum((one.bases for one in energies), np.zeros(1)) / energy),
+        over_chance=kept.sum() / chance.sum(),
+        interval=interval,
+        p=float((1 + (features >= share).sum()) / (1 + len(features))),
+    )
+
+
+def _draws(shares: Float64[np.ndarray, " draws"]) -> Draws:
+    low, high = np.percentile(shares, (2.5, 97.5))
+    return Draws(mean=float(shares.mean()), low=float(low), high=float(high))

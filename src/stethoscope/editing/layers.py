@@ -8,7 +8,7 @@ from torch import nn
 
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.apply import Swap, prepare
-from stethoscope.editing.plan import EditPlan, Modules
+from stethoscope.editing.plan import EditPlan
 
 
 class LayerEdits:
@@ -19,18 +19,10 @@ class LayerEdits:
         ...
     """
 
-    def __init__(
-        self, model: nn.Module, task_vector: TaskVector, *, modules: Modules = "all", memory: int = 8 << 30
-    ) -> None:
-        """Nothing is read yet.
-
-        Args:
-            modules: what of a layer is edited; see `EditPlan.for_layers`.
-            memory: bytes of edited weights to keep; those used longest ago are read again.
-        """
-        self.model, self.task_vector, self.modules, self.memory = model, task_vector, modules, memory
+    def __init__(self, model: nn.Module, task_vector: TaskVector, *, memory: int = 8 << 30) -> None:
+        """Nothing is read yet. Of edited weights ``memory`` bytes are kept; those used longest ago are read again."""
+        self.model, self.task_vector, self.memory = model, task_vector, memory
         self._kept: OrderedDict[tuple[int, float], Swap] = OrderedDict()
-        self._bytes = 0
 
     @contextmanager
     def entered(self, change: Mapping[int, float]) -> Iterator[nn.Module]:
@@ -41,21 +33,15 @@ class LayerEdits:
         """
         with ExitStack() as stack:
             for layer, coefficient in change.items():
-                stack.enter_context(self._swap(layer, coefficient).entered())
+                stack.enter_context(self._swap(layer, float(coefficient)).entered())
             yield self.model
 
     def _swap(self, layer: int, coefficient: float) -> Swap:
-        key = (layer, float(coefficient))
+        key = (layer, coefficient)
         if key not in self._kept:
-            plan = EditPlan.for_layers({layer: coefficient}, modules=self.modules)
-            self._kept[key] = prepare(self.model, self.task_vector, plan)
-            self._bytes += _size(self._kept[key])
+            self._kept[key] = prepare(self.model, self.task_vector, EditPlan.for_layers({layer: coefficient}))
         self._kept.move_to_end(key)
         swap = self._kept[key]
-        while self._bytes > self.memory and len(self._kept) > 1:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        while len(self._kept) > 1 and sum(one.nbytes for one in self._kept.values()) > self.memory:
+            self._kept.popitem(last=False)
         return swap
-
-
-def _size(swap: Swap) -> int:
-    return sum(tensor.nbytes for tensor in swap.tensors.values())

@@ -10,10 +10,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_json, write_text
-from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.checkpoint import Entry
 from stethoscope.checkpoints.files import read_json_object
-from stethoscope.checkpoints.hashing import ALGORITHM, fingerprint, new_digest
+from stethoscope.checkpoints.hashing import ALGORITHM, fingerprint
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.card import mergekit_recipe, model_card
 from stethoscope.editing.plan import EditPlan
@@ -26,32 +28,31 @@ CARD, BASE_CARD, RECIPE = "README.md", "BASE_README.md", "mergekit.yaml"
 NOT_COPIED = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"})
 
 
+def describe_tensor(entry: Entry, more: Mapping[str, Any], *, file: str | None = None) -> dict[str, Any]:
+    """What a manifest says of a tensor."""
+    return {"file": file or entry.file, "dtype": entry.dtype, "shape": list(entry.shape), **more}
+
+
 def describe_edit(
-    kind: str,
-    base: Checkpoint,
-    task_vector: TaskVector,
-    plan: EditPlan,
-    chosen: Mapping[str, float],
-    tensors: Mapping[str, Any],
+    kind: str, task_vector: TaskVector, plan: EditPlan, chosen: Mapping[str, float], tensors: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The manifest of an edit, but for the files beside the weights."""
-    layers = {base.entries[name].layer for name in chosen}
+    base, tuned, described = task_vector.base, task_vector.store, plan.to_json()
     about_base = {"source": base.source, "revision": base.revision, "fingerprint": fingerprint(base)}
     if kind == "patch":
         about_base["rest_fingerprint"] = fingerprint(base, without=frozenset(chosen))
-    tuned = task_vector.store
     return {
         "schema": SCHEMA,
         "stethoscope": version("sae-stethoscope"),
         "versions": {"torch": version("torch")},
         "kind": kind,
         "hash": ALGORITHM,
-        "plan": plan.to_json(),
-        "plan_hash": sha256_bytes(canonical_json(plan.to_json()).encode()),
-        "layers": sorted(layer for layer in layers if layer is not None),
+        "plan": described,
+        "plan_hash": sha256_bytes(canonical_json(described).encode()),
+        "layers": sorted({layer for name in chosen if (layer := base.entries[name].layer) is not None}),
         "base": about_base,
         "tuned": {"source": task_vector.source, "revision": tuned.revision, "fingerprint": fingerprint(tuned)},
-        "mergekit": mergekit_recipe(base, task_vector, plan) if kind == "checkpoint" else None,
+        "mergekit": mergekit_recipe(task_vector, plan) if kind == "checkpoint" else None,
         "tensors": dict(tensors),
     }
 
@@ -69,7 +70,7 @@ def write_generated(manifest: dict[str, Any], config: Mapping[str, Any], folder:
         write_text(folder / RECIPE, manifest["mergekit"])
     weights = {record["file"] for record in manifest["tensors"].values()}
     others = sorted(path for path in folder.iterdir() if path.name not in weights)
-    manifest["files"] = {path.name: hash_bytes(path.read_bytes(), manifest["hash"]) for path in others}
+    manifest["files"] = {path.name: blake3(path.read_bytes()).hexdigest() for path in others}
     write_json(folder / MANIFEST, manifest)
 
 
@@ -84,27 +85,23 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """
     manifest = read_manifest(folder) | {"results": dict(results)}
     card = model_card(manifest, read_json_object(folder / "config.json", hint="write the edit again"))
-    manifest["files"][CARD] = hash_bytes(card.encode(), manifest["hash"])
+    manifest["files"][CARD] = blake3(card.encode()).hexdigest()
     write_text(folder / CARD, card)
     write_json(folder / MANIFEST, manifest)
 
 
 def copy_side_files(source: Path, folder: Path, *, undo: bool = False) -> None:
     """Config, tokenizer, index and whatever else is not weights; the base's card under another name, or back."""
-    left_out, renamed = (MANIFEST, RECIPE, BASE_CARD), {CARD: BASE_CARD}
-    if undo:
-        left_out, renamed = (MANIFEST, RECIPE, CARD), {BASE_CARD: CARD}
+    card, copy = (BASE_CARD, CARD) if undo else (CARD, BASE_CARD)
     for path in sorted(source.iterdir()):
         copied = path.is_file() and path.suffix not in NOT_COPIED and not path.name.startswith(".")
-        if copied and path.name not in left_out:
-            shutil.copyfile(path, folder / renamed.get(path.name, path.name))
+        if copied and path.name not in (MANIFEST, RECIPE, copy):
+            shutil.copyfile(path, folder / (copy if path.name == card else path.name))
 
 
-def hash_bytes(data: bytes, algorithm: str) -> str:
-    """The hash of what a small file holds."""
-    digest = new_digest(algorithm)
-    digest.update(data)
-    return digest.hexdigest()
+def known_files(manifest: Mapping[str, Any]) -> set[str]:
+    """The files of an edit that its manifest knows, the manifest among them."""
+    return {MANIFEST, *manifest["files"], *(record["file"] for record in manifest["tensors"].values())}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -119,6 +116,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"`{folder / MANIFEST}` is not of schema `{SCHEMA}`", hint=hint)
     wanted = {"kind": str, "hash": str, "tensors": dict, "files": dict, "base": dict, "tuned": dict, "plan": dict}
     problems = [f"`{key}` is missing" for key, type_ in wanted.items() if not isinstance(manifest.get(key), type_)]
+    if manifest.get("hash", ALGORITHM) != ALGORITHM:
+        problems.append(f"it uses the unknown hash `{manifest['hash']}`")
     fields = {"file", "dtype", "shape", "hash"}
     if manifest.get("kind") == "patch":
         fields |= {"base_hash", "edited_hash", "from", "coefficient"}

@@ -1,7 +1,7 @@
 """A patch: base XOR edited for the tensors that an edit changes. It turns either one into the other, exactly.
 
     apply_patch(Path("patch"), "base", Path("edited"))
-    undo_patch(Path("patch"), "edited", Path("base-again"))
+    apply_patch(Path("patch"), "edited", Path("base-again"), undo=True)
 
 Each tensor is checked against its hash before it is changed and after; a checkpoint that the patch was not made
 for is refused and nothing is written.
@@ -9,122 +9,80 @@ for is refused and nothing is written.
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
-from stethoscope.checkpoints.hashing import Digest, fingerprint, new_digest
+from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.hashing import fingerprint
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.open import open_checkpoint
-from stethoscope.editing.manifest import copy_side_files, describe_patched, read_manifest, write_generated
-from stethoscope.editing.preview import refuse_overlap
-from stethoscope.editing.transfer import (
-    Output,
-    Progress,
-    copy_tensor,
-    hash_tensors,
-    output_folder,
-    rewrite,
-    send,
-    stored_pieces,
+from stethoscope.checkpoints.open import named_entries, open_checkpoint
+from stethoscope.editing.manifest import (
+    copy_side_files,
+    describe_patched,
+    describe_tensor,
+    read_manifest,
+    write_generated,
 )
+from stethoscope.editing.preview import output_problems
+from stethoscope.editing.transfer import Output, Progress, copy_tensor, hash_tensors, output_folder, rewrite, send
 from stethoscope.errors import CheckpointError
 
 PATCH = "patch.safetensors"
-Direction = Literal["apply", "undo"]
 
 
 def apply_patch(
-    patch: Path,
-    base: str | Path,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    sync: bool = True,
-    progress: Progress | None = None,
+    patch: Path, checkpoint: str | Path, out: Path, *, undo: bool = False, progress: Progress | None = None
 ) -> Path:
-    """Write the edited checkpoint that a patch and its base make.
+    """Write the edited checkpoint that a patch and its base make, or, to undo, the base of an edited one.
+
+    Args:
+        checkpoint: the base; to undo, what the patch made (or the same edit written whole).
 
     Raises:
-        CheckpointError: ``base`` is not the checkpoint that the patch was made for, or something cannot be read.
+        CheckpointError: ``checkpoint`` is not what the patch belongs to, or something cannot be read.
     """
-    return _patched(patch, base, out, "apply", overwrite=overwrite, sync=sync, progress=progress)
-
-
-def undo_patch(
-    patch: Path,
-    edited: str | Path,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    sync: bool = True,
-    progress: Progress | None = None,
-) -> Path:
-    """Write the base again from an edited checkpoint and the patch that made it (or the same edit as a patch).
-
-    Raises:
-        CheckpointError: ``edited`` does not hold what the patch made.
-    """
-    return _patched(patch, edited, out, "undo", overwrite=overwrite, sync=sync, progress=progress)
-
-
-def _patched(
-    patch: Path,
-    checkpoint: str | Path,
-    out: Path,
-    direction: Direction,
-    *,
-    overwrite: bool,
-    sync: bool,
-    progress: Progress | None,
-) -> Path:
     manifest = read_manifest(patch)
     if manifest["kind"] != "patch":
         raise CheckpointError(f"`{patch}` is an edit of kind `{manifest['kind']}`", hint="write it with kind `patch`")
     source = open_checkpoint(checkpoint)
-    refuse_overlap(out, source.path, patch, overwrite=overwrite)
+    if problems := output_problems(out, source.path, patch):
+        raise CheckpointError(
+            "the output cannot be written", problems=problems, hint="choose another folder or remove it first"
+        )
     # the patch's file is read like a checkpoint's: same checks, same errors
-    differences = _open_differences(patch)
-    algorithm = manifest["hash"]
+    entries = named_entries(str(patch), {PATCH: read_header(patch / PATCH)})
+    differences = Checkpoint(patch, {}, entries, source=str(patch))
     records = {parse_name(stored).canonical: record for stored, record in manifest["tensors"].items()}
-    was, becomes = ("base_hash", "edited_hash") if direction == "apply" else ("edited_hash", "base_hash")
+    was, becomes = ("edited_hash", "base_hash") if undo else ("base_hash", "edited_hash")
     if problems := _misfits(source, manifest, records, differences, was):
-        made = "was made for" if direction == "apply" else "has made"
+        made = "has made" if undo else "was made for"
         raise CheckpointError(
             f"`{source.source}` is not the checkpoint that the patch `{patch}` {made}",
             problems=problems,
             hint=f"it belongs to `{manifest['base']['source']}`",
         )
 
-    def fill(entry: Entry, output: Output, shared: bool) -> dict[str, Any]:
-        digest = new_digest(algorithm)
-        record: dict[str, Any] = {"file": entry.file, "dtype": entry.dtype, "shape": list(entry.shape)}
+    def fill(entry: Entry, output: Output) -> dict[str, Any]:
+        digest = blake3()
         if entry.name not in records:
-            copy_tensor(source, entry, digest, output, shared=shared)
-            return record | {"from": "base", "hash": digest.hexdigest()}
-        pieces = stored_pieces(differences, differences.entries[entry.name])
+            copy_tensor(source, entry, digest, output)
+            return describe_tensor(entry, {"from": "base", "hash": digest.hexdigest()})
+        pieces = differences.pieces(differences.entries[entry.name])
         send(exclusive_or(source, entry, pieces), digest, output, entry.start)
         if digest.hexdigest() != records[entry.name][becomes]:
             raise CheckpointError(f"`{entry.stored}` of the patch `{patch}` is damaged", hint="fetch the patch again")
         kept = {key: records[entry.name][key] for key in ("from", "coefficient", "base_hash")}
-        return record | kept | {"hash": digest.hexdigest()}
+        return describe_tensor(entry, kept | {"hash": digest.hexdigest()})
 
-    with output_folder(out, overwrite=overwrite, sync=sync) as folder:
+    with output_folder(out) as folder:
         tensors = rewrite(source, folder, fill, progress=progress)
-        copy_side_files(source.path, folder, undo=direction == "undo")
-        if direction == "apply":
+        copy_side_files(source.path, folder, undo=undo)
+        if not undo:
             write_generated(describe_patched(manifest, tensors), source.config, folder)
     return out
-
-
-def _open_differences(patch: Path) -> Checkpoint:
-    entries = {}
-    for stored, slot in read_header(patch / PATCH).items():
-        entry = make_entry(stored, slot, PATCH)
-        entries[entry.name] = entry
-    return Checkpoint(patch, {}, entries, source=str(patch), revision=None)
 
 
 def _misfits(
@@ -146,11 +104,11 @@ def _misfits(
             problems.append(f"the patch's file has `{name}` in another size")
     if problems:
         return problems
-    rest = fingerprint(source, without=frozenset(records), algorithm=manifest["hash"])
+    rest = fingerprint(source, without=frozenset(records))
     if rest != manifest["base"]["rest_fingerprint"]:
         problems.append("the tensors that the patch leaves alone differ")
     entries = [source.entries[name] for name in records]
-    found = hash_tensors(source, entries, manifest["hash"])
+    found = hash_tensors(source, entries)
     return problems + [
         f"`{entry.stored}` has other contents"
         for entry, digest in zip(entries, found, strict=True)
@@ -162,8 +120,8 @@ def exclusive_or(
     checkpoint: Checkpoint,
     entry: Entry,
     pieces: Iterable[memoryview],
-    before: Digest | None = None,
-    after: Digest | None = None,
+    before: blake3 | None = None,
+    after: blake3 | None = None,
 ) -> Iterator[memoryview]:
     """A tensor's stored bytes XOR others, piece by piece; ``before`` hashes the first, ``after`` the second."""
     offset = entry.start

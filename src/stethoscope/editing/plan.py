@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 
-from stethoscope.checkpoints.names import KINDS, Kind, TensorName, parse_name
+from stethoscope.checkpoints.names import KINDS, Kind, parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
 Modules = Literal["all", "attention", "mlp"]
+MODULE_KINDS: dict[str, tuple[Kind, ...]] = {
+    "all": ("attention", "mlp", "norm", "other"),
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+}
 SCHEMA = "stethoscope.plan/1"
 
 
@@ -54,14 +59,10 @@ class EditPlan:
 
     def __post_init__(self) -> None:
         problems = [f"`{layer}` is not a layer number" for layer in self.layers if type(layer) is not int or layer < 0]
-        tables = {f"layer {layer}": table for layer, table in self.layers.items()} | {
-            "outside the layers": self.outside
-        }
+        tables = {f"layer {n}": table for n, table in self.layers.items()} | {"outside the layers": self.outside}
         for where, table in tables.items():
             problems += [f"{where}: there is no kind `{kind}`" for kind in table if kind not in KINDS]
-            problems += [
-                f"{where}: the coefficient of {kind} is {value}" for kind, value in table.items() if not _finite(value)
-            ]
+            problems += [f"{where}: the coefficient of {k} is {c}" for k, c in table.items() if not _finite(c)]
         if not _finite(self.default):
             problems.append(f"the default coefficient is {self.default}")
         if problems:
@@ -76,9 +77,6 @@ class EditPlan:
         *,
         coefficient: float = 1.0,
         modules: Modules = "all",
-        embeddings: bool = False,
-        head: bool = False,
-        final_norm: bool = False,
         transform: Transform | None = None,
     ) -> EditPlan:
         """A plan for whole layers, or their attention or MLP only.
@@ -87,47 +85,32 @@ class EditPlan:
             layers: layer numbers, or layer number -> coefficient. Layers that are not named stay the base's.
             coefficient: how much of the change the layers get; negative takes a skill away.
             modules: "all" takes norms with it, "attention" and "mlp" do not.
-            embeddings: give the embeddings the coefficient too.
-            head: and the head.
-            final_norm: and the norm behind the last layer.
-            transform: see `Transform`.
         """
         if modules not in MODULE_KINDS:
             raise CheckpointError(f"there are no modules `{modules}`", hint="choose all, attention or mlp")
-        per_layer = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, coefficient)
-        asked: dict[Kind, bool] = {"embedding": embeddings, "head": head, "norm": final_norm}
-        if isinstance(layers, Mapping) and coefficient != 1 and not any(asked.values()):
+        if isinstance(layers, Mapping) and coefficient != 1:
             raise CheckpointError(
                 f"the layers have coefficients of their own, so {coefficient} would be ignored",
                 hint="give layer numbers alone, or leave `coefficient` out",
             )
-        return cls(
-            layers={n: dict.fromkeys(MODULE_KINDS[modules], c) for n, c in sorted(per_layer.items())},
-            outside={kind: coefficient for kind, wanted in asked.items() if wanted},
-            transform=transform,
-        )
+        per_layer = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, coefficient)
+        tables = {n: dict.fromkeys(MODULE_KINDS[modules], c) for n, c in sorted(per_layer.items())}
+        return cls(layers=tables, transform=transform)
 
     @classmethod
-    def everything(cls, *, coefficient: float = 1.0, transform: Transform | None = None) -> EditPlan:
-        """Every tensor, embeddings, head and whatever else there is: at 1 the tuned model itself."""
-        return cls(default=coefficient, transform=transform)
-
-    def with_transform(self, transform: Transform | None) -> EditPlan:
-        """The same coefficients with another transform."""
-        return replace(self, transform=transform)
+    def everything(cls) -> EditPlan:
+        """The tuned model itself: every tensor, embeddings, head and whatever else there is."""
+        return cls(default=1.0)
 
     def coefficient(self, name: str) -> float:
         """How much of the change the tensor of this canonical (or stored) name gets."""
-        return self.coefficient_of(parse_name(name))
-
-    def coefficient_of(self, name: TensorName) -> float:
-        """The same for a name that has been parsed."""
-        if name.kind == "buffer":
+        parsed = parse_name(name)
+        if parsed.kind == "buffer":
             return 0.0
-        if name.layer is None:
-            return float(self.outside.get(name.kind, self.default))
-        table = self.layers.get(name.layer)
-        return float(self.default if table is None else table.get(name.kind, 0.0))
+        if parsed.layer is None:
+            return float(self.outside.get(parsed.kind, self.default))
+        table = self.layers.get(parsed.layer)
+        return float(self.default if table is None else table.get(parsed.kind, 0.0))
 
     @property
     def selected_layers(self) -> tuple[int, ...]:
@@ -153,22 +136,10 @@ class EditPlan:
         """
         if data.get("schema") != SCHEMA:
             raise CheckpointError(f"this is not a plan of schema `{SCHEMA}` but `{data.get('schema')}`")
-        described = transform.describe() if transform else None
-        if described != data.get("transform"):
+        if (transform.describe() if transform else None) != data.get("transform"):
             raise CheckpointError("the plan was made with another transform", hint="pass the transform it describes")
-        return cls(
-            layers={int(n): dict(table) for n, table in data["layers"].items()},
-            outside=dict(data["outside"]),
-            default=data["default"],
-            transform=transform,
-        )
-
-
-MODULE_KINDS: dict[str, tuple[Kind, ...]] = {
-    "all": ("attention", "mlp", "norm", "other"),
-    "attention": ("attention",),
-    "mlp": ("mlp",),
-}
+        layers = {int(n): dict(table) for n, table in data["layers"].items()}
+        return cls(layers=layers, outside=dict(data["outside"]), default=data["default"], transform=transform)
 
 
 def _finite(value: object) -> bool:

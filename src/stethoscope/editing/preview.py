@@ -6,14 +6,13 @@ check_edit("base", "tuned", plan, Path("edited")).problems     # opens them too,
 
 import os
 import shutil
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import ARITHMETIC, Checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.checkpoints.task_vector import ARITHMETIC, TaskVector
 from stethoscope.editing.manifest import MANIFEST, read_manifest
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.errors import CheckpointError
@@ -61,24 +60,36 @@ def preview(
 ) -> Preview:
     """What `write_edit` with the same arguments will do; reads no weights and writes nothing."""
     chosen = coefficients(task_vector, plan)
-    problems = _plan_problems(base, task_vector, plan, chosen, kind) + output_problems(
-        out, base.path, task_vector.store.path, overwrite=overwrite
-    )
-    changed = sum(base.entries[name].nbytes for name in chosen)
-    copied = sum(
-        base.entries[n].nbytes for n, c in chosen.items() if c == 1 and plan.transform is None and task_vector.raw(n)
-    )
-    written = {"checkpoint": base.nbytes, "patch": changed}.get(
-        kind, sum(e.nbytes for e in task_vector.store.entries.values())
-    )
-    read = {"checkpoint": base.nbytes + changed - copied, "patch": 2 * changed}.get(kind, written)
-    free = _disk_free(out)
-    needed = written + SMALL_FILES
-    layers = {layer for name in chosen if (layer := base.entries[name].layer) is not None}
+    entries = {name: base.entries[name] for name in chosen}
+    whole = {n for n, c in chosen.items() if c == 1 and plan.transform is None and task_vector.raw(n)}
+    changed = sum(entry.nbytes for entry in entries.values())
+    copied = sum(entries[name].nbytes for name in whole)
+    store = task_vector.store.nbytes
+    written = {"checkpoint": base.nbytes, "patch": changed}.get(kind, store)
+    read = {"checkpoint": base.nbytes + changed - copied, "patch": 2 * changed}.get(kind, store)
+    layers = tuple(sorted({entry.layer for entry in entries.values() if entry.layer is not None}))
+    problems = [
+        f"the plan names layer {layer}, `{base.source}` has layers 0 to {base.layers - 1}"
+        for layer in plan.selected_layers
+        if layer >= base.layers
+    ]
+    if kind not in ("checkpoint", "patch", "adapter"):
+        problems.append(f"there is no output `{kind}`: choose checkpoint, patch or adapter")
+    if kind == "patch" and not chosen:
+        problems.append("the plan changes nothing, so there is nothing to patch")
+    problems += [
+        f"`{entry.stored}` is {entry.dtype}: its change can be copied whole, not scaled"
+        for name, entry in entries.items()
+        if name not in whole and entry.dtype not in ARITHMETIC
+    ]
+    if kind == "adapter":
+        problems += _adapter_problems(task_vector, plan, chosen)
+    problems += output_problems(out, base.path, task_vector.store.path, overwrite=overwrite)
+    needed, free = written + SMALL_FILES, _disk_free(out)
     if needed > free:
         problems.append(f"`{out}` needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
     return Preview(
-        layers=tuple(sorted(layers)),
+        layers=layers,
         tensors=len(chosen),
         bytes_changed=changed,
         bytes_read=read,
@@ -87,14 +98,12 @@ def preview(
         disk_free=free,
         seconds=round(1.0 + written / COPY_RATE + (changed - copied) / ARITHMETIC_RATE, 1),
         problems=tuple(problems),
-        warnings=_taken_back(base, task_vector, layers),
+        warnings=_taken_back(task_vector, layers),
         hint="nothing has been written" if problems else None,
     )
 
 
-def check_edit(
-    base: str | Path, tuned: str | Path, plan: EditPlan, out: Path, *, kind: str = "checkpoint", overwrite: bool = False
-) -> Preview:
+def check_edit(base: str | Path, tuned: str | Path, plan: EditPlan, out: Path, *, kind: str = "checkpoint") -> Preview:
     """The same from names: what keeps base or tuned from being opened is among the problems, not raised."""
     problems: list[str] = []
     opened: Checkpoint | None = None
@@ -111,13 +120,13 @@ def check_edit(
     except CheckpointError as error:
         problems += _lines(error)
     if opened is None or change is None:
-        problems += output_problems(out, Path(base), Path(tuned), overwrite=overwrite)
+        problems += output_problems(out, Path(base), Path(tuned))
         return Preview(problems=tuple(problems), disk_free=_disk_free(out))
-    found = preview(opened, change, plan, out, kind=kind, overwrite=overwrite)
+    found = preview(opened, change, plan, out, kind=kind)
     return replace(found, problems=(*problems, *found.problems))
 
 
-def output_problems(out: Path, *inputs: Path, overwrite: bool) -> list[str]:
+def output_problems(out: Path, *inputs: Path, overwrite: bool = False) -> list[str]:
     """Why a folder cannot be written, inputs considered."""
     place = out.resolve()
     problems = []
@@ -136,38 +145,22 @@ def output_problems(out: Path, *inputs: Path, overwrite: bool) -> list[str]:
     return problems
 
 
-def refuse_overlap(out: Path, *inputs: Path, overwrite: bool = False) -> None:
-    """Raise what `output_problems` finds."""
-    if problems := output_problems(out, *inputs, overwrite=overwrite):
-        raise CheckpointError(
-            "the output cannot be written", problems=problems, hint="choose another folder or remove it first"
-        )
-
-
-def _plan_problems(
-    base: Checkpoint, task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float], kind: str
-) -> list[str]:
-    problems = [
-        f"the plan names layer {layer}, `{base.source}` has layers 0 to {base.layers - 1}"
-        for layer in plan.selected_layers
-        if layer >= base.layers
+def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float]) -> list[str]:
+    if not isinstance(task_vector, AdapterTaskVector):
+        return [f"`{task_vector.source}` is not an adapter, so no adapter can be made of it"]
+    problems = ["an adapter cannot hold a transform"] if plan.transform is not None else []
+    if not chosen:
+        problems.append("the plan changes nothing that the adapter has")
+    return problems + [
+        f"`{name}` cannot be scaled by {coefficient} in an adapter"
+        for name, coefficient in chosen.items()
+        if coefficient != 1 and task_vector.changes[name].parts.keys() & {"whole", "magnitude"}
     ]
-    if kind not in ("checkpoint", "patch", "adapter"):
-        problems.append(f"there is no output `{kind}`: choose checkpoint, patch or adapter")
-    if kind == "patch" and not chosen:
-        problems.append("the plan changes nothing, so there is nothing to patch")
-    for name, coefficient in chosen.items():
-        entry, raw = base.entries[name], task_vector.raw(name)
-        exact = coefficient == 1 and plan.transform is None and raw is not None
-        if not exact and entry.dtype not in ARITHMETIC:
-            problems.append(f"`{entry.stored}` is {entry.dtype}: its change can be copied whole, not scaled")
-    if kind == "adapter":
-        problems += _adapter_problems(task_vector, plan, chosen)
-    return problems
 
 
-def _taken_back(base: Checkpoint, task_vector: TaskVector, layers: Collection[int]) -> tuple[str, ...]:
+def _taken_back(task_vector: TaskVector, layers: tuple[int, ...]) -> tuple[str, ...]:
     """A full checkpoint less an edited base holds the opposite of that edit; an adapter does not."""
+    base = task_vector.base
     if isinstance(task_vector, AdapterTaskVector) or not (base.path / MANIFEST).is_file():
         return ()
     shared = sorted(set(read_manifest(base.path).get("layers", ())) & set(layers))
@@ -179,29 +172,13 @@ def _taken_back(base: Checkpoint, task_vector: TaskVector, layers: Collection[in
     )
 
 
-def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float]) -> list[str]:
-    if not isinstance(task_vector, AdapterTaskVector):
-        return [f"`{task_vector.source}` is not an adapter, so no adapter can be made of it"]
-    problems = ["an adapter cannot hold a transform"] if plan.transform is not None else []
-    if not chosen:
-        problems.append("the plan changes nothing that the adapter has")
-    for name, coefficient in chosen.items():
-        change = task_vector.changes[name]
-        if coefficient != 1 and (change.replaced_by or "magnitude" in change.parts):
-            problems.append(f"`{name}` cannot be scaled by {coefficient} in an adapter")
-    return problems
-
-
 def _lines(error: CheckpointError) -> list[str]:
     return [f"{error.message}: {problem}" for problem in error.problems] or [error.message]
 
 
 def _nearest(path: Path) -> Path:
     """The nearest ancestor that exists."""
-    parent = path.parent
-    while not parent.exists():
-        parent = parent.parent
-    return parent
+    return next(parent for parent in (*path.parents, path) if parent.exists())
 
 
 def _disk_free(out: Path) -> int:

@@ -3,19 +3,8 @@
 from pathlib import Path
 
 from stethoscope.checkpoints.hub import HUB_ID
-from stethoscope.editing.manifest import MANIFEST, read_manifest
+from stethoscope.editing.manifest import known_files, read_manifest
 from stethoscope.errors import StethoscopeError
-
-
-def files_of(folder: Path) -> list[Path]:
-    """The files of an edit that its manifest knows, the manifest among them.
-
-    Raises:
-        CheckpointError: the folder is no edit.
-    """
-    manifest = read_manifest(folder)
-    names = {MANIFEST, *manifest["files"], *(record["file"] for record in manifest["tensors"].values())}
-    return [folder / name for name in sorted(names)]
 
 
 def publish(folder: Path, repository: str, *, private: bool = True) -> str:
@@ -36,7 +25,7 @@ def publish(folder: Path, repository: str, *, private: bool = True) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client that it happens to use
 
-    files = [path.name for path in files_of(folder)]
+    files = sorted(known_files(read_manifest(folder)))
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)

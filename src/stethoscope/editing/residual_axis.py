@@ -1,7 +1,7 @@
-"""Which axis of a weight is the residual stream's, and the arms that project along it. Does not import torch."""
+"""Which axis of a weight is the residual stream's. Does not import torch."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
@@ -17,19 +17,11 @@ READERS = {
 WRITERS = {**dict.fromkeys(("o_proj", "down_proj", "dense", "fc2", "dense_4h_to_h"), 0), "c_proj": 1}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResidualAxis:
-    """The axis of a tensor that is the residual stream's.
-
-    Attributes:
-        writes: the tensor writes to the stream; otherwise it reads from it.
-        dim: the axis of the stored tensor.
-        place: the part of the block: "attention.reads", "mlp.writes", ...
-    """
+class ResidualAxis(NamedTuple):
+    """The axis ``dim`` of a stored tensor is the residual stream's, which it writes to or reads from."""
 
     writes: bool
     dim: int
-    place: str
 
 
 def residual_axis(name: str, shape: Sequence[int], width: int) -> ResidualAxis | None:
@@ -37,33 +29,26 @@ def residual_axis(name: str, shape: Sequence[int], width: int) -> ResidualAxis |
 
     Args:
         name: stored or canonical.
-        shape: the stored tensor's.
         width: of the residual stream.
 
     Raises:
         CheckpointError: the matrix' role is not known, or its shape is not that of its role.
     """
-    parsed = parse_name(name)
-    *_, module, part = ("", *parsed.canonical.split("."))
+    name = parse_name(name).canonical
+    *_, module, part = ("", *name.split("."))
     writes = module in WRITERS
-    place = f"{parsed.kind}.{'writes' if writes else 'reads'}"
     if len(shape) < 2:
-        return ResidualAxis(writes=True, dim=0, place=place) if writes and part == "bias" else None
+        return ResidualAxis(writes=True, dim=0) if writes and part == "bias" else None
     dim = (WRITERS if writes else READERS).get(module) if part == "weight" and len(shape) == 2 else None
     if dim is None:
-        raise _cannot_project([f"`{parsed.canonical}`: not known to read or to write the residual stream"])
+        raise _cannot_project([f"`{name}`: not known to read or to write the residual stream"])
     if shape[dim] != width:
         role = "writes to" if writes else "reads from"
         raise _cannot_project([
-            f"`{parsed.canonical}` of shape {list(shape)} {role} the residual stream along axis {dim},"
+            f"`{name}` of shape {list(shape)} {role} the residual stream along axis {dim},"
             f" but the directions have {width} values"
         ])  # fmt: skip
-    return ResidualAxis(writes=writes, dim=dim, place=place)
-
-
-def _cannot_project(problems: Sequence[str]) -> CheckpointError:
-    hint = "leave out the arms that project: a matrix of unknown role can only be injected raw"
-    return CheckpointError("some matrices cannot be projected onto feature directions", problems=problems, hint=hint)
+    return ResidualAxis(writes=writes, dim=dim)
 
 
 def residual_axes(task_vector: TaskVector, layers: Iterable[int], width: int) -> dict[str, ResidualAxis | None]:
@@ -85,3 +70,8 @@ def residual_axes(task_vector: TaskVector, layers: Iterable[int], width: int) ->
     if problems:
         raise _cannot_project(problems)
     return axes
+
+
+def _cannot_project(problems: Sequence[str]) -> CheckpointError:
+    hint = "leave out the arms that project: a matrix of unknown role can only be injected raw"
+    return CheckpointError("some matrices cannot be projected onto feature directions", problems=problems, hint=hint)

@@ -6,7 +6,7 @@ Compared with the raw edit they show whether a projected edit is weak because it
 because its directions are wrong (`random_subspace`), or because the part that works was removed (`complement`).
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,48 +16,9 @@ from torch import Tensor
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import FeatureProjection, energy_along, feature_basis, nested_basis, random_basis
+from stethoscope.editing.subspace import FeatureProjection, energy_along, feature_basis, random_basis
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import ScalpelArm
-
-
-def smallest_basis(
-    task_vector: TaskVector, layer: int, directions: Float[Tensor, "features d"], share: float
-) -> Float64[Tensor, "d rank"]:
-    """A basis of the fewest directions, from the top, that keep a share of a layer's energy; of all if none do."""
-    Q, _ = nested_basis(directions)
-    before, along = 0.0, torch.zeros(Q.shape[1], dtype=torch.float64)
-    for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
-        if axis:
-            energy, found = energy_along(task_vector, name, axis, Q)
-            before, along = before + energy, along + found
-    short = int((along.cumsum(0) < share * before).sum())
-    return Q[:, : short + 1].contiguous()
-
-
-def energy_matched(task_vector: TaskVector, projection: FeatureProjection) -> FeatureProjection:
-    """The same projection, rescaled per layer to the norm of the layer's raw change, norms and biases included.
-
-    Raises:
-        StethoscopeError: a layer's projected change is zero.
-    """
-    scale = {}
-    for layer, Q in sorted(projection.bases.items()):
-        raw = after = 0.0
-        for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
-            if axis:
-                energy, along = energy_along(task_vector, name, axis, projection.basis(layer, axis))
-                after += float(along.sum())
-            else:
-                energy = task_vector.energy(name)
-            raw += energy
-        scale[layer] = (raw / after) ** 0.5 if after > 1e-12 * raw else float(raw == 0)
-    if empty := [layer for layer, factor in scale.items() if not factor]:
-        raise StethoscopeError(
-            f"the projected change is zero in layers {', '.join(map(str, empty))}: no factor gives it the raw norm",
-            hint="leave out the energy-matched arms, or project onto more features",
-        )
-    return replace(projection, scale=scale)
 
 
 def scalpel_plans(
@@ -87,6 +48,7 @@ def scalpel_plans(
 
     Raises:
         CheckpointError: with every matrix whose role is not known or does not fit.
+        StethoscopeError: a layer's projected change is zero, so that no factor gives it the raw norm.
     """
     others = [layer for layer in layers if layer not in coefficients] if "hybrid" in arms else []
     first: dict[int, Tensor] = {}
@@ -96,7 +58,7 @@ def scalpel_plans(
         if layer in coefficients and set(arms) - {"hybrid", "filtered"}:
             first[layer] = feature_basis(rows[:features])
         if layer in others or "filtered" in arms:
-            fewest[layer] = smallest_basis(task_vector, layer, rows, share)
+            fewest[layer] = _smallest_basis(task_vector, layer, rows, share)
     if first:
         residual_axes(task_vector, first, len(next(iter(first.values()))))
     mean = sum(coefficients.values()) / len(coefficients)
@@ -112,6 +74,41 @@ def scalpel_plans(
             bases = {layer: random_basis(len(Q), Q.shape[1], generator) for layer, Q in sorted(bases.items())}
         transform = FeatureProjection(bases=bases, complement=arm == "complement")
         if arm.endswith("_energy_matched"):
-            transform = energy_matched(task_vector, transform)
+            transform = _energy_matched(task_vector, transform)
         plans[arm] = EditPlan.for_layers(coefficients, transform=transform)
     return plans
+
+
+def _energies(task_vector: TaskVector, layer: int, Q: Tensor) -> Iterator[tuple[float, Tensor | None]]:
+    """The energy of each tensor's change, and of its component along each column of Q; None for norms and biases."""
+    for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
+        yield energy_along(task_vector, name, axis, Q) if axis else (task_vector.energy(name), None)
+
+
+def _smallest_basis(
+    task_vector: TaskVector, layer: int, directions: Float[Tensor, "features d"], share: float
+) -> Float64[Tensor, "d rank"]:
+    """A basis of the fewest directions, from the top, that keep a share of a layer's energy; of all if none do."""
+    Q = feature_basis(directions)
+    before, along = 0.0, torch.zeros(Q.shape[1], dtype=torch.float64)
+    for energy, found in _energies(task_vector, layer, Q):
+        if found is not None:
+            before, along = before + energy, along + found
+    short = int((along.cumsum(0) < share * before).sum())
+    return Q[:, : short + 1].contiguous()
+
+
+def _energy_matched(task_vector: TaskVector, projection: FeatureProjection) -> FeatureProjection:
+    """The same projection, rescaled per layer to the norm of the layer's raw change, norms and biases included."""
+    scale = {}
+    for layer, Q in sorted(projection.bases.items()):
+        raw = after = 0.0
+        for energy, along in _energies(task_vector, layer, Q):
+            raw, after = raw + energy, after + (0.0 if along is None else float(along.sum()))
+        scale[layer] = (raw / after) ** 0.5 if after > 1e-12 * raw else float(raw == 0)
+    if empty := [layer for layer, factor in scale.items() if not factor]:
+        raise StethoscopeError(
+            f"the projected change is zero in layers {', '.join(map(str, empty))}: no factor gives it the raw norm",
+            hint="leave out the energy-matched arms, or project onto more features",
+        )
+    return replace(projection, scale=scale)

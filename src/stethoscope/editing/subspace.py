@@ -2,8 +2,7 @@
 
 A matrix that writes to the residual stream keeps ``Q Q^T tau``, and so does its bias; one that reads from it keeps
 ``tau Q Q^T``. Norms and readers' biases have no residual axis: the projection drops them and its complement keeps them,
-so that raw = projected + complement in every tensor. What is kept must be read beside the chance level r/d, which as
-many random directions keep of an unrelated task vector.
+so that raw = projected + complement in every tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +16,10 @@ from torch import Tensor
 
 from stethoscope.artifacts import sha256_bytes
 from stethoscope.checkpoints.adapter import AdapterTaskVector, LoraFactors
-from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.residual_axis import ResidualAxis, residual_axis
-from stethoscope.models import preferred_dtype
+from stethoscope.models.load import preferred_dtype
 
 # A unit direction nearer than this to the span of those before it adds nothing: bf16 is known to about 1e-3.
 RANK_TOLERANCE = 1e-3
@@ -56,8 +54,8 @@ def nested_basis(
     """An orthonormal basis whose first columns span the first directions, for every number of them.
 
     Args:
-        directions: one row a feature, most specific first, of any norm. A unit row nearer than `RANK_TOLERANCE` to the
-            span of those before it adds no column, nor does a zero row.
+        directions: one row a feature, of any norm. A unit row nearer than `RANK_TOLERANCE` to the span of those before
+            it adds no column, nor does a zero row.
 
     Returns:
         the basis, and the row that added each column.
@@ -110,58 +108,18 @@ def random_basis(width: int, rank: int, generator: torch.Generator) -> Float64[T
     return torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64, generator=generator))[0].contiguous()
 
 
-# Norms that multiply by 1 + weight.
-_ONE_PLUS = {"gemma", "gemma2", "gemma3", "gemma3_text", "paligemma", "recurrent_gemma", "qwen3_next"}
-
-
-def bases_through_norms(
-    base: Checkpoint, layer: int, directions: Float[Tensor, "features d"]
-) -> dict[str, Float64[Tensor, "d rank"]]:
-    """Bases of feature directions as each part of a block sees them, with the scale of its norm taken into account.
-
-    A norm with scale s turns a direction f of the residual stream into s * f, which a reader behind it sees. Where a
-    norm follows a writer (Gemma 2 and 3, OLMo 2), the writer must write f / s for f to reach the stream.
-
-    Returns:
-        "attention.reads", "attention.writes", "mlp.reads" and "mlp.writes" -> a basis, for `FeatureProjection.placed`.
-    """
-    prefix = f"layers.{layer}."
-    names = {name.removeprefix(prefix)[: -len(".weight")] for name in base if name.startswith(prefix)}
-    after = "post_feedforward_layernorm" in names
-    norms = {
-        "attention.reads": ("input_layernorm", "ln_1"),
-        "mlp.reads": ("pre_feedforward_layernorm",
-                      *(() if after else ("post_attention_layernorm", "ln_2", "input_layernorm"))),
-        "attention.writes": ("post_attention_layernorm",) if after else (),
-        "mlp.writes": ("post_feedforward_layernorm",) if after else (),
-    }  # fmt: skip
-    one_plus = base.config.get("model_type") in _ONE_PLUS
-    placed = {}
-    for place, candidates in norms.items():
-        rows = directions.detach().double()
-        if norm := next((name for name in candidates if name in names), None):
-            scale = base[f"{prefix}{norm}.weight"].double() + one_plus
-            if f"{prefix}{norm}.bias" in base:  # a LayerNorm takes the mean off first
-                rows = rows - rows.mean(1, keepdim=True)
-            rows = rows * scale if place.endswith("reads") else rows * torch.where(scale == 0, 0.0, 1 / scale)
-        placed[place] = feature_basis(rows)
-    return placed
-
-
 @dataclass(frozen=True, kw_only=True)
 class FeatureProjection:
     """A plan's transform that keeps the part of a task vector that lies in each layer's feature subspace.
 
     Attributes:
         bases: layer -> orthonormal basis; nothing is kept in a layer without one.
-        placed: layer -> part of its block -> basis used there instead of the layer's; see `bases_through_norms`.
         complement: keep what lies outside the subspace instead.
         scale: layer -> factor of what is kept, 1 by default.
         raw: layers whose change is kept unprojected.
     """
 
     bases: Mapping[int, Float[Tensor, "d rank"]]
-    placed: Mapping[int, Mapping[str, Float[Tensor, "d rank"]]] = field(default_factory=dict)
     complement: bool = False
     scale: Mapping[int, float] = field(default_factory=dict)
     raw: frozenset[int] = frozenset()
@@ -172,46 +130,34 @@ class FeatureProjection:
         Raises:
             CheckpointError: a matrix of a layer with a basis has no known role, or does not fit the basis.
         """
-        layer = parse_name(name).layer
+        found = parse_name(name).layer
+        layer = -1 if found is None else found
         if layer in self.raw:
             return delta
-        kept = None
-        if (
-            layer is not None
-            and layer in self.bases
-            and (axis := residual_axis(name, delta.shape, len(self.bases[layer])))
-        ):
-            Q = self.basis(layer, axis).to(delta)
+        Q, kept = self.bases.get(layer), None
+        if Q is not None and (axis := residual_axis(name, delta.shape, len(Q))):
+            Q = Q.to(delta)
             kept = (delta @ Q) @ Q.T if axis.dim == delta.ndim - 1 else Q @ (Q.T @ delta)
         if self.complement:
             kept = delta if kept is None else delta - kept
         elif kept is None:
             return torch.zeros_like(delta)
-        factor = 1.0 if layer is None else self.scale.get(layer, 1.0)
+        factor = self.scale.get(layer, 1.0)
         return kept if factor == 1 else kept * factor
-
-    def basis(self, layer: int, axis: ResidualAxis) -> Float[Tensor, "d rank"]:
-        """The basis that one of a layer's tensors is projected onto."""
-        return self.placed.get(layer, {}).get(axis.place, self.bases[layer])
 
     def describe(self) -> dict[str, Any]:
         """What a manifest records: the settings, and each basis' rank and hash."""
         return {
             "kind": "feature_projection",
             "keeps": "complement" if self.complement else "span",
-            "bases": {str(layer): _described(Q) for layer, Q in sorted(self.bases.items())},
-            "placed": {
-                str(layer): {place: _described(Q) for place, Q in sorted(placed.items())}
-                for layer, placed in sorted(self.placed.items())
-            },
+            "bases": {str(layer): {"rank": Q.shape[1], "sha256": _hash(Q)} for layer, Q in sorted(self.bases.items())},
             "scale": {str(layer): factor for layer, factor in sorted(self.scale.items())},
             "raw": sorted(self.raw),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Every basis, by its hash in `describe`."""
-        bases = [*self.bases.values(), *(Q for placed in self.placed.values() for Q in placed.values())]
-        return {_described(Q)["sha256"]: Q.contiguous() for Q in bases}
+        return {_hash(Q): Q.contiguous() for Q in self.bases.values()}
 
     @classmethod
     def from_description(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "FeatureProjection":
@@ -222,18 +168,14 @@ class FeatureProjection:
         """
         return cls(
             bases={int(layer): tensors[Q["sha256"]] for layer, Q in described["bases"].items()},
-            placed={
-                int(layer): {place: tensors[Q["sha256"]] for place, Q in placed.items()}
-                for layer, placed in described["placed"].items()
-            },
             complement=described["keeps"] == "complement",
             scale={int(layer): factor for layer, factor in described["scale"].items()},
             raw=frozenset(described["raw"]),
         )
 
 
-def _described(Q: Tensor) -> dict[str, Any]:
-    return {"rank": Q.shape[1], "sha256": sha256_bytes(Q.contiguous().numpy().tobytes())}
+def _hash(Q: Tensor) -> str:
+    return sha256_bytes(Q.contiguous().numpy().tobytes())
 
 
 def _low_rank(task_vector: TaskVector, name: str) -> LoraFactors | None:

@@ -7,9 +7,11 @@ report.ok, report.problems
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
 from stethoscope.checkpoints.header import read_header
-from stethoscope.editing.manifest import MANIFEST, hash_bytes, read_manifest
+from stethoscope.editing.manifest import known_files, read_manifest
 from stethoscope.editing.transfer import Progress, hash_tensors
 from stethoscope.errors import CheckpointError
 
@@ -46,7 +48,6 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
         CheckpointError: there is no manifest, or it makes no sense. What does not agree is reported, not raised.
     """
     manifest = read_manifest(path)
-    algorithm = manifest["hash"]
     problems: list[str] = []
     entries: dict[str, Entry] = {}
     for file in sorted({record["file"] for record in manifest["tensors"].values()}):
@@ -59,33 +60,31 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
             if stored not in manifest["tensors"]:
                 problems.append(f"`{stored}` in `{file}` is not in the manifest")
             entries[stored] = make_entry(stored, slot, file)
-    store = Checkpoint(path, {}, entries, source=str(path), revision=None)
-    present = {stored: record for stored, record in manifest["tensors"].items() if stored in entries}
-    problems += [f"`{stored}` is missing" for stored in manifest["tensors"] if stored not in present]
-    hashes = hash_tensors(store, [entries[stored] for stored in present], algorithm, progress=progress)
-    for (stored, record), found in zip(present.items(), hashes, strict=True):
-        if found != record["hash"]:
+    present = [stored for stored in manifest["tensors"] if stored in entries]
+    problems += [f"`{stored}` is missing" for stored in manifest["tensors"] if stored not in entries]
+    store = Checkpoint(path, {}, entries, source=str(path))
+    hashes = hash_tensors(store, [entries[stored] for stored in present], progress=progress)
+    for stored, found in zip(present, hashes, strict=True):
+        if found != manifest["tensors"][stored]["hash"]:
             problems.append(f"the bytes of `{stored}` are not those that were written")
     for name, expected in manifest["files"].items():
         if Path(name).name != name or not (path / name).is_file():
             problems.append(f"`{name}` is missing")
-        elif hash_bytes((path / name).read_bytes(), algorithm) != expected:
+        elif blake3((path / name).read_bytes()).hexdigest() != expected:
             problems.append(f"`{name}` is not as it was written")
-    known = set(manifest["files"]) | {MANIFEST} | {record["file"] for record in manifest["tensors"].values()}
+    weights = {item.name for item in path.glob("*.safetensors")}
     problems += [
-        f"`{item.name}` is weights that the manifest does not know"
-        for item in sorted(path.glob("*.safetensors"))
-        if item.name not in known
+        f"`{name}` is weights that the manifest does not know" for name in sorted(weights - known_files(manifest))
     ]
     if base is not None:
-        problems += _against_base(manifest["tensors"], base, algorithm)
+        problems += _against_base(manifest["tensors"], base)
     untouched = sum(record.get("from") == "base" for record in manifest["tensors"].values())
     return Verification(
         path=path, kind=manifest["kind"], tensors=len(present), untouched=untouched, problems=tuple(problems)
     )
 
 
-def _against_base(records: dict[str, dict[str, object]], base: Checkpoint, algorithm: str) -> list[str]:
+def _against_base(records: dict[str, dict[str, object]], base: Checkpoint) -> list[str]:
     stored = {entry.stored: entry for entry in base.entries.values()}
     expected = {
         name: record["hash"] if record.get("from") == "base" else record["base_hash"]
@@ -94,7 +93,7 @@ def _against_base(records: dict[str, dict[str, object]], base: Checkpoint, algor
     }
     problems = [f"`{base.source}` has no tensor `{name}`" for name in expected if name not in stored]
     names = [name for name in expected if name in stored]
-    found = hash_tensors(base, [stored[name] for name in names], algorithm)
+    found = hash_tensors(base, [stored[name] for name in names])
     return problems + [
         f"`{name}` of `{base.source}` is not what the edit was made from"
         for name, digest in zip(names, found, strict=True)

@@ -10,20 +10,22 @@ appears complete or not at all, and two runs give the same bytes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from blake3 import blake3
+
 from stethoscope.artifacts import write_json
 from stethoscope.checkpoints.adapter import CONFIG, WEIGHTS, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
-from stethoscope.checkpoints.hashing import hash_tensor, new_digest
-from stethoscope.checkpoints.header import DTYPE_BITS, build_header
+from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.header import DTYPES, build_header
 from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, not_finite
 from stethoscope.editing.apply import edited_tensor
-from stethoscope.editing.manifest import copy_side_files, describe_edit, write_generated
+from stethoscope.editing.manifest import copy_side_files, describe_edit, describe_tensor, write_generated
 from stethoscope.editing.patch import PATCH, exclusive_or
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.preview import preview
@@ -36,13 +38,14 @@ from stethoscope.editing.transfer import (
     output_folder,
     rewrite,
     send,
-    stored_pieces,
     tensor_bytes,
 )
 from stethoscope.errors import CheckpointError
 
 OutputKind = Literal["checkpoint", "patch", "adapter"]
-INTEGERS = {8: "U8", 16: "U16", 32: "U32", 64: "U64"}
+Record = dict[str, Any]
+# A transform needs a tensor's whole change in float32: one at a time, whatever the number of threads.
+_whole_tensor = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,7 @@ class Edit:
     Attributes:
         path: its folder.
         manifest: what manifest.json says.
-        layers: the layers it changed.
-        tensors: how many tensors it changed.
+        layers, tensors: the layers it changed, and how many tensors.
         bytes_written: bytes of weights written; 0 for what a reflink shares.
         bytes_read: bytes of weights read.
         warnings: what may not have been meant.
@@ -97,13 +99,11 @@ def write_edit(
     expected = preview(base, task_vector, plan, out, kind=kind, overwrite=overwrite)
     if expected.problems:
         raise CheckpointError("the edit cannot be written", problems=expected.problems, hint=expected.hint)
-    writers: dict[str, Callable[..., _Written]] = {
-        "checkpoint": _write_checkpoint, "patch": _write_patch, "adapter": _write_adapter,
-    }  # fmt: skip
-    chosen = coefficients(task_vector, plan)
+    writer = _Writer(task_vector, plan, progress)
     with output_folder(out, overwrite=overwrite, sync=sync) as folder:
-        written = writers[kind](base, task_vector, plan, chosen, folder, progress=progress)
-        manifest = describe_edit(kind, base, task_vector, plan, chosen, written.tensors)
+        write = {"checkpoint": writer.checkpoint, "patch": writer.patch, "adapter": writer.adapter}[kind]
+        tensors, written, read = write(folder)
+        manifest = describe_edit(kind, task_vector, plan, writer.chosen, tensors)
         if kind == "checkpoint":
             copy_side_files(base.path, folder)
         write_generated(manifest, base.config, folder)
@@ -112,174 +112,125 @@ def write_edit(
         kind=kind,
         manifest=manifest,
         layers=tuple(manifest["layers"]),
-        tensors=len(chosen),
-        bytes_written=written.bytes_written,
-        bytes_read=written.bytes_read,
+        tensors=len(writer.chosen),
+        bytes_written=written,
+        bytes_read=read,
         warnings=expected.warnings,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Written:
-    """What a writer did: a record per tensor by stored name, bytes written and read."""
+class _Writer:
+    """The three kinds of output. Each returns a record per tensor by stored name, and bytes written and read."""
 
-    tensors: dict[str, dict[str, Any]]
-    bytes_written: int
-    bytes_read: int
+    def __init__(self, task_vector: TaskVector, plan: EditPlan, progress: Progress | None) -> None:
+        self.base, self.task_vector, self.plan = task_vector.base, task_vector, plan
+        self.chosen = coefficients(task_vector, plan)
+        # else PyTorch is not even imported
+        computes = any(c != 1 or task_vector.raw(name) is None for name, c in self.chosen.items())
+        self.threads: dict[str, Any] = {"progress": progress, "arithmetic": plan.transform is not None or computes}
 
+    def checkpoint(self, folder: Path) -> tuple[dict[str, Record], int, int]:
+        """The base's files with the selected tensors changed."""
+        shared: list[int] = []
 
-def _write_checkpoint(
-    base: Checkpoint,
-    task_vector: TaskVector,
-    plan: EditPlan,
-    chosen: dict[str, float],
-    folder: Path,
-    *,
-    progress: Progress | None,
-) -> _Written:
-    lock = threading.Lock()
-    written = read = 0
-
-    def fill(entry: Entry, output: Output, shared: bool) -> dict[str, Any]:
-        nonlocal written, read
-        digest = new_digest()
-        record: dict[str, Any] = {"file": entry.file, "dtype": entry.dtype, "shape": list(entry.shape)}
-        if entry.name in chosen:
-            origin, pieces = _new_pieces(task_vector, plan, entry, chosen[entry.name])
+        def fill(entry: Entry, output: Output) -> Record:
+            digest = blake3()
+            if entry.name not in self.chosen:
+                copy_tensor(self.base, entry, digest, output)
+                shared.append(entry.nbytes if output.shared else 0)
+                return describe_tensor(entry, {"from": "base", "hash": digest.hexdigest()})
+            origin, pieces = self._new_pieces(entry)
             send(pieces, digest, output, entry.start)
-            record |= {"from": origin, "coefficient": chosen[entry.name], "hash": digest.hexdigest()}
+            record = {"from": origin, "coefficient": self.chosen[entry.name], "hash": digest.hexdigest()}
             if origin == "computed":
                 # read again while its pages are still in memory
-                record["base_hash"] = hash_tensor(base, entry)
-                if raw := task_vector.raw(entry.name):
+                record["base_hash"] = hash_tensor(self.base, entry)
+                if raw := self.task_vector.raw(entry.name):
                     record["tuned_hash"] = hash_tensor(*raw)
-        else:
-            copy_tensor(base, entry, digest, output, shared=shared)
-            record |= {"from": "base", "hash": digest.hexdigest()}
-        with lock:
-            written += 0 if shared and record["from"] == "base" else entry.nbytes
-            read += entry.nbytes * (2 if record["from"] == "computed" else 1)
-        return record
+            return describe_tensor(entry, record)
 
-    tensors = rewrite(base, folder, fill, progress=progress, arithmetic=_computes(task_vector, plan, chosen))
-    return _Written(tensors=tensors, bytes_written=written, bytes_read=read)
+        tensors = rewrite(self.base, folder, fill, **self.threads)
+        entries = self.base.entries.values()
+        twice = sum(entry.nbytes for entry in entries if tensors[entry.stored]["from"] == "computed")
+        return tensors, self.base.nbytes - sum(shared), self.base.nbytes + twice
+
+    def patch(self, folder: Path) -> tuple[dict[str, Record], int, int]:
+        """Base XOR edited, tensor by tensor: it turns either into the other, and is as large as what it changes."""
+        entries = [self.base.entries[name] for name in self.chosen]
+        header = build_header({entry.stored: (f"U{DTYPES[entry.dtype].bits}", entry.shape) for entry in entries})
+        jobs: list[tuple[int, Callable[[], Record]]] = []
+        offset = len(header)
+        with output_file(folder / PATCH, header, sum(entry.nbytes for entry in entries)) as output:
+            for entry in entries:
+                jobs.append((entry.nbytes, partial(self._difference, entry, output, offset)))
+                offset += entry.nbytes
+            records = in_parallel(jobs, **self.threads)
+        tensors = {entry.stored: record for entry, record in zip(entries, records, strict=True)}
+        return tensors, offset, 2 * (offset - len(header))
+
+    def adapter(self, folder: Path) -> tuple[dict[str, Record], int, int]:
+        """Tuned's adapter with the selected modules only; a coefficient is multiplied into B."""
+        adapter = self.task_vector
+        assert isinstance(adapter, AdapterTaskVector)
+        scaled: dict[str, float] = {}  # adapter key -> factor
+        for name, coefficient in self.chosen.items():
+            for part, key in adapter.changes[name].parts.items():
+                scaled[key] = coefficient if part in ("B", "bias") else 1.0
+        entries = {key: adapter.store.entries[key] for key in sorted(scaled)}
+        header = build_header({key: (entry.dtype, entry.shape) for key, entry in entries.items()})
+        records: dict[str, Record] = {}
+        offset = len(header)
+        with output_file(folder / WEIGHTS, header, sum(entry.nbytes for entry in entries.values())) as output:
+            for key, entry in entries.items():
+                digest, origin, pieces = blake3(), "tuned", _checked(adapter.store, entry)
+                if scaled[key] != 1:
+                    tensor = adapter.store.read(key)
+                    origin, pieces = "computed", iter([tensor_bytes((tensor.float() * scaled[key]).to(tensor.dtype))])
+                send(pieces, digest, output, offset)
+                records[key] = describe_tensor(entry, {"from": origin, "hash": digest.hexdigest()})
+                offset += entry.nbytes
+        write_json(folder / CONFIG, _restricted_config(adapter, self.chosen))
+        return records, offset, offset - len(header)
+
+    def _new_pieces(self, entry: Entry) -> tuple[str, Iterator[memoryview]]:
+        """Where a selected tensor's new bytes come from ("tuned" or "computed"), and the bytes."""
+        coefficient, raw = self.chosen[entry.name], self.task_vector.raw(entry.name)
+        if self.plan.transform is not None:
+            return "computed", self._transformed(entry.name)
+        if coefficient == 1 and raw is not None:
+            return "tuned", _checked(*raw)
+        return "computed", (
+            tensor_bytes(chunk.rows) for chunk in self.task_vector.edited_chunks(entry.name, coefficient)
+        )
+
+    def _transformed(self, name: str) -> Iterator[memoryview]:
+        with _whole_tensor:
+            yield tensor_bytes(edited_tensor(self.task_vector, self.plan, name))
+
+    def _difference(self, entry: Entry, output: Output, offset: int) -> Record:
+        """Put one tensor of a patch in its place; return its record."""
+        before, after, digest = blake3(), blake3(), blake3()
+        origin, pieces = self._new_pieces(entry)
+        send(exclusive_or(self.base, entry, pieces, before, after), digest, output, offset)
+        record = {"from": origin, "coefficient": self.chosen[entry.name], "base_hash": before.hexdigest()}
+        record |= {"edited_hash": after.hexdigest(), "hash": digest.hexdigest()}
+        return describe_tensor(entry, record, file=PATCH)
 
 
-def _computes(task_vector: TaskVector, plan: EditPlan, chosen: Mapping[str, float]) -> bool:
-    """Whether any tensor needs arithmetic; else PyTorch is not even imported."""
-    return plan.transform is not None or any(c != 1 or task_vector.raw(name) is None for name, c in chosen.items())
-
-
-def _new_pieces(
-    task_vector: TaskVector, plan: EditPlan, entry: Entry, coefficient: float
-) -> tuple[str, Iterator[memoryview]]:
-    """Where a selected tensor's new bytes come from ("tuned" or "computed"), and the bytes."""
-    if plan.transform is not None:
-        return "computed", _transformed(task_vector, plan, entry.name)
-    raw = task_vector.raw(entry.name)
-    if coefficient == 1 and raw is not None:
-        return "tuned", _checked(stored_pieces(*raw), raw[1], task_vector.source)
-    chunks = task_vector.edited_chunks(entry.name, coefficient)
-    return "computed", (tensor_bytes(rows) for _, _, rows in chunks)
-
-
-# A transform needs a tensor's whole change in float32: one at a time, whatever the number of threads.
-_whole_tensor = threading.Lock()
-
-
-def _transformed(task_vector: TaskVector, plan: EditPlan, name: str) -> Iterator[memoryview]:
-    with _whole_tensor:
-        yield tensor_bytes(edited_tensor(task_vector, plan, name))
-
-
-def _checked(pieces: Iterator[memoryview], entry: Entry, source: str) -> Iterator[memoryview]:
-    """The same pieces, after a look at each for NaN and infinity."""
-    for piece in pieces:
+def _checked(checkpoint: Checkpoint, entry: Entry) -> Iterator[memoryview]:
+    """A tensor's pieces, after a look at each for NaN and infinity."""
+    for piece in checkpoint.pieces(entry):
         if not bytes_finite(piece, entry.dtype):
-            raise not_finite(entry.name, source)
+            raise not_finite(entry.name, checkpoint.source)
         yield piece
 
 
-def _write_patch(
-    base: Checkpoint,
-    task_vector: TaskVector,
-    plan: EditPlan,
-    chosen: dict[str, float],
-    folder: Path,
-    *,
-    progress: Progress | None,
-) -> _Written:
-    """Base XOR edited, tensor by tensor: it turns either into the other, and is as large as what it changes."""
-    entries = [base.entries[name] for name in chosen]
-    header = build_header({entry.stored: (INTEGERS[DTYPE_BITS[entry.dtype]], entry.shape) for entry in entries})
-    jobs: list[tuple[int, Callable[[], dict[str, Any]]]] = []
-    offset = len(header)
-    with output_file(folder / PATCH, header, sum(entry.nbytes for entry in entries)) as output:
-        for entry in entries:
-            jobs.append((entry.nbytes, partial(_difference, entry, task_vector, plan, chosen, output, offset)))
-            offset += entry.nbytes
-        records = in_parallel(jobs, progress=progress, arithmetic=_computes(task_vector, plan, chosen))
-    tensors = {entry.stored: record for entry, record in zip(entries, records, strict=True)}
-    return _Written(tensors=tensors, bytes_written=offset, bytes_read=2 * (offset - len(header)))
-
-
-def _difference(
-    entry: Entry, task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float], output: Output, offset: int
-) -> dict[str, Any]:
-    """Put one tensor of a patch in its place; return its record for the manifest."""
-    before, after, digest = new_digest(), new_digest(), new_digest()
-    origin, pieces = _new_pieces(task_vector, plan, entry, chosen[entry.name])
-    send(exclusive_or(task_vector.base, entry, pieces, before, after), digest, output, offset)
-    return {
-        "file": PATCH, "dtype": entry.dtype, "shape": list(entry.shape), "from": origin,
-        "coefficient": chosen[entry.name], "base_hash": before.hexdigest(), "edited_hash": after.hexdigest(),
-        "hash": digest.hexdigest(),
-    }  # fmt: skip
-
-
-def _write_adapter(
-    base: Checkpoint,
-    task_vector: TaskVector,
-    plan: EditPlan,
-    chosen: dict[str, float],
-    folder: Path,
-    *,
-    progress: Progress | None,
-) -> _Written:
-    """Tuned's adapter with the selected modules only; a coefficient is multiplied into B."""
-    assert isinstance(task_vector, AdapterTaskVector)
-    scaled: dict[str, float] = {}  # adapter key -> factor
-    for name, coefficient in chosen.items():
-        change = task_vector.changes[name]
-        keys = {"whole": change.replaced_by} if change.replaced_by else change.parts
-        scaled |= {key: coefficient if part in ("B", "bias") else 1.0 for part, key in keys.items() if key}
-    slots = {key: task_vector.slots[key] for key in sorted(scaled)}
-    header = build_header({key: (slot.dtype, slot.shape) for key, slot in slots.items()})
-    records: dict[str, dict[str, Any]] = {}
-    offset = len(header)
-    with output_file(folder / WEIGHTS, header, sum(slot.nbytes for slot in slots.values())) as output:
-        for key, slot in slots.items():
-            digest, entry = new_digest(), task_vector.store.entries[key]
-            pieces = _checked(stored_pieces(task_vector.store, entry), entry, task_vector.source)
-            if scaled[key] != 1:
-                tensor = task_vector.store.read(key)
-                pieces = iter([tensor_bytes((tensor.float() * scaled[key]).to(tensor.dtype))])
-            send(pieces, digest, output, offset)
-            records[key] = {
-                "file": WEIGHTS, "dtype": slot.dtype, "shape": list(slot.shape),
-                "from": "tuned" if scaled[key] == 1 else "computed", "hash": digest.hexdigest(),
-            }  # fmt: skip
-            offset += slot.nbytes
-    write_json(folder / CONFIG, restricted_config(task_vector, chosen))
-    return _Written(tensors=records, bytes_written=offset, bytes_read=offset - len(header))
-
-
-def restricted_config(task_vector: AdapterTaskVector, chosen: Mapping[str, float]) -> dict[str, Any]:
+def _restricted_config(adapter: AdapterTaskVector, chosen: dict[str, float]) -> dict[str, Any]:
     """adapter_config.json for the chosen tensors: each module by its full name, so that no other is created."""
-    changes = [task_vector.changes[name] for name in chosen]
-    whole = {change.module.rsplit(".", 2)[-2] for change in changes if change.replaced_by}
-    saved = [name for name in task_vector.config.get("modules_to_save") or [] if name.rsplit(".", 1)[-1] in whole]
-    return task_vector.config | {
+    changes = [adapter.changes[name] for name in chosen]
+    whole = {change.module.rsplit(".", 2)[-2] for change in changes if "whole" in change.parts}
+    saved = [name for name in adapter.config.get("modules_to_save") or [] if name.rsplit(".", 1)[-1] in whole]
+    return adapter.config | {
         "target_modules": sorted({change.module for change in changes if "A" in change.parts}),
         "modules_to_save": saved or None,
         "layers_to_transform": None,

@@ -25,6 +25,8 @@ class OwnLayer(CacheLayerMixin):
     """One layer's keys and values of what items do not share, [kv, rows, capacity, head], and the prefix's."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, prefix: States | None) -> None:
         super().__init__()
@@ -41,8 +43,6 @@ class OwnLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
         end = self.length + key_states.shape[-2]
         if end > self.keys.shape[2]:
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, _STEP))
@@ -54,8 +54,6 @@ class OwnLayer(CacheLayerMixin):
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Drop all other rows of the batch."""
-        assert self.keys is not None
-        assert self.values is not None
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -72,12 +70,15 @@ _CACHE: ContextVar[Cache] = ContextVar("cache of the batch being decoded")
 
 
 @contextmanager
-def shared_attention(model: PreTrainedModel, prefix: Sequence[States], layers: int) -> Iterator[Cache]:
+def shared_attention(model: PreTrainedModel, prefix: Sequence[States | None]) -> Iterator[Cache]:
     """Let the model attend to the prefix and to a new, empty cache of each item's own tokens, which is yielded.
 
     Within, the model is called with that cache and with an additive mask [rows, 1, queries, own keys].
+
+    Args:
+        prefix: what each layer has of it; None where nothing is shared.
     """
-    cache = Cache(layers=[OwnLayer(prefix[i] if prefix else None) for i in range(layers)])
+    cache = Cache(layers=[OwnLayer(states) for states in prefix])
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     token = _CACHE.set(cache)
@@ -117,8 +118,6 @@ def _decode(
     query: Float[Tensor, "kv rows queries head"], layer: OwnLayer, mask: Float[Tensor, "rows queries keys"]
 ) -> Float[Tensor, "kv rows queries head_v"]:
     """One softmax over the scores of the prefix's keys and of the item's own."""
-    assert layer.keys is not None
-    assert layer.values is not None
     kv, rows, queries, _ = query.shape
     keys, values = layer.keys.flatten(0, 1), layer.values.flatten(0, 1)  # [kv x rows, capacity, head]
     unused = keys.shape[1] - mask.shape[-1]
@@ -141,8 +140,6 @@ def _prefill(
     scale: float,
 ) -> Float[Tensor, "kv rows queries head_v"]:
     """Both parts on their own, merged by the log-sum-exp of their scores."""
-    assert layer.keys is not None
-    assert layer.values is not None
     kv, rows, queries, _ = query.shape
     keys, values = (t[:, :, : layer.length].transpose(0, 1) for t in (layer.keys, layer.values))
     by_row = query.transpose(0, 1)  # [rows, kv, queries, head]

@@ -1,7 +1,8 @@
 """Arm against arm, by task and over all tasks: `compare(outcomes)` says what the data show, in numbers and words."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -18,11 +19,12 @@ from stethoscope.evaluation.inference import (
     smallest_detectable_gain,
     unpaired_z,
 )
-from stethoscope.evaluation.outcomes import SOURCE, DocumentDivergences, DocumentLosses, Outcomes, PerDocument
+from stethoscope.evaluation.outcomes import SOURCE, Outcomes, PerDocument
 from stethoscope.evaluation.verdict import overall_verdict, task_verdict
 from stethoscope.results.comparison import Comparison, Contrast, Flips, NoiseFloor, PairedDifference, TaskContrast
 
 AGAIN = "_again"  # an arm named so is its namesake evaluated a second time
+Costs = Mapping[str, PerDocument]
 
 
 def compare(
@@ -31,9 +33,9 @@ def compare(
     baseline: str = "base",
     family: Sequence[str] | None = None,
     pairs: Sequence[tuple[str, str]] | None = None,
-    losses: Mapping[str, DocumentLosses] | None = None,
-    target_losses: Mapping[str, DocumentLosses] | None = None,
-    divergences: Mapping[str, DocumentDivergences] | None = None,
+    losses: Costs | None = None,
+    target_losses: Costs | None = None,
+    divergences: Costs | None = None,
     metric: str | None = None,
     alpha: float = 0.05,
     margin: float = 0.02,
@@ -49,17 +51,15 @@ def compare(
             named like another with ``_again`` behind it is that arm evaluated twice: it is compared with nothing, and
             gives the noise floor (`aa_floor`).
         baseline: the arm that every other is compared with.
-        family: tasks whose p-values are corrected together; the others are controls, corrected among themselves. All if
-            not given.
+        family: tasks whose p-values are corrected together, all by default; the others are controls, corrected among
+            themselves.
         pairs: arms to compare, as (a, b) with b under test. If not given: every arm against the baseline, every edit
             against ``tuned``, and ``selected`` against every other edit.
-        losses: control loss per document of each arm, on the same documents.
-        target_losses: the same on held-out target text.
-        divergences: divergence from the base per document of each arm, on the same documents; the base's is zero.
+        losses, target_losses, divergences: of each arm on the same documents: loss on control text and on held-out
+            target text, and divergence from the base, whose own is zero.
         metric: the metric that decides; each task's own (`Outcomes.metric_of`) if not given.
         alpha: level of every test; intervals have confidence 1 - alpha.
-        margin: the loss of accuracy that non-inferiority would accept.
-        margins: another margin for some tasks, by name.
+        margin: the loss of accuracy that non-inferiority would accept; ``margins`` has others by task.
         adjustment: ``holm`` or ``bh``.
         seed: of the bootstrap.
         inputs: hashes of what the outcomes were made from, by name; kept with the result.
@@ -68,112 +68,168 @@ def compare(
         EvaluationError: arms that met other items, or names that are not there.
     """
     outcomes.check_comparable()
-    tasks = list(family) if family is not None else outcomes.tasks
-    twice = {arm: arm.removesuffix(AGAIN) for arm in outcomes.arms if arm.removesuffix(AGAIN) != arm}
-    twice = {again: arm for again, arm in twice.items() if arm in outcomes.arms}
+    arms, tasks = outcomes.arms, list(family) if family is not None else outcomes.tasks
+    twice = {again: arm for again in arms if (arm := again.removesuffix(AGAIN)) != again and arm in arms}
     if pairs is None:
-        pairs = _default_pairs([arm for arm in outcomes.arms if arm not in twice], baseline)
-    unknown = [name for pair in pairs for name in pair if name not in outcomes.arms]
+        pairs = _default_pairs([arm for arm in arms if arm not in twice], baseline)
+    unknown = [name for name in (baseline, *(arm for pair in pairs for arm in pair)) if name not in arms]
     unknown += [name for name in (*tasks, *(margins or {})) if name not in outcomes.tasks]
-    if metric is not None and metric not in outcomes.metrics:
-        unknown.append(metric)
-    if baseline not in outcomes.arms:
-        unknown.insert(0, baseline)
+    unknown += [metric] if metric is not None and metric not in outcomes.metrics else []
     if unknown or not tasks:
         raise EvaluationError(
             "these outcomes do not hold what is to be compared",
             problems=[f"`{name}`" for name in dict.fromkeys(unknown)] or ["no task"],
-            hint=f"arms: {', '.join(outcomes.arms)}; tasks: {', '.join(outcomes.tasks)};"
-            f" metrics: {', '.join(outcomes.metrics)}",
+            hint=f"arms: {', '.join(arms)}; tasks: {', '.join(outcomes.tasks)}; metrics: {', '.join(outcomes.metrics)}",
         )
     controls = [name for name in outcomes.tasks if name not in tasks]
     contrasts = []
     for a, b in pairs:
+        pair = _Pair(outcomes=outcomes, a=a, b=b, alpha=alpha, seed=seed)
         compared = []
         for names, in_family in ((tasks, True), (controls, False)):
             found = [
-                _compare_task(
-                    outcomes,
-                    a,
-                    b,
-                    task,
-                    metric or outcomes.metric_of(task),
-                    alpha=alpha,
-                    margin=(margins or {}).get(task, margin),
-                    seed=seed,
-                )
+                pair.on_task(task, metric or outcomes.metric_of(task), (margins or {}).get(task, margin))
                 for task in names
             ]
             adjusted = adjust([f["mcnemar"].p_value if f["mcnemar"] else None for f in found], adjustment)
             for entry, p in zip(found, adjusted, strict=True):
                 verdict = task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
                 compared.append(TaskContrast(**entry, in_family=in_family, p_adjusted=p, verdict=verdict))
-        on_text = {
-            "loss": _compare_documents(losses, a, b, alpha, seed),
-            "divergence": _compare_documents(divergences, a, b, alpha, seed),
-            "target_loss": _compare_documents(target_losses, a, b, alpha, seed),
-        }
-        contrasts.append(_conclude(outcomes, a, b, compared, on_text, alpha, margin, seed))
+        significant = [t for t in compared if t.p_adjusted is not None and t.p_adjusted < alpha]
+        contrast = Contrast(
+            a=a,
+            b=b,
+            tasks=compared,
+            **pair.pooled([t for t in compared if t.in_family]),
+            improved=[t.task for t in significant if t.difference.difference > 0],
+            worsened=[t.task for t in significant if t.difference.difference < 0],
+            not_degraded=[t.task for t in compared if t.non_inferiority.shown],
+            loss=pair.on_text(losses),
+            divergence=pair.on_text(divergences),
+            target_loss=pair.on_text(target_losses),
+            verdict="",
+        )
+        contrasts.append(replace(contrast, verdict=overall_verdict(contrast, margin=margin, alpha=alpha)))
     return Comparison(
-        seed=seed,
-        inputs=dict(inputs or {}),
-        baseline=baseline,
-        family=tasks,
-        controls=controls,
-        alpha=alpha,
-        margin=margin,
-        adjustment=adjustment,
-        accuracy=_accuracy(outcomes, metric),
-        contrasts=contrasts,
+        seed=seed, inputs=dict(inputs or {}), baseline=baseline, family=tasks, controls=controls, alpha=alpha,
+        margin=margin, adjustment=adjustment, accuracy=_accuracy(outcomes, metric), contrasts=contrasts,
         noise=[floor for again, arm in twice.items() for floor in aa_floor(outcomes, arm, again, metric=metric)],
-    )
+    )  # fmt: skip
 
 
 def aa_floor(outcomes: Outcomes, arm: str, again: str, *, metric: str | None = None) -> list[NoiseFloor]:
-    """How many items change their result when nothing changed but the run: the same arm evaluated twice.
+    """How many items change their result when nothing changed but the run: an arm, and the same evaluated ``again``.
 
     Greedy decoding is deterministic for a fixed composition of batches, so both runs of one command agree to the item.
     Another batch size, device or version rounds in another order and may flip items whose two best tokens nearly tie: a
-    difference between arms is to be seen beside that. (SmolLM2-135M, 24 items of arithmetic, batches of 24 and of 5: 3
-    responses and no result changed in bfloat16, none in float32.)
+    difference between arms is to be seen beside that.
 
     Args:
-        outcomes: holds both runs as arms, on the same items.
-        arm, again: their names.
         metric: each task's own (`Outcomes.metric_of`) if not given.
 
     Returns:
-        a floor for each task that both runs have.
+        a floor for each task.
     """
     floors = []
     for task in outcomes.tasks:
         one, two = outcomes.rows(arm, task), outcomes.rows(again, task)
         name = metric or outcomes.metric_of(task)
         changed, n = int((_results(one, name) != _results(two, name)).sum()), len(one)
-        interval = stats.binomtest(changed, n).proportion_ci(0.95, method="exact")
+        low, high = stats.binomtest(changed, n).proportion_ci(0.95, method="exact")
         kept = bool(one["response"].notna().all() and two["response"].notna().all())
         floors.append(
             NoiseFloor(
-                task=task,
-                arm=arm,
-                again=again,
-                n=n,
-                changed=changed,
-                share=changed / n,
-                low=float(interval.low),
-                high=float(interval.high),
-                responses=int((one["response"] != two["response"]).sum()) if kept else None,
+                task=task, arm=arm, again=again, n=n, changed=changed, share=changed / n, low=float(low),
+                high=float(high), responses=int((one["response"] != two["response"]).sum()) if kept else None,
             )
-        )
+        )  # fmt: skip
     return floors
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """Arm ``b`` against arm ``a``; every bootstrap begins with the same seed."""
+
+    outcomes: Outcomes
+    a: str
+    b: str
+    alpha: float
+    seed: int
+
+    @property
+    def _bootstrap(self) -> dict[str, Any]:
+        return {"confidence": 1 - self.alpha, "rng": np.random.default_rng(self.seed)}
+
+    def on_task(self, task: str, metric: str, margin: float) -> dict[str, Any]:
+        """The fields of a `TaskContrast`, without what takes the other tasks."""
+        rows_a, rows_b = (self.outcomes.rows(arm, task) for arm in (self.a, self.b))
+        x, y = _results(rows_a, metric), _results(rows_b, metric)
+        if unscored := [arm for arm, values in ((self.a, x), (self.b, y)) if np.isnan(values).any()]:
+            raise EvaluationError(
+                f"task `{task}` has items without `{metric}`",
+                problems=[f"arm `{arm}`" for arm in unscored],
+                hint=f"choose a metric that scores every item; there are: {', '.join(self.outcomes.metrics)}",
+            )
+        sources, n = _sources(rows_a), len(x)
+        binary = np.isin(np.concatenate([x, y]), (0, 1)).all()
+        method: Literal["bootstrap", "score"] = "score" if binary and sources is None else "bootstrap"
+        drawn = {**self._bootstrap, "clusters": sources}  # the second interval goes on where the first one stopped
+        found: dict[str, Any] = {
+            "task": task, "metric": metric, "n": n, "accuracy_a": float(x.mean()), "accuracy_b": float(y.mean()),
+            "difference": paired_difference(x, y, method=method, **drawn),
+            "non_inferiority": non_inferiority(x, y, margin, **drawn),
+        }  # fmt: skip
+        if not binary:
+            why = f"`{metric}` is not 0 or 1 for every item"
+            undefined = dict.fromkeys(("unpaired", "mcnemar", "smallest_detectable_gain", "flips"))
+            return found | undefined | {"reasons": dict.fromkeys((*undefined, "p_adjusted"), why)}
+        detectable = smallest_detectable_gain(n, float((x != y).mean()), alpha=self.alpha)
+        flips = _flips(rows_a, rows_b, x, y)
+        reasons = {
+            "smallest_detectable_gain": detectable.reason,
+            "flips": None if flips else "no extraction is recorded",
+            "p": None if sources is None else "items share sources: intervals are clustered by them, p-values are not",
+        }
+        return found | {
+            "unpaired": unpaired_z(int(x.sum()), n, int(y.sum()), n),
+            "mcnemar": mcnemar_exact(int((x > y).sum()), int((y > x).sum())),
+            "smallest_detectable_gain": detectable.gain,
+            "flips": flips,
+            "reasons": {name: reason for name, reason in reasons.items() if reason},
+        }
+
+    def pooled(self, family: Sequence[TaskContrast]) -> dict[str, Any]:
+        """The tasks of the family as one, items resampled within tasks."""
+        rows = {arm: [self.outcomes.rows(arm, t.task) for t in family] for arm in (self.a, self.b)}
+        x, y = (
+            np.concatenate([_results(own, t.metric) for own, t in zip(rows[arm], family, strict=True)]) for arm in rows
+        )
+        known = [labels for own in rows[self.a] if (labels := _sources(own)) is not None]
+        sources = np.concatenate(known) if len(known) == len(family) else None
+        strata = np.repeat(np.arange(len(family)), [t.n for t in family])
+        tests = [t.mcnemar for t in family if t.mcnemar]
+        exact = mcnemar_exact(sum(m.b for m in tests), sum(m.c for m in tests)) if len(tests) == len(family) else None
+        return {
+            "pooled": paired_difference(x, y, strata=strata, clusters=sources, **self._bootstrap),
+            "pooled_mcnemar": exact,
+        }
+
+    def on_text(self, costs: Costs | None) -> PairedDifference | None:
+        """Difference of a cost in nats per token, over documents; None where it was not measured for both arms."""
+        if not costs or self.a not in costs or self.b not in costs:
+            return None
+        one, two = costs[self.a], costs[self.b]
+        if not np.array_equal(one.tokens, two.tokens):
+            raise EvaluationError("the control texts of two arms are not the same documents", hint="measure them again")
+        used = one.tokens > 0
+        return ratio_difference(one.sums[used], two.sums[used], one.tokens[used], **self._bootstrap)
 
 
 def _accuracy(outcomes: Outcomes, metric: str | None) -> list[dict[str, Any]]:
     table = outcomes.accuracy(metric).astype(object)
-    table = table.where(table.notna(), None)
     means = outcomes.frame.groupby(["task", "arm"])[outcomes.metrics].mean()
     rows = []
-    for row in table.to_dict("records"):
+    for row in table.where(table.notna(), None).to_dict("records"):
         known = means.loc[(row["task"], row["arm"])].dropna()
         rows.append({**{str(k): v for k, v in row.items()}, "metrics": {str(k): float(v) for k, v in known.items()}})
     return rows
@@ -186,61 +242,7 @@ def _default_pairs(arms: Sequence[str], baseline: str) -> list[tuple[str, str]]:
         pairs += [("tuned", arm) for arm in edits]
     if "selected" in edits:
         pairs += [(arm, "selected") for arm in edits if arm != "selected"]
-    pairs += [(arm, f"{arm}_energy_matched") for arm in edits if f"{arm}_energy_matched" in edits]
-    return pairs
-
-
-def _compare_task(
-    outcomes: Outcomes, a: str, b: str, task: str, metric: str, *, alpha: float, margin: float, seed: int
-) -> dict[str, Any]:
-    rows_a, rows_b = outcomes.rows(a, task), outcomes.rows(b, task)
-    x, y = _results(rows_a, metric), _results(rows_b, metric)
-    if unscored := [arm for arm, values in ((a, x), (b, y)) if np.isnan(values).any()]:
-        raise EvaluationError(
-            f"task `{task}` has items without `{metric}`",
-            problems=[f"arm `{arm}`" for arm in unscored],
-            hint=f"choose a metric that scores every item; there are: {', '.join(outcomes.metrics)}",
-        )
-    n = len(x)
-    rng = np.random.default_rng(seed)
-    found: dict[str, Any] = {
-        "task": task,
-        "metric": metric,
-        "n": n,
-        "accuracy_a": float(x.mean()),
-        "accuracy_b": float(y.mean()),
-    }
-    confidence = 1 - alpha
-    sources = _sources(rows_a)
-    clustered: dict[str, Any] = {"confidence": confidence, "rng": rng, "clusters": sources}
-    if not np.isin(np.concatenate([x, y]), (0, 1)).all():
-        why = f"`{metric}` is not 0 or 1 for every item"
-        undefined = ("unpaired", "mcnemar", "p_adjusted", "smallest_detectable_gain", "flips")
-        return found | {
-            "unpaired": None,
-            "mcnemar": None,
-            "difference": paired_difference(x, y, **clustered),
-            "non_inferiority": non_inferiority(x, y, margin, **clustered),
-            "smallest_detectable_gain": None,
-            "flips": None,
-            "reasons": dict.fromkeys(undefined, why),
-        }
-    detectable = smallest_detectable_gain(n, float((x != y).mean()), alpha=alpha)
-    flips = _flips(rows_a, rows_b, x, y)
-    reasons = {
-        "smallest_detectable_gain": detectable.reason,
-        "flips": None if flips else "no extraction is recorded",
-        "p": None if sources is None else "items share sources: intervals are clustered by them, p-values are not",
-    }
-    return found | {
-        "unpaired": unpaired_z(int(x.sum()), n, int(y.sum()), n),
-        "mcnemar": mcnemar_exact(int((x > y).sum()), int((y > x).sum())),
-        "difference": paired_difference(x, y, method="score" if sources is None else "bootstrap", **clustered),
-        "non_inferiority": non_inferiority(x, y, margin, **clustered),
-        "smallest_detectable_gain": detectable.gain,
-        "flips": flips,
-        "reasons": {name: reason for name, reason in reasons.items() if reason},
-    }
+    return pairs + [(arm, f"{arm}_energy_matched") for arm in edits if f"{arm}_energy_matched" in edits]
 
 
 def _sources(rows: pd.DataFrame) -> NDArray[Any] | None:
@@ -255,70 +257,17 @@ def _results(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
 
 
 def _flips(rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y: NDArray[np.float64]) -> Flips | None:
-    if rows_a["extracted"].isna().any() or rows_b["extracted"].isna().any():
+    """Items that changed, by what was wrong with the failed response; None where no extraction is recorded."""
+    both = pd.concat([rows_a, rows_b])
+    if both["extracted"].isna().any():
         return None
-    unknown = bool(rows_a["truncated"].isna().any() or rows_b["truncated"].isna().any())
+    unknown = bool(both["truncated"].isna().any())
+    causes = ("format", "correctness") if unknown else ("format", "truncation", "correctness")
 
     def count(failed: pd.DataFrame) -> dict[str, int]:
-        extracted = failed["extracted"].astype(bool)
-        cut = failed["truncated"].fillna(False).astype(bool) & ~extracted
-        if unknown:
-            return {"format": int((~extracted).sum()), "correctness": int(extracted.sum())}
-        return {
-            "format": int((~extracted & ~cut).sum()),
-            "truncation": int(cut.sum()),
-            "correctness": int(extracted.sum()),
-        }
+        cut = failed["truncated"].fillna(False).astype(bool) & (not unknown)
+        cause = np.where(failed["extracted"].astype(bool), "correctness", np.where(cut, "truncation", "format"))
+        return {name: int((cause == name).sum()) for name in causes}
 
     reason = "whether responses were cut off is not recorded, so `format` counts those too" if unknown else None
     return Flips(gained=count(rows_a[y > x]), lost=count(rows_b[x > y]), reason=reason)
-
-
-def _compare_documents(
-    measured: Mapping[str, PerDocument] | None, a: str, b: str, alpha: float, seed: int
-) -> PairedDifference | None:
-    if not measured or a not in measured or b not in measured:
-        return None
-    one, two = measured[a], measured[b]
-    if not np.array_equal(one.tokens, two.tokens):
-        raise EvaluationError("the control texts of two arms are not the same documents", hint="measure them again")
-    used = one.tokens > 0
-    return ratio_difference(
-        one.sums[used], two.sums[used], one.tokens[used], confidence=1 - alpha, rng=np.random.default_rng(seed)
-    )
-
-
-def _conclude(
-    outcomes: Outcomes,
-    a: str,
-    b: str,
-    tasks: list[TaskContrast],
-    on_text: dict[str, PairedDifference | None],
-    alpha: float,
-    margin: float,
-    seed: int,
-) -> Contrast:
-    family = [t for t in tasks if t.in_family]
-    x, y = (np.concatenate([_results(outcomes.rows(arm, t.task), t.metric) for t in family]) for arm in (a, b))
-    strata = np.repeat(np.arange(len(family)), [t.n for t in family])
-    known = [_sources(outcomes.rows(a, t.task)) for t in family]
-    sources = None if any(labels is None for labels in known) else np.concatenate([s for s in known if s is not None])
-    rng = np.random.default_rng(seed)
-    pooled = paired_difference(x, y, confidence=1 - alpha, strata=strata, clusters=sources, rng=rng)
-    counted = [t.mcnemar for t in family if t.mcnemar]
-    pooled_mcnemar = (
-        mcnemar_exact(sum(m.b for m in counted), sum(m.c for m in counted)) if len(counted) == len(family) else None
-    )
-    significant = [t for t in tasks if t.p_adjusted is not None and t.p_adjusted < alpha]
-    contrast: dict[str, Any] = {
-        "a": a,
-        "b": b,
-        "tasks": tasks,
-        "pooled": pooled,
-        "pooled_mcnemar": pooled_mcnemar,
-        "improved": [t.task for t in significant if t.difference.difference > 0],
-        "worsened": [t.task for t in significant if t.difference.difference < 0],
-        "not_degraded": [t.task for t in tasks if t.non_inferiority.shown],
-        **on_text,
-    }
-    return Contrast(**contrast, verdict=overall_verdict(**contrast, margin=margin, alpha=alpha))

@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from stethoscope.evaluation.attention import OwnLayer, States, shared_attention
 
@@ -18,12 +17,11 @@ logger = logging.getLogger(__name__)
 _PACK = 0.875  # share of live rows below which the finished ones are dropped
 
 
-@dataclass(frozen=True, kw_only=True)
-class Prefix:
-    """Tokens that every prompt begins with, and each layer's keys and values for them; empty where none are shared."""
+class Prefix(NamedTuple):
+    """Tokens that every prompt begins with, and each layer's keys and values for them; None where none are shared."""
 
     tokens: list[int]
-    states: list[States]
+    states: list[States | None]
 
 
 def can_share(model: PreTrainedModel, longest: int) -> bool:
@@ -54,13 +52,13 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
 def encode_prefix(model: PreTrainedModel, tokens: list[int]) -> Prefix:
     """Run the model over the shared tokens once and keep its keys and values."""
     if not tokens:
-        return Prefix(tokens=[], states=[])
+        return Prefix(tokens, [None] * _layers(model))
     cache = DynamicCache()
     model(
         input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
     )
     layers = cast(list[DynamicLayer], cache.layers)
-    return Prefix(tokens=tokens, states=[(cast(Tensor, x.keys)[0], cast(Tensor, x.values)[0]) for x in layers])
+    return Prefix(tokens, [(cast(Tensor, x.keys)[0], cast(Tensor, x.values)[0]) for x in layers])
 
 
 @torch.no_grad()
@@ -83,43 +81,32 @@ def decode_greedily(
     Returns:
         the new tokens of each prompt, the one that stopped it included.
     """
+    shared = len(prefix.tokens)
+    longest = max(map(len, prompts))
+    rows = [[0] * (longest - len(prompt)) + list(prompt[shared:]) for prompt in prompts]
+    tokens = torch.tensor(rows, device=model.device)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
     written: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
     done: set[int] = set()
-    tokens, padding = _pad_left([prompt[len(prefix.tokens) :] for prompt in prompts], model.device)
-    longest = tokens.shape[1]
-    columns = torch.arange(longest + max_new_tokens, device=model.device)
-    mask, positions = _first_mask(padding, longest, model.dtype), columns[:longest] - padding[:, None]
-    with shared_attention(model, prefix.states, _layers(model)) as cache:
-        for step in range(max_new_tokens):
-            logits: Float[Tensor, "rows vocabulary"] = model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=len(prefix.tokens) + positions.clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+    with shared_attention(model, prefix.states) as cache:
+        for _ in range(max_new_tokens):
+            logits = _last_logits(model, cache, tokens, padding, shared)
             chosen = logits.max(-1).indices  # the first among equals, as argmax, which is slow on bfloat16
-            for row, new in enumerate(chosen.tolist()):
-                prompt = live[row]
+            for prompt, new in zip(live, chosen.tolist(), strict=True):
                 if prompt not in done:
                     written[prompt].append(new)
                     if stop(prompt, written[prompt]):
                         done.add(prompt)
-            rows = [row for row, prompt in enumerate(live) if prompt not in done]
-            if not rows:
+            going = [row for row, prompt in enumerate(live) if prompt not in done]
+            if not going:
                 break
-            if len(rows) < _PACK * len(live):
-                kept = torch.tensor(rows, device=model.device)
-                for layer in cache.layers:
-                    assert isinstance(layer, OwnLayer)
+            if len(going) < _PACK * len(live):
+                kept = torch.tensor(going, device=model.device)
+                for layer in cast(list[OwnLayer], cache.layers):
                     layer.keep(kept)
-                chosen, padding, live = chosen[kept], padding[kept], [live[row] for row in rows]
+                chosen, padding, live = chosen[kept], padding[kept], [live[row] for row in going]
             tokens = chosen[:, None]
-            length = longest + step + 1
-            mask = _additive((columns[:length] >= padding[:, None])[:, None, None], model.dtype)
-            positions = (length - 1 - padding)[:, None]
     return written
 
 
@@ -132,53 +119,48 @@ def agrees(model: PreTrainedModel, tokens: Sequence[int]) -> bool:
     Args:
         tokens: at least four token ids.
     """
-    end, shared = len(tokens), len(tokens) // 2
+    shared = len(tokens) // 2
     ids = torch.tensor([list(tokens)], device=model.device)
     plain = model(input_ids=ids, logits_to_keep=2).logits[0].float()
-    ours = []
     try:
         prefix = encode_prefix(model, list(tokens[:shared]))
         if len(prefix.states) != _layers(model):
             return False
-        with shared_attention(model, prefix.states, _layers(model)) as cache:
-            for first, last in ((shared, end - 1), (end - 1, end)):
-                positions = torch.arange(first, last, device=model.device)
-                seen = positions[:, None] >= torch.arange(shared, last, device=model.device)
-                output = model(
-                    input_ids=ids[:, first:last],
-                    attention_mask=_additive(seen[None, None], model.dtype),
-                    position_ids=positions[None],
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                ours.append(output.logits[0, -1].float())
+        none = torch.zeros(1, dtype=torch.int64, device=model.device)
+        with shared_attention(model, prefix.states) as cache:
+            parts = [_last_logits(model, cache, part, none, shared) for part in (ids[:, shared:-1], ids[:, -1:])]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         logger.info("shared-prefix decoding does not run on this model: %s", error)
         return False
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     spread = plain - plain.mean(-1, keepdim=True)
-    return bool((torch.stack(ours) - plain).norm() <= tolerance * spread.norm())
+    return bool((torch.cat(parts).float() - plain).norm() <= tolerance * spread.norm())
 
 
 def _layers(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens [rows, longest] and how many of each row's first ones are padding [rows]."""
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]
-    tokens = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    return torch.tensor(tokens, device=device), torch.tensor(padding, device=device)
-
-
-def _first_mask(padding: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
-    """Causal, without padding; a padding token sees itself only, so that no row of scores is empty."""
-    columns = torch.arange(longest, device=padding.device)
-    seen = (columns >= padding[:, None])[:, None] & (columns[:, None] >= columns)  # [rows, longest, longest]
-    return _additive((seen | (columns[:, None] == columns))[:, None], dtype)
-
-
-def _additive(seen: Bool[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+def _last_logits(
+    model: PreTrainedModel,
+    cache: Cache,
+    tokens: Int[Tensor, "rows new"],
+    padding: Int[Tensor, " rows"],
+    shared: int,
+) -> Float[Tensor, "rows vocabulary"]:
+    """Logits after the last of some new tokens, of which, and of those in the cache, the first ones may be padding."""
+    first = cache.get_seq_length()
+    keys = torch.arange(first + tokens.shape[1], device=model.device)
+    queries = keys[first:, None]
+    # Causal, without padding; a padding token sees itself only, so that no row of scores is empty.
+    hidden = ((keys < padding[:, None, None]) | (keys > queries)) & (keys != queries)  # [rows, queries, keys]
+    mask = torch.zeros(hidden.shape, dtype=model.dtype, device=model.device).masked_fill_(hidden, float("-inf"))
+    logits: Tensor = model(
+        input_ids=tokens,
+        attention_mask=mask[:, None],
+        position_ids=shared + (keys[first:] - padding[:, None]).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    ).logits
+    return logits[:, -1]

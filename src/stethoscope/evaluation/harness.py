@@ -1,5 +1,6 @@
 """lm-evaluation-harness' Hugging Face backend with shared-prefix decoding, and a record of every generation."""
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -20,16 +21,9 @@ logger = logging.getLogger(__name__)
 
 # Generation settings that plain greedy decoding does not read; with any other one the harness' own path is taken.
 HARMLESS = {
-    *("bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p"),
-    *(
-        "max_length",
-        "max_new_tokens",
-        "use_cache",
-        "cache_implementation",
-        "transformers_version",
-        "_from_model_config",
-    ),
-}
+    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "max_length",
+    "max_new_tokens", "use_cache", "cache_implementation", "transformers_version", "_from_model_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,46 +62,39 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     Attributes:
         journal: finished batches are appended to this file and taken from it; ``None`` keeps none.
         on_items: called with the number of prompts of each finished batch.
-        shares: set to false for the harness' own decoding throughout.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, shares: bool = True
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.journal: Path | None = None
         self.on_items: Callable[[int], None] = lambda _: None
-        self.shares = shares
         self._generations: dict[str, Generation] = {}
         self._raw: dict[tuple[int, ...], list[int]] = {}
-        self._prefix: Prefix | None = None
         self._warned = False
-        self.weights_changed()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was computed with the model's weights as they were."""
+        self._prefix: Prefix | None = None
+        self._agrees: dict[tuple[int, ...], bool] = {}
 
     def generation(self, context: str, settings: dict[str, Any]) -> Generation | None:
         """What was generated for a prompt under an item's generation settings, if it was."""
         return self._generations.get(_key(context, settings))
 
-    def weights_changed(self) -> None:
-        """Forget what was computed with the model's weights as they were."""
-        self._prefix, self._checked = None, dict[tuple[int, ...], bool]()
-
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Responses of the requests, in their order; equal prompts are generated once unless sampled."""
         if any(request.args[1].get("do_sample") for request in requests):
             return super().generate_until(requests, disable_tqdm=True)
-        self.weights_changed()
+        self._forget()
         self._generations = read_journal(self.journal) if self.journal else {}
         batches = self.batches(requests)
-        todo = [batch for batch in batches if any(k not in self._generations for k in batch.prompts)]
-        for batch in batches:
-            if batch not in todo:
-                self.on_items(len(batch.prompts))
-        for batch in todo:
-            made = self.generate(batch)
-            self._generations.update(made)
-            if self.journal:
-                write_journal(self.journal, made)
+        for batch in sorted(batches, key=lambda batch: not batch.prompts.keys() <= self._generations.keys()):
+            if not batch.prompts.keys() <= self._generations.keys():
+                made = self.generate(batch)
+                self._generations.update(made)
+                if self.journal:
+                    write_journal(self.journal, made)
             self.on_items(len(batch.prompts))
         return [self._generations[_key(*request.args)].response for request in requests]
 
@@ -115,31 +102,30 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         """How the requests are decoded: by generation settings, longest first, as the harness does."""
         groups: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
         for request in requests:
-            context, settings = request.args
-            groups.setdefault(canonical_json(settings), {})[_key(context, settings)] = (context, settings)
+            groups.setdefault(canonical_json(request.args[1]), {})[_key(*request.args)] = request.args
         found = []
         for group in groups.values():
+            contexts = {key: context for key, (context, _) in group.items()}
             settings = next(iter(group.values()))[1]
             limit, _ = self._decoding(settings)
             ids, mask = self.tok_batch_encode(
-                [context for context, _ in group.values()],
-                left_truncate_len=self.max_length - limit,
-                truncation=self.truncation,
+                list(contexts.values()), left_truncate_len=self.max_length - limit, truncation=self.truncation
             )
             prompts = {k: row[keep.bool()].tolist() for k, row, keep in zip(group, ids, mask, strict=True)}
-            order = sorted(group, key=lambda k: (-len(prompts[k]), group[k][0]))
+            order = sorted(group, key=lambda k: (-len(prompts[k]), contexts[k]))
             longest, prefix = prompts[order[0]], common_prefix(list(prompts.values()))
-            found += [
-                Batch(
-                    prompts={k: prompts[k] for k in order[i : i + self.batch_size]},
-                    contexts={k: group[k][0] for k in order[i : i + self.batch_size]},
-                    settings=settings,
-                    prefix=prefix,
-                    probe=longest[-64:],
-                    longest=len(longest) + limit,
+            for i in range(0, len(order), self.batch_size):
+                keys = order[i : i + self.batch_size]
+                found.append(
+                    Batch(
+                        prompts={k: prompts[k] for k in keys},
+                        contexts={k: contexts[k] for k in keys},
+                        settings=settings,
+                        prefix=prefix,
+                        probe=longest[-64:],
+                        longest=len(longest) + limit,
+                    )
                 )
-                for i in range(0, len(order), self.batch_size)
-            ]
         return found
 
     def generate(self, batch: Batch) -> dict[str, Generation]:
@@ -154,13 +140,10 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         end = _Stop(self, stops)
         prompts = list(batch.prompts.values())
         tokens = decode_greedily(self.model, prompts, self._prefix, max_new_tokens=limit, stop=end)
+        texts = [postprocess_generated_text(self.tok_decode(new), stops, None) for new in tokens]
         return {
-            k: Generation(
-                response=postprocess_generated_text(self.tok_decode(new), stops, None),
-                tokens=len(new),
-                truncated=i not in end.ended,
-            )
-            for i, (k, new) in enumerate(zip(batch.prompts, tokens, strict=True))
+            key: Generation(response=text, tokens=len(new), truncated=i not in end.ended)
+            for i, (key, text, new) in enumerate(zip(batch.prompts, texts, tokens, strict=True))
         }
 
     def _decoding(self, settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -177,9 +160,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         texts = super().generate_until(requests, disable_tqdm=True)
         made = {}
         for (key, prompt), text in zip(batch.prompts.items(), texts, strict=True):
-            end = _Stop(self, stops)
-            new = self._raw[tuple(prompt)]
-            count = next((i + 1 for i in range(len(new)) if end(0, new[: i + 1])), len(new))
+            end, new = _Stop(self, stops), self._raw[tuple(prompt)]
+            count = next((i for i in range(1, len(new) + 1) if end(0, new[:i])), len(new))
             made[key] = Generation(response=text, tokens=count, truncated=not end.ended and count == limit)
         return made
 
@@ -190,32 +172,26 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         return out
 
     def _shares(self, batch: Batch) -> bool:
+        """Whether shared-prefix decoding does for this batch what the model itself would."""
         changed = {name for name, value in self.model.generation_config.to_diff_dict().items() if value} - HARMLESS
-        if not self.shares or changed or not can_share(self.model, batch.longest):
+        if changed or not can_share(self.model, batch.longest):
             return False
         probe = tuple(batch.probe)
-        if probe not in self._checked:
-            self._checked[probe] = len(probe) > 3 and agrees(self.model, batch.probe)
-            if not self._checked[probe] and not self._warned:
+        if probe not in self._agrees:
+            self._agrees[probe] = len(probe) > 3 and agrees(self.model, batch.probe)
+            if not self._agrees[probe] and not self._warned:
                 logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
                 self._warned = True
-        return self._checked[probe]
+        return self._agrees[probe]
 
 
 def read_journal(path: Path) -> dict[str, Generation]:
     """What was generated so far, by key; a line cut short by an interruption is dropped from the file."""
-    if not path.exists():
-        return {}
-    found = {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    for line in lines:
-        if not line.endswith("\n"):  # the interruption came while this line was written
-            write_text(path, "".join(lines[:-1]))
-            break
-        entry = json.loads(line)
-        key = entry.pop("key")
-        found[key] = Generation(**entry)
-    return found
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # the interruption came while this line was written
+        write_text(path, "".join(lines := lines[:-1]))
+    entries = map(json.loads, lines)
+    return {entry.pop("key"): Generation(**entry) for entry in entries}
 
 
 def write_journal(path: Path, made: Mapping[str, Generation]) -> None:
@@ -235,27 +211,21 @@ class _Stop:
         self.stops = [text for text in stops if text]
         # A token is at least one byte, so a stop string spans at most as many tokens as it has bytes.
         self.reach = max((len(text.encode()) for text in self.stops), default=0) + 2
-        self.decode = lm.tokenizer.decode
-        self.pieces: dict[int, bool] = {}
+        self.decode = functools.partial(lm.tokenizer.decode, skip_special_tokens=False)
+        self.may_close = functools.cache(self._may_close)
         self.ended: set[int] = set()
 
     def __call__(self, prompt: int, tokens: list[int]) -> bool:
-        last = tokens[-1]
-        if last in self.ends or (
-            self._may_close(last)
-            and any(text in self.decode(tokens[-self.reach :], skip_special_tokens=False) for text in self.stops)
-        ):
+        text = self.decode(tokens[-self.reach :]) if self.may_close(tokens[-1]) else ""
+        if tokens[-1] in self.ends or any(stop in text for stop in self.stops):
             self.ended.add(prompt)
-            return True
-        return False
+        return prompt in self.ended
 
     def _may_close(self, token: int) -> bool:
         # The token that completes a stop string holds its last character, or a part of it.
-        if token not in self.pieces:
-            piece = self.decode([token], skip_special_tokens=False)
-            # (decoders may drop a leading space)
-            self.pieces[token] = any(s[-1] in piece or s[-1] == " " for s in self.stops) or "\ufffd" in piece
-        return self.pieces[token]
+        piece = self.decode([token])
+        # (decoders may drop a leading space)
+        return any(stop[-1] in piece or stop[-1] == " " for stop in self.stops) or "\ufffd" in piece
 
 
 def _key(context: str, settings: dict[str, Any]) -> str:

@@ -10,51 +10,39 @@ Everywhere ``a`` is the arm compared against and ``b`` the arm under test: a pos
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.intervals import (
-    Floats,
-    clustered_error,
-    ratio_bootstrap,
-    score_interval,
-    score_statistic,
-    sum_by_cluster,
-)
 from stethoscope.results.comparison import McNemar, NonInferiority, PairedDifference, UnpairedZ
 
+Floats = NDArray[np.float64]
+_Ends = tuple[float | None, float | None, str | None]  # of an interval, or why it has none
+_NO_FLIP = "the arms agree on every item"
 
-@dataclass(frozen=True, kw_only=True)
-class DetectableGain:
-    """Smallest true gain that the exact test's normal approximation finds with the given power."""
 
-    n: int
-    discordance: float
-    power: float
-    alpha: float
+class DetectableGain(NamedTuple):
+    """A true gain, or None with the reason."""
+
     gain: float | None
     reason: str | None = None
 
 
+class _Units(NamedTuple):
+    """What is resampled, within groups: a unit's sum of differences, its size and its group, each of shape [units]."""
+
+    sums: Floats
+    sizes: Floats
+    groups: NDArray[np.int64]
+
+
 def unpaired_z(k_a: int, n_a: int, k_b: int, n_b: int) -> UnpairedZ:
-    """Compare two proportions, each standard error from the n - 1 variance as lm-evaluation-harness reports it.
+    """Compare ``k_a`` correct items of ``n_a`` with ``k_b`` of ``n_b`` as arXiv 2605.28649 does: errors from n - 1.
 
-    Args:
-        k_a: correct items of the first arm, of ``n_a``.
-        n_a: items of the first arm.
-        k_b: correct items of the second arm, of ``n_b``.
-        n_b: items of the second arm.
-
-    Raises:
-        EvaluationError: counts that cannot be.
-
-    Reference: the test of arXiv 2605.28649 (160/540 against 213/540 gives z = 3.41, p = 0.0007). It ignores the
-    pairing of items and so wastes power; `mcnemar_exact` does not.
+    It ignores the pairing of items and so wastes power; `mcnemar_exact` does not.
     """
     if not (0 <= k_a <= n_a and 0 <= k_b <= n_b and n_a > 0 and n_b > 0):
         raise EvaluationError(f"`{k_a}/{n_a}` and `{k_b}/{n_b}` are not shares of items")
@@ -71,19 +59,14 @@ def unpaired_z(k_a: int, n_a: int, k_b: int, n_b: int) -> UnpairedZ:
 
 
 def mcnemar_exact(b: int, c: int) -> McNemar:
-    """Test whether two arms differ on the same items, from the items where exactly one of them is right.
+    """Two-sided exact test of whether ``b`` items that only arm a got right and ``c`` that only arm b did are chance.
 
-    Args:
-        b: items that only the first arm got right.
-        c: items that only the second arm got right.
-
-    Returns:
-        the two-sided exact binomial p-value; 1 with a reason where no item tells the arms apart.
+    The p-value is 1, with a reason, where no item tells the arms apart.
     """
     if b < 0 or c < 0:
         raise EvaluationError(f"`{b}` and `{c}` are not counts of items")
     if b + c == 0:
-        return McNemar(b=b, c=c, p_value=1.0, reason="the arms agree on every item")
+        return McNemar(b=b, c=c, p_value=1.0, reason=_NO_FLIP)
     return McNemar(b=b, c=c, p_value=float(stats.binomtest(b, b + c, 0.5).pvalue))
 
 
@@ -101,47 +84,29 @@ def paired_difference(
     """Mean of b - a over items that both arms answered, with a confidence interval.
 
     Args:
-        a: results of one arm, shape [items].
-        b: results of the other on the same items in the same order, shape [items].
+        a, b: results of both arms on the same items in the same order, shape [items].
         method: ``bootstrap`` resamples items (whole clusters where given, within strata where given) and takes
             percentiles; ``score`` is Tango's interval (1998) for results of 0 and 1, which keeps its level where
             few items differ and exists where none does.
-        rng: randomness of the bootstrap; seed 0 if not given.
-        clusters: labels of items that share a source, shape [items]; the standard error is clustered too
-            (arXiv 2411.00640).
+        rng: of the bootstrap; seed 0 if not given.
+        clusters: labels of items that share a source, shape [items]; the error is clustered too (arXiv 2411.00640).
         strata: labels within which items are resampled, shape [items]; a task, say.
     """
     x, y = _paired(a, b)
-    difference = y - x
-    labels = [None if v is None else np.asarray(v) for v in (clusters, strata)]
-    for label in labels:
-        if label is not None and label.shape != x.shape:
-            raise EvaluationError(f"`{len(x)}` items but labels of shape `{label.shape}`")
-    sums, sizes, groups = sum_by_cluster(difference, *labels)
-    error = clustered_error(sums, sizes, groups)
-    low: float | None
-    high: float | None
-    if method == "score":
-        if labels != [None, None] or not np.isin(np.concatenate([x, y]), (0, 1)).all():
-            raise EvaluationError(
-                "the score interval needs results of 0 and 1, and neither clusters nor strata",
-                hint="use `method='bootstrap'`",
-            )
-        low, high = score_interval(int((difference < 0).sum()), int((difference > 0).sum()), len(x), confidence)
-        reason = None
+    labels = [None if given is None else np.asarray(given) for given in (clusters, strata)]
+    if bad := [label.shape for label in labels if label is not None and label.shape != x.shape]:
+        raise EvaluationError(f"`{len(x)}` items but labels of shape `{bad[0]}`")
+    units = _sum_by_cluster(y - x, *labels)
+    if method == "bootstrap":
+        ends = _bootstrap(units, confidence, resamples, rng)
+    elif labels == [None, None] and _binary(x, y):
+        ends = (*_score_interval(int((y < x).sum()), int((y > x).sum()), len(x), confidence), None)
     else:
-        low, high, reason = ratio_bootstrap(sums, sizes, groups, confidence, resamples, rng)
-    return PairedDifference(
-        n=len(x),
-        clusters=len(sums),
-        difference=float(difference.mean()),
-        low=low,
-        high=high,
-        standard_error=error,
-        confidence=confidence,
-        method=method,
-        reason=reason,
-    )
+        raise EvaluationError(
+            "the score interval needs results of 0 and 1, and neither clusters nor strata",
+            hint="use `method='bootstrap'`",
+        )
+    return _difference(len(x), float((y - x).mean()), units, confidence, method, ends)
 
 
 def ratio_difference(
@@ -153,32 +118,19 @@ def ratio_difference(
     resamples: int = 10_000,
     rng: np.random.Generator | None = None,
 ) -> PairedDifference:
-    """Difference of two weighted means over the same units: loss per token over documents, say.
+    """(sum b - sum a) / sum weights with a bootstrap interval over units: loss per token over documents, say.
 
     Args:
         totals_a, totals_b: each unit's total under either arm, shape [units].
         weights: each unit's weight (its tokens), shape [units]; positive.
-
-    Returns:
-        (sum b - sum a) / sum weights with a bootstrap interval over units.
     """
     x, y = _paired(totals_a, totals_b)
     sizes = np.asarray(weights, dtype=np.float64)
     if sizes.shape != x.shape or not (sizes > 0).all():
         raise EvaluationError("every unit needs one positive weight")
-    groups = np.zeros(len(x), dtype=np.int64)
-    low, high, reason = ratio_bootstrap(y - x, sizes, groups, confidence, resamples, rng)
-    return PairedDifference(
-        n=len(x),
-        clusters=len(x),
-        difference=float((y - x).sum() / sizes.sum()),
-        low=low,
-        high=high,
-        standard_error=clustered_error(y - x, sizes, groups),
-        confidence=confidence,
-        method="bootstrap",
-        reason=reason,
-    )
+    units = _Units(y - x, sizes, np.zeros(len(x), np.int64))
+    ends = _bootstrap(units, confidence, resamples, rng)
+    return _difference(len(x), float((y - x).sum() / sizes.sum()), units, confidence, "bootstrap", ends)
 
 
 def non_inferiority(
@@ -187,63 +139,38 @@ def non_inferiority(
     margin: float,
     *,
     confidence: float = 0.95,
-    resamples: int = 10_000,
     rng: np.random.Generator | None = None,
     clusters: ArrayLike | None = None,
 ) -> NonInferiority:
     """Is b shown not to be worse than a by ``margin``: is the interval's lower end above -margin?
 
     Results of 0 and 1 without clusters use Tango's score test, which is defined even where the arms agree on
-    every item; all else the bootstrap, without a p-value.
-
-    Args:
-        a: results of one arm, shape [items].
-        b: results of the other on the same items in the same order, shape [items].
-        margin: the loss that would still be accepted, in the results' unit; positive.
-        confidence: of the two-sided interval, so the one-sided level is (1 - confidence) / 2.
+    every item; all else the bootstrap, without a p-value. Arguments are as for `paired_difference`; ``margin`` is
+    positive and in the results' unit, and the one-sided level is (1 - confidence) / 2.
     """
     if not margin > 0:
         raise EvaluationError(f"the margin `{margin}` is not positive", hint="0.02 stands for 2 points")
     x, y = _paired(a, b)
-    binary = clusters is None and bool(np.isin(np.concatenate([x, y]), (0, 1)).all())
-    interval = paired_difference(
-        x,
-        y,
-        confidence=confidence,
-        method="score" if binary else "bootstrap",
-        resamples=resamples,
-        rng=rng,
-        clusters=clusters,
-    )
+    binary = clusters is None and _binary(x, y)
+    method: Literal["bootstrap", "score"] = "score" if binary else "bootstrap"
+    found = paired_difference(x, y, confidence=confidence, method=method, rng=rng, clusters=clusters)
     p_value = None
     if binary and margin < 1:
-        worse, better = int((y < x).sum()), int((y > x).sum())
-        p_value = float(stats.norm.sf(score_statistic(worse, better, len(x), -margin)))
-    low = interval.low
+        p_value = float(stats.norm.sf(score_statistic(int((y < x).sum()), int((y > x).sum()), len(x), -margin)))
+    low = found.low
     return NonInferiority(
-        n=interval.n,
-        margin=margin,
-        difference=interval.difference,
-        low=low,
-        p_value=p_value,
-        shown=None if low is None else low > -margin,
-        smallest_margin=None if low is None else max(-low, 0.0),
-        confidence=confidence,
-        reason=interval.reason,
-    )
+        n=found.n, margin=margin, difference=found.difference, low=low, p_value=p_value,
+        shown=None if low is None else low > -margin, smallest_margin=None if low is None else max(-low, 0.0),
+        confidence=confidence, reason=found.reason,
+    )  # fmt: skip
 
 
 def smallest_detectable_gain(n: int, discordance: float, power: float = 0.8, alpha: float = 0.05) -> DetectableGain:
     """Smallest true gain that a two-sided McNemar test of ``n`` items finds with the given power.
 
-    Solves n d^2 = (z_alpha/2 sqrt(p) + z_power sqrt(p - d^2))^2 for d, p the share of items on which the arms differ
-    (Miettinen 1968). At 20 %: 5.4 points for 540 items, 3.6 for 1187, 1.8 for 5000.
-
-    Args:
-        n: items.
-        discordance: share of items on which the arms differ, in [0, 1].
+    Solves n d^2 = (z_alpha/2 sqrt(p) + z_power sqrt(p - d^2))^2 for d, p the share of items on which the arms differ,
+    ``discordance`` (Miettinen 1968). At 20 %: 5.4 points for 540 items, 3.6 for 1187, 1.8 for 5000.
     """
-    reason = gain = None
     z_alpha, z_power = stats.norm.isf(alpha / 2), stats.norm.isf(1 - power)
     if not (0 <= discordance <= 1 and n >= 1):
         raise EvaluationError(f"`{n}` items with discordance `{discordance}` cannot be")
@@ -253,38 +180,58 @@ def smallest_detectable_gain(n: int, discordance: float, power: float = 0.8, alp
         return float(n**0.5 * d - spread)
 
     if discordance == 0:
-        reason = "the arms agree on every item, so their discordance is not known"
-    elif shortfall(discordance) < 0:
-        reason = "too few items: even a gain on every item that differs would be missed"
-    else:
-        gain = float(optimize.brentq(shortfall, 0.0, discordance))
-    return DetectableGain(n=n, discordance=discordance, power=power, alpha=alpha, gain=gain, reason=reason)
+        return DetectableGain(None, f"{_NO_FLIP}, so their discordance is not known")
+    if shortfall(discordance) < 0:
+        return DetectableGain(None, "too few items: even a gain on every item that differs would be missed")
+    return DetectableGain(float(optimize.brentq(shortfall, 0.0, discordance)))
 
 
 def adjust(p_values: Sequence[float | None], method: str = "holm") -> list[float | None]:
-    """Correct a family of p-values for their number.
+    """Correct a family of p-values for their number; ``None`` was not tested, stays ``None`` and does not count.
 
     Args:
-        p_values: the family; ``None`` was not tested, stays ``None`` and does not count.
         method: ``holm`` (any error at all) or ``bh`` (share of false findings, Benjamini and Hochberg).
     """
-    if method not in _METHODS:
-        raise EvaluationError(f"unknown correction `{method}`", hint=f"one of {', '.join(_METHODS)}")
+    methods: dict[str, Callable[[Floats], Floats]] = {"holm": _holm, "bh": stats.false_discovery_control}
+    if method not in methods:
+        raise EvaluationError(f"unknown correction `{method}`", hint=f"one of {', '.join(methods)}")
     tested = np.array([p for p in p_values if p is not None])
-    corrected = iter(_METHODS[method](tested) if len(tested) else ())
+    corrected = iter(methods[method](tested) if len(tested) else ())
     return [None if p is None else float(next(corrected)) for p in p_values]
 
 
+def score_statistic(worse: int, better: int, n: int, difference: float) -> float:
+    """Tango's score statistic against a true ``difference``; large where the observed one is above it."""
+    b = -worse - better + (2 * n - better + worse) * difference
+    c = -worse * difference * (1 - difference)
+    share = (max(b * b - 8 * n * c, 0.0) ** 0.5 - b) / (4 * n)  # of items that only the first arm gets right
+    variance = n * (2 * share + difference * (1 - difference))
+    gap = better - worse - n * difference
+    if variance <= 0:
+        return 0.0 if gap == 0 else float(np.copysign(np.inf, gap))
+    return float(gap / variance**0.5)
+
+
+def _score_interval(worse: int, better: int, n: int, confidence: float) -> tuple[float, float]:
+    """All true differences that the score test does not reject (Tango 1998)."""
+    z = float(stats.norm.isf((1 - confidence) / 2))
+    estimate = (better - worse) / n
+    edge = 1 - 1e-12
+
+    def end(sign: int) -> float:
+        def excess(difference: float) -> float:
+            return float(np.clip(sign * score_statistic(worse, better, n, difference), -1e6, 1e6)) - z
+
+        if sign * estimate <= -edge or excess(-sign * edge) < 0:
+            return float(-sign)
+        return float(optimize.brentq(excess, -sign * edge, estimate))
+
+    return end(1), end(-1)
+
+
 def _holm(p: Floats) -> Floats:
-    # statsmodels has it too, with a full garbage collection at each call: a second beside a loaded model
     order = np.argsort(p)
-    steps = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(steps, 1.0)
-    return adjusted
-
-
-_METHODS: dict[str, Callable[[Floats], Floats]] = {"holm": _holm, "bh": stats.false_discovery_control}
+    return np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)[np.argsort(order)]
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
@@ -294,3 +241,64 @@ def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise EvaluationError("results that are not finite cannot be compared")
     return x, y
+
+
+def _binary(x: Floats, y: Floats) -> bool:
+    return bool(np.isin(np.concatenate([x, y]), (0, 1)).all())
+
+
+def _sum_by_cluster(difference: Floats, clusters: NDArray[Any] | None, strata: NDArray[Any] | None) -> _Units:
+    n = len(difference)
+    group = np.zeros(n, np.int64) if strata is None else np.unique(strata, return_inverse=True)[1].astype(np.int64)
+    if clusters is None:
+        return _Units(difference, np.ones(n), group)
+    pairs = np.stack([group, np.unique(clusters, return_inverse=True)[1]])
+    _, first, unit = np.unique(pairs, axis=1, return_index=True, return_inverse=True)
+    unit = unit.reshape(-1)
+    return _Units(np.bincount(unit, difference).astype(float), np.bincount(unit).astype(float), group[first])
+
+
+def _bootstrap(units: _Units, confidence: float, resamples: int, rng: np.random.Generator | None) -> _Ends:
+    """Percentile interval of sum(sums) / sum(sizes) when units are drawn with replacement within groups."""
+    sums, sizes, groups = units
+    if len(sums) < 2:
+        return None, None, "one unit cannot be resampled"
+    if len(np.unique(sums / sizes)) == 1:
+        return None, None, "every unit has the same difference, which a bootstrap cannot tell from certainty"
+    rng = rng or np.random.default_rng(0)
+    top, bottom = np.zeros(resamples), np.zeros(resamples)
+    for group in np.unique(groups):
+        # Equal units are interchangeable: draw how often each distinct one comes, not which.
+        distinct, counts = np.unique(np.stack([sums, sizes], axis=1)[groups == group], axis=0, return_counts=True)
+        count = int(counts.sum())
+        step = max(1, 4_000_000 // len(distinct))
+        for start in range(0, resamples, step):
+            drawn = rng.multinomial(count, counts / count, size=min(step, resamples - start))
+            top[start : start + step] += drawn @ distinct[:, 0]
+            bottom[start : start + step] += drawn @ distinct[:, 1]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(top / bottom, [tail, 1 - tail])
+    return float(low), float(high), None
+
+
+def _difference(
+    n: int, difference: float, units: _Units, confidence: float, method: str, ends: _Ends
+) -> PairedDifference:
+    low, high, reason = ends
+    return PairedDifference(
+        n=n, clusters=len(units.sums), difference=difference, low=low, high=high,
+        standard_error=_clustered_error(units), confidence=confidence, method=method, reason=reason,
+    )  # fmt: skip
+
+
+def _clustered_error(units: _Units) -> float | None:
+    """Standard error of sum(sums) / sum(sizes); None where a group has a single unit."""
+    variance = 0.0
+    for group in np.unique(units.groups):
+        sums, sizes = (values[units.groups == group] for values in (units.sums, units.sizes))
+        count = len(sums)
+        if count < 2:
+            return None
+        residual = sums - sizes * sums.sum() / sizes.sum()
+        variance += float((residual**2).sum()) * count / (count - 1)
+    return variance**0.5 / float(units.sizes.sum())

@@ -8,11 +8,10 @@ template), a column ``source`` may say which.
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,10 +20,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
 
+from stethoscope.display import Display, Rows, percent, table_of
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.inference import ratio_difference
-from stethoscope.results.comparison import PairedDifference
-from stethoscope.shown import Rows, Shown, text_rows
 
 SCHEMA = 1
 KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
@@ -33,14 +30,22 @@ SOURCE = "source"
 _PREFERRED = ("exact_match", "math_verify", "acc")
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Outcomes(Shown):
-    """Results of several arms on the same items.
+@dataclass(frozen=True, kw_only=True)
+class PerDocument:
+    """A cost of one arm in nats, its loss or its divergence from the base, document by document.
 
     Attributes:
-        frame: a row per arm, task and item; see the module's text for the columns.
-        provenance: settings that every arm shares, and versions.
+        sums: total over each document's predicted tokens, shape [documents].
+        tokens: predicted tokens of each document, shape [documents]; 0 for a document too short to predict.
     """
+
+    sums: NDArray[np.float64]
+    tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Outcomes(Display):
+    """Results of several arms on the same items: a row each in ``frame``, and the settings that all arms share."""
 
     frame: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -76,12 +81,11 @@ class Outcomes(Shown):
 
     def metric_of(self, task: str) -> str:
         """The metric that decides a task: exact_match, math_verify or acc if it has one, else its first."""
-        rows = self.frame[self.frame["task"] == task]
-        present = [name for name in self.metrics if rows[name].notna().any()]
-        chosen = [name for name in _PREFERRED if name in present] or present
-        if not chosen:
+        scored = self.frame.loc[self.frame["task"] == task, self.metrics].notna().any()
+        present = [name for name in (*_PREFERRED, *self.metrics) if scored.get(name)]
+        if not present:
             raise EvaluationError(f"task `{task}` has no metric per item", hint="choose a task that scores each item")
-        return chosen[0]
+        return present[0]
 
     def rows(self, arm: str, task: str) -> pd.DataFrame:
         """One arm's rows of one task, by item.
@@ -104,21 +108,18 @@ class Outcomes(Shown):
             EvaluationError: naming every arm and task that differs from the first arm, and how.
         """
         problems = []
-        for task, rows in self.frame.groupby("task", sort=False):
-            seen = {
-                arm: dict(zip(own["item"], zip(own["item_hash"], own["prompt_hash"], strict=True), strict=True))
-                for arm, own in rows.groupby("arm", sort=False)
-            }
-            first = self.arms[0]
-            for arm in self.arms[1:]:
-                a, b = seen.get(first, {}), seen.get(arm, {})
-                if only := sorted(a.keys() ^ b.keys()):
+        first, *others = self.arms
+        for task in self.tasks:
+            rows = self.frame[self.frame["task"] == task].set_index("item")
+            a = rows[rows["arm"] == first]
+            for arm in others:
+                b = rows[rows["arm"] == arm]
+                if len(only := a.index.symmetric_difference(b.index)):
                     problems.append(f"task `{task}`: only one of `{first}` and `{arm}` has {_items(only)}")
-                for part, what in enumerate(("content", "prompt")):
-                    if changed := sorted(i for i in a.keys() & b.keys() if a[i][part] != b[i][part]):
-                        problems.append(
-                            f"task `{task}`: `{first}` and `{arm}` have another {what} at {_items(changed)}"
-                        )
+                both = a.index.intersection(b.index).sort_values()
+                for what, column in {"content": "item_hash", "prompt": "prompt_hash"}.items():
+                    if len(other := both[a.loc[both, column] != b.loc[both, column]]):
+                        problems.append(f"task `{task}`: `{first}` and `{arm}` have another {what} at {_items(other)}")
         if problems:
             raise EvaluationError(
                 "the arms were not given the same items",
@@ -127,34 +128,27 @@ class Outcomes(Shown):
             )
 
     def accuracy(self, metric: str | None = None) -> pd.DataFrame:
-        """A row per task and arm: items, accuracy, shares extracted and truncated, accuracy among extracted.
+        """A row per task and arm; what is not known is missing.
 
         Args:
             metric: a metric column; each task's own deciding one (`metric_of`) if not given.
 
         Returns:
-            columns task, arm, metric, n, correct, accuracy, extracted, truncated, accuracy_extracted,
-            generated_tokens (mean). What is not known is missing.
+            columns task, arm, metric, n, correct, accuracy, extracted and truncated (shares), accuracy_extracted (among
+            the extracted), generated_tokens (mean).
         """
         table = []
         for (task, arm), rows in self.frame.groupby(["task", "arm"], sort=False):
             name = metric or self.metric_of(str(task))
             values = rows[name].astype("float64")
             found = rows["extracted"].fillna(False).astype(bool)
-            table.append(
-                {
-                    "task": task,
-                    "arm": arm,
-                    "metric": name,
-                    "n": len(rows),
-                    "correct": values.sum(),
-                    "accuracy": values.mean(),
-                    "extracted": rows["extracted"].mean(),
-                    "truncated": rows["truncated"].mean(),
-                    "accuracy_extracted": values[found].mean() if found.any() else None,
-                    "generated_tokens": rows["generated_tokens"].mean(),
-                }
-            )
+            table.append({
+                "task": task, "arm": arm, "metric": name, "n": len(rows),
+                "correct": values.sum(), "accuracy": values.mean(),
+                "extracted": rows["extracted"].mean(), "truncated": rows["truncated"].mean(),
+                "accuracy_extracted": values[found].mean() if found.any() else None,
+                "generated_tokens": rows["generated_tokens"].mean(),
+            })  # fmt: skip
         return pd.DataFrame(table)
 
     def to_frame(self) -> pd.DataFrame:
@@ -162,41 +156,44 @@ class Outcomes(Shown):
         return self.frame.copy()
 
     def plot(self, *, metric: str | None = None, width: int = 480) -> Any:
-        """Accuracy of every arm on each task with an exact 95 % interval, an Altair chart.
+        """Accuracy of every arm on each task with an exact 95 % interval, an Altair chart ``width`` pixels wide.
 
         Args:
             metric: as for `accuracy`.
-            width: of the plotting area in pixels.
         """
         import altair as alt
 
-        from stethoscope.report.look import COLOURS, configured, title
+        from stethoscope.report.style import COLOURS, configured, title
 
         table = self.accuracy(metric)
         bounds = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]
-        percent: dict[str, Any] = {
-            "accuracy": 100 * table["accuracy"],
-            "low": [100 * low for low, _ in bounds],
-            "high": [100 * high for _, high in bounds],
-        }
-        known = {arm: next((k for k in COLOURS if arm.startswith(k)), "other") for arm in self.arms}
-        scale = alt.Scale(domain=self.arms, range=[COLOURS[name] for name in known.values()])
+        table[["low", "high"]] = bounds
+        shares = ["accuracy", "low", "high"]
+        table[shares] *= 100
+        known = [next((k for k in COLOURS if arm.startswith(k)), "other") for arm in self.arms]
+        scale = alt.Scale(domain=self.arms, range=[COLOURS[name] for name in known])
         arm = {"y": alt.Y("arm:N", sort=None, title=None), "color": alt.Color("arm:N", scale=scale, legend=None)}
         x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])}
-        base = alt.Chart(table.assign(**percent)).encode(**arm)
+        base = alt.Chart(table).encode(**arm)
         rule = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("low:Q", **x), x2="high:Q")
-        tips = [*("task:N", "arm:N", "metric:N", "n:Q"), *(alt.Tooltip(f"{name}:Q", format=".1f") for name in percent)]
+        tips = [*("task:N", "arm:N", "metric:N", "n:Q"), *(alt.Tooltip(f"{name}:Q", format=".1f") for name in shares)]
         point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tips)
         rows = alt.Row("task:N", sort=self.tasks, title=None, header=alt.Header(labelAngle=0, labelAlign="left"))
         heading = title("accuracy with its exact 95 % interval")
         return configured(alt.layer(rule, point).properties(width=width).facet(row=rows).properties(title=heading))
 
-    def _shown(self) -> tuple[str, Rows]:
+    @property
+    def verdict(self) -> str:
+        """How many arms, tasks and results there are."""
         counts = {"arm": len(self.arms), "task": len(self.tasks), "result": len(self.frame)}
-        said = ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items())
-        wide = self.accuracy().pivot(index="task", columns="arm", values="accuracy").loc[self.tasks].reset_index()
-        columns = {"accuracy": ("task", "s"), **{arm: (arm, ".1%") for arm in self.arms}}
-        return f"{said}.", text_rows(wide.to_dict("records"), columns)
+        return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()) + "."
+
+    def table(self) -> Rows:
+        """Accuracy in percent: a row per task, a column per arm."""
+        wide = self.accuracy().pivot(index="task", columns="arm", values="accuracy").loc[self.tasks]
+        return table_of(
+            {"accuracy, %": str(task), **{arm: percent(row[arm]) for arm in self.arms}} for task, row in wide.iterrows()
+        )
 
     def save(self, path: Path) -> None:
         """Write one parquet file, whole or not at all."""
@@ -204,15 +201,12 @@ class Outcomes(Shown):
         note = json.dumps({"schema": SCHEMA, **self.provenance}, sort_keys=True)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"stethoscope": note.encode()})
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             pq.write_table(table, temporary)
-            Path(temporary).chmod(0o644)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Outcomes":
@@ -221,66 +215,24 @@ class Outcomes(Shown):
         Raises:
             EvaluationError: the file is missing, is something else, or has a newer schema.
         """
-        hint = "give the `outcomes.parquet` of a run"
         try:
             table = pq.read_table(path)
             note = json.loads((table.schema.metadata or {})[b"stethoscope"])
         except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+            hint = "give the `outcomes.parquet` of a run"
             raise EvaluationError(f"`{path}` does not hold outcomes: {error}", hint=hint) from error
         if note.pop("schema") != SCHEMA:
             raise EvaluationError(f"`{path}` was written by another version of stethoscope", hint="evaluate again")
         return cls(frame=table.to_pandas(), provenance=note)
 
 
-# typing.Self would say this better, but beartype cannot check it in a class that is not decorated as a whole.
-Measured = TypeVar("Measured", bound="PerDocument")
+def few(numbers: Sequence[int]) -> str:
+    """The first five of some items' numbers."""
+    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PerDocument:
-    """A quantity summed over each document's predicted tokens, so that arms can be paired by document.
-
-    Attributes:
-        sums: total of each document in nats, shape [documents].
-        tokens: predicted tokens of each document, shape [documents]; 0 for a document too short to predict.
-    """
-
-    sums: NDArray[np.float64]
-    tokens: NDArray[np.int64]
-
-    @property
-    def mean(self) -> float | None:
-        """Nats per token; ``None`` without tokens."""
-        total = int(self.tokens.sum())
-        return float(self.sums.sum() / total) if total else None
-
-    def to_dict(self) -> dict[str, list[float] | list[int]]:
-        """Plain values, ready for JSON."""
-        return {"sums": self.sums.tolist(), "tokens": self.tokens.tolist()}
-
-    @classmethod
-    def from_dict(cls: type[Measured], values: Mapping[str, Sequence[float]]) -> Measured:
-        """The inverse of `to_dict`."""
-        return cls(
-            sums=np.asarray(values["sums"], dtype=np.float64), tokens=np.asarray(values["tokens"], dtype=np.int64)
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class DocumentLosses(PerDocument):
-    """Next-token loss of one arm on the same documents as every other arm's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DocumentDivergences(PerDocument):
-    """Kullback-Leibler divergence of one arm's next-token distributions from the base's, KL(base || arm)."""
-
-    def interval(self, *, confidence: float = 0.95, seed: int = 0) -> PairedDifference:
-        """Divergence per token with a bootstrap interval over documents; the base's own is zero, and is paired."""
-        used = self.tokens > 0
-        zero = np.zeros(int(used.sum()))
-        rng = np.random.default_rng(seed)
-        return ratio_difference(zero, self.sums[used], self.tokens[used], confidence=confidence, rng=rng)
+def _items(numbers: Any) -> str:
+    return f"{len(numbers)} items ({few(list(numbers))})"
 
 
 def _exact_interval(correct: float, n: int) -> tuple[float, float]:
@@ -289,8 +241,3 @@ def _exact_interval(correct: float, n: int) -> tuple[float, float]:
         return correct / n, correct / n
     found = stats.binomtest(round(correct), n).proportion_ci()
     return float(found.low), float(found.high)
-
-
-def _items(numbers: Sequence[int]) -> str:
-    shown = ", ".join(str(n) for n in numbers[:5])
-    return f"{len(numbers)} items ({shown}{', ...' if len(numbers) > 5 else ''})"

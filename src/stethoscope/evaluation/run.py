@@ -5,10 +5,11 @@ Tasks are built once and every arm gets the same prompts. Each finished arm and 
 run goes on where it stopped, inside a task too.
 """
 
-import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,21 +25,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_files
 from stethoscope.checkpoints.open import open_checkpoint
+from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
+from stethoscope.evaluation.harness_logs import Sample, to_rows
 from stethoscope.evaluation.outcomes import Outcomes
-from stethoscope.evaluation.relay import Answerer, Cell, RelayLM, Score, ask_workers
-from stethoscope.evaluation.samples import Sample, to_rows
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
-from stethoscope.models import find_device, load_model, load_skeleton, load_tokenizer, preferred_dtype
-from stethoscope.work import Run, Spread
+from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
+from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 
-Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]
+Arms = Mapping[str, Callable[[], AbstractContextManager[Any]] | EditPlan | None]
 Progress = Callable[[int, int, str], None]
-# An arm, entered: what identifies its weights, and how to get the model that answers (loaded when first asked).
-_Entered = tuple[str, Callable[[], LM]]
 
 
 def evaluate(
@@ -54,7 +53,7 @@ def evaluate(
     batch_size: int = 32,
     seed: int = 0,
     keys: Mapping[str, str] | None = None,
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Outcomes:
     """Evaluate every state of a live model on every task, item by item; no model is loaded.
@@ -62,16 +61,17 @@ def evaluate(
     Args:
         model: in the base state, on its device, in the type to evaluate in; or a function that loads it, called if any
             answer is missing. ``keys`` must then name every arm, and depend on base weights, device and type.
-        arms: name to a callable whose context puts the model into that arm's state and takes it back.
+        arms: name to a callable whose context puts the model into that arm's state and takes it back; with an
+            ``executor``, to the plan that its workers apply to their base, which None leaves as it is.
         tasks: names of harness tasks or groups, or paths of YAML files.
         out: folder for ``outcomes.parquet`` and, under ``parts/``, what is finished so far.
         include_path: folder of further task YAMLs; if it holds all tasks, the harness' own are not read (10 s).
-        data: local files of ``minerva_math``'s items (see `minerva.local_tasks`).
+        data: local files of ``minerva_math``'s items (see `tasks.load_tasks`).
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
         seed: of few-shot sampling.
         keys: a hash for each arm's state; arms without one are identified by hashing the model's weights in that state.
-        spread: where the work is done; here if None. Workers have arms of their own by the same names.
+        executor: its workers run whole tasks, with equal results; this process does if None.
         progress: called with items done, items in all, and what is running.
 
     Returns:
@@ -81,33 +81,24 @@ def evaluate(
         EvaluationError: no arm; tasks that are unknown, cannot be built, or have no items.
     """
 
-    @contextmanager
-    def entered(arm: str) -> Iterator[_Entered]:
-        with ExitStack() as state:
-
-            @functools.cache
-            def load() -> LM:
-                state.enter_context(arms[arm]())
-                return local()
-
-            if key := (keys or {}).get(arm):
-                yield key, load  # an arm without work is not entered
-            else:
-                load()
-                yield weights_hash(loaded()), load
-
-    @functools.cache
+    @cache
     def loaded() -> PreTrainedModel:
         return model if isinstance(model, PreTrainedModel) else model()
 
-    @functools.cache
+    @cache
     def local() -> SharedPrefixLM:
         return SharedPrefixLM(loaded(), tokenizer, batch_size=batch_size)
 
-    def relay() -> tuple[Run, RelayLM]:
-        assert spread
-        run = spread(functools.partial(Answerer, batch_size=batch_size))
-        return run, RelayLM(loaded(), tokenizer, batch_size=batch_size)
+    @contextmanager
+    def opened(arm: Any) -> Iterator[LM]:
+        with arm():
+            yield local()
+
+    def identify(arm: str) -> str:
+        if key := (keys or {}).get(arm):
+            return key  # an arm without work is not entered
+        runner.open(arm)
+        return weights_hash(loaded())
 
     _check(arms, limit)
     with quiet_harness():
@@ -115,9 +106,11 @@ def evaluate(
         settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, built)}
         if isinstance(model, PreTrainedModel):
             settings |= {"dtype": str(model.dtype), "model": weights_hash(model)}
-        states = {arm: functools.partial(entered, arm) for arm in arms}
-        work = relay if spread else None
-        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=work, progress=progress)
+        reload = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+        setup = partial(_set_up_worker, arms=arms, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
+        with TaskRunner({arm: partial(opened, state) for arm, state in arms.items()}, built, limit, seed) as runner:
+            states = ((arm, identify(arm)) for arm in arms)
+            return _complete(runner, states, settings, out, progress, executor, setup)
 
 
 def evaluate_checkpoints(
@@ -133,7 +126,7 @@ def evaluate_checkpoints(
     dtype: torch.dtype | None = None,
     device: str = "auto",
     seed: int = 0,
-    spread: Spread | None = None,
+    executor: RayExecutor | None = None,
     progress: Progress | None = None,
 ) -> Outcomes:
     """Evaluate checkpoints on disk on every task, item by item; one is loaded at a time, and only if it has work left.
@@ -144,7 +137,7 @@ def evaluate_checkpoints(
             tokens a response has or whether it was cut off.
         dtype: of the weights; the device's preferred one if not given.
         device: on which ``hf`` computes in this process, see `models.find_device`.
-        spread: where the work is done, by ``hf``; here if None.
+        executor: its workers run whole tasks by ``hf``, with equal results; this process does if None.
 
     Others and the return value: as for `evaluate`.
 
@@ -154,31 +147,26 @@ def evaluate_checkpoints(
         CheckpointError: a checkpoint cannot be opened.
     """
     _check(checkpoints, limit)
-    if backend == "vllm" and spread:
+    if backend == "vllm" and executor:
         raise EvaluationError("workers decode by `hf`", hint="vLLM spreads over GPUs itself: leave out `--ray`")
     if backend == "vllm" and find_spec("vllm") is None:
         raise EvaluationError("vLLM is not installed", hint=f"pip install 'lm_eval[vllm]=={version('lm_eval')}'")
     folders = {arm: open_checkpoint(path).path for arm, path in checkpoints.items()}
     where = find_device(device)
-    dtype = dtype or preferred_dtype(where)
+    dtype = dtype or (executor.dtype if executor else preferred_dtype(where))
 
     @contextmanager
-    def entered(folder: Path) -> Iterator[_Entered]:
-        @functools.cache
-        def load() -> LM:
-            if backend == "vllm":
-                from lm_eval.models.vllm_causallms import VLLM
+    def opened(folder: Path) -> Iterator[LM]:
+        if backend == "vllm":
+            from lm_eval.models.vllm_causallms import VLLM
 
-                return VLLM(pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), seed=seed)
+            yield VLLM(pretrained=str(folder), dtype=str(dtype).removeprefix("torch."), seed=seed)
+        else:
             model = load_model(folder, dtype=dtype, device=where)
-            return SharedPrefixLM(model, load_tokenizer(folder), batch_size=batch_size)
+            yield SharedPrefixLM(model, load_tokenizer(folder), batch_size=batch_size)
 
-        identity = [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
-        try:
-            yield sha256_files(identity), load
-        finally:
-            load.cache_clear()
-            gc.collect()  # a model holds cycles, and the next one needs its memory
+    def identify(folder: Path) -> str:
+        return sha256_files([p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".jinja", ".model"}])
 
     with quiet_harness():
         built = load_tasks(tasks, include_path, data=data, seed=seed)
@@ -192,16 +180,13 @@ def evaluate_checkpoints(
             "backend": backend,
             "tokenizer": next(iter(tokenizers.values())),
         }
-        states = {arm: functools.partial(entered, folder) for arm, folder in folders.items()}
-
-        def relay() -> tuple[Run, RelayLM]:
-            assert spread
-            first = next(iter(folders.values()))
-            lm = RelayLM(load_skeleton(first, dtype=dtype), load_tokenizer(first), batch_size=batch_size)
-            return spread(functools.partial(Answerer, batch_size=batch_size)), lm
-
-        work = relay if spread else None
-        return _run(states, built, settings, out=out, limit=limit, seed=seed, relay=work, progress=progress)
+        reload = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+        setup = partial(_set_up_worker, arms=folders, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
+        with TaskRunner(
+            {arm: partial(opened, folder) for arm, folder in folders.items()}, built, limit, seed
+        ) as runner:
+            states = ((arm, identify(folder)) for arm, folder in folders.items())
+            return _complete(runner, states, settings, out, progress, executor, setup)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -213,118 +198,173 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _run(
-    states: Mapping[str, Callable[[], AbstractContextManager[_Entered]]],
-    tasks: Mapping[str, Task],
-    settings: dict[str, Any],
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One arm on one task, a piece of the work; ``key`` identifies all that decides its outcomes."""
+
+    arm: str
+    task: str
+    key: str
+    stored: Path
+
+    @property
+    def journal(self) -> Path:
+        """Where finished batches are kept until the outcomes are stored."""
+        return self.stored.with_suffix(".jsonl")
+
+
+class TaskRunner:
+    """Runs arms on tasks by the harness, with one arm's model in memory at a time.
+
+    Attributes:
+        on_items: called with the number of prompts of each finished batch.
+    """
+
+    def __init__(
+        self,
+        arms: Mapping[str, Callable[[], AbstractContextManager[LM]]],
+        tasks: Mapping[str, Task],
+        limit: int | None,
+        seed: int,
+    ) -> None:
+        self.arms, self.tasks, self.limit, self.seed = arms, tasks, limit, seed
+        self.on_items: Callable[[int], None] = lambda _: None
+        self._arm: str | None = None
+        self._lm: LM | None = None
+        self._state = ExitStack()
+
+    def __enter__(self) -> "TaskRunner":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the arm that is open."""
+        self._arm = self._lm = None
+        self._state.close()
+        gc.collect()  # a model holds cycles, and the next one needs its memory
+
+    def open(self, arm: str) -> LM:
+        """The model that answers for an arm; the arm before is left."""
+        if self._arm != arm:
+            self.close()
+            self._lm = self._state.enter_context(self.arms[arm]())
+            self._arm = arm
+        return self._lm
+
+    def run(self, cell: Cell) -> pd.DataFrame:
+        """One arm on one task, as rows of outcomes."""
+        lm, task = self.open(cell.arm), self.tasks[cell.task]
+        if isinstance(lm, SharedPrefixLM):
+            lm.on_items = self.on_items
+            lm.journal = cell.journal if cell.journal.parent.is_dir() else None
+        task.set_fewshot_seed(seed=self.seed)  # or the second arm would draw other shots than the first
+        with quiet_harness():
+            result = evaluator.evaluate(
+                lm, {"tasks": {cell.task: task}}, limit=self.limit, bootstrap_iters=0, log_samples=True
+            )
+        settings = {i.doc_id: i.args[1] for i in task.instances if i.request_type == "generate_until"}
+
+        def details(sample: Sample) -> dict[str, Any]:
+            asked = settings.get(sample["doc_id"])
+            if asked is None or not isinstance(lm, SharedPrefixLM):
+                return {"generated": asked is not None}
+            found = lm.generation(sample["arguments"][0][0], asked)
+            return {
+                "generated": True,
+                "truncated": found.truncated if found else None,
+                "generated_tokens": found.tokens if found else None,
+            }
+
+        # Minerva's and its kin's tasks extract inside their scoring function, out of the filters' sight.
+        extract = getattr(task.config.process_results, "__globals__", {}).get("get_unnormalized_answer")
+        return to_rows(cell.arm, cell.task, result["samples"][cell.task], details, extract=extract)
+
+
+def _set_up_worker(
+    context: WorkerContext,
     *,
-    out: Path,
+    arms: Mapping[str, Any],
+    load_tasks: Callable[[], Mapping[str, Task]],
+    batch_size: int,
     limit: int | None,
     seed: int,
-    relay: Callable[[], tuple[Run, RelayLM]] | None,
+) -> TaskRunner:
+    @contextmanager
+    def opened(arm: Any) -> Iterator[LM]:
+        with context.state(arm) as (model, tokenizer):
+            yield SharedPrefixLM(model, tokenizer, batch_size=batch_size)
+
+    with quiet_harness():
+        return TaskRunner({name: partial(opened, arm) for name, arm in arms.items()}, load_tasks(), limit, seed)
+
+
+def _complete(
+    runner: TaskRunner,
+    states: Iterator[tuple[str, str]],
+    settings: dict[str, Any],
+    out: Path,
     progress: Progress | None,
+    executor: Executor | None,
+    setup: Callable[[WorkerContext], TaskRunner],
 ) -> Outcomes:
-    """Every arm on every task; what is stored already is read instead, the rest asked of workers if there are any."""
+    """Every arm on every task; what is stored already is read, the rest is run here or on workers by ``setup``.
+
+    Args:
+        states: arms, each with what identifies its weights; an arm is identified when its turn comes.
+    """
+    tasks, limit, seed = runner.tasks, runner.limit, runner.seed
     versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
     settings = {**settings, **versions, "limit": limit, "seed": seed}
     prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
     sizes = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in tasks.items()}
-    done, total = 0, len(states) * sum(sizes.values())
-    parts: list[pd.DataFrame] = []
+    total, items = len(runner.arms) * sum(sizes.values()), 0
+    frames: dict[tuple[str, str], pd.DataFrame] = {}
+    missing: list[Cell] = []
+    (out / "parts").mkdir(parents=True, exist_ok=True)  # workers keep their journals there if they see it
 
-    def place(arm: str, state: str, name: str) -> tuple[str, Path]:
-        key = sha256_bytes(canonical_json([settings, prompts[name], arm, state]).encode())
-        return key, out / "parts" / f"{_safe(arm)}.{_safe(name)}.{key[:16]}.parquet"
+    def tell(arm: str, task: str) -> None:
+        if progress:
+            progress(sum(sizes[name] for _, name in frames) + items, total, f"{arm}: {task}")
 
-    scores: dict[Cell, dict[Any, Score]] = {}
-    if relay:
-        known = {arm: _state(entered) for arm, entered in states.items()}
-        cells = {(arm, name): place(arm, known[arm], name)[1] for arm in states for name in tasks}
-        answered = {(arm, name): sizes[name] if path.exists() else 0 for (arm, name), path in cells.items()}
-
-        def tell(items: int, cell: Cell) -> None:
-            answered[cell] = min(answered[cell] + items, sizes[cell[1]])
-            if progress:
-                progress(sum(answered.values()), total, f"{cell[0]}: {cell[1]}")
-
-        journals = {cell: path.with_suffix(".jsonl") for cell, path in cells.items() if not path.exists()}
-        run, answers = relay() if journals else (None, None)  # no worker is started if all is answered
-        if run and answers:
-            scores = ask_workers(run, answers, journals, tasks, limit=limit, seed=seed, on_items=tell)
-        states = {arm: functools.partial(_relayed, known[arm], answers) for arm in states}
-    show = None if relay else progress  # what is left then is to look at the answers
-    for arm, entered in states.items():
-        with entered() as (state, load):
-            for name, task in tasks.items():
-                key, stored = place(arm, state, name)
+    def cells() -> Iterator[Cell]:
+        for arm, state in states:
+            for task in tasks:
+                key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
+                stored = out / "parts" / f"{_safe(arm)}.{_safe(task)}.{key[:16]}.parquet"
                 if stored.exists():
-                    parts.append(Outcomes.load(stored).frame)
+                    frames[arm, task] = Outcomes.load(stored).frame
+                    tell(arm, task)
                 else:
-                    lm, start, said = load(), done, f"{arm}: {name}"
+                    missing.append(Cell(arm=arm, task=task, key=key, stored=stored))
+                    yield missing[-1]
 
-                    def advance(items: int, start: int = start, name: str = name, said: str = said) -> None:
-                        nonlocal done
-                        done = min(done + items, start + sizes[name])
-                        if show:
-                            show(done, total, said)
+    def advance(answered: int) -> None:
+        nonlocal items
+        items = min(items + answered, sizes[missing[-1].task])
+        tell(missing[-1].arm, missing[-1].task)
 
-                    if isinstance(lm, SharedPrefixLM):
-                        lm.on_items = advance
-                        lm.journal = stored.with_suffix(".jsonl")
-                    if isinstance(lm, RelayLM):
-                        lm.scores = scores[arm, name]
-                    part = _run_cell(lm, arm, name, task, limit, seed)
-                    Outcomes(frame=part, provenance={"key": key}).save(stored)
-                    stored.with_suffix(".jsonl").unlink(missing_ok=True)
-                    parts.append(part)
-                    done = start
-                    del lm
-                done += sizes[name]
-                if show:
-                    show(done, total, f"{arm}: {name}")
+    runner.on_items = advance
+    run = (executor or LocalExecutor()).map_pieces(
+        TaskRunner.run, cells(), setup=setup if executor else lambda _: runner
+    )
+    for index, found in run:
+        cell = missing[index]
+        if isinstance(found, Failed):
+            raise EvaluationError(
+                f"`{cell.arm}` on `{cell.task}` ends every worker: {found.why}", hint="a smaller batch size"
+            )
+        Outcomes(frame=found, provenance={"key": cell.key}).save(cell.stored)
+        cell.journal.unlink(missing_ok=True)
+        frames[cell.arm, cell.task], items = found, 0
+        tell(cell.arm, cell.task)
     provenance = {**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
-    outcomes = Outcomes(frame=pd.concat(parts, ignore_index=True), provenance=provenance)
+    ordered = [frames[arm, task] for arm in runner.arms for task in tasks]
+    outcomes = Outcomes(frame=pd.concat(ordered, ignore_index=True), provenance=provenance)
     outcomes.check_comparable()
     outcomes.save(out / "outcomes.parquet")
     return outcomes
-
-
-def _state(entered: Callable[[], AbstractContextManager[_Entered]]) -> str:
-    with entered() as (state, _):
-        return state
-
-
-@contextmanager
-def _relayed(state: str, lm: RelayLM | None) -> Iterator[_Entered]:
-    """An arm whose answers workers gave; without ``lm``, all of them are stored."""
-
-    def load() -> LM:
-        assert lm is not None
-        return lm
-
-    yield state, load
-
-
-def _run_cell(lm: LM, arm: str, name: str, task: Task, limit: int | None, seed: int) -> pd.DataFrame:
-    """One arm on one task, run by the harness, as rows of outcomes."""
-    task.set_fewshot_seed(seed=seed)  # or the second arm would draw other shots than the first
-    result = evaluator.evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, log_samples=True)
-    settings = {i.doc_id: i.args[1] for i in task.instances if i.request_type == "generate_until"}
-
-    def details(sample: Sample) -> dict[str, Any]:
-        asked = settings.get(sample["doc_id"])
-        if asked is None or not isinstance(lm, SharedPrefixLM):
-            return {"generated": asked is not None}
-        found = lm.generation(sample["arguments"][0][0], asked)
-        return {
-            "generated": True,
-            "truncated": found.truncated if found else None,
-            "generated_tokens": found.tokens if found else None,
-        }
-
-    # Minerva's and its kin's tasks extract inside their scoring function, out of the filters' sight.
-    scorer = getattr(task.config.process_results, "__globals__", {})
-    return to_rows(arm, name, result["samples"][name], details, extract=scorer.get("get_unnormalized_answer"))
 
 
 def _check(arms: Mapping[str, Any], limit: int | None) -> None:

@@ -1,4 +1,8 @@
-"""Harness tasks, built once for all arms: by name, group or YAML file, Minerva Math also on local files."""
+"""Harness tasks, built once for all arms: by name, group or YAML file, Minerva Math also on local files.
+
+The harness' own seven Minerva tasks keep their prompts, shots, stops and metrics; only their items come from JSON lines
+in the MATH schema instead of the hub.
+"""
 
 import functools
 import json
@@ -9,13 +13,31 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval.api.task
+import lm_eval.tasks
+from datasets import Dataset
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from stethoscope.artifacts import sha256_bytes
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.minerva import TEMPLATES, is_minerva, local_tasks
 from stethoscope.evaluation.names import unknown_tasks
+from stethoscope.text.documents import json_lines
+
+_TEMPLATES = Path(lm_eval.tasks.__file__).parent / "minerva_math"
+GROUP = "minerva_math"
+# The harness' name of each task, and the subject as MATH's `type` has it.
+SUBJECTS = {
+    "minerva_math_algebra": "Algebra",
+    "minerva_math_counting_and_prob": "Counting & Probability",
+    "minerva_math_geometry": "Geometry",
+    "minerva_math_intermediate_algebra": "Intermediate Algebra",
+    "minerva_math_num_theory": "Number Theory",
+    "minerva_math_prealgebra": "Prealgebra",
+    "minerva_math_precalc": "Precalculus",
+}
+_SCHEMA = (
+    'one JSON object a line: {"problem": ..., "level": ..., "type": "Number Theory", "solution": "... \\\\boxed{4}"}'
+)
 
 
 def load_tasks(
@@ -24,34 +46,37 @@ def load_tasks(
     """Build harness tasks by name, group or YAML path, groups taken apart into their tasks.
 
     Args:
-        data: where ``minerva_math`` and its tasks find their items instead of the hub (see `minerva.local_tasks`).
+        data: where ``minerva_math`` and its tasks find their items instead of the hub: a folder with a file per subject
+            (`algebra.jsonl`, ...) or one file of all, `test.jsonl`; or that file.
 
     Raises:
-        EvaluationError: unknown names (all of them, with near matches), tasks that cannot be built or are empty.
+        EvaluationError: unknown names (all of them, with near matches), tasks that cannot be built or are empty, files
+            or lines that are not in the MATH schema.
     """
     if not names:
         raise EvaluationError("there is no task to evaluate")
     if include_path is not None and not include_path.is_dir():
         raise EvaluationError(f"the folder of tasks `{include_path}` does not exist")
-    local = [] if include_path is None else [include_path]
-    if data is not None and not any(map(is_minerva, names)):
+    minerva = [name for name in names if name == GROUP or name in SUBJECTS]
+    if data is not None and not minerva:
         raise EvaluationError(
             f"none of the tasks reads its items from `{data}`",
             hint="`--data` is for `minerva_math` and its subjects; another task's YAML names its own files",
         )
-    given = [name for name in names if data is None or not is_minerva(name)]
+    given = [name for name in names if data is None or name not in minerva]
     if missing := unknown_tasks(given, include_path):
         raise EvaluationError(
             "these tasks are not known",
             problems=[f"`{n}`" + (f" (like {', '.join(m)}?)" if m else "") for n, m in missing.items()],
             hint="a task is a name or group of lm-evaluation-harness, or a YAML file",
         )
-    manager = TaskManager(include_path=[TEMPLATES, *local] if data else local, include_defaults=False)
+    local = [] if include_path is None else [include_path]
+    manager = TaskManager(include_path=[_TEMPLATES, *local] if data else local, include_defaults=False)
     if any(name not in manager.all_tasks and not Path(name).is_file() for name in given):
         manager = TaskManager(include_path=local)
     wanted: dict[str, Any] = {name: name for name in given}
     if data is not None:
-        wanted["minerva_math"] = local_tasks([name for name in names if is_minerva(name)], data)
+        wanted[GROUP] = _local_tasks(minerva, data)
     tasks: dict[str, Task] = {}
     problems = []
     for name, spec in wanted.items():
@@ -64,9 +89,7 @@ def load_tasks(
             said = str(error).strip() or type(error).__name__
             problems.append(f"`{name}`: {said.splitlines()[0]}")
     if problems:
-        offline = (
-            "; `--data DIR` gives Minerva Math local items" if data is None and any(map(is_minerva, names)) else ""
-        )
+        offline = "; `--data DIR` gives Minerva Math local items" if data is None and minerva else ""
         raise EvaluationError(
             "these tasks could not be built, or have no items",
             problems=problems,
@@ -99,3 +122,81 @@ def quiet_harness() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm = bar
+
+
+def _local_tasks(names: Sequence[str], data: Path) -> dict[str, Any]:
+    """Minerva tasks of these names with items from local files, as a group for `TaskManager.load`."""
+    wanted = {task: subject for task, subject in SUBJECTS.items() if GROUP in names or task in names}
+    rows = _read(data)
+    if empty := [f"`{task}`: nothing of type `{subject}`" for task, subject in wanted.items() if not rows[subject]]:
+        raise EvaluationError(
+            f"these tasks have no items in `{data}`", problems=empty, hint="name only subjects that are there"
+        )
+
+    def task_on(name: str, items: list[dict[str, str]]) -> dict[str, Any]:
+        return {"task": name, "custom_dataset": lambda **_: {"test": Dataset.from_list(items)}, "training_split": None}
+
+    return {"group": GROUP, "task": [task_on(task, rows[subject]) for task, subject in wanted.items()]}
+
+
+def _read(data: Path) -> dict[str, list[dict[str, str]]]:
+    """Each subject's items."""
+    found: dict[str, list[dict[str, str]]] = {subject: [] for subject in SUBJECTS.values()}
+    problems: list[str] = []
+    for path in _files(data):
+        for where, row in json_lines(path):
+            subject = (_subject(str(row.get("type", ""))) if isinstance(row, dict) else "") or _subject(path.stem)
+            if problem := _problem(row, subject):
+                problems.append(f"`{path.name}` {where}: {problem}")
+            else:
+                # the hub's columns in the hub's order, which an item's hash depends on
+                level = str(row.get("level", ""))
+                found[subject].append(
+                    {"problem": row["problem"], "level": level, "type": subject, "solution": row["solution"]}
+                )
+    if problems:
+        more = [f"and {len(problems) - 10} more lines"] if len(problems) > 10 else []
+        raise EvaluationError(f"`{data}` is not in the MATH schema", problems=[*problems[:10], *more], hint=_SCHEMA)
+    return found
+
+
+def _files(data: Path) -> list[Path]:
+    if data.is_file():
+        return [data]
+    if not data.is_dir():
+        raise EvaluationError(f"the data `{data}` does not exist", hint=f"a folder of .jsonl files, {_SCHEMA}")
+    files = sorted(data.glob("*.jsonl"))
+    chosen = [path for path in files if _subject(path.stem)] or [path for path in files if path.stem == "test"]
+    if chosen or len(files) == 1:
+        return chosen or files
+    raise EvaluationError(
+        f"`{data}` has no file of a subject and no `test.jsonl`",
+        problems=[f"`{path.name}`" for path in files],
+        hint="name the files `algebra.jsonl`, `counting_and_probability.jsonl`, ..., or give the one file itself",
+    )
+
+
+def _problem(row: Any, subject: str) -> str | None:
+    if isinstance(row, ValueError):
+        return f"not JSON ({row})"
+    if not isinstance(row, dict):
+        return "not an object"
+    if lacking := [key for key in ("problem", "solution") if not isinstance(row.get(key), str) or not row[key].strip()]:
+        return f"no text in {' and '.join(f'`{key}`' for key in lacking)}"
+    if not subject:
+        return f"the type `{row.get('type')}` is none of MATH's seven subjects"
+    if "\\boxed" not in row["solution"] and "\\fbox" not in row["solution"]:
+        return "the solution has no `\\boxed{}` answer"
+    return None
+
+
+def _plain(text: str) -> str:
+    return "".join(c for c in text.removeprefix("minerva_math_").lower().replace("&", "and") if c.isalpha())
+
+
+_BY_NAME = {_plain(name): subject for task, subject in SUBJECTS.items() for name in (task, subject)}
+
+
+def _subject(text: str) -> str:
+    """The subject that a type or file name means, or nothing."""
+    return _BY_NAME.get(_plain(text), "")

@@ -4,7 +4,7 @@ render_report(Path("runs/demo"))                               # writes runs/dem
 layer_profile(diagnosis, selection).save("layer_profile.svg")  # the same picture, for a paper or a README
 """
 
-from stethoscope.report.profile import layer_profile
+from stethoscope.report.charts import layer_profile
 from stethoscope.report.render import render_report
 from stethoscope.report.trade import trade_off
 

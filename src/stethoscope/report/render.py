@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import re
-from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -15,43 +14,23 @@ import vl_convert
 import yaml
 from markupsafe import Markup, escape
 
-from stethoscope.artifacts import read_json, write_text
+from stethoscope.artifacts import Artifact, read_json, write_text
+from stethoscope.display import NONE, Rows, number, numeric, percent, table_of
 from stethoscope.errors import StethoscopeError
-from stethoscope.report import tables, words
-from stethoscope.report.choice import (
-    calibration_front,
-    calibration_rows,
-    score_profiles,
-    validation_plane,
-    validation_rows,
-)
-from stethoscope.report.gains import gain_rows, gain_split
-from stethoscope.report.look import COLOURS, FONT
-from stethoscope.report.profile import layer_profile
-from stethoscope.report.scalpel import answers, energy_by_layer, energy_curves, geometry_rows
+from stethoscope.report import charts, wording
+from stethoscope.report.style import COLOURS, DARK, FONT
 from stethoscope.report.trade import is_crowded, trade_off
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
-from stethoscope.results.diagnosis import Diagnosis
+from stethoscope.results.comparison_tables import by_task, contrast_rows, gain_rows
+from stethoscope.results.diagnosis import Diagnosis, FeatureDifference, LayerDiagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.evidence import Evidence
 from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
 
-# What replaces each colour of the charts on a dark screen; the page's own colours stand in the style sheet.
-_DARK = {
-    "ink": "#e8eaed",
-    "muted": "#a4a9b0",
-    "line": "#3c4046",
-    "paper": "#16181b",
-    "null": "#2b2f35",
-    "selected": "#56b4e9",
-    "other": "#9aa0a8",
-    "tuned": "#f0894a",
-    "projected": "#e39ac6",
-    "edit": "#4cc2a0",
-}
+PAGES = "https://www.neuronpedia.org/"  # a saved link that leads elsewhere is not shown
 
 
 def render_report(run_dir: Path) -> Path:
@@ -67,79 +46,74 @@ def render_report(run_dir: Path) -> Path:
     Raises:
         StethoscopeError: a result is missing, damaged, or of another schema version.
     """
-    diagnosis = Diagnosis.load(run_dir)
-    selection = Selection.load(run_dir)
+    diagnosis, selection = Diagnosis.load(run_dir), Selection.load(run_dir)
     comparison = Comparison.load(run_dir / "comparison.json")
-    calibration = None
-    if selection.policy == "calibrated":  # one that was only tried is not this selection's
-        calibration = Calibration.load(run_dir)
+    evidence, edits, geometry = Evidence.find(run_dir), Edits.find(run_dir), Geometry.find(run_dir)
+    # a calibration that was only tried is not this selection's
+    calibration = Calibration.load(run_dir) if selection.policy == "calibrated" else None
     validated = {
         path.parent.name: ScoreValidation.load(path.parent)
         for path in sorted(run_dir.glob("validation/*/validation.json"))
     }
-    recipe = _recipe(run_dir / "recipe.yaml")
     manifest = run_dir / "edited" / "manifest.json"
-    changed = tables.scalars(read_json(manifest)) if manifest.exists() else []
-    more = _More(
-        evidence=Evidence.find(run_dir),
-        edits=Edits.find(run_dir),
-        geometry=Geometry.find(run_dir),
+    recipe = run_dir / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+
+    pictures: dict[str, Any] = {
+        "profile": charts.layer_profile(diagnosis, selection),
+        "trade-off": trade_off(comparison),
+        "near": trade_off(comparison, without=["tuned"]) if is_crowded(comparison) else None,
+        "split-chart": charts.gain_split(comparison),
+        "energy": charts.energy_by_layer(geometry, selection.layers) if geometry else None,
+        "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
+        "front": charts.calibration_front(calibration) if calibration else None,
+    }
+    validations = []
+    for n, (control, found) in enumerate(validated.items()):
+        k = found.size(len(selection.layers))
+        pictures[f"validation-{n}"] = charts.validation_plane(found, k)
+        pictures[f"scores-{n}"] = charts.score_profiles(found, picked=diagnosis.score)
+        validations.append({"control": control, "k": k, "rows": found.table(k), "documents": found.documents})
+
+    strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
+    features = {layer.layer: [_feature_row(f) for f in layer.features] for layer in diagnosis.layers}
+    against_baseline = [contrast for arm in comparison.arms if (contrast := comparison.find(arm))]
+    path = run_dir / "report.html"
+    drawn = {name: _transparent(chart) for name, chart in pictures.items() if chart}
+    page = _fill(
+        {"charts": drawn, "features": features, "picked": strongest.layer},
+        diagnosis=diagnosis,
+        selection=selection,
+        comparison=comparison,
         claim=Claim.find(run_dir),
         calibration=calibration,
-        validation=validated,
+        geometry=geometry,
+        edits=edits,
+        validations=validations,
+        strongest=strongest,
+        recipe=text,
+        settings=_settings(text),
+        manifest=_scalars(read_json(manifest)) if manifest.exists() else [],
+        headline=wording.headline(comparison),
+        findings=wording.findings(comparison, geometry),
+        notices=wording.notices(diagnosis, comparison, selection, edits),
+        answers=wording.answers(comparison),
+        arms=[(arm, wording.describe_arm(arm, edits)) for arm in comparison.arms],
+        results=by_task(comparison),
+        tests=[contrast_rows(contrast) for contrast in comparison.contrasts],
+        gains=[rows for contrast in against_baseline if (rows := gain_rows(contrast))],
+        facts={layer.layer: wording.layer_facts(layer, diagnosis) for layer in diagnosis.layers},
+        health={layer.layer: _health(layer) for layer in diagnosis.layers},
+        evidence=_evidence(evidence, diagnosis) if evidence else {},
+        searched=evidence.documents if evidence else {},
+        provenance=_provenance(diagnosis, evidence, selection, geometry, edits),
     )
-    page = _page(diagnosis, selection, comparison, more, recipe=recipe, manifest=changed)
-    path = run_dir / "report.html"
     write_text(path, page)
     return path
 
 
-@dataclass(frozen=True, kw_only=True)
-class _More:
-    """What a run may have written beside its three results; ``validate`` is by control."""
-
-    evidence: Evidence | None
-    edits: Edits | None
-    geometry: Geometry | None
-    claim: Claim | None
-    calibration: Calibration | None
-    validation: dict[str, ScoreValidation]
-
-
-def _page(
-    diagnosis: Diagnosis,
-    selection: Selection,
-    comparison: Comparison,
-    more: _More,
-    *,
-    recipe: str | None,
-    manifest: list[tables.Row],
-) -> str:
-    strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
-    scripts = [_vega(), _resource("report.js")]
-    charts: dict[str, Any] = {"profile": layer_profile(diagnosis, selection), "trade-off": trade_off(comparison)}
-    if is_crowded(comparison):
-        charts["near"] = trade_off(comparison, without=["tuned"])
-    if split := gain_split(comparison):
-        charts["split-chart"] = split
-    if more.geometry:
-        charts["energy"] = energy_by_layer(more.geometry, selection.layers)
-        charts["curves"] = energy_curves(more.geometry, selection.layers)
-    if more.calibration:
-        charts["front"] = calibration_front(more.calibration)
-    validation = []
-    for number, (control, validated) in enumerate(more.validation.items()):
-        k = validated.size(len(selection.layers))
-        charts[f"validation-{number}"] = validation_plane(validated, k)
-        charts[f"scores-{number}"] = score_profiles(validated, picked=diagnosis.score)
-        validation.append(
-            {"control": control, "k": k, "rows": validation_rows(validated, k), "documents": validated.documents}
-        )
-    data = {
-        "charts": {name: _transparent(chart.to_dict()) for name, chart in charts.items()},
-        "features": {layer.layer: [tables.feature_row(f) for f in layer.features] for layer in diagnosis.layers},
-        "picked": strongest.layer,
-    }
+def _fill(data: dict[str, Any], **values: Any) -> str:
+    """The template filled in; ``data`` is what the page's scripts read."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stethoscope", "report"),
         autoescape=True,
@@ -147,47 +121,103 @@ def _page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ticks": _ticks, "breakable": _breakable, "model": _model}
+    environment.filters |= {"ticks": _ticks, "breakable": _breakable, "model": _model, "typeset": _typeset}
+    environment.globals["numeric"] = numeric
+    scripts = [_vega(), _resource("report.js")]
     return environment.get_template("report.html.jinja").render(
-        diagnosis=diagnosis,
-        selection=selection,
-        comparison=comparison,
-        claim=more.claim,
-        calibration=more.calibration,
-        front=calibration_rows(more.calibration) if more.calibration else [],
-        geometry=more.geometry,
-        geometry_rows=geometry_rows(more.geometry) if more.geometry else [],
-        answers=answers(comparison),
-        gains=gain_rows(comparison),
-        validation=validation,
-        strongest=strongest,
-        settings=_settings(recipe),
-        recipe=recipe,
-        manifest=manifest,
-        headline=words.headline(comparison),
-        findings=words.findings(comparison, more.geometry),
-        notices=words.notices(diagnosis, comparison, selection, more.edits),
-        arms=[(arm, words.describe_arm(arm, more.edits)) for arm in comparison.arms],
-        results=tables.results(comparison),
-        tests=tables.tests(comparison),
-        layers=tables.layers(diagnosis, selection, more.edits),
-        costs=tables.costs(comparison),
-        feature_rows=[tables.feature_row(f) for f in strongest.features],
-        facts={layer.layer: words.layer_facts(layer, diagnosis) for layer in diagnosis.layers},
-        health={layer.layer: tables.health(layer) for layer in diagnosis.layers},
-        evidence=tables.evidence(more.evidence, diagnosis) if more.evidence else {},
-        searched=more.evidence.documents if more.evidence else {},
-        provenance=tables.provenance(diagnosis, more.evidence, selection, more.geometry, more.edits),
-        data=data,
-        style=Markup(_style()),
-        scripts=[Markup(script) for script in scripts],
-        policy=_policy(scripts),
+        **values, data=data, style=Markup(_style()), scripts=list(map(Markup, scripts)), policy=_policy(scripts)
     )
 
 
-def _transparent(chart: dict[str, Any]) -> dict[str, Any]:
-    chart["config"]["background"] = None
-    return chart
+def _feature_row(feature: FeatureDifference) -> list[str]:
+    """Feature, firing rates and shares of activation mass in %, and the difference of the shares in points."""
+    shares = (feature.target_rate, feature.control_rate, feature.target_mass, feature.control_mass)
+    difference = percent(feature.target_mass - feature.control_mass, "+.2f")
+    return [str(feature.feature), *(percent(share, ".2f") for share in shares), _typeset(difference)]
+
+
+def _health(layer: LayerDiagnosis) -> Rows:
+    """An SAE's health, a row per corpus."""
+    return table_of(
+        {
+            "SAE on": name,
+            "variance explained": number(found.variance_explained, ".2f"),
+            "L0": number(found.l0, ".0f"),
+            "dead": number(found.dead, ".1%"),
+            "dense": number(found.dense, ".1%"),
+            "encoding error": number(found.encoding_error, ".2%"),
+        }
+        for name, found in layer.health.items()
+    )
+
+
+def _evidence(found: Evidence, diagnosis: Diagnosis) -> dict[int, list[dict[str, Any]]]:
+    """By layer, what each feature shown fires on: contexts by corpus, rates, promoted tokens and a page about it."""
+    rates = {
+        (layer.layer, f.feature): (percent(f.target_rate), percent(f.control_rate))
+        for layer in diagnosis.layers
+        for f in layer.features
+    }
+    return {
+        part.layer: [
+            {
+                "feature": feature.feature,
+                "rates": rates.get((part.layer, feature.feature)),
+                "contexts": {
+                    name: [
+                        {
+                            "before": _one_line(context.before).lstrip(),
+                            "token": _visible(context.token),
+                            "after": _one_line(context.after).rstrip(),
+                            "activation": f"{context.activation:.{1 if context.activation >= 1 else 3}f}",
+                        }
+                        for context in contexts
+                    ]
+                    for name, contexts in feature.contexts.items()
+                },
+                "promotes": [_visible(token) for token in feature.promotes or ()],
+                "link": feature.link if (feature.link or "").startswith(PAGES) else None,
+            }
+            for feature in part.features
+        ]
+        for part in found.layers
+    }
+
+
+def _visible(token: str) -> str:
+    """A token that is there to be seen, even one of spaces alone."""
+    return _one_line(token) if token.strip(" ") else token.replace(" ", "\N{OPEN BOX}")
+
+
+def _one_line(text: str) -> str:
+    """Text with its line ends made visible."""
+    return text.replace("\r", "").replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+
+
+def _provenance(*results: Artifact | None) -> Rows:
+    """What each result says of where it comes from."""
+    return table_of(
+        {"result": result.FILE, "what": what, "value": value}
+        for result in results
+        if result is not None
+        for what, value in {
+            "stethoscope": result.provenance.stethoscope,
+            "seed": str(result.provenance.seed),
+            **dict(sorted(result.provenance.inputs.items())),
+        }.items()
+    )
+
+
+def _scalars(value: Any) -> Rows:
+    """The entries of a mapping that are text or numbers, in its order."""
+    entries = value.items() if isinstance(value, dict) else ()
+    return table_of({"entry": str(k), "value": str(v)} for k, v in entries if isinstance(v, str | int | float))
+
+
+def _transparent(chart: Any) -> dict[str, Any]:
+    drawn: dict[str, Any] = chart.to_dict()
+    drawn["config"]["background"] = None
+    return drawn
 
 
 def _policy(scripts: list[str]) -> str:
@@ -202,10 +232,10 @@ def _policy(scripts: list[str]) -> str:
 
 def _style() -> str:
     """The style sheet, with the charts' colours as variables and their exchange on a dark screen."""
-    light, dark = (";".join(f"--{k}:{v}" for k, v in colours.items()) for colours in (COLOURS, _DARK))
+    light, dark = (";".join(f"--{k}:{v}" for k, v in colours.items()) for colours in (COLOURS, DARK))
     swaps = "".join(
         f'.chart [fill="{COLOURS[name]}"]{{fill:{colour}}}.chart [stroke="{COLOURS[name]}"]{{stroke:{colour}}}'
-        for name, colour in _DARK.items()
+        for name, colour in DARK.items()
     )
     return (
         f":root{{{light};--font:{FONT}}}\n@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}{swaps}}}\n"
@@ -224,10 +254,6 @@ def _resource(name: str) -> str:
     return files("stethoscope.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _recipe(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.exists() else None
-
-
 def _settings(recipe: str | None) -> dict[str, Any]:
     """The recipe's top level, for the few lines that name the models; empty if it cannot be read."""
     try:
@@ -235,6 +261,23 @@ def _settings(recipe: str | None) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise StethoscopeError(f"the run's `recipe.yaml` is not YAML: {error}") from error
     return value if isinstance(value, dict) else {}
+
+
+def _typeset(text: str) -> str:
+    """Text with true minus signs, zero without a sign, and a dash for what is not known."""
+    if text == NONE:
+        return "\N{EN DASH}"
+    text = re.sub(r"(?<![\w.])[+-](?=0\.0+(?!\d))", "", text)
+    return re.sub(r"(?<![\w.)-])-(?=\d)", "\N{MINUS SIGN}", text)
+
+
+def _ticks(text: str) -> Markup:
+    """Escaped and typeset text in which `backticks` become code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    code = Markup("<code>{}</code>")
+    return Markup("").join(code.format(part) if i % 2 else escape(_typeset(part)) for i, part in enumerate(parts))
 
 
 def _breakable(name: str) -> Markup:
@@ -247,11 +290,3 @@ def _model(name: object) -> str:
     """A model's name: a hub id as it stands, of a path its last part."""
     text = str(name)
     return Path(text).name if Path(text).is_absolute() else text
-
-
-def _ticks(text: str) -> Markup:
-    """Escaped text in which `backticks` become code and numbers have a true minus."""
-    parts = [escape(re.sub(r"(?<=[ (])-(?=\d)", words.MINUS, part)) for part in text.split("`")]
-    if len(parts) % 2 == 0:
-        return escape(text)
-    return Markup("").join(Markup("<code>{}</code>").format(part) if i % 2 else part for i, part in enumerate(parts))

@@ -1,14 +1,15 @@
 """The trade-off: what each arm gains on the target tasks against what it costs on control text."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import altair as alt
 
-from stethoscope.report.look import COLOURS, axis, configured, title, y_axis
+from stethoscope.report.style import COLOURS, axis, drawn, rule, tips, y_axis
 from stethoscope.results.comparison import Comparison, Contrast, is_random
 
-_LOOKS = {
+# What an arm's name begins with -> its colour and shape.
+_ARMS = {
     "selected": ("selected", "diamond"),
     "tuned": ("tuned", "square"),
     "projected": ("projected", "triangle-down"),
@@ -18,8 +19,9 @@ _GAIN = "mean gain on the target tasks over the baseline, in points"
 _COST = "control loss, change in nats per token (right is worse)"
 
 _FEW_RANDOM = 4  # more random sets than this are named as a group
-_CORNER = 0.3  # share of the picture's width that is too narrow to tell several arms apart
+_CORNER = 0.3  # share of the chart's width that is too narrow to tell several arms apart
 _WIDTHS = (295, 640, 950)  # pixels at which labels should not cover each other
+_HEIGHT = 360
 
 
 def trade_off(comparison: Comparison, *, without: Sequence[str] = (), width: int = 640) -> alt.LayerChart:
@@ -31,25 +33,23 @@ def trade_off(comparison: Comparison, *, without: Sequence[str] = (), width: int
         without: arms to leave out: ``tuned`` is often so far from the edits that they cannot be told apart.
         width: of the plotting area in pixels.
     """
-    found = [c for arm in comparison.arms if arm not in without and (c := comparison.find(arm)) is not None]
+    found = [c for arm in comparison.arms if arm not in without and (c := comparison.find(arm))]
     return _plane(comparison.baseline, found, width) if any(c.loss for c in found) else _gains(found, width)
 
 
 def is_crowded(comparison: Comparison) -> bool:
-    """Whether the edits lie in a corner of the picture because the whole fine-tune is far away."""
-    contrasts = [c for arm in comparison.arms if (c := comparison.find(arm)) is not None]
-    rows = [row for row in trade_off_rows(contrasts) if row["cost"] is not None]
-    edits = [row for row in rows if row["arm"] != "tuned"]
-    reach = [max((abs(row["cost"]) for row in some), default=0.0) for some in (edits, rows)]
-    return len(edits) > 1 and reach[0] < _CORNER * reach[1]
+    """Whether the edits lie in a corner of the chart because the whole fine-tune is far away."""
+    costs = {c.b: abs(c.loss.difference) for arm in comparison.arms if (c := comparison.find(arm)) and c.loss}
+    edits = [cost for arm, cost in costs.items() if arm != "tuned"]
+    return len(edits) > 1 and max(edits) < _CORNER * max(costs.values())
 
 
-def trade_off_rows(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
-    """What the trade-off draws: a row per arm, gains in points and costs in nats per token."""
+def _rows(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
+    """A row per arm, gains in points and costs in nats per token."""
     rows = []
     for contrast in contrasts:
         gain, cost = contrast.pooled, contrast.loss
-        colour, shape = next((v for k, v in _LOOKS.items() if contrast.b.startswith(k)), ("edit", "triangle-up"))
+        colour, shape = next((v for k, v in _ARMS.items() if contrast.b.startswith(k)), ("edit", "triangle-up"))
         rows.append(
             {
                 "arm": contrast.b,
@@ -66,123 +66,121 @@ def trade_off_rows(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
     return rows
 
 
-def _plane(baseline: str, contrasts: Sequence[Contrast], width: int, height: int = 360) -> alt.LayerChart:
+def _plane(baseline: str, contrasts: Sequence[Contrast], width: int) -> alt.LayerChart:
     here = {"arm": baseline, "gain": 0.0, "cost": 0.0, "colour": COLOURS["ink"], "shape": "circle"}
-    rows = [here, *(row for row in trade_off_rows(contrasts) if row["cost"] is not None)]
-    y_domain = _span([row.get(key) for row in rows for key in ("gain", "gain_low", "gain_high")])
-    x_domain = _span([row.get(key) for row in rows for key in ("cost", "cost_low", "cost_high")])
-    _place_labels(rows, x_domain, y_domain, height)
+    rows = [here, *(row for row in _rows(contrasts) if row["cost"] is not None)]
+    domains = {name: _reach([row.get(f"{name}{end}") for row in rows for end in ("", "_low", "_high")])
+               for name in ("gain", "cost")}  # fmt: skip
+    _place_labels(rows, domains["cost"], domains["gain"])
     base = alt.Chart(alt.NamedData(name="arms")).encode(color=alt.Color("colour:N", scale=None))
 
     def x(field: str) -> alt.X:
-        return alt.X(field, title=_COST, scale=alt.Scale(domain=x_domain, nice=False), axis=axis("+.2~f"))
+        scale = alt.Scale(domain=domains["cost"], nice=False)
+        return alt.X(f"{field}:Q", title=_COST, scale=scale, axis=axis("+.2~f"))
 
     def y(field: str) -> alt.Y:
-        return alt.Y(field, title=None, scale=alt.Scale(domain=y_domain, nice=False), axis=y_axis("+.3~f"))
+        scale = alt.Scale(domain=domains["gain"], nice=False)
+        return alt.Y(f"{field}:Q", title=None, scale=scale, axis=y_axis("+.3~f"))
 
-    at = {"x": x("cost:Q"), "y": y("gain:Q")}
+    at = {"x": x("cost"), "y": y("gain")}
     whisker = base.mark_rule(strokeWidth=1.5, opacity=0.55)
-    whiskers = [
-        whisker.encode(x=at["x"], y=y("gain_low:Q"), y2="gain_high:Q"),
-        whisker.encode(x=x("cost_low:Q"), x2="cost_high:Q", y=at["y"]),
-    ]
     points = base.mark_point(filled=True, size=90, opacity=1).encode(
-        **at, shape=alt.Shape("shape:N", scale=None), tooltip=_arm_tooltip()
+        **at, shape=alt.Shape("shape:N", scale=None), tooltip=_tips()
     )
     beside = {name: alt.expr(f"datum.{name}") for name in ("align", "dx", "dy")}
-    labels = base.mark_text(**beside, baseline="middle", fontSize=12).encode(**at, text="label:N")
-    zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=COLOURS["muted"], strokeDash=[2, 3])
-    axes = [zero.encode(x=x("zero:Q")), zero.encode(y=y("zero:Q"))]
-    chart = alt.layer(*axes, *whiskers, points, labels)
-    return configured(chart.properties(width=width, height=height, title=title(_GAIN), datasets={"arms": rows}))
+    zero = rule("zero", 0.0, strokeDash=[2, 3])
+    return drawn(
+        zero.encode(x=x("zero")),
+        zero.encode(y=y("zero")),
+        whisker.encode(x=at["x"], y=y("gain_low"), y2="gain_high:Q"),
+        whisker.encode(x=x("cost_low"), x2="cost_high:Q", y=at["y"]),
+        points,
+        base.mark_text(**beside, baseline="middle", fontSize=12).encode(**at, text="label:N"),
+        heading=_GAIN,
+        data={"arms": rows},
+        width=width,
+        height=_HEIGHT,
+    )
 
 
 def _gains(contrasts: Sequence[Contrast], width: int) -> alt.LayerChart:
-    rows = trade_off_rows(contrasts)
+    rows = _rows(contrasts)
     base = alt.Chart(alt.NamedData(name="arms")).encode(
         y=alt.Y("arm:N", sort=None, title=None), color=alt.Color("colour:N", scale=None)
     )
     x = {"axis": axis("+.3~f"), "title": "points"}
-    chart = alt.layer(
-        alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(color=COLOURS["line"]).encode(x="zero:Q"),
+    points = base.mark_point(filled=True, size=90, opacity=1).encode(
+        x=alt.X("gain:Q", **x), shape=alt.Shape("shape:N", scale=None), tooltip=_tips()[:4]
+    )
+    return drawn(
+        rule("zero", 0.0, "line").encode(x="zero:Q"),
         base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("gain_low:Q", **x), x2="gain_high:Q"),
-        base.mark_point(filled=True, size=90, opacity=1).encode(
-            x=alt.X("gain:Q", **x), shape=alt.Shape("shape:N", scale=None), tooltip=_arm_tooltip()[:4]
-        ),
+        points,
+        heading=_GAIN,
+        data={"arms": rows},
+        width=width,
+        height=36 * len(rows) + 20,
     )
-    return configured(
-        chart.properties(width=width, height=36 * len(rows) + 20, title=title(_GAIN), datasets={"arms": rows})
-    )
 
 
-class _Box(NamedTuple):
-    """A rectangle that hangs on a point: the point's share of the picture's width, and pixels from there."""
+def _place_labels(rows: list[dict[str, Any]], x_domain: Sequence[float], y_domain: Sequence[float]) -> None:
+    """Give each row a label beside its mark, on the side and at the height where it covers least at all widths.
 
-    share: float
-    left: float
-    right: float
-    top: float
-    bottom: float
+    A box hangs on a point: the point's share of the chart's width, then left, right, top and bottom in pixels.
+    """
+    Box = tuple[float, float, float, float, float]
 
-    def covers(self, other: "_Box", width: int) -> bool:
-        """Whether two boxes meet in a picture of some width."""
-        apart = width * (other.share - self.share)
-        across = self.left < other.right + apart and other.left + apart < self.right
-        return across and self.top < other.bottom and other.top < self.bottom
+    def clutter(box: Box, dy: int) -> float:
+        share, left, right, top, bottom = box
+        outside = 0
+        met = 0
+        for width in _WIDTHS:
+            x = width * share
+            outside += x + left < 0 or x + right > width or top < 0 or bottom > _HEIGHT
+            for other in taken:
+                apart = width * (other[0] - share)
+                across = left < other[2] + apart and other[1] + apart < right
+                met += across and top < other[4] and other[3] < bottom
+        return met + 3 * outside + abs(dy) / 30
 
-    def leaves(self, width: int, height: int) -> bool:
-        """Whether the box is not all in the picture."""
-        x = width * self.share
-        return x + self.left < 0 or x + self.right > width or self.top < 0 or self.bottom > height
-
-
-def _place_labels(
-    rows: list[dict[str, Any]], x_domain: Sequence[float], y_domain: Sequence[float], height: int
-) -> None:
-    """Give each row a label beside its mark, on the side and at the height where it covers least at all widths."""
-    crowded = sum(is_random(row["arm"]) for row in rows) > _FEW_RANDOM
     shares = [(row["cost"] - x_domain[0]) / (x_domain[1] - x_domain[0]) for row in rows]
-    heights = [height * (y_domain[1] - row["gain"]) / (y_domain[1] - y_domain[0]) for row in rows]
-    taken = [_Box(x, -6, 6, y - 6, y + 6) for x, y in zip(shares, heights, strict=True)]
-
-    def clutter(place: tuple[int, str, _Box]) -> float:
-        dy, _, box = place
-        met = sum(box.covers(other, width) for other in taken for width in _WIDTHS)
-        return met + 3 * sum(box.leaves(width, height) for width in _WIDTHS) + abs(dy) / 30
-
-    named = False
-    for row, x, y in zip(rows, shares, heights, strict=True):
+    heights = [_HEIGHT * (y_domain[1] - row["gain"]) / (y_domain[1] - y_domain[0]) for row in rows]
+    taken: list[Box] = [(x, -6, 6, y - 6, y + 6) for x, y in zip(shares, heights, strict=True)]
+    random = [row for row in rows if is_random(row["arm"])]
+    for row in rows:
         row.update(label=row["arm"], align="left", dx=0, dy=0)
-        if crowded and is_random(row["arm"]):
-            row["label"] = "" if named else "random layer sets"
-            named = True
+    if len(random) > _FEW_RANDOM:
+        for row in random:
+            row["label"] = "random layer sets" if row is random[0] else ""
+    for row, x, y in zip(rows, shares, heights, strict=True):
+        if not row["label"]:
+            continue
         length = 6.5 * len(row["label"]) + 6
         sides = {"left": (0.0, length), "right": (-length, 0.0)}
-        places = [
-            (dy, side, _Box(x, *sides[side], y + dy - 7, y + dy + 7))
+        places: list[tuple[int, str, Box]] = [
+            (dy, side, (x, *sides[side], y + dy - 7, y + dy + 7))
             for dy in (-9, 9, -24, 24, -39, 39, -54, 54, -69, 69)
             for side in (("left", "right") if x < 0.5 else ("right", "left"))
         ]
-        if row["label"]:
-            row["dy"], row["align"], box = min(places, key=clutter)
-            row["dx"] = 6 if row["align"] == "left" else -6
-            taken.append(box)
+        row["dy"], row["align"], box = min(places, key=lambda place: clutter(place[2], place[0]))
+        row["dx"] = 6 if row["align"] == "left" else -6
+        taken.append(box)
 
 
-def _span(values: Sequence[float | None]) -> list[float]:
+def _reach(values: Sequence[float | None]) -> list[float]:
     known = [0.0, *(v for v in values if v is not None)]
     low, high = min(known), max(known)
     margin = 0.08 * (high - low) or 1.0
     return [low - margin, high + margin]
 
 
-def _arm_tooltip() -> list[alt.Tooltip]:
-    return [
-        alt.Tooltip("arm:N"),
-        alt.Tooltip("gain:Q", format="+.1f", title="gain, points"),
-        alt.Tooltip("gain_low:Q", format="+.1f", title="interval from"),
-        alt.Tooltip("gain_high:Q", format="+.1f", title="to"),
-        alt.Tooltip("cost:Q", format="+.4f", title="control loss, nats"),
-        alt.Tooltip("cost_low:Q", format="+.4f", title="interval from "),
-        alt.Tooltip("cost_high:Q", format="+.4f", title="to "),
-    ]
+def _tips() -> list[alt.Tooltip]:
+    return tips(
+        "arm:N",
+        ("gain:Q", "+.1f", "gain, points"),
+        ("gain_low:Q", "+.1f", "interval from"),
+        ("gain_high:Q", "+.1f", "to"),
+        ("cost:Q", "+.4f", "control loss, nats"),
+        ("cost_low:Q", "+.4f", "interval from "),
+        ("cost_high:Q", "+.4f", "to "),
+    )

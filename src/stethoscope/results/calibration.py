@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
+from stethoscope.display import NONE, Display, Rows, listed, number, percent, table_of
 
 
 class CalibrationPoint(Frozen):
@@ -25,8 +26,16 @@ class CalibrationPoint(Frozen):
     control_increase: float
     on_front: bool
 
+    @property
+    def layers(self) -> str:
+        """Layers by coefficient, such as ``3, 8 at 1``."""
+        layers: dict[float, list[int]] = {}
+        for layer, amount in self.coefficients.items():
+            layers.setdefault(amount, []).append(layer)
+        return "; ".join(f"{listed(some)} at {amount:g}" for amount, some in layers.items()) or "none"
 
-class Calibration(Artifact):
+
+class Calibration(Display, Artifact):
     """Every edit that was tried, and the one to make.
 
     Attributes:
@@ -61,24 +70,27 @@ class Calibration(Artifact):
         """The least z that a chosen layer has."""
         return self.points[self.choice].threshold
 
-    def table(self) -> list[list[str]]:
-        """The front by rising cost, with a header row; ``*`` marks the choice."""
-        rows = [["layers", "coefficient", "z at least", "target gain", "control cost", "control, %"]]
-        for point in self.front:
-            amounts = sorted(set(point.coefficients.values()))
-            rows.append(
-                [
-                    ("* " if point == self.points[self.choice] else "  ") + str(len(point.coefficients)),
-                    " to ".join(f"{amount:g}" for amount in dict.fromkeys((*amounts[:1], *amounts[-1:]))),
-                    "" if point.threshold is None else f"{point.threshold:.1f}",
-                    f"{point.target_gain:+.4f} ± {point.target_error:.4f}",
-                    f"{point.control_cost:+.4f} ± {point.control_error:.4f}",
-                    f"{100 * point.control_increase:+.2f}",
-                ]
-            )
-        return rows
+    @property
+    def verdict(self) -> str:
+        """Why the choice was made, and by which rule."""
+        return f"{self.reason}. Rule: {self.rule}."
 
     @property
     def front(self) -> tuple[CalibrationPoint, ...]:
         """The points that no other is better than, by rising cost."""
         return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.control_cost))
+
+    def table(self) -> Rows:
+        """A row per edit on the front, by rising cost; the gain and the cost with their standard errors."""
+        return table_of(
+            {
+                "edit": point.layers,
+                "number": str(len(point.coefficients)),
+                "z at least": number(point.threshold, ".1f"),
+                "target gain": f"{point.target_gain:+.4f} ± {point.target_error:.4f}",
+                "control cost": f"{point.control_cost:+.4f} ± {point.control_error:.4f}",
+                "control, %": percent(point.control_increase, "+.2f"),
+                "chosen": "yes" if point == self.points[self.choice] else NONE,
+            }
+            for point in self.front
+        )

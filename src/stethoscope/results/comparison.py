@@ -9,21 +9,11 @@ from typing import Any, ClassVar, Literal
 from pydantic import TypeAdapter
 
 from stethoscope.artifacts import Artifact, read_versioned, write_json
+from stethoscope.display import NONE, Display, Rows, interval, number, p_value, points, table_of
 from stethoscope.errors import EvaluationError
-from stethoscope.shown import Rows, Shown, text_rows
 
 SCHEMA = 1
-# Of the frame, those that a table of all contrasts shows, by heading and with their formats.
-_COLUMNS = {
-    "from": ("a", "s"),
-    "to": ("b", "s"),
-    "items": ("n", "d"),
-    "gain, points": ("difference", "+.1f"),
-    "at least": ("low", "+.1f"),
-    "at most": ("high", "+.1f"),
-    "p exact": ("p_mcnemar", ".2g"),
-}
-CAUSES = ("format", "truncation", "correctness")
+CAUSES = {"format": "no answer found", "truncation": "cut off by the limit", "correctness": "wrong answer"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +53,23 @@ class PairedDifference:
     reason: str | None = None
 
     @property
+    def above(self) -> bool:
+        """Whether the whole interval lies above 0."""
+        return self.low is not None and self.low > 0
+
+    @property
+    def below(self) -> bool:
+        """Whether the whole interval lies below 0."""
+        return self.high is not None and self.high < 0
+
+    @property
     def clear(self) -> bool:
         """Whether the interval exists and leaves out 0."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+        return self.above or self.below
+
+    def text(self, form: str = "+.1f", scale: int = 1) -> str:
+        """The interval as text; ``-`` without one."""
+        return interval(self.low, self.high, form, scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +128,34 @@ class TaskContrast:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Change:
+    """Of ``items``, those that only the arm under test got right, and those that only the other did."""
+
+    gained: int
+    lost: int
+    items: int
+
+    @property
+    def net(self) -> int:
+        """Items gained less items lost."""
+        return self.gained - self.lost
+
+    @property
+    def points(self) -> float:
+        """The net as a share of the items, in percent."""
+        return 100 * self.net / self.items
+
+
+def flipped(tasks: Sequence[TaskContrast], cause: str) -> Change | None:
+    """The items of tasks that changed, where the failed response had one cause; None where that is not known."""
+    known = [t.flips for t in tasks if t.flips and cause in t.flips.gained]
+    if not known:
+        return None
+    gained, lost = sum(flips.gained[cause] for flips in known), sum(flips.lost[cause] for flips in known)
+    return Change(gained=gained, lost=lost, items=sum(t.n for t in tasks))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contrast:
     """Arm ``b`` against arm ``a`` on every task, pooled over the family, and on control text.
 
@@ -149,6 +181,15 @@ class Contrast:
     def task(self, name: str) -> TaskContrast | None:
         """The contrast on one task, if there is one."""
         return next((t for t in self.tasks if t.task == name), None)
+
+    @property
+    def family(self) -> list[TaskContrast]:
+        """The tasks whose gain is claimed."""
+        return [t for t in self.tasks if t.in_family]
+
+    def significant(self, alpha: float) -> bool:
+        """Whether the arms differ over the family: by McNemar's test, or by the interval where there is none."""
+        return self.pooled.clear if self.pooled_mcnemar is None else self.pooled_mcnemar.p_value < alpha
 
     def summary(self) -> dict[str, Any]:
         """The verdict and each task's accuracies in plain values, as a model's card has them."""
@@ -189,7 +230,7 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Comparison(Shown):
+class Comparison(Display):
     """Every contrast that was asked for, with the settings and the inputs (hashes by name) that it rests on.
 
     ``accuracy`` has a row per task and arm; its ``metrics`` are the means of all the task's metrics, not only of the
@@ -232,11 +273,11 @@ class Comparison(Shown):
 
         rows = []
         for contrast in self.contrasts:
+            arms, pooled, whole = {"a": contrast.a, "b": contrast.b}, contrast.pooled, contrast.pooled_mcnemar
             for t in contrast.tasks:
                 rows.append(
                     {
-                        "a": contrast.a,
-                        "b": contrast.b,
+                        **arms,
                         "task": t.task,
                         "in_family": t.in_family,
                         "n": t.n,
@@ -254,17 +295,8 @@ class Comparison(Shown):
                         "smallest_detectable_gain": t.smallest_detectable_gain,
                     }
                 )
-            rows.append(
-                {
-                    "a": contrast.a,
-                    "b": contrast.b,
-                    "task": "pooled",
-                    "in_family": True,
-                    "n": contrast.pooled.n,
-                    **_interval(contrast.pooled),
-                    "p_mcnemar": contrast.pooled_mcnemar.p_value if contrast.pooled_mcnemar else None,
-                }
-            )
+            p = {"p_mcnemar": whole.p_value if whole else None}
+            rows.append({**arms, "task": "pooled", "in_family": True, "n": pooled.n, **_interval(pooled), **p})
         return pd.DataFrame(rows)
 
     def gains(self) -> Any:
@@ -277,27 +309,17 @@ class Comparison(Shown):
         """
         import pandas as pd
 
-        rows: list[dict[str, Any]] = []
-        for contrast in self.contrasts:
-            for t in contrast.tasks:
-                for cause in CAUSES if t.flips else ():
-                    gained, lost = (side.get(cause) for side in (t.flips.gained, t.flips.lost))  # type: ignore[union-attr]
-                    net = None if gained is None or lost is None else gained - lost
-                    rows.append(
-                        {
-                            "a": contrast.a,
-                            "b": contrast.b,
-                            "task": t.task,
-                            "cause": cause,
-                            "gained": gained,
-                            "lost": lost,
-                            "net": net,
-                            "points": None if net is None else 100 * net / t.n,
-                        }
-                    )
-        columns = ["a", "b", "task", "cause", "gained", "lost", "net", "points"]
+        rows = [
+            {"a": contrast.a, "b": contrast.b, "task": t.task, "cause": cause}
+            | ({"gained": c.gained, "lost": c.lost, "net": c.net, "points": c.points} if c else {})
+            for contrast in self.contrasts
+            for t in contrast.tasks
+            if t.flips
+            for cause in CAUSES
+            for c in [flipped([t], cause)]
+        ]
         counts = {"gained": "Int64", "lost": "Int64", "net": "Int64", "points": "Float64"}
-        return pd.DataFrame(rows, columns=columns).astype(counts)
+        return pd.DataFrame(rows, columns=["a", "b", "task", "cause", *counts]).astype(counts)
 
     @property
     def verdict(self) -> str:
@@ -316,10 +338,21 @@ class Comparison(Shown):
 
         return trade_off(self, without=without, width=width)
 
-    def _shown(self) -> tuple[str, Rows]:
-        frame = self.to_frame().query("task == 'pooled'") if self.contrasts else self.to_frame()
-        points = {name: 100 * frame[name].astype(float) for name in ("difference", "low", "high") if len(frame)}
-        return self.verdict, text_rows(frame.assign(**points).to_dict("records"), _COLUMNS)
+    def table(self) -> Rows:
+        """A row per contrast: the gain over all tasks of the family, and what it costs on control text."""
+        return table_of(
+            {
+                "from": c.a,
+                "to": c.b,
+                "items": str(c.pooled.n),
+                "gain, points": points(c.pooled.difference),
+                "interval": c.pooled.text(scale=100),
+                "p exact": p_value(c.pooled_mcnemar.p_value if c.pooled_mcnemar else None),
+                "control loss, nats per token": number(c.loss.difference if c.loss else None, "+.4f"),
+                "interval of the loss": c.loss.text("+.4f") if c.loss else NONE,
+            }
+            for c in self.contrasts
+        ) or [["from", "to"]]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, as in ``comparison.json``."""

@@ -7,26 +7,16 @@ from jaxtyping import Float64
 from numpy import ndarray
 
 from stethoscope.artifacts import Artifact, Frozen
-from stethoscope.shown import Rows, Shown, first_of, text_rows
+from stethoscope.display import NONE, Display, Rows, first_of, interval, number, p_value, percent, table_of
 
 # A feature that fires on more than this share of tokens says little about any of them.
 DENSE_RATE = 0.1
 ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
 NAMED = 8  # layers that a sentence names
-# Of the frame, those that a table shows, by heading and with their formats.
-_COLUMNS = {
-    "layer": ("layer", "d"),
-    "excess": ("excess", "+.3f"),
-    "from": ("low", "+.3f"),
-    "to": ("high", "+.3f"),
-    "z": ("z", ".1f"),
-    "p, all layers": ("p_familywise", ".3f"),
-    "rank": ("rank", "d"),
-    "stability": ("stability", ".0%"),
-    "explained": ("variance_explained_target", ".2f"),
-    "L0": ("l0_target", ".0f"),
-    "not believed": ("flag", "s"),
-}
+# Columns of the table that a terminal has room for.
+_SHORT = (
+    "layer", "excess", "interval", "z", "p, all layers", "rank", "stability", "explained", "L0", "not believed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +124,7 @@ class CorpusSummary(Frozen):
     broken: tuple[int, ...] = ()
 
 
-class Diagnosis(Shown, Artifact):
+class Diagnosis(Display, Artifact):
     """Every layer's specificity for the target, in order of depth."""
 
     FILE: ClassVar[str] = "diagnosis.json"
@@ -191,9 +181,38 @@ class Diagnosis(Shown, Artifact):
             selection: a `Selection`, whose layers are marked.
             width: of the plotting area in pixels.
         """
-        from stethoscope.report.profile import layer_profile
+        from stethoscope.report.charts import layer_profile
 
         return layer_profile(self, selection, width=width)
 
-    def _shown(self) -> tuple[str, Rows]:
-        return self.verdict, text_rows(self.to_frame().to_dict("records"), _COLUMNS)
+    def table(self, *, full: bool = False) -> Rows:
+        """A row per layer, of several corpora with a number each.
+
+        Args:
+            full: also the columns that a terminal has no room for.
+        """
+        rows = []
+        for layer in self.layers:
+            healths = [layer.health[name] for name in self.corpora if name in layer.health]
+            row = {
+                "layer": str(layer.layer),
+                "score": f"{layer.score:.3f}",
+                "null": f"{layer.null:.3f}",
+                "excess": f"{layer.excess:+.3f}",
+                "interval": interval(*layer.interval, "+.3f"),
+                "z": f"{layer.z:.1f}",
+                "p": p_value(layer.p),
+                "p, all layers": p_value(layer.p_familywise),
+                "rank": str(layer.rank),
+                "stability": f"{layer.stability:.0%}",
+                "against": layer.against,
+                "increment": f"{layer.increment:+.3f}",
+                "z of increment": f"{layer.increment_z:.1f}",
+                "explained": " / ".join(number(h.variance_explained, ".2f") for h in healths),
+                "L0": " / ".join(number(h.l0, ".0f") for h in healths),
+                "dead, %": " / ".join(percent(h.dead) for h in healths),
+                "dense, %": " / ".join(percent(h.dense) for h in healths),
+                "not believed": layer.flag or NONE,
+            }
+            rows.append(row if full else {name: row[name] for name in _SHORT})
+        return table_of(rows)

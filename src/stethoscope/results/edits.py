@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
+from stethoscope.display import Rows, percent, table_of
 
 
 class LayerEnergy(Frozen):
@@ -21,3 +22,7 @@ class Edits(Artifact):
     plans: dict[str, dict[str, Any] | None]
     energy: tuple[LayerEnergy, ...]
     warnings: tuple[str, ...] = ()
+
+    def table(self) -> Rows:
+        """A row per layer: its share of the task vector's energy."""
+        return table_of({"layer": str(e.layer), "energy of the change, %": percent(e.share)} for e in self.energy)

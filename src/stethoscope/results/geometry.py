@@ -1,20 +1,10 @@
 """How much of the task vector lies in the SAE features' subspaces, beside chance."""
 
+from statistics import fmean, median
 from typing import Any, ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
-from stethoscope.shown import Rows, Shown, text_rows
-
-# Of the frame, those that a table shows, by heading and with their formats.
-_COLUMNS = {
-    "layer": ("layer", "d"),
-    "features": ("features", "d"),
-    "kept": ("kept", ".1%"),
-    "chance": ("chance", ".1%"),
-    "times": ("over_chance", ".2f"),
-    "random features from": ("random_low", ".1%"),
-    "to": ("random_high", ".1%"),
-}
+from stethoscope.display import NONE, Display, Rows, interval, percent, table_of
 
 
 class Draws(Frozen):
@@ -123,7 +113,7 @@ class LayerGeometry(Frozen):
     tensors: tuple[TensorGeometry, ...]
 
 
-class Geometry(Shown, Artifact):
+class Geometry(Display, Artifact):
     """Every layer's task vector against its features.
 
     Attributes:
@@ -135,7 +125,6 @@ class Geometry(Shown, Artifact):
 
     draws: int
     leading: int
-    through_norms: bool
     tokens: dict[str, int]
     layers: tuple[LayerGeometry, ...]
     kinds: dict[str, Kept]
@@ -152,7 +141,13 @@ class Geometry(Shown, Artifact):
                     "layer": layer.layer,
                     "features": layer.features,
                     "rank": layer.rank,
-                    **_kept_columns(layer.kept),
+                    "energy": layer.kept.energy,
+                    "kept": layer.kept.share,
+                    "chance": layer.kept.chance,
+                    "over_chance": layer.kept.over_chance,
+                    "random_low": layer.kept.random_features.low,
+                    "random_high": layer.kept.random_features.high,
+                    "p": layer.kept.p,
                     "unprojected": layer.unprojected,
                     **{f"functional_{corpus}": share for corpus, share in layer.functional.items()},
                     **{f"functional_chance_{corpus}": share for corpus, share in layer.functional_chance.items()},
@@ -168,24 +163,40 @@ class Geometry(Shown, Artifact):
             selection: a `Selection`, whose layers are marked.
             width: of the plotting area in pixels.
         """
-        from stethoscope.report.scalpel import energy_by_layer
+        from stethoscope.report.charts import energy_by_layer
 
         return energy_by_layer(self, selection.layers if selection else (), width=width)
 
-    def _shown(self) -> tuple[str, Rows]:
-        on = {f"on {corpus}": (f"functional_{corpus}", ".1%") for corpus in self.tokens}
-        rows = text_rows(self.to_frame().to_dict("records"), _COLUMNS | on)
-        whole = text_rows([_kept_columns(self.total)], {k: v for k, v in _COLUMNS.items() if k not in rows[0][:2]})[1]
-        return self.verdict, [*rows, ["all", "", *whole, *("" for _ in on)]]
+    def table(self) -> Rows:
+        """A row per layer, per kind of module and for all; shares in percent, ``functional`` by corpus."""
+        rows = [_row(layer) for layer in self.layers]
+        sums = {f"all {kind}": kept for kind, kept in self.kinds.items()} | {"all": self.total}
+        return table_of([*rows, *(dict.fromkeys(rows[0], "") | {"layer": n} | _kept(kept) for n, kept in sums.items())])
 
 
-def _kept_columns(kept: Kept) -> dict[str, float]:
+def _row(layer: LayerGeometry) -> dict[str, str]:
+    written = layer.written
+    ranks = [t.effective_rank for t in layer.tensors if t.effective_rank is not None]
+    overlaps = [t.overlap for t in layer.tensors if t.overlap is not None]
     return {
-        "energy": kept.energy,
-        "kept": kept.share,
-        "chance": kept.chance,
-        "over_chance": kept.over_chance,
-        "random_low": kept.random_features.low,
-        "random_high": kept.random_features.high,
-        "p": kept.p,
+        "layer": str(layer.layer),
+        "features": str(layer.features),
+        "rank": str(layer.rank),
+        **_kept(layer.kept),
+        "functional": " / ".join(map(percent, layer.functional.values())) or NONE,
+        "its chance": " / ".join(map(percent, layer.functional_chance.values())) or NONE,
+        "features for 50, 90, 99 %": " / ".join(str(layer.curve.needed.get(n) or NONE) for n in ("50", "90", "99")),
+        "writes where they read": f"{percent(written.share)} ({percent(written.chance)})" if written else NONE,
+        "effective rank": f"{median(ranks):.1f}" if ranks else NONE,
+        "in leading directions": percent(fmean(overlaps)) if overlaps else NONE,
+    }
+
+
+def _kept(kept: Kept) -> dict[str, str]:
+    drawn, times = kept.random_features, f"{kept.over_chance:.2f}"
+    return {
+        "kept, %": percent(kept.share),
+        "chance": percent(kept.chance),
+        "random features": interval(drawn.low, drawn.high, ".1f", 100),
+        "over chance": f"{times} ({interval(*kept.interval, '.2f')})" if kept.interval else times,
     }

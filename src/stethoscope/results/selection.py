@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
-from stethoscope.shown import Rows, Shown
+from stethoscope.display import Display, Rows, listed, table_of
 
 
 class LayerChoice(Frozen):
@@ -14,7 +14,7 @@ class LayerChoice(Frozen):
     reason: str
 
 
-class Selection(Shown, Artifact):
+class Selection(Display, Artifact):
     """The layers chosen, in ascending order, and the reason for every layer.
 
     Attributes:
@@ -33,9 +33,10 @@ class Selection(Shown, Artifact):
     @property
     def verdict(self) -> str:
         """One sentence: how many layers by which policy, and which."""
-        layers = ", ".join(map(str, self.layers))
-        return f"`{self.policy}` chooses {len(self.layers)} of {len(self.choices)} layers: {layers}."
+        return f"`{self.policy}` chooses {len(self.layers)} of {len(self.choices)} layers: {listed(self.layers)}."
 
-    def _shown(self) -> tuple[str, Rows]:
-        rows = [[str(choice.layer), choice.reason] for choice in self.choices]
-        return self.verdict, [["layer", "reason"], *rows]
+    def table(self) -> Rows:
+        """A row per layer: whether it was chosen, and why."""
+        return table_of(
+            {"layer": str(c.layer), "chosen": "yes" if c.chosen else "no", "reason": c.reason} for c in self.choices
+        )

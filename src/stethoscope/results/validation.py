@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from stethoscope.artifacts import Artifact, Frozen
+from stethoscope.display import NONE, Rows, interval, listed, table_of
 
 Kind = Literal["sae", "rival", "truth"]
 Layers = tuple[int, ...]
+KINDS: dict[Kind, str] = {"sae": "reads SAEs", "rival": "needs no SAE", "truth": "the truth itself"}
 
 
 class Correlation(Frozen):
@@ -18,6 +20,11 @@ class Correlation(Frozen):
     rho: float | None
     low: float | None
     high: float | None
+
+    @property
+    def text(self) -> str:
+        """The correlation and its interval."""
+        return "undefined" if self.rho is None else f"{self.rho:+.2f} ({interval(self.low, self.high, '+.2f')})"
 
 
 class SetEffect(Frozen):
@@ -44,6 +51,11 @@ class Beaten(Frozen):
     share: float
     low: float
     high: float
+
+    @property
+    def text(self) -> str:
+        """The share and its interval, in percent."""
+        return f"{100 * self.share:.0f} % ({interval(self.low, self.high, '.0f', 100)})"
 
     @classmethod
     def of(cls, worth: float, others: Sequence[float]) -> "Beaten":
@@ -116,23 +128,27 @@ class ScoreValidation(Artifact):
         """The size of set that was judged and is nearest to the one wanted."""
         return min(self.random, key=lambda k: (abs(k - wanted), k))
 
-    def table(self, k: int) -> list[list[str]]:
-        """A row per score, best trade-off of its k layers first, with a header row."""
-        rows = [["score", "rank correlation, gain", "with cost", f"best {k}: gain", "cost", "beats random", "energy"]]
+    def table(self, k: int | None = None) -> Rows:
+        """A row per score, best trade-off of its k layers (by default about 5) first."""
+        k = self.size(5) if k is None else k
+        rows = []
         for name, found in sorted(self.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off):
-            chosen = found.sets[k]
+            best = found.sets[k]
             rows.append(
-                [
-                    name,
-                    _shown(found.gain),
-                    _shown(found.trade_off),
-                    f"{chosen.effect.target_gain:+.3f}",
-                    f"{chosen.effect.control_cost:+.3f}",
-                    f"{100 * chosen.beaten.share:.0f} %",
-                    f"{100 * chosen.beaten_matched.share:.0f} %" if chosen.beaten_matched else "",
-                ]
+                {
+                    "score": name,
+                    "kind": KINDS[found.kind],
+                    "correlation with gain": found.gain.text,
+                    "with gain less cost": found.trade_off.text,
+                    f"best {k} layers": listed(best.effect.layers),
+                    "gain": f"{best.effect.target_gain:+.3f}",
+                    "cost": f"{best.effect.control_cost:+.3f}",
+                    "shared with the truth": f"{100 * best.overlap:.0f} %",
+                    "beats random sets": best.beaten.text,
+                    "beats sets of equal energy": best.beaten_matched.text if best.beaten_matched else NONE,
+                }
             )
-        return rows
+        return table_of(rows)
 
     def verdict(self, score: str, k: int) -> str:
         """One sentence on a score's best k layers."""
@@ -151,7 +167,3 @@ class ScoreValidation(Artifact):
             return f"{sentence}; no other score does better."
         worth = self.scores[best].sets[k].effect.trade_off
         return f"{sentence}; `{best}` would have chosen layers worth {worth:+.3f}."
-
-
-def _shown(found: Correlation) -> str:
-    return "undefined" if found.rho is None else f"{found.rho:+.2f} ({found.low:+.2f} to {found.high:+.2f})"

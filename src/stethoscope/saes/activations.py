@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.corpus import Document, batches, tokenize
-from stethoscope.sites import HookPoint, hear, hook_point
+from stethoscope.models.sites import HookPoint, hook_point, read_activations
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import batches, tokenize
 
 # Positions whose norm is above this many times the median of their document are attention sinks. The first position is
 # one in most models; left in, they dominate the loss.
@@ -55,8 +56,8 @@ class ActivationStream:
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[Activations]:
         """Activations by hook name, one batch of documents at a time; tokens are aligned between layers."""
         for batch in batches(rows, self.tokenizer, batch_tokens=self.batch_tokens):
-            heard = hear(self.model, self.points, batch.input_ids)
-            keep = batch.countable & ~loud_positions(heard.values(), batch.attention_mask)
+            heard = read_activations(self.model, self.points, batch.input_ids)
+            keep = batch.countable & ~attention_sinks(heard.values(), batch.attention_mask)
             keep[:, 0] = False
             yield {name: hidden[keep.to(hidden.device)] for name, hidden in heard.items()}
 
@@ -132,7 +133,7 @@ def _take(part: Activations, chosen: Int[Tensor, " chosen"]) -> dict[str, Float[
 
 
 @contextmanager
-def lent(sae: nn.Module, device: torch.device) -> Iterator[None]:
+def on_device(sae: nn.Module, device: torch.device) -> Iterator[None]:
     """Put a copy of an SAE's weights on another device inside the block; its own weights stay where they are."""
     own = [(tensor, tensor.data) for tensor in (*sae.parameters(), *sae.buffers())]
     try:
@@ -144,7 +145,7 @@ def lent(sae: nn.Module, device: torch.device) -> Iterator[None]:
             tensor.data = data
 
 
-def loud_positions(
+def attention_sinks(
     layers: Iterable[Float[Tensor, "rows tokens d_in"]], attention_mask: Bool[Tensor, "rows tokens"]
 ) -> Bool[Tensor, "rows tokens"]:
     """True at attention sinks: norms far above their document's median in any layer.

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from stethoscope.checkpoints.hub import HUB_ID, hub_errors
+from stethoscope.display import first_of
 from stethoscope.errors import CheckpointError, SAEError
+from stethoscope.models.sites import SITES
 from stethoscope.saes.layouts import LAYOUTS, convert, layout_of, read_folder
 from stethoscope.saes.layouts.base import SAEFolder
-from stethoscope.saes.layouts.hook_names import SITES
-from stethoscope.shown import first_of
 
 if TYPE_CHECKING:
     import torch

@@ -27,15 +27,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, new_folder, sha256_bytes, write_json
-from stethoscope.corpus import Document, documents_hash
+from stethoscope.artifacts import canonical_json, new_folder, read_json, sha256_bytes, write_json
 from stethoscope.errors import SAEError, StethoscopeError
-from stethoscope.models import decoder_layers, load_model
+from stethoscope.models.load import decoder_layers, load_model
+from stethoscope.models.sites import SITES
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.saes.activations import ActivationStream, StreamPosition
 from stethoscope.saes.health import HealthSums, measure_health
-from stethoscope.saes.layouts.files import read_json
-from stethoscope.sites import SITES
+from stethoscope.text.documents import Document, documents_hash
 
 # Encoder rows start as this multiple of the decoder's, so that many overlapping features fire on a token at first.
 INIT_GAIN = 0.15

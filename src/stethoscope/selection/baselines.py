@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.corpus import TokenBatch
 from stethoscope.diagnosis.attribution import attribute, attribution_scores
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.diagnosis.statistics import FeatureStatistics
@@ -28,11 +27,12 @@ from stethoscope.editing.apply import STACKED, Swap, live_tensors, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.losses import loss_gradient, run
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.results.validation import Kind
-from stethoscope.saes.activations import lent, loud_positions
+from stethoscope.saes.activations import attention_sinks, on_device
 from stethoscope.selection.injection import Gains, Progress, Texts, local_effect
-from stethoscope.sites import hear, hook_point
+from stethoscope.text.tokens import TokenBatch
 
 Scores = dict[str, tuple[Kind, dict[int, float]]]
 PERMUTATIONS = 50  # enough for a null's mean
@@ -279,7 +279,7 @@ def tuned_shift(
         counted, pairs = _base_and_tuned(model, swap, layers, site, tap, batch)
         for layer, (base, tuned) in pairs:
             column = layers.index(layer)
-            with lent(saes[layer], base.device):
+            with on_device(saes[layer], base.device):
                 for row, document in enumerate(batch.documents):
                     for chosen in counted[row].nonzero()[:, 0].split(CHUNK_TOKENS):
                         at = chosen.to(base.device)
@@ -296,8 +296,8 @@ def _base_and_tuned(
     """Which tokens count, and a site of every layer under the base and under tuned, from two forwards."""
     points = {layer: hook_point(model, layer, site, tap) for layer in layers}
     streams = {("stream", layer): hook_point(model, layer, "resid_post") for layer in layers}
-    base = hear(model, {**points, **streams}, batch.input_ids)
+    base = read_activations(model, {**points, **streams}, batch.input_ids)
     with swap.entered():
-        tuned = hear(model, points, batch.input_ids)
-    loud = loud_positions((base[key] for key in streams), batch.attention_mask)
-    return batch.countable & ~loud, ((layer, (base[layer], tuned[layer])) for layer in layers)
+        tuned = read_activations(model, points, batch.input_ids)
+    sinks = attention_sinks((base[key] for key in streams), batch.attention_mask)
+    return batch.countable & ~sinks, ((layer, (base[layer], tuned[layer])) for layer in layers)

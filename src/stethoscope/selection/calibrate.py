@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.models import decoder_layers
+from stethoscope.executor import Executor
+from stethoscope.models.load import decoder_layers
 from stethoscope.results.calibration import Calibration, CalibrationPoint
 from stethoscope.selection.injection import Change, Gains, Progress, Texts, forwards, measure, standard_error
-from stethoscope.work import Spread
 
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_FORWARDS = 60.0
@@ -43,7 +43,7 @@ def calibrate(
     budget: float | None = None,
     per_layer: bool = False,
     most_forwards: float = MOST_FORWARDS,
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Find the threshold and the coefficient.
@@ -61,7 +61,7 @@ def calibrate(
             then the largest gain within it; without one it is the largest gain less cost.
         per_layer: go on from the choice by coordinate search, one layer's coefficient at a time.
         most_forwards: of the whole text; see `stethoscope.selection.injection.forwards`.
-        spread: where the work is done; here if None.
+        executor: runs the work; here if None.
         progress: called with forwards spent and ``most_forwards``, both rounded.
 
     Raises:
@@ -73,7 +73,7 @@ def calibrate(
         raise StethoscopeError(f"`{most_forwards}` forwards are too few to try any edit", hint="allow 60")
 
     def measured(changes: Sequence[Change]) -> Gains:
-        return measure(model, edits, texts, changes, spread=spread)
+        return measure(model, edits, texts, changes, executor=executor)
 
     search = Search(measured, depth=depth, budget=budget, most=most_forwards, progress=progress)
     grid = sorted(set(coefficients))

@@ -15,15 +15,15 @@ import torch
 from jaxtyping import Float64, Int64
 from transformers import PreTrainedModel
 
-from stethoscope.corpus import TokenBatch
 from stethoscope.diagnosis.attribution import own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
+from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
 from stethoscope.losses import token_losses
-from stethoscope.models import decoder_layers
+from stethoscope.models.load import decoder_layers
+from stethoscope.models.sites import hook_point
 from stethoscope.replay import Recording
-from stethoscope.sites import hook_point
-from stethoscope.work import Alone, Lost, Piece, Spread
+from stethoscope.text.tokens import TokenBatch
 
 Texts = Mapping[str, Sequence[TokenBatch]]
 Change = Mapping[int, float]  # layer -> coefficient
@@ -83,50 +83,41 @@ def injection(
     *,
     coefficient: float = 1.0,
     layers: Collection[int] | None = None,
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Gains:
     """The truth: each layer edited alone, in memory, and the loss measured; a forward restarts at the edited layer.
 
     Args:
-        texts: corpus -> batches; see `stethoscope.corpus.batches`.
+        texts: corpus -> batches; see `stethoscope.text.tokens.batches`.
         layers: all if None.
-        spread: as for `measure`.
+        executor: as for `measure`.
 
     Returns:
         per document; ``changes`` are the layers in order.
     """
     chosen = range(len(decoder_layers(model))) if layers is None else sorted(layers)
-    return measure(model, edits, texts, [{layer: coefficient} for layer in chosen], spread=spread, progress=progress)
+    return measure(
+        model, edits, texts, [{layer: coefficient} for layer in chosen], executor=executor, progress=progress
+    )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """Some changes to be tried on a batch of text."""
-
-    batch: TokenBatch
-    changes: Sequence[Change]
-
-
-class Injector:
-    """A model, and what is put into it."""
-
-    def __init__(self, model: PreTrainedModel, edits: LayerEdits) -> None:
-        self.model, self.edits = model, edits
-
-    @torch.no_grad()
-    def inject(self, trial: Trial) -> tuple[Float64[np.ndarray, " rows"], Float64[np.ndarray, "rows changes"]]:
-        """The base's loss of every row, and by how much each change lowers it; a forward restarts where it changes."""
-        depth = len(decoder_layers(self.model))
-        starts = [_start(change, depth) for change in trial.changes]
-        recording = Recording(self.model, trial.batch.input_ids, starts=set(starts) - {depth})
-        losses = _loss(self.model, recording.output, trial.batch)
-        gains = np.zeros((len(losses), len(starts)))
-        for i, (change, start) in enumerate(zip(trial.changes, starts, strict=True)):
-            if start < depth:
-                with self.edits.entered({n: c for n, c in change.items() if c}):
-                    gains[:, i] = losses - _loss(self.model, recording.replay(start), trial.batch)
-        return losses, gains
+@torch.no_grad()
+def inject(
+    context: WorkerContext | LocalExecutor, trial: tuple[TokenBatch, Sequence[Change]]
+) -> tuple[Float64[np.ndarray, " rows"], Float64[np.ndarray, "rows changes"]]:
+    """The base's loss of every row, and by how much each change lowers it; a forward restarts where it changes."""
+    model, (batch, changes) = context.model, trial
+    depth = len(decoder_layers(model))
+    starts = [_start(change, depth) for change in changes]
+    recording = Recording(model, batch.input_ids, starts=set(starts) - {depth})
+    losses = _loss(model, recording.output, batch)
+    gains = np.zeros((len(losses), len(starts)))
+    for i, (change, start) in enumerate(zip(changes, starts, strict=True)):
+        if start < depth:
+            with context.edits.entered({n: c for n, c in change.items() if c}):
+                gains[:, i] = losses - _loss(model, recording.replay(start), batch)
+    return losses, gains
 
 
 def measure(
@@ -135,14 +126,14 @@ def measure(
     texts: Texts,
     changes: Sequence[Change],
     *,
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Gains:
     """The truth about any sets of layers, each at any coefficients; see `forwards` for what it costs.
 
     Args:
-        spread: where the work is done; here if None. Where batches are fewer than workers, several share the changes
-            to a batch, each with a forward of the base of its own.
+        executor: runs the work; here if None. Where batches are fewer than workers, several share the changes to a
+            batch, each with a forward of the base of its own.
         progress: called with pieces of the work done and in all.
 
     Returns:
@@ -156,31 +147,28 @@ def measure(
         raise StethoscopeError(
             "no token of a text counts", problems=empty, hint="its prompts fill the context: give shorter ones"
         )
-    run = spread(Injector) if spread else Alone(Injector(model, edits))
+    executor = executor or LocalExecutor(model=model, edits=edits)
     # Neighbours share edited layers, so that few are read again where not all fit in memory.
     order = sorted(range(len(changes)), key=lambda i: sorted(changes[i].items()))
     total = sum(map(len, texts.values()))
-    parts = max(-(-len(order) // TRIALS), min(len(order), -(-2 * run.means.workers // total)))
+    parts = max(-(-len(order) // TRIALS), min(len(order), -(-2 * executor.workers // total)))
     chosen = [part.tolist() for part in np.array_split(np.array(order, dtype=int), max(1, parts))]
-    trials = [(name, batch, number) for name, text in texts.items() for batch in text for number in range(len(chosen))]
-
-    def piece(name: str, batch: TokenBatch, number: int) -> Piece:
-        trial = Trial(batch=batch, changes=[changes[i] for i in chosen[number]])
-        said = f"documents {', '.join(map(str, batch.documents))} of `{name}`"
-        return Piece(name=said, key=number, load=lambda: trial)
-
+    places = [(name, batch, part) for name, text in texts.items() for batch in text for part in chosen]
+    trials = ((batch, [changes[i] for i in part]) for _, batch, part in places)
     sums = {name: np.zeros((_documents(text), len(changes))) for name, text in texts.items()}
     losses = {name: np.zeros(len(found)) for name, found in sums.items()}
-    pieces = [piece(*trial) for trial in trials]
-    for done, (at, found) in enumerate(run(Injector.inject, pieces), 1):
-        if isinstance(found, Lost):
-            raise StethoscopeError(f"{pieces[at].name} end every worker: {found.why}", hint="is its memory enough?")
-        name, batch, number = trials[at]
+    for done, (index, found) in enumerate(executor.map_pieces(inject, trials, setup=lambda context: context), 1):
+        name, batch, part = places[index]
         rows = list(batch.documents)
+        if isinstance(found, Failed):
+            raise StethoscopeError(
+                f"documents {', '.join(map(str, rows))} of `{name}` end every worker: {found.why}",
+                hint="is its memory enough?",
+            )
         losses[name][rows] = found[0]
-        sums[name][np.ix_(rows, chosen[number])] = found[1]
+        sums[name][np.ix_(rows, part)] = found[1]
         if progress:
-            progress(done, len(pieces))
+            progress(done, len(places))
     return Gains(changes=tuple(map(dict, changes)), sums=sums, losses=losses, tokens=tokens)
 
 

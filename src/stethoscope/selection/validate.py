@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.models import decoder_layers
+from stethoscope.executor import Executor
+from stethoscope.models.load import decoder_layers
 from stethoscope.results.validation import (
     Beaten,
     Correlation,
@@ -33,7 +34,6 @@ from stethoscope.results.validation import (
     ValidatedSet,
 )
 from stethoscope.selection.injection import Gains, Progress, Texts, forwards, injection, measure
-from stethoscope.work import Spread
 
 RESAMPLES = 1000
 CANDIDATES = 4000  # random sets that those of equal energy are picked from
@@ -51,7 +51,7 @@ def validate_scores(
     ks: Sequence[int] = (1, 3, 5, 8),
     random_sets: int = 50,
     coefficient: float = 1.0,
-    spread: Spread | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> ScoreValidation:
     """Judge scores of layers by what injecting the layers truly does.
@@ -63,7 +63,7 @@ def validate_scores(
         matched: scores whose best layers are compared with sets of equal energy as well.
         ks: sizes of sets; half of the layers is added. Sizes of all layers or more are left out.
         random_sets: of each size and kind.
-        spread: where the work is done; here if None.
+        executor: runs the work; here if None.
         progress: called with about how many sets of layers are done, and in all.
 
     Raises:
@@ -87,7 +87,7 @@ def validate_scores(
         return told
 
     alone = injection(
-        model, edits, both, coefficient=coefficient, layers=layers, spread=spread, progress=advance(0, len(layers))
+        model, edits, both, coefficient=coefficient, layers=layers, executor=executor, progress=advance(0, len(layers))
     )
     singles: list[Layers] = [(layer,) for layer in layers]
     effects = dict(zip(singles, _effects(singles, alone), strict=True))
@@ -110,7 +110,7 @@ def validate_scores(
         - effects.keys()
     )
     changes = [dict.fromkeys(found, coefficient) for found in wanted]
-    joint = measure(model, edits, both, changes, spread=spread, progress=advance(len(layers), sets))
+    joint = measure(model, edits, both, changes, executor=executor, progress=advance(len(layers), sets))
     effects |= dict(zip(wanted, _effects(wanted, joint), strict=True))
     random = {
         k: RandomSets(

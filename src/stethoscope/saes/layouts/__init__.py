@@ -2,15 +2,18 @@
 
 sae = read_folder(Path("resid_post_all/layer_12_width_16k_l0_small"))   # SAEFolder(layer=12, site="resid_post", ...)
 config, state = convert(sae)                                            # SAELens' configuration and state dict
-
-What a layout reads is a claim, which `read_folder` checks.
 """
 
+import pickle
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from stethoscope.errors import SAEError
+from stethoscope.checkpoints.header import read_header
+from stethoscope.errors import CheckpointError
 from stethoscope.saes.layouts import (
     dictionary_learning,
     gemma_scope,
@@ -20,25 +23,44 @@ from stethoscope.saes.layouts import (
     sae_lens,
     sparsify,
 )
-from stethoscope.saes.layouts.base import ARCHITECTURES, Claim, Converted, Layout, SAEFolder, Stored
-from stethoscope.saes.layouts.files import Shapes, read_json, read_shapes, read_tensors, unusable
-from stethoscope.saes.layouts.hook_names import site_of
+from stethoscope.saes.layouts.base import Converted, SAEFolder, Stored, read_config, unusable
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of storing SAEs.
+
+    Attributes:
+        module: its `read`, which says what an SAE is without its weights, and its `convert`: SAE, configuration,
+            tensors in float32 -> configuration and state dict for SAELens.
+        marker: the file that tells it from others; where one file is a whole SAE, how its name ends.
+        weights: the file of the weights, if not the marker; empty where one file is a whole SAE.
+        config: the file of the configuration, if the layout has one.
+        config_optional: whether an SAE may lack it.
+    """
+
+    module: ModuleType
+    marker: str
+    weights: str | None = None
+    config: str | None = None
+    config_optional: bool = False
+
 
 # In the order of looking: sparsify's folders hold a `cfg.json` too.
 LAYOUTS = {
-    "sparsify": sparsify.LAYOUT,
-    "gemma_scope_2": gemma_scope_2.LAYOUT,
-    "gemma_scope": gemma_scope.LAYOUT,
-    "dictionary_learning": dictionary_learning.LAYOUT,
-    "llama_scope": llama_scope.LAYOUT,
-    "qwen_scope": qwen_scope.LAYOUT,
-    "sae_lens": sae_lens.LAYOUT,
+    "sparsify": Layout(sparsify, "sae.safetensors", config="cfg.json"),
+    "gemma_scope_2": Layout(gemma_scope_2, "params.safetensors", config="config.json", config_optional=True),
+    "gemma_scope": Layout(gemma_scope, "params.npz"),
+    "dictionary_learning": Layout(dictionary_learning, "ae.pt", config="config.json"),
+    "llama_scope": Layout(llama_scope, "hyperparams.json", "checkpoints/final.safetensors", "hyperparams.json"),
+    "qwen_scope": Layout(qwen_scope, ".sae.pt", weights=""),
+    "sae_lens": Layout(sae_lens, "cfg.json", "sae_weights.safetensors", "cfg.json"),
 }
 
 
 def layout_of(path: Path) -> str | None:
     """The layout of a folder by the files in it, or of a file that is an SAE itself; None if there is no SAE."""
-    if path.name.endswith(qwen_scope.LAYOUT.marker) and path.is_file():
+    if path.name.endswith(LAYOUTS["qwen_scope"].marker) and path.is_file():
         return "qwen_scope"
     return next((name for name, layout in LAYOUTS.items() if (path / layout.marker).is_file()), None)
 
@@ -57,34 +79,23 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFo
     if name is None:
         markers = ", ".join(f"`{layout.marker}`" for layout in LAYOUTS.values())
         raise unusable([f"it holds none of {markers}" if path.is_dir() else "there is no such folder"])
-    layout, overrides, shapes = LAYOUTS[name], dict(overrides or {}), Shapes()
-    config, weights = _config(layout, path), path / layout.weights
-    problems: list[str] = []
-    unread: tuple[str, ...] = ()
+    layout, overrides, problems = LAYOUTS[name], dict(overrides or {}), list[str]()
+    weights = layout.marker if layout.weights is None else layout.weights
+    # the configuration, if any, comes first
+    files: tuple[str, ...] = (weights,)
+    if layout.config and not (layout.config_optional and not (path / layout.config).is_file()):
+        files = (layout.config, weights)
+    config, file, shapes = _config(path, files), (path / weights).name, {}
     try:
-        shapes = read_shapes(weights)
-    except SAEError as error:
-        unread = error.problems
-    claim = layout.read(Stored(path.absolute(), weights, config, overrides, shapes, problems))
-    problems += [*unread, *_mistakes(claim, shapes)]
-    if problems:
-        raise unusable(problems)
-    layer, site, tap = site_of(claim.hook_name)
-    files = [file for file in (layout.config, layout.weights) if file is not None and (path / file).is_file()]
-    return SAEFolder(
-        path=path,
-        layout=name,
-        files=tuple(files),
-        layer=layer,
-        site=site,
-        tap=tap,
-        width=claim.width,
-        d_in=claim.d_in,
-        architecture=claim.architecture,
-        hook_name=claim.hook_name,
-        model_name=str(claim.model_name) if claim.model_name else None,
-        overrides=overrides,
-    )
+        shapes = _read_shapes(path / weights)
+    except CheckpointError as error:
+        problems += error.problems or [f"`{file}`: {error.message}"]
+    except (zipfile.BadZipFile, pickle.UnpicklingError):
+        problems.append(f"`{file}` is damaged, or holds more than tensors")
+    except (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError) as error:
+        problems.append(f"`{file}` cannot be read: {str(error).splitlines()[0]}")
+    stored = Stored(path.absolute(), file, {**config, **overrides}, shapes, problems)
+    return replace(layout.module.read(stored), path=path, layout=name, files=files, overrides=overrides)
 
 
 def convert(folder: SAEFolder) -> Converted:
@@ -93,33 +104,46 @@ def convert(folder: SAEFolder) -> Converted:
     Raises:
         OSError, RuntimeError, ValueError, KeyError, TypeError: its files are not what its layout asks for.
     """
-    layout = LAYOUTS[folder.layout]
-    config = _config(layout, folder.path)
-    return layout.convert(folder, config, read_tensors(folder.path / layout.weights))
+    import torch
+
+    path = folder.path / folder.files[-1]
+    if path.suffix == ".npz":
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            tensors = {name: torch.from_numpy(arrays[name]) for name in arrays}
+    elif path.suffix == ".pt":
+        tensors = dict(torch.load(path, map_location="cpu", weights_only=True))
+    else:
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+    wide = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    config = {**_config(folder.path, folder.files), **folder.overrides}
+    return LAYOUTS[folder.layout].module.convert(folder, config, wide)
 
 
-def _config(layout: Layout, path: Path) -> dict[str, Any]:
-    if layout.config is None or (layout.config_optional and not (path / layout.config).is_file()):
-        return {}
-    return read_json(path / layout.config)
+def _config(path: Path, files: tuple[str, ...]) -> dict[str, Any]:
+    """The configuration of an SAE by the names of its files; empty where it has only weights."""
+    return read_config(path / files[0]) if len(files) == 2 else {}
 
 
-def _mistakes(claim: Claim, shapes: Shapes) -> list[str]:
-    """What is wrong with a claim, by itself and by the tensors' shapes."""
-    problems = [
-        f"`{size}` is `{value}`, not a positive whole number"
-        for size, value in (("d_in", claim.d_in), ("d_sae", claim.width))
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1
-    ]
-    if claim.architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        problems.append(f"the architecture `{claim.architecture}` is not supported; these are: {known}")
-    try:
-        site_of(claim.hook_name)
-    except SAEError as error:
-        problems += error.problems if claim.hook_name else ["it does not say which layer it reads"]
-    return problems + [
-        f"`{tensor}` should have shape {shape}, the file has {shapes.get(tensor, 'none')}"
-        for tensor, shape in claim.wanted.items()
-        if shapes and shapes.get(tensor) != shape
-    ]
+def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a `.safetensors`, `.npz` or `.pt` file, without reading the tensors."""
+    if path.suffix == ".safetensors":
+        return {name: slot.shape for name, slot in read_header(path).items()}
+    if path.suffix == ".npz":
+        from numpy.lib import format as npy
+
+        readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+        shapes = {}
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    shapes[name.removesuffix(".npy")] = readers[npy.read_magic(member)](member)[0]
+        return shapes
+
+    import torch  # alone reads this format's headers
+
+    tensors = dict(torch.load(path, map_location="meta", weights_only=True))
+    return {str(name): tuple(value.shape) for name, value in tensors.items() if hasattr(value, "shape")}

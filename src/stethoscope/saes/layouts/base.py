@@ -1,18 +1,23 @@
-"""What a layout is: how SAEs are stored, how what they read is found, and how their weights become SAELens' own.
+"""What layouts share: a layout reads what an SAE claims to be, which is checked, and makes its weights SAELens' own.
 
 With s for the input, features are relu(z) where z = s W_enc + b_enc passes a threshold, is among the k largest, or
 opens a gate. SAELens' own loaders ask the network for shapes (Gemma Scope 2), transpose the decoder and take every
 module for the residual stream (sparsify), or leave out norms and biases (dictionary_learning).
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_file
-from stethoscope.saes.layouts.files import Shapes, State
+from stethoscope.errors import SAEError
+from stethoscope.models.sites import site_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # By SAELens' names. Both BatchTopK kinds load as the JumpReLU that they are once trained; `topk_transcoder`, which
 # SAELens has no class for, loads as TopK.
@@ -22,6 +27,7 @@ ARCHITECTURES = (
 )  # fmt: skip
 OUTPUT = "the module's output"  # every transcoder's metadata has a `hook_name_out`, by which it is known
 
+State = dict[str, "Tensor"]
 Converted = tuple[dict[str, Any], State]  # SAELens' configuration and state dict
 
 
@@ -34,7 +40,7 @@ class SAEFolder:
         layout: how it is stored, a key of ``layouts.LAYOUTS``.
         files: those of its files that hold configuration and weights.
         layer: the decoder block it reads, from 0.
-        site: where in the block, one of ``SITES``.
+        site: where in the block, one of ``sites.SITES``.
         tap: the exact place relative to the block, as ``sites.hook_point`` takes it, where the makers name a module;
             None stands for the site's usual place.
         width: number of features.
@@ -46,8 +52,8 @@ class SAEFolder:
     """
 
     path: Path
-    layout: str
-    files: tuple[str, ...]
+    layout: str = ""
+    files: tuple[str, ...] = ()
     layer: int
     site: str
     tap: str | None
@@ -76,14 +82,25 @@ class SAEFolder:
 
 @dataclass(frozen=True)
 class Stored:
-    """What the files of one SAE hold; a layout adds to ``problems`` what it cannot use."""
+    """What the files of one SAE hold, for a layout to say what it is.
 
-    path: Path  # absolute
-    weights: Path
+    Attributes:
+        path: of the SAE, absolute.
+        weights: the name of the file of its tensors.
+        config: its configuration, as SAELens' directory corrects it.
+        shapes: of its tensors by stored name; empty if they cannot be read.
+        problems: all that is wrong with it; a layout adds what it cannot use.
+    """
+
+    path: Path
+    weights: str
     config: dict[str, Any]
-    overrides: Mapping[str, Any]
-    shapes: Shapes
+    shapes: dict[str, tuple[int, ...]]
     problems: list[str]
+
+    def table(self, name: str) -> dict[str, Any]:
+        """A table of the configuration, empty where there is none."""
+        return value if isinstance(value := self.config.get(name), dict) else {}
 
     def matrix(self, name: str) -> tuple[int, int]:
         """The two sizes of a matrix, for layouts whose configuration does not give them."""
@@ -91,41 +108,81 @@ class Stored:
             case (rows, columns):
                 return rows, columns
         if self.shapes:
-            self.problems.append(f"`{self.weights.name}` has no matrix `{name}`")
+            self.problems.append(f"`{self.weights}` has no matrix `{name}`")
         return 1, 1  # the reason why there are none is a problem already, so these only need to pass as sizes
 
+    def folder(
+        self,
+        hook_name: str,
+        architecture: str,
+        sizes: Sequence[Any],
+        tensors: Mapping[str, str],
+        *,
+        model_name: Any = None,
+    ) -> SAEFolder:
+        """The SAE that its files claim to be.
 
-@dataclass(frozen=True)
-class Claim:
-    """What a layout finds, to be checked; ``wanted`` are the shapes of tensors that the sizes ask for."""
+        Args:
+            sizes: values per token that it reads, features, and values that it writes, if not as many as it reads.
+            tensors: the stored names of tensors that it needs, by SAELens' names; one that lies the other way ends
+                with ``.T``.
 
-    hook_name: str
-    architecture: str
-    d_in: Any
-    width: Any
-    model_name: Any
-    wanted: Mapping[str, tuple[Any, ...]]
+        Raises:
+            SAEError: it is not sound or not supported, with every reason.
+        """
+        problems, (d_in, width, d_out) = [*self.problems], (*sizes, sizes[0])[:3]
+        for size, value in (("d_in", d_in), ("d_sae", width)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                problems.append(f"`{size}` is `{value}`, not a positive whole number")
+        if architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            problems.append(f"the architecture `{architecture}` is not supported; these are: {known}")
+        try:
+            layer, site, tap = site_of(hook_name)
+        except SAEError as error:
+            problems += error.problems if hook_name else ["it does not say which layer it reads"]
+        shapes = {"W_enc": (d_in, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
+        for ours, stored in tensors.items() if self.shapes else ():
+            shape = shapes.get(ours, (width,))
+            stored, shape = (stored[:-2], shape[::-1]) if stored.endswith(".T") else (stored, shape)
+            if (found := self.shapes.get(stored)) != shape:
+                problems.append(
+                    f"`{stored}` should have shape {shape}, the file has {'none' if found is None else found}"
+                )
+        if problems:
+            raise unusable(problems)
+        return SAEFolder(
+            path=self.path,
+            layer=layer,
+            site=site,
+            tap=tap,
+            width=width,
+            d_in=d_in,
+            architecture=architecture,
+            hook_name=hook_name,
+            model_name=str(model_name) if model_name else None,
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """One way of storing SAEs.
+def unusable(problems: list[str]) -> SAEError:
+    """An SAE that cannot be used, and every reason."""
+    return SAEError("the SAE cannot be used", problems=problems)
 
-    Attributes:
-        marker: the file that tells it from others; where one file is a whole SAE, how its name ends.
-        config: the file of the configuration, if the layout has one.
-        config_optional: whether an SAE may lack it.
-        weights: the file of the weights; empty where one file is a whole SAE.
-        read: finds what an SAE reads, without its weights.
-        convert: SAE, configuration, tensors in float32 -> configuration and state dict for SAELens.
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        SAEError: it is missing or holds none.
     """
-
-    marker: str
-    config: str | None = None
-    config_optional: bool = False
-    weights: str
-    read: Callable[[Stored], Claim]
-    convert: Callable[[SAEFolder, dict[str, Any], State], Converted]
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise unusable([f"`{path.name}` {reason}"]) from error
+    return value
 
 
 def sae_lens_config(folder: SAEFolder, architecture: str, *, b_dec_to_input: bool, **extra: Any) -> dict[str, Any]:
@@ -137,6 +194,14 @@ def sae_lens_config(folder: SAEFolder, architecture: str, *, b_dec_to_input: boo
         about["hook_name_out"] = OUTPUT
     sizes = {"d_in": folder.d_in, "d_sae": folder.width}
     return {"architecture": architecture, **sizes, "apply_b_dec_to_input": b_dec_to_input, "metadata": about, **extra}
+
+
+def renamed(tensors: State, names: Mapping[str, str]) -> State:
+    """Tensors by SAELens' names, as `Stored.folder` takes them."""
+    return {
+        ours: tensors[theirs.removesuffix(".T")].T.contiguous() if theirs.endswith(".T") else tensors[theirs]
+        for ours, theirs in names.items()
+    }
 
 
 def unit_decoder(state: State) -> State:

@@ -3,8 +3,7 @@
 import re
 from typing import Any
 
-from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config
-from stethoscope.saes.layouts.files import State
+from stethoscope.saes.layouts.base import Converted, SAEFolder, State, Stored, sae_lens_config
 
 TAPS = {
     "resid_post": "output",
@@ -12,9 +11,10 @@ TAPS = {
     "mlp_out": "post_feedforward_layernorm.output",
     "transcoder": "pre_feedforward_layernorm.output",
 }
+TENSORS = {"W_dec": "w_dec", "b_enc": "b_enc", "b_dec": "b_dec", "threshold": "threshold"}
 
 
-def read(stored: Stored) -> Claim:
+def read(stored: Stored) -> SAEFolder:
     """Without its configuration, the folder above says where it reads."""
     config, name, above = stored.config, stored.path.name, stored.path.parent.name
     tap, layer = TAPS.get(above.removesuffix("_all")), re.match(r"layer_(\d+)", name)
@@ -32,10 +32,8 @@ def read(stored: Stored) -> Claim:
         architecture = "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
     release = re.search(r"gemma-scope-2-(\w+-(?:it|pt))", stored.path.as_posix())
     model_name = config.get("model_name") or (release and f"google/gemma-3-{release[1]}")
-    d_in, width = stored.matrix("w_enc")
     # a transcoder's output is as wide as its input in every Gemma
-    wanted = {"w_dec": (width, d_in), "b_enc": (width,), "b_dec": (d_in,), "threshold": (width,)}
-    return Claim(hook_name, architecture, d_in, width, model_name, wanted)
+    return stored.folder(hook_name, architecture, stored.matrix("w_enc"), TENSORS, model_name=model_name)
 
 
 def convert(folder: SAEFolder, _config: dict[str, Any], tensors: State) -> Converted:
@@ -44,9 +42,3 @@ def convert(folder: SAEFolder, _config: dict[str, Any], tensors: State) -> Conve
         state["W_skip"] = state.pop("affine_skip_connection").T.contiguous()
     extra = {"d_out": folder.d_in} if folder.transcoder else {}
     return sae_lens_config(folder, folder.architecture, b_dec_to_input=False, **extra), state
-
-
-LAYOUT = Layout(
-    marker="params.safetensors", config="config.json", config_optional=True, weights="params.safetensors",
-    read=read, convert=convert,
-)  # fmt: skip

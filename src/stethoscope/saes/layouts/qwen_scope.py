@@ -3,11 +3,12 @@
 import re
 from typing import Any
 
-from stethoscope.saes.layouts.base import Claim, Converted, Layout, SAEFolder, Stored, sae_lens_config
-from stethoscope.saes.layouts.files import State, renamed
+from stethoscope.saes.layouts.base import Converted, SAEFolder, State, Stored, renamed, sae_lens_config
+
+TENSORS = {"W_enc": "W_enc.T", "W_dec": "W_dec.T", "b_enc": "b_enc", "b_dec": "b_dec"}
 
 
-def read(stored: Stored) -> Claim:
+def read(stored: Stored) -> SAEFolder:
     release = re.search(r"SAE-Res-([^/]+)-W\d+K-L0_\d+", stored.path.as_posix())
     layer = re.fullmatch(r"layer(\d+)\.sae\.pt", stored.path.name)
     if release is None or layer is None:
@@ -15,17 +16,11 @@ def read(stored: Stored) -> Claim:
             "its path does not say what it reads, as `SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer12.sae.pt` would"
         )
     hook_name = f"model.layers.{layer[1]}" if release and layer else ""
-    width, d_in = stored.matrix("W_enc")
-    wanted = {"W_dec": (d_in, width), "b_enc": (width,), "b_dec": (d_in,)}
-    return Claim(hook_name, "topk", d_in, width, release and f"Qwen/{release[1]}", wanted)
+    sizes = stored.matrix("W_enc")[::-1]
+    return stored.folder(hook_name, "topk", sizes, TENSORS, model_name=release and f"Qwen/{release[1]}")
 
 
 def convert(folder: SAEFolder, _config: dict[str, Any], tensors: State) -> Converted:
-    """The k largest of relu(z), k by the repository's name; b_dec is not subtracted, and matrices lie the other way."""
+    """The k largest of relu(z), k by the repository's name; b_dec is not subtracted."""
     k = re.findall(r"SAE-Res-[^/]+-L0_(\d+)", folder.path.absolute().as_posix())[-1]
-    names = {"b_enc": "b_enc", "b_dec": "b_dec"}
-    state = renamed(tensors, names, turned={"W_enc": "W_enc", "W_dec": "W_dec"})
-    return sae_lens_config(folder, "topk", b_dec_to_input=False, k=int(k)), state
-
-
-LAYOUT = Layout(marker=".sae.pt", weights="", read=read, convert=convert)  # the path itself is the file
+    return sae_lens_config(folder, "topk", b_dec_to_input=False, k=int(k)), renamed(tensors, TENSORS)

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-from stethoscope.saes.layouts.base import OUTPUT, Claim, Converted, Layout, SAEFolder, Stored, unit_decoder
-from stethoscope.saes.layouts.files import State, table
+from stethoscope.saes.layouts.base import OUTPUT, Converted, SAEFolder, State, Stored, unit_decoder
 
 # Tensors that hold a value per feature, by architecture.
 PER_FEATURE = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
 
 
-def read(stored: Stored) -> Claim:
-    config = {**stored.config, **stored.overrides}
-    about = {**config, **table(config.get("metadata"))}
+def read(stored: Stored) -> SAEFolder:
+    config = stored.config
+    about = {**config, **stored.table("metadata")}
     activation = str(config.get("activation_fn_str") or config.get("activation_fn") or "relu")
     if activation not in ("relu", "topk"):
         stored.problems.append(f"the activation function `{activation}` is not supported; these are: relu, topk")
@@ -20,29 +19,31 @@ def read(stored: Stored) -> Claim:
         architecture = "topk"
     normalized = config.get("normalize_activations")
     scaled = normalized is True or normalized in ("expected_average_only_in", "covariance_whitening")
-    if scaled and "norm_scaling_factor" not in stored.overrides:
+    if scaled and "norm_scaling_factor" not in config:
         stored.problems.append(
             f"it reads scaled activations but does not say the scale (normalize_activations: {normalized})"
         )
     if about.get("hook_head_index", about.get("hook_point_head_index")) is not None:
         stored.problems.append("it reads one attention head, which is not supported")
-    if table(about.get("model_from_pretrained_kwargs")).get("center_writing_weights"):
+    loading = about.get("model_from_pretrained_kwargs")
+    if isinstance(loading, dict) and loading.get("center_writing_weights"):
         stored.problems.append(
             "it reads TransformerLens' centred residual stream (center_writing_weights), not the model's"
         )
     hook_name = str(about.get("hf_hook_name") or about.get("hook_name") or about.get("hook_point") or "")
-    hook_name = hook_name.replace("{layer}", str(about.get("hook_point_layer")))
-    d_in, width = config.get("d_in"), config.get("d_sae")
-    d_out = config.get("d_out") if architecture.endswith("transcoder") else d_in
     per_feature = PER_FEATURE.get(architecture.split("_", 1)[0], ("b_enc",))
-    wanted = {"W_enc": (d_in, width), "W_dec": (width, d_out), "b_dec": (d_out,)}
-    wanted |= dict.fromkeys(per_feature, (width,))
-    return Claim(hook_name, architecture, d_in, width, about.get("model_name"), wanted)
+    sizes = [config.get(name) for name in ("d_in", "d_sae", "d_out" if architecture.endswith("transcoder") else "d_in")]
+    return stored.folder(
+        hook_name.replace("{layer}", str(about.get("hook_point_layer"))),
+        architecture,
+        sizes,
+        {name: name for name in ("W_enc", "W_dec", "b_dec", *per_feature)},
+        model_name=about.get("model_name"),
+    )
 
 
 def convert(folder: SAEFolder, config: dict[str, Any], state: State) -> Converted:
     """As SAELens reads it, but for four things that it leaves to its user or has forgotten."""
-    config = {**config, **folder.overrides}
     about = config["metadata"] if isinstance(config.get("metadata"), dict) else config
     about.pop("model_from_pretrained_kwargs", None)  # only makes SAELens warn
     if folder.transcoder:
@@ -61,6 +62,3 @@ def convert(folder: SAEFolder, config: dict[str, Any], state: State) -> Converte
         state["threshold"] = state.pop("topk_threshold").float().expand(folder.width).clone()
         config["architecture"] = "jumprelu"
     return config, state
-
-
-LAYOUT = Layout(marker="cfg.json", config="cfg.json", weights="sae_weights.safetensors", read=read, convert=convert)

@@ -1,28 +1,33 @@
 """What a selection or calibration has seen, so that no claim is tested on it.
 
     seen = Seen.of([*target, *control])
-    seen.save(folder)
     Seen.load(folder).holds("Solve $x + 3 = 5$ for $x$.")
+    refuse_seen(seen_items(load_tasks(["minerva_math"]), seen))
 
 A text is taken for seen if all of its runs of 32 words occur in the documents seen, whatever stands around it; a text
 of fewer words is judged by runs of 16, 8 or 4, so that templates with other numbers in them are told apart.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy import ndarray
 
-from stethoscope.documents import Document
-from stethoscope.errors import StethoscopeError
+from stethoscope.display import first_of
+from stethoscope.errors import EvaluationError, StethoscopeError
+from stethoscope.text.documents import Document
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
 
 FILE = "seen.npy"
-# Runs of words, longest first: a text too short for one is judged by the next, and one of fewer than four words not.
-RUNS = (32, 16, 8, 4)
+RUNS = (32, 16, 8, 4)  # words, longest first; a text of fewer than four is not judged
+SHOWN = 5  # items named per task
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -35,13 +40,11 @@ class Seen:
     @classmethod
     def of(cls, documents: Iterable[Document]) -> "Seen":
         """Everything in these documents, chats included."""
-        found = {
-            run
-            for document in documents
-            for text in _texts(document)
-            for length in RUNS
-            for run in _runs(_words(text), length)
-        }
+        found: set[int] = set()
+        for document in documents:
+            for message in [{"content": document}] if isinstance(document, str) else document:
+                words = _words(str(message.get("content") or ""))
+                found.update(run for length in RUNS for run in _runs(words, length))
         return cls(np.array(sorted(found), dtype=np.uint64))
 
     def holds(self, text: str) -> bool:
@@ -73,8 +76,34 @@ class Seen:
             ) from error
 
 
-def _texts(document: Document) -> list[str]:
-    return [document] if isinstance(document, str) else [str(message.get("content") or "") for message in document]
+def seen_items(tasks: "Mapping[str, Task]", seen: Seen, *, limit: int | None = None) -> dict[str, tuple[int, ...]]:
+    """Numbers of the items of each task whose question has been seen; tasks without any are left out."""
+    found = {
+        name: tuple(i for i, item in enumerate([*task.eval_docs][:limit]) if seen.holds(_question(task, item)))
+        for name, task in tasks.items()
+    }
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
+def refuse_seen(found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if there are any seen items.
+
+    Raises:
+        EvaluationError: there are; they are named.
+    """
+    if found:
+        raise EvaluationError(
+            "the evaluation would test on items that the choice of layers has seen",
+            problems=[f"`{name}`: item {first_of([*map(str, numbers)], SHOWN)}" for name, numbers in found.items()],
+            hint="take other text for the diagnosis, or set `evaluate.exploratory: true`: the report will then say so",
+        )
+
+
+def _question(task: "Task", document: Mapping[str, Any]) -> str:
+    """What an item asks: the longest of its fields that stands in its prompt, else the prompt itself."""
+    prompt = str(task.doc_to_text(document))
+    fields = (value.strip() for value in document.values() if isinstance(value, str))
+    return max((field for field in fields if field and field in prompt), key=len, default=prompt)
 
 
 def _words(text: str) -> list[str]:

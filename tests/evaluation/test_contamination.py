@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stethoscope.errors import StethoscopeError
-from stethoscope.seen import Seen
+from stethoscope.evaluation.contamination import Seen
 
 DOCUMENT = (
     "Problem:\nSolve $t + 26 = 28$ for $t$.\n\nSolution: $t = 2$.\n\nProblem: How many legs have 3 cats and 2 ants?"

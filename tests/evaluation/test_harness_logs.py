@@ -14,9 +14,9 @@ from made_arms import save_pair, task_writer
 
 from stethoscope import cli
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation import compare
+from stethoscope.evaluation.comparison import compare
+from stethoscope.evaluation.harness_logs import join, read_results
 from stethoscope.evaluation.run import evaluate_checkpoints
-from stethoscope.evaluation.samples import join, read_results
 
 
 def write_logs(model: Path, tasks: Path, out: Path, *, limit: int | None = None, samples: bool = True, shots=2) -> Path:

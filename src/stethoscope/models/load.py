@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.errors import CheckpointError, StethoscopeError
 
@@ -99,18 +99,6 @@ def load_model(
     model.requires_grad_(False)
     moved: Any = model  # its `to` is decorated, which hides its arguments from mypy
     moved.to(device)
-    return model.eval()
-
-
-def load_skeleton(path: str | Path, *, dtype: torch.dtype) -> PreTrainedModel:
-    """A checkpoint's model without its weights, on the device ``meta``, for what its configuration tells."""
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(str(path)), dtype=dtype
-            )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the configuration of `{path}` cannot be read: {error}") from error
     return model.eval()
 
 

@@ -42,8 +42,12 @@ def read_documents(
     if path.suffix == ".txt":
         text = _text(path)
         return [text] if text.strip() else _none(path)
-    read = {".jsonl": _jsonl, ".parquet": _parquet}.get(path.suffix)
-    rows = read(path, field, limit) if read else _dataset(path, field, limit, split)
+    if path.suffix == ".jsonl":
+        rows: Iterable[tuple[str, Any]] = json_lines(path)
+    elif path.suffix == ".parquet":
+        rows = _parquet(path, field, limit)
+    else:
+        rows = _dataset(path, field, limit, split)
     documents: list[Any] = []
     problems: list[str] = []
     for where, row in rows:
@@ -69,6 +73,16 @@ def read_documents(
     return documents[:limit] or _none(path)
 
 
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """The lines of a file that are not blank: where each stands, and its value or the error that it is not JSON."""
+    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: strings may hold other line ends
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                yield f"line {number}", error
+
+
 def _none(path: Path) -> list[Any]:
     raise StethoscopeError(f"`{path}` holds no documents")
 
@@ -86,15 +100,6 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise StethoscopeError(f"the text `{path}` cannot be read: {error}") from error
-
-
-def _jsonl(path: Path, _field: str, _limit: int | None) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_text(path).split("\n"), 1):  # not splitlines: strings may hold other line ends
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                yield f"line {number}", error
 
 
 def _parquet(path: Path, field: str, limit: int | None) -> list[tuple[str, Any]]:

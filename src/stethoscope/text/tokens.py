@@ -17,8 +17,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from stethoscope.documents import Chat, Document, documents_hash, read_documents
 from stethoscope.errors import StethoscopeError
+from stethoscope.text.documents import Chat, Document, documents_hash, read_documents
 
 __all__ = [
     "Document",

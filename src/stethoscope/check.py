@@ -1,0 +1,283 @@
+"""Opens everything that a recipe refers to by headers alone, and checks that it fits together, before any long work.
+
+check_recipe(recipe, Path("runs/mine"))   # in a second or two: no weights read, no tasks built, nothing heavy imported
+check_run(recipe, Path("runs/mine"))      # the first step of a run: also builds the tasks and looks for seen items
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.files import read_json_object
+from stethoscope.checkpoints.hub import HUB_ID
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.preview import Preview, preview
+from stethoscope.editing.residual_axis import residual_axes
+from stethoscope.errors import RecipeError, StethoscopeError
+from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
+from stethoscope.evaluation.names import unknown_tasks
+from stethoscope.recipe import ATTRIBUTION, FEWEST_BLOCKS, GENERAL, HELD_OUT, OTHERS, SCALPEL_ARMS, LossText, Recipe
+from stethoscope.saes.open import SITES, SAEFolder, check_fit, check_source, open_saes
+from stethoscope.text.documents import Document, read_documents
+
+
+@dataclass(kw_only=True)
+class Check:
+    """What a recipe refers to, opened by headers, and everything that is wrong.
+
+    Attributes:
+        problems: reasons why the recipe cannot be run.
+        notes: what will differ from what the recipe asks, though it can be run.
+        unseen: names on the hub that were not opened, by the recipe's key.
+        base, task_vector, edit: None where they could not be opened, or were not because they are on the hub.
+        prompts: the prompts with which the documents of some texts begin.
+        tasks, control_tasks: names of the tasks that were built, groups expanded.
+        seen: the texts that the choice of layers may see, so that no claim is tested on them.
+        seen_items: numbers of the test items that occur in those texts, by task.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    unseen: dict[str, str] = field(default_factory=dict)
+    base: Checkpoint | None = None
+    task_vector: TaskVector | None = None
+    saes: dict[int, SAEFolder] = field(default_factory=dict)
+    texts: dict[str, list[Document]] = field(default_factory=dict)
+    prompts: dict[str, list[str]] = field(default_factory=dict)
+    edit: Preview | None = None
+    tasks: list[str] = field(default_factory=list)
+    control_tasks: list[str] = field(default_factory=list)
+    seen: Seen = field(default_factory=lambda: Seen.of([]))
+    seen_items: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The value of a call, or None if it raises an error for the user, which becomes a problem."""
+        try:
+            return function(*args, **options)
+        except StethoscopeError as error:
+            self.problems.append(str(error).replace("\n\n", "\n").replace("\n", "\n    "))
+            return None
+
+    def raise_problems(self) -> None:
+        """Raise all problems at once.
+
+        Raises:
+            RecipeError: there are problems.
+        """
+        if self.problems:
+            raise RecipeError("the recipe cannot be run", problems=self.problems)
+
+    def summary(self) -> dict[str, Any]:
+        """What was found, as plain values."""
+        return {
+            "layers": self.base and self.base.layers,
+            "hidden_size": self.base and self.base.hidden_size,
+            "tensors": self.task_vector and len(self.task_vector.names),
+            "saes": sorted(self.saes),
+            "texts": {name: len(documents) for name, documents in self.texts.items()},
+            "unseen": self.unseen,
+            "edit": self.edit and asdict(self.edit),
+            "notes": self.notes,
+        }
+
+    def table(self) -> list[list[str]]:
+        """What was found, one row each, with a header row."""
+        rows = [["what", "found"]]
+        if self.base:
+            rows.append(["base", f"{self.base.layers} layers of width {self.base.hidden_size}"])
+        if self.task_vector:
+            rows.append(["task vector", f"{len(self.task_vector.names)} tensors"])
+        if self.saes:
+            rows.append(["SAEs", f"for {len(self.saes)} layers"])
+        rows += [[f"{name} text", f"{len(documents)} documents"] for name, documents in self.texts.items()]
+        rows += [[what, f"{name}: on the hub, not looked at"] for what, name in self.unseen.items()]
+        if edit := self.edit:
+            rows += [
+                ["edited checkpoint", f"changes {edit.tensors} tensors ({edit.bytes_changed / 1e6:,.1f} MB)"],
+                ["writing it", f"{edit.bytes_written / 1e9:,.2f} GB in about {edit.seconds:.0f} s"],
+                ["disk", f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free"],
+                *(["warning", text] for text in edit.warnings),
+            ]
+        return rows
+
+
+def check_recipe(recipe: Recipe, folder: Path, *, offline: bool = False) -> Check:
+    """Check everything that a recipe refers to, by names, configs and headers.
+
+    From the hub only the headers of the models are read; SAEs and texts there are not opened.
+
+    Args:
+        folder: the run's folder.
+        offline: do not open models on the hub either.
+
+    Raises:
+        RecipeError: everything that is missing or does not fit, at once.
+    """
+    found, options = Check(), recipe.evaluate
+    _open(found, recipe, folder, headers_only=True, hub_texts=False, offline=offline)
+    if options.include_path is not None and not options.include_path.is_dir():
+        found.problems.append(f"the folder of tasks `{options.include_path}` does not exist")
+    else:
+        for name, near in unknown_tasks([*options.tasks, *options.control_tasks], options.include_path).items():
+            hint = f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
+            found.problems.append(f"the task `{name}` is not known{hint}")
+    if options.data is not None and not options.data.exists():
+        found.problems.append(f"the data `{options.data}` does not exist")
+    found.raise_problems()
+    return found
+
+
+def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Check:
+    """Open everything that a recipe refers to, without reading weights, and build its tasks.
+
+    Args:
+        folder: the run's folder.
+        headers_only: fetch no weights of models or SAEs from the hub; enough for a check, not for a run.
+
+    Raises:
+        RecipeError: everything that is missing or does not fit, at once.
+    """
+    # the harness takes seconds to import
+    from stethoscope.evaluation.tasks import load_tasks
+    from stethoscope.models.load import find_device
+
+    found, options = Check(), recipe.evaluate
+    _open(found, recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
+    found.attempt(find_device, recipe.device)
+    where: dict[str, Any] = {"include_path": options.include_path, "data": options.data, "seed": recipe.seed}
+    tasks = found.attempt(load_tasks, options.tasks, **where) or {}
+    controls = (found.attempt(load_tasks, options.control_tasks, **where) if options.control_tasks else {}) or {}
+    found.tasks, found.control_tasks = list(tasks), list(controls)
+    held_out = (GENERAL, HELD_OUT)
+    found.seen = Seen.of(text for name, texts in found.texts.items() if name not in held_out for text in texts)
+    found.seen_items = seen_items({**tasks, **controls}, found.seen, limit=options.limit)
+    for name in held_out:
+        if numbers := tuple(i for i, text in enumerate(found.texts.get(name, ())) if found.seen.holds(str(text))):
+            found.seen_items[f"{name} text"] = numbers
+    if not options.exploratory:
+        found.attempt(refuse_seen, found.seen_items)
+    found.raise_problems()
+    return found
+
+
+def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, offline: bool) -> None:
+    for name in ("base", "tuned") if offline else ():
+        source = getattr(recipe, name)
+        if not Path(source).is_absolute():  # local paths are absolute once a recipe is read
+            if not HUB_ID.fullmatch(source):
+                found.problems.append(
+                    f"there is no folder `{source}`\n    hint: give a folder, or a hub id like `owner/name`"
+                )
+            found.unseen[name] = source
+    if "base" not in found.unseen:
+        found.base = found.attempt(open_checkpoint, recipe.base, headers_only=headers_only)
+    if found.base and "tuned" not in found.unseen:
+        found.task_vector = found.attempt(open_task_vector, found.base, recipe.tuned, headers_only=headers_only)
+    found.saes = found.attempt(check_source if headers_only else open_saes, recipe.saes, sae_id=recipe.sae_id) or {}
+    if not found.saes and not Path(recipe.saes).is_absolute():
+        found.unseen["saes"] = recipe.saes
+    _check_saes(found, recipe)
+    _check_choices(found, recipe)
+    _read_texts(found, recipe, hub_texts=hub_texts)
+    if found.base and found.task_vector:
+        # whichever layers are chosen: those with most bytes, or all, where k is not known yet
+        size: Counter[int] = Counter()
+        for name in found.task_vector.names:
+            entry = found.base.entries[name]
+            if entry.layer is not None:
+                size[entry.layer] += entry.nbytes
+        layers = [layer for layer, _ in size.most_common(recipe.select.k)]
+        plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
+        found.edit = preview(found.base, found.task_vector, plan, folder / "edited", overwrite=True)
+        found.problems += found.edit.problems
+
+
+def _check_saes(found: Check, recipe: Recipe) -> None:
+    """Check that the SAEs fit the base, and the arms and ``k`` that the recipe asks for."""
+    base, saes = found.base, found.saes
+    projected = [arm for arm in recipe.arms if arm in SCALPEL_ARMS]
+    if projected and any(sae.site == "attn_z" for sae in saes.values()):
+        found.problems.append(
+            "the SAEs read the attention heads' outputs before they are mixed into the residual stream, so nothing can"
+            f" be projected onto them: leave out {', '.join(f'`{arm}`' for arm in projected)} of `arms`"
+        )
+    if saes and recipe.select.k is not None and recipe.select.k > len(saes):
+        found.problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
+    if base and saes:
+        heads = base.entries.get("layers.0.self_attn.o_proj.weight")
+        found.attempt(
+            check_fit,
+            saes,
+            hidden_size=base.hidden_size,
+            num_layers=base.layers,
+            model_name=recipe.base,
+            sites=SITES,
+            attn_width=heads.shape[1] if heads else None,
+        )
+        if projected and found.task_vector:
+            found.attempt(residual_axes, found.task_vector, saes, base.hidden_size)
+
+
+def _check_choices(found: Check, recipe: Recipe) -> None:
+    """Check the score, and that arms of other layers than the selected ones have such layers."""
+    from stethoscope.diagnosis.scores import SCORES
+
+    known = (*SCORES, ATTRIBUTION)
+    if recipe.score not in known:
+        near = get_close_matches(recipe.score, known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(known)}"
+        found.problems.append(f"unknown score `{recipe.score}`; {hint}")
+    k = recipe.select.k if recipe.select.chooses_k else None
+    every = found.base is not None and k == found.base.layers
+    without = OTHERS if every else ("bottom_layers", "hybrid") if found.saes and k == len(found.saes) else ()
+    if none := [f"`{arm}`" for arm in recipe.arms if arm in without]:
+        found.notes.append(
+            f"note: `select` takes all {k} layers{'' if every else ' that have SAEs'}, so {', '.join(none)} will be"
+            " left out: there are no other layers for them"
+        )
+
+
+def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
+    """Read every text with its prompts, and check that there are enough documents and a chat template for chats."""
+    for name, text in recipe.texts.items():
+        if not hub_texts and not Path(text.dataset).is_absolute():
+            found.unseen[f"{name} text"] = text.dataset
+            continue
+        options: dict[str, Any] = {"limit": text.documents, "split": text.split}
+        documents = found.attempt(read_documents, text.dataset, field=text.field, **options)
+        prompts = None
+        if documents and isinstance(text, LossText) and text.prompt:
+            prompts = found.attempt(read_documents, text.dataset, field=text.prompt, **options)
+        if prompts and not all(isinstance(part, str) for part in (*prompts, *documents)):
+            found.problems.append(f"the {name} text has chats, which take no `prompt`\n    hint: leave `prompt` out")
+        elif prompts:
+            found.prompts[name] = prompts
+            documents = [f"{prompt}{document}" for prompt, document in zip(prompts, documents, strict=True)]
+        if documents:
+            found.texts[name] = documents
+    size = recipe.diagnose.block_size
+    for name in recipe.corpora:
+        count = len(found.texts.get(name, ()))
+        if count and (blocks := -(-count // size)) < FEWEST_BLOCKS:
+            largest = count // FEWEST_BLOCKS
+            hint = f"set `diagnose.block_size` to {largest} or less, or give more" if largest else "give more"
+            found.problems.append(
+                f"the {count} documents of the {name} text are {blocks} blocks of up to {size}; {FEWEST_BLOCKS} blocks"
+                f" or more are needed to tell a difference from chance\n    hint: {hint}"
+            )
+    chats = [name for name, documents in found.texts.items() if not isinstance(documents[0], str)]
+    settings = found.base.path / "tokenizer_config.json" if found.base else None
+    if chats and settings is not None and settings.is_file():
+        templates = (settings.with_name(f"chat_template.{suffix}") for suffix in ("jinja", "json"))
+        config = found.attempt(read_json_object, settings, hint="it belongs to the base's tokenizer")
+        if config is not None and "chat_template" not in config and not any(path.is_file() for path in templates):
+            found.problems.append(
+                f"the base's tokenizer has no chat template, so the {', '.join(chats)} text cannot be rendered\n"
+                "    hint: give texts, or an instruction-tuned model"
+            )

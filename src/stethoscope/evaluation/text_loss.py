@@ -1,0 +1,197 @@
+"""What an edit costs on text, per document: loss, and divergence from the base's distributions.
+
+document_losses(model, documents)                                  # the model as it stands
+document_costs(model, {"edited": swap.entered}, documents)         # of many arms, loss and divergence in one pass
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stethoscope.artifacts import Artifact, Provenance, Saved
+from stethoscope.errors import EvaluationError
+from stethoscope.evaluation.outcomes import PerDocument
+from stethoscope.losses import chunk_size, head_logits, run, token_losses
+
+Documents = Sequence[Sequence[int]]  # token ids
+Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]
+
+
+class TextLoss(Artifact):
+    """One arm's loss on each document of a text: sums in nats over predicted tokens."""
+
+    FILE: ClassVar[str] = "loss.json"
+
+    sums: tuple[float, ...]
+    tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls: type[Saved], measured: PerDocument, provenance: Provenance) -> Saved:
+        """What was measured, ready to be saved."""
+        values = {"sums": measured.sums.tolist(), "tokens": measured.tokens.tolist()}
+        return cls.model_validate({"provenance": provenance, **values})
+
+    @property
+    def measured(self) -> PerDocument:
+        """As it was measured."""
+        return PerDocument(sums=np.array(self.sums, dtype=np.float64), tokens=np.array(self.tokens, dtype=np.int64))
+
+
+class TextDivergence(TextLoss):
+    """One arm's divergence from the base on each document of a text: sums in nats over predicted tokens."""
+
+    FILE: ClassVar[str] = "divergence.json"
+
+
+class DocumentCosts(NamedTuple):
+    """One arm's loss on each document of a text, and its divergence from the base, KL(base || arm)."""
+
+    loss: PerDocument
+    divergence: PerDocument
+
+    def save(self, folder: Path, provenance: Provenance) -> None:
+        """Write ``loss.json`` and ``divergence.json``."""
+        TextLoss.of(self.loss, provenance).save(folder)
+        TextDivergence.of(self.divergence, provenance).save(folder)
+
+    @classmethod
+    def load_if_current(cls, folder: Path, provenance: Provenance) -> "DocumentCosts | None":
+        """What `save` wrote, if both were made from exactly these inputs; else None."""
+        loss = TextLoss.load_if_current(folder, provenance)
+        divergence = TextDivergence.load_if_current(folder, provenance)
+        return cls(loss.measured, divergence.measured) if loss and divergence else None
+
+
+class ArmLosses(NamedTuple):
+    """Every arm's losses on the recipe's texts; each is empty where the recipe names no such text."""
+
+    general: dict[str, DocumentCosts]
+    target: dict[str, PerDocument]
+
+
+@torch.no_grad()
+def document_losses(
+    model: PreTrainedModel, documents: Documents, *, starts: Sequence[int] | None = None, batch_tokens: int = 4096
+) -> PerDocument:
+    """Next-token loss of every document, in nats.
+
+    The log-softmax is taken in float32 over a few tokens at a time, so the logits of a whole batch never exist.
+
+    Args:
+        model: a causal language model, on its device, in the state to measure.
+        documents: token ids of each document, cut to the length to be read; the first token is not predicted.
+        starts: the first token of each document that counts, such as the first after a prompt; all if not given.
+        batch_tokens: tokens of a batch, padding included.
+
+    Raises:
+        EvaluationError: no document has two tokens, none has one that counts, or a loss is not finite.
+    """
+    found = _zeros(len(documents))
+    for batch, ids, _, judged in _batches(documents, starts, batch_tokens):
+        found.tokens[batch] = judged.sum(1)
+        found.sums[batch] = token_losses(model, run(model, ids), ids, judged).double().sum(1).cpu()
+    _check_finite("control loss", {"": found})
+    return found
+
+
+@torch.no_grad()
+def document_costs(
+    model: PreTrainedModel,
+    arms: Arms,
+    documents: Documents,
+    *,
+    starts: Sequence[int] | None = None,
+    batch_tokens: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, DocumentCosts]:
+    """Loss, and KL(base || arm) of the next-token distributions, on every document, in nats, for all arms in one pass.
+
+    All sets of weights stay in memory and are exchanged within a batch, so the base's distributions are computed
+    once for all arms and never stored. Arguments and errors are as for `document_losses`, whose losses are the same.
+
+    Args:
+        model: in the base state, on its device.
+        arms: name to a callable whose context puts the model into that arm's state and takes it back; it is entered
+            many times, so give `Swap.entered` of `editing.apply.prepare`, which only exchanges pointers. An arm that
+            is `contextlib.nullcontext` is the base, which is run anyway; its divergence is exactly 0.
+        starts: the first token of each document whose loss counts; divergences count all.
+        progress: called with tokens that are predicted, done and in all.
+    """
+    costs = {name: DocumentCosts(_zeros(len(documents)), _zeros(len(documents))) for name in arms}
+    edits = {name: enter for name, enter in arms.items() if enter is not nullcontext}
+    done, total = 0, sum(max(len(document) - 1, 0) for document in documents)
+    for batch, ids, real, judged in _batches(documents, starts, batch_tokens):
+        base, changed = run(model, ids), {}
+        for name, enter in edits.items():
+            with enter():
+                changed[name] = run(model, ids)
+        sums = {name: torch.zeros(2, *real.shape, device=model.device) for name in arms}  # losses, divergences
+        targets = ids[:, 1:].to(model.device)
+        for some in real.nonzero().to(model.device).split(chunk_size(model)):
+            at = some[:, 0], some[:, 1]
+            expected = head_logits(model, base, base.last_hidden_state[at]).float().log_softmax(-1)
+            for name in arms:
+                found = expected
+                if name in edits:
+                    with edits[name]():
+                        hidden = changed[name].last_hidden_state[at]
+                        found = head_logits(model, changed[name], hidden).float().log_softmax(-1)
+                    apart = torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True)
+                    sums[name][1][at] = apart.sum(-1)
+                sums[name][0][at] = -found.gather(1, targets[at][:, None])[:, 0]
+        for name, (loss, divergence) in sums.items():
+            counted = loss.where(judged.to(model.device), 0.0)
+            for cost, values, which in zip(costs[name], (counted, divergence), (judged, real), strict=True):
+                cost.sums[batch], cost.tokens[batch] = values.double().sum(1).cpu(), which.sum(1)
+        done += int(real.sum())
+        if progress:
+            progress(done, total)
+    _check_finite("control loss", {name: cost.loss for name, cost in costs.items()})
+    _check_finite("divergence from the base", {name: cost.divergence for name, cost in costs.items()})
+    return costs
+
+
+def _zeros(documents: int) -> PerDocument:
+    return PerDocument(sums=np.zeros(documents), tokens=np.zeros(documents, dtype=np.int64))
+
+
+def _check_finite(what: str, measured: Mapping[str, PerDocument]) -> None:
+    bad = [name for name, cost in measured.items() if not np.isfinite(cost.sums).all()]
+    if bad:
+        raise EvaluationError(
+            f"the {what} is not finite",
+            problems=[f"arm `{name}`" for name in bad if name],
+            hint="evaluate in bfloat16 or float32, not float16",
+        )
+
+
+def _batches(
+    documents: Documents, starts: Sequence[int] | None, batch_tokens: int
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Documents of similar length, padded on the right.
+
+    Yields:
+        their numbers; ids [rows, tokens]; which tokens but the first are predicted, and which of them count, [rows,
+        tokens - 1].
+    """
+    firsts = [1] * len(documents) if starts is None else starts
+    order = sorted((i for i, d in enumerate(documents) if len(d) > 1), key=lambda i: (-len(documents[i]), i))
+    if not order:
+        raise EvaluationError("no control document has two tokens", hint="give longer control text")
+    if not any(len(documents[i]) > firsts[i] for i in order):
+        raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
+    while order:
+        longest = len(documents[order[0]])
+        size = max(1, batch_tokens // longest)
+        batch, order = order[:size], order[size:]
+        places = torch.arange(1, longest)
+        real = places < torch.tensor([len(documents[i]) for i in batch])[:, None]
+        # Under a causal mask no real token sees the padding, so no mask is needed.
+        ids = torch.tensor([list(documents[i]) + [0] * (longest - len(documents[i])) for i in batch])
+        yield batch, ids, real, real & (places >= torch.tensor([firsts[i] for i in batch])[:, None])

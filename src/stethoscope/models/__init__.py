@@ -1,0 +1,1 @@
+"""Transformers models: loading, and reading activations at the sites of their blocks."""

@@ -1,0 +1,106 @@
+"""How charts look: colours, type, axes.
+
+Every colour is one of ``COLOURS`` and occurs as it stands in the SVG: the page's style sheet swaps them for those of
+``DARK`` on dark screens by value, so that no script is needed to print a page light.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+# Okabe and Ito's palette, told apart by the colour-blind; kinds also differ in shape.
+COLOURS = {
+    "ink": "#1b1c1e",
+    "muted": "#5f6368",
+    "line": "#d7d9dc",
+    "paper": "#ffffff",
+    "null": "#e3e5e8",
+    "selected": "#0072b2",
+    "other": "#6b7077",
+    "tuned": "#d55e00",
+    "projected": "#b04a86",
+    "edit": "#007a5a",
+}
+DARK = {
+    "ink": "#e8eaed",
+    "muted": "#a4a9b0",
+    "line": "#3c4046",
+    "paper": "#16181b",
+    "null": "#2b2f35",
+    "selected": "#56b4e9",
+    "other": "#9aa0a8",
+    "tuned": "#f0894a",
+    "projected": "#e39ac6",
+    "edit": "#4cc2a0",
+}
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+
+
+def axis(number: str, ticks: int = 6, **options: Any) -> alt.Axis:
+    """An axis of numbers in a d3 format, without a sign on zero."""
+    return alt.Axis(labelExpr="datum.value === 0 ? '0' : datum.label", format=number, tickCount=ticks, **options)
+
+
+def y_axis(number: str, ticks: int = 6) -> alt.Axis:
+    """The same, of a fixed width, so that charts above each other are flush."""
+    return axis(number, ticks, minExtent=38, maxExtent=38)
+
+
+def y(field: str, number: str, ticks: int = 6, **options: Any) -> alt.Y:
+    """A quantity on the y axis, which the line above the chart explains."""
+    return alt.Y(f"{field}:Q", title=None, axis=y_axis(number, ticks), **options)
+
+
+def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
+    """Tooltips of fields such as ``arm:N``, each with its format and its title where it has one."""
+    found = []
+    for field in fields:
+        name, number, *title = (field, "") if isinstance(field, str) else field
+        options = {"format": number} if number else {}
+        found.append(alt.Tooltip(name, **options, **({"title": title[0]} if title else {})))
+    return found
+
+
+def rule(field: str, at: float, colour: str = "muted", **options: Any) -> alt.Chart:
+    """A line across a chart, for its ``x`` or ``y`` to be given in ``field``."""
+    return alt.Chart(alt.Data(values=[{field: at}])).mark_rule(color=COLOURS[colour], **options)
+
+
+def when(field: str, value: Any, otherwise: Any) -> Any:
+    """One value where a row's ``field`` is true, and another elsewhere."""
+    return alt.condition(f"datum.{field}", alt.value(value), alt.value(otherwise))
+
+
+def title(text: str) -> alt.TitleParams:
+    """A quiet line above a chart, which says what its y axis is."""
+    return alt.TitleParams(text, anchor="start", frame="bounds", fontSize=12, fontWeight="normal", offset=8)
+
+
+def drawn(
+    *layers: alt.Chart, heading: str, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int, height: int
+) -> alt.LayerChart:
+    """Layers as one finished chart, ``width`` and ``height`` of its plotting area in pixels."""
+    chart = alt.layer(*layers).properties(width=width, height=height, title=title(heading), datasets=data)
+    return configured(chart)
+
+
+def configured(chart: Any) -> Any:
+    """A finished chart with the report's type and colours."""
+    return (
+        chart.configure(background=COLOURS["paper"], font=FONT, padding=4)
+        .configure_view(stroke=None)
+        .configure_title(color=COLOURS["ink"])
+        .configure_legend(labelColor=COLOURS["ink"], labelFontSize=12, padding=0, offset=6)
+        .configure_axis(
+            labelColor=COLOURS["muted"],
+            titleColor=COLOURS["muted"],
+            titleFontWeight="normal",
+            labelFontSize=11,
+            titleFontSize=11,
+            domainColor=COLOURS["line"],
+            tickColor=COLOURS["line"],
+            gridColor=COLOURS["line"],
+            gridOpacity=0.5,
+        )
+    )

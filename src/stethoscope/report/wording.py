@@ -1,0 +1,253 @@
+"""The report's sentences: what the comparison shows, said so that "no evidence of benefit" can be said."""
+
+from typing import NamedTuple
+
+from stethoscope.display import interval, listed, points
+from stethoscope.results.comparison import Comparison, Contrast, PairedDifference, is_random
+from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
+from stethoscope.results.edits import Edits
+from stethoscope.results.geometry import Geometry
+from stethoscope.results.selection import Selection
+
+# Fewer items than this per task leave intervals of about 14 points or more.
+SMALL_SAMPLE = 200
+
+_ARMS = {
+    "base": "the base model, unchanged",
+    "tuned": "the whole fine-tune: every layer's weight change",
+    "selected": "the raw weight change in the selected layers only",
+    "random_layers": "the raw weight change in as many layers, drawn at random",
+    "scaled": "the raw weight change in every layer, at the coefficient that gives the selected edit's energy",
+    "norm_ranked": "the raw weight change in as many layers, those in which it is largest",
+    "bottom_layers": "the raw weight change in as many layers, those that stand out least",
+    "random_matched": "the raw weight change in as many layers, drawn among sets of about the same energy",
+    "projected": "the weight change in the selected layers, projected onto their top features' directions",
+    "projected_energy_matched": "the projected edit, rescaled in each layer to the raw edit's norm",
+    "complement": "what the projection throws away: the weight change less its projection",
+    "random_subspace": "the weight change projected onto as many random directions",
+    "random_subspace_energy_matched": "that, rescaled in each layer to the raw edit's norm",
+    "hybrid": "raw in the selected layers; in the others projected onto the fewest features that keep the share",
+    "filtered": "in the selected layers, projected onto the fewest features that keep the recipe's share of energy",
+}
+
+
+def describe_arm(arm: str, edits: Edits | None) -> str:
+    """What an arm is, by its name, and which layers it changes; empty for one of the user's own without a plan."""
+    text = _ARMS.get("random_layers" if is_random(arm) else arm, "")
+    plan = edits.plans.get(arm) if edits else None
+    if plan is None or not plan["layers"] or plan["default"]:
+        return text
+    return f"{text}{': ' if text else ''}layers {listed(sorted(plan['layers'], key=lambda layer: int(str(layer))))}"
+
+
+def headline(comparison: Comparison) -> tuple[str, str]:
+    """The verdict on the selected layers against the baseline: its first clause, and what follows."""
+    first, _, rest = comparison.verdict.partition("; ")
+    return first.rstrip(".") + ".", rest[:1].upper() + rest[1:]
+
+
+def findings(comparison: Comparison, geometry: Geometry | None) -> list[tuple[str, str]]:
+    """What else the arms show, as pairs of a heading and sentences."""
+    found = []
+    if rivals := _against_random(comparison):
+        found.append(("Against random layers", rivals))
+    if everywhere := comparison.find("selected", "scaled"):
+        found.append(("Against all layers at equal energy", everywhere.verdict))
+    for arm in comparison.arms:
+        contrast = comparison.find(arm)
+        if contrast and arm.startswith("tuned"):
+            found.append(("The whole fine-tune", contrast.verdict + _share_kept(comparison, contrast)))
+        elif contrast and arm == "projected":
+            found.append(("Projected", f"{contrast.verdict} {geometry.verdict if geometry else ''}".strip()))
+    return found
+
+
+def _against_random(comparison: Comparison) -> str:
+    contrasts = [c for c in comparison.contrasts if c.b == "selected" and is_random(c.a)]
+    if not contrasts:
+        return ""
+    clear = [c.pooled.difference for c in contrasts if c.significant(comparison.alpha)]
+    better, worse, total = sum(d > 0 for d in clear), sum(d < 0 for d in clear), len(contrasts)
+
+    def sets(count: int) -> str:
+        if total == 1:
+            return "the random layer set"
+        every = "both" if total == 2 else f"all {total}"
+        return f"{every} random layer sets" if count == total else f"{count} of {total} random layer sets"
+
+    if better:
+        says = f"The selected layers beat {sets(better)}" + (f" and do worse than {sets(worse)}" if worse else "")
+    elif worse:
+        says = f"The selected layers do worse than {sets(worse)}"
+    else:
+        says = "No evidence that the selected layers are better than random ones"
+    differences = "; ".join(f"{_points(c.pooled)} over `{c.a}`" for c in contrasts)
+    return f"{says}, on all target items together: {differences}."
+
+
+def _share_kept(comparison: Comparison, tuned: Contrast) -> str:
+    """What share of the whole fine-tune's gain and cost the selected layers have, where both are clearly above 0."""
+    selected = comparison.find("selected")
+    if selected is None or not (selected.pooled.above and tuned.pooled.above):
+        return ""
+    words = f" The selected layers alone give {selected.pooled.difference / tuned.pooled.difference:.0%} of its gain"
+    if tuned.loss and selected.loss and tuned.loss.above and selected.loss.above:
+        words += f" and {selected.loss.difference / tuned.loss.difference:.0%} of its control loss"
+    return words + "."
+
+
+def notices(
+    diagnosis: Diagnosis, comparison: Comparison, selection: Selection | None = None, edits: Edits | None = None
+) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    found = []
+    sizes = [t.n for c in comparison.contrasts for t in c.tasks]
+    if sizes and min(sizes) < SMALL_SAMPLE:
+        items = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+        text = f"Small sample: {items} items per task."
+        contrast = comparison.find("selected")
+        # the median over target tasks of the smallest gain of the selected arm that would be seen
+        if gains := sorted(t.smallest_detectable_gain or 1.0 for t in contrast.family) if contrast else []:
+            least = gains[len(gains) // 2]
+            seen = f"below about {100 * least:.0f} points " if least < 1 else ""
+            text += f" A true gain {seen}in one task would usually be missed."
+        found.append(f"{text} Run more items before acting on this.")
+    doubts = selection.warnings if selection else ()
+    warnings = [*diagnosis.warnings, *doubts, *(f"the arm {warning}" for warning in (edits.warnings if edits else ()))]
+    return [*found, *(warning[:1].upper() + warning[1:] + "." for warning in warnings)]
+
+
+def layer_facts(layer: LayerDiagnosis, diagnosis: Diagnosis) -> str:
+    """One layer's standing, in a sentence or two."""
+    others = "" if len(diagnosis.controls) < 2 else f", against `{layer.against}`, the control it stands out least from"
+    text = (
+        f"Excess over chance {layer.excess:+.3f} (z {layer.z:.1f}), rank {layer.rank} of {len(diagnosis.layers)}, as"
+        f" high or higher in {layer.stability:.0%} of resamples{others}. It adds {layer.increment:+.3f} (z"
+        f" {layer.increment_z:.1f}) to the layer before it."
+    )
+    return f"{text} Not believed: {layer.flag}." if layer.flag else text
+
+
+def _points(difference: PairedDifference) -> str:
+    """A difference of accuracies in points, with its interval where it has one."""
+    text = f"{points(difference.difference)} points"
+    return text if difference.low is None else f"{text} ({difference.text(scale=100)})"
+
+
+class _Gain(NamedTuple):
+    """What one arm gains over another, whether its interval lies above or below 0, and the gain in words."""
+
+    value: float
+    above: bool
+    below: bool
+    text: str
+
+
+def _accuracy(contrast: Contrast) -> _Gain:
+    pooled = contrast.pooled
+    return _Gain(pooled.difference, pooled.above, pooled.below, _points(pooled))
+
+
+def _gained(contrast: Contrast) -> _Gain:
+    """The fall of loss on held-out target text where that was measured, else the rise of accuracy."""
+    if (loss := contrast.target_loss) is None:
+        return _accuracy(contrast)
+    text = f"{-loss.difference:+.3f} nats per token"
+    if loss.low is not None and loss.high is not None:
+        text += f" ({interval(-loss.high, -loss.low, '+.3f')})"
+    return _Gain(-loss.difference, loss.below, loss.above, text)
+
+
+def answers(comparison: Comparison) -> list[tuple[str, str]]:
+    """Three questions and what the arms that project say of each; those without their arms are left out.
+
+    Gains are falls of loss on held-out target text where that was measured, else accuracy on the target tasks.
+    """
+    asked = {
+        "Is the projected edit weak because it is small, because its direction is wrong, or both?": _why_weak,
+        "Is what was thrown away what worked?": _thrown_away,
+        "Does any hybrid beat raw injection on the trade-off?": _hybrids,
+    }
+    return [(question, found) for question, answer in asked.items() if (found := answer(comparison))]
+
+
+def _gain(comparison: Comparison, b: str, a: str | None = None) -> _Gain | None:
+    contrast = comparison.find(b, a)
+    return _gained(contrast) if contrast else None
+
+
+def _why_weak(comparison: Comparison) -> str | None:
+    raw, cut = _gain(comparison, "selected"), _gain(comparison, "projected")
+    lost = _gain(comparison, "selected", "projected")
+    if raw is None or cut is None or lost is None:
+        return None
+    if not raw.above:
+        return _no_raw_gain(raw)
+    if not lost.above:
+        return f"It is not shown to be weak: raw over projected is {lost.text}."
+    weak = f"Raw gains {raw.text}, projected {cut.text}"
+    matched = _gain(comparison, "projected_energy_matched")
+    still = _gain(comparison, "selected", "projected_energy_matched")
+    mended = _gain(comparison, "projected_energy_matched", "projected")
+    if matched is None or still is None or mended is None:
+        return f"{weak}. The arm `projected_energy_matched` would tell which."
+    reason = {
+        (True, False): "Because it is small",
+        (False, True): "Because its direction is wrong",
+        (True, True): "Both",
+        (False, False): "Undecided",
+    }[mended.above, still.above]
+    share = f"{matched.value / raw.value:.0%}"
+    text = f"{reason}. {weak}; at the raw edit's norm it gains {matched.text}, {share} of raw."
+    if chance := _gain(comparison, "random_subspace_energy_matched"):
+        share = f"{chance.value / raw.value:.0%}"
+        text += f" As many random directions at that norm give {share} ({chance.text})."
+    return text
+
+
+def _no_raw_gain(raw: _Gain) -> str:
+    return f"Not answered: the raw edit itself has no clear gain here ({raw.text})."
+
+
+def _thrown_away(comparison: Comparison) -> str | None:
+    raw, rest = _gain(comparison, "selected"), _gain(comparison, "complement")
+    less = _gain(comparison, "selected", "complement")
+    if raw is None or rest is None or less is None:
+        return None
+    if not raw.above:
+        return _no_raw_gain(raw)
+    part = f"{rest.value / raw.value:.0%}"
+    share = f"without the features' directions the edit gains {rest.text}, {part} of raw"
+    if not rest.above:
+        return f"No: {share}."
+    if less.above:
+        return f"In part: {share}, and clearly less than it (raw is ahead by {less.text})."
+    return f"Yes: {share}, and not clearly less than it."
+
+
+def _hybrids(comparison: Comparison) -> str | None:
+    found = []
+    for arm in ("hybrid", "filtered"):
+        contrast = comparison.find("selected", arm)  # raw over the hybrid
+        if contrast is None:
+            continue
+        gain, right, cost = _gained(contrast), _accuracy(contrast), contrast.loss
+        up, down = gain.above or right.above, gain.below or right.below
+        dearer, cheaper = bool(cost and cost.below), bool(cost and cost.above)  # is the hybrid, in control loss
+        if up and down:
+            verdict = "gains by one measure and loses by another"
+        elif (down and not dearer) or (cheaper and not up):
+            verdict = "beats raw injection"
+        elif (up and not cheaper) or (dearer and not down):
+            verdict = "is worse than raw injection"
+        elif up or down:
+            verdict = "trades gain against cost"
+        else:
+            verdict = "is not clearly better or worse"
+        paid = [f"{gain.text} of gain"]
+        if contrast.target_loss:
+            paid.append(f"{right.text} of accuracy")
+        if cost:
+            paid.append(f"{cost.difference:+.3f} nats per token of control loss")
+        found.append(f"`{arm}` {verdict}: raw injection is ahead of it by {', '.join(paid)}")
+    return "; ".join(found) + "." if found else None

@@ -1,0 +1,221 @@
+"""The tables of a comparison, for the command line and the report: accuracy, tests, and where a change comes from."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stethoscope.display import NONE, Rows, number, p_value, percent, points, short_names, table_of
+from stethoscope.results.comparison import CAUSES, Comparison, Contrast, PairedDifference, flipped
+
+WHOLE = "all target items"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A value of one arm, and how it differs from the baseline's.
+
+    Attributes:
+        change: in points; ``interval`` is its interval.
+        stars: one each for an adjusted p below 0.05, 0.01 and 0.001.
+        kind: ``better`` or ``worse`` where the difference is significant, else empty.
+    """
+
+    value: str
+    change: str = ""
+    interval: str = ""
+    stars: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One row of `by_task`, with a cell per arm."""
+
+    name: str
+    items: str
+    cells: list[Cell] = field(default_factory=list)
+    kind: str = ""
+
+
+def by_task(comparison: Comparison) -> dict[str, list[Line]]:
+    """What was measured -> its rows: accuracy on target tasks and on all their items, on controls, change of loss."""
+    rows = {(row["task"], row["arm"]): row for row in comparison.accuracy}
+    names = short_names([*comparison.family, *comparison.controls])
+
+    def line(name: str, tasks: list[str], found: Callable[[Contrast], tuple[Any, Any]], kind: str = "") -> Line:
+        cells, sizes = [], set()
+        for arm in comparison.arms:
+            mine = [rows[task, arm] for task in tasks if (task, arm) in rows]
+            total = sum(row["n"] for row in mine)
+            sizes |= {total} if total else set()
+            share = sum(row["n"] * row["accuracy"] for row in mine) / total if total else None
+            contrast = comparison.find(arm)
+            difference, p = found(contrast) if contrast else (None, None)
+            cells.append(_cell(percent(share), difference, p, comparison.alpha))
+        return Line(name=name, items="/".join(map(str, sorted(sizes))), cells=cells, kind=kind)
+
+    def of_task(task: str) -> Line:
+        def found(contrast: Contrast) -> tuple[Any, Any]:
+            t = contrast.task(task)
+            return (t.difference, t.p_adjusted) if t else (None, None)
+
+        return line(names[task], [task], found)
+
+    def pooled(contrast: Contrast) -> tuple[Any, Any]:
+        return contrast.pooled, contrast.pooled_mcnemar.p_value if contrast.pooled_mcnemar else None
+
+    groups = {
+        "Target: accuracy, %": [*map(of_task, comparison.family), line(WHOLE, comparison.family, pooled, "total")],
+        "Control: accuracy, %": list(map(of_task, comparison.controls)),
+        "Change of loss, nats per token": [
+            *_loss_line(comparison, "loss on held-out target text", lambda contrast: contrast.target_loss),
+            *_loss_line(comparison, "loss on control text", lambda contrast: contrast.loss),
+        ],
+    }
+    return {title: lines for title, lines in groups.items() if lines}
+
+
+def _cell(value: str, difference: PairedDifference | None, p: float | None, alpha: float) -> Cell:
+    if difference is None:
+        return Cell(value=value)
+    return Cell(
+        value=value,
+        change=points(difference.difference),
+        interval=_interval(difference),
+        stars="" if p is None else "*" * sum(p < level for level in (0.05, 0.01, 0.001)),
+        kind=("better" if difference.difference > 0 else "worse") if p is not None and p < alpha else "",
+    )
+
+
+def _loss_line(comparison: Comparison, name: str, loss_of: Callable[[Contrast], PairedDifference | None]) -> list[Line]:
+    losses = {arm: loss_of(contrast) if (contrast := comparison.find(arm)) else None for arm in comparison.arms}
+    if not any(losses.values()):
+        return []
+    cells = []
+    for arm, loss in losses.items():
+        if loss is None:
+            cells.append(Cell(value="0" if arm == comparison.baseline else NONE))
+        else:
+            kind = "worse" if loss.above else "better" if loss.below else ""
+            cells.append(Cell(value=number(loss.difference, "+.3f"), interval=loss.text("+.3f"), kind=kind))
+    documents = sorted({str(loss.n) for loss in losses.values() if loss})
+    return [Line(name=name, items="/".join(documents), cells=cells, kind="loss")]
+
+
+def accuracy_table(comparison: Comparison) -> Rows:
+    """`by_task` without intervals; ``*`` marks a significant difference from the baseline."""
+    lines = [line for lines in by_task(comparison).values() for line in lines]
+    body = [[line.name, *(f"{cell.value}{'*' if cell.kind else ' '}" for cell in line.cells)] for line in lines]
+    return [["accuracy, %", *comparison.arms], *body]
+
+
+def accuracy_rows(comparison: Comparison) -> Rows:
+    """A row per task and arm: every metric, and what tells format and length from correctness, in percent."""
+    metrics = list(dict.fromkeys(name for row in comparison.accuracy for name in row["metrics"]))
+    order = [*comparison.family, *comparison.controls]
+    return table_of(
+        {
+            "%": str(row["task"]),
+            "arm": str(row["arm"]),
+            "items": str(row["n"]),
+            **{name: percent(row["metrics"].get(name)) for name in metrics},
+            "extracted": percent(row["extracted"]),
+            "cut off": percent(row["truncated"]),
+            "right of extracted": percent(row["accuracy_extracted"]),
+            "tokens": number(row["generated_tokens"], ".0f"),
+        }
+        for row in sorted(comparison.accuracy, key=lambda row: order.index(row["task"]))
+    )
+
+
+def contrast_rows(contrast: Contrast) -> Rows:
+    """A row per task and one for all of the family: what changed, and whether chance explains it; shares in percent.
+
+    The last four columns say what so many items could and did rule out.
+    """
+    pooled, rows = contrast.pooled, []
+    for t in contrast.tasks:
+        bound, z = t.non_inferiority, t.unpaired
+        rows.append(
+            {
+                f"{contrast.a} to {contrast.b}": t.task,
+                "metric": t.metric,
+                "items": str(t.n),
+                "from %": percent(t.accuracy_a),
+                "to %": percent(t.accuracy_b),
+                **_change(t.difference, t.mcnemar),
+                "p adjusted": p_value(t.p_adjusted),
+                "z unpaired": number(z.statistic if z else None, "+.2f"),
+                "p of z": p_value(z.p_value if z else None),
+                "margin": f"{100 * bound.margin:g}",
+                "loss of it ruled out": {None: NONE, True: "yes", False: "no"}[bound.shown],
+                "smallest provable margin": percent(bound.smallest_margin),
+                "smallest visible gain": percent(t.smallest_detectable_gain),
+            }
+        )
+    whole = {**dict.fromkeys(rows[0], ""), **_change(pooled, contrast.pooled_mcnemar), "items": str(pooled.n)}
+    whole[next(iter(whole))] = WHOLE
+    return table_of([*rows, whole] if len(rows) > 1 else rows)
+
+
+def _change(difference: PairedDifference, test: Any) -> dict[str, str]:
+    return {
+        "change": points(difference.difference),
+        f"{100 * difference.confidence:g} % interval": _interval(difference),
+        "lost : gained": f"{test.b} : {test.c}" if test else NONE,
+        "p exact": p_value(test.p_value if test else None),
+    }
+
+
+def _interval(difference: PairedDifference) -> str:
+    return difference.text(scale=100)
+
+
+def gain_rows(contrast: Contrast) -> Rows:
+    """Where the change comes from: a row per task and one for all, items that b mended (+) and broke (-) by what was
+    wrong with the failed response, and the net; empty where no cause is known."""
+    known = [t for t in contrast.tasks if t.flips]
+    parts = {t.task: [t] for t in known}
+    if len(family := [t for t in known if t.in_family]) > 1:
+        parts[WHOLE] = family
+    rows = []
+    for name, tasks in parts.items():
+        changes = {words: flipped(tasks, cause) for cause, words in CAUSES.items()}
+        counted = [change for change in changes.values() if change]
+        cells: Mapping[str, str] = {
+            words: f"+{change.gained} -{change.lost}" if change else NONE for words, change in changes.items()
+        }
+        rows.append(
+            {
+                f"mended and broken by {contrast.b}": name,
+                **cells,
+                "net items": f"{sum(change.net for change in counted):+d}",
+                "points": f"{sum(change.points for change in counted):+.1f}",
+            }
+        )
+    return table_of(rows)
+
+
+def noise(comparison: Comparison) -> list[str]:
+    """By task, the items whose result changed when an arm was evaluated again."""
+    return [
+        f"{floor.task}: {floor.changed} of {floor.n} items of `{floor.arm}` changed their result when it was"
+        f" evaluated again ({percent(floor.share)} %, {percent(floor.low)} to {percent(floor.high)} %)"
+        for floor in comparison.noise
+    ]
+
+
+def notes(contrast: Contrast) -> list[str]:
+    """Why what is missing in the tables is missing, once for each reason."""
+    found: dict[str, list[str]] = {}
+    for t in contrast.tasks:
+        results = {"z": t.unpaired, "interval": t.difference, "flips": t.flips}
+        reasons = t.reasons | {name: result.reason for name, result in results.items() if result and result.reason}
+        for name, reason in reasons.items():
+            found.setdefault(f"{name.replace('_', ' ')}: {reason}", []).append(t.task)
+    everywhere = len(contrast.tasks)
+    lines = [
+        f"{'every task' if len(tasks) == everywhere > 1 else ', '.join(tasks)}: {reason}"
+        for reason, tasks in found.items()
+    ]
+    return [*lines, *([f"{WHOLE}: interval: {contrast.pooled.reason}"] if contrast.pooled.reason else [])]
