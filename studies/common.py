@@ -28,7 +28,7 @@ from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import load_sae
-from stethoscope.selection.rivals import Gains, measure
+from stethoscope.selection.injection import Gains, measure
 from stethoscope.text.tokens import batches, prompt_lengths, tokenize
 
 OUTCOMES = Path(__file__).parent / "outcomes"

@@ -24,7 +24,7 @@ from stethoscope.editing.writer import write_edit
 from stethoscope.errors import StethoscopeError
 from stethoscope.evaluation.text_loss import document_losses
 from stethoscope.models.load import load_model
-from stethoscope.selection.controls import control_plan
+from stethoscope.selection.arms import control_plan
 
 PARTS = ("coefficient", "bits", "two")
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

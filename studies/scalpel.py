@@ -20,7 +20,7 @@ from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.subspace import FeatureProjection, random_basis
 from stethoscope.recipe import SCALPEL_ARMS
 from stethoscope.run import run_recipe
-from stethoscope.selection.controls import control_plan
+from stethoscope.selection.arms import control_plan
 
 FEATURES = 17  # 3 % of the width of 576, the published share
 FRACTIONS = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the whole task vector, for a curve that every arm can be set beside

@@ -21,7 +21,7 @@ from stethoscope.models.load import load_tokenizer
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.run import run_recipe
 from stethoscope.saes.train import TrainingSettings, load_for_training, train_saes
-from stethoscope.selection.scoring import text_scores
+from stethoscope.selection.baselines import text_scores
 from stethoscope_demo.base_model import ORIGIN, unpack_base
 
 SETS = {"resid_post, another seed": ("resid_post", 1), "mlp_out": ("mlp_out", 1)}

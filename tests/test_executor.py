@@ -36,7 +36,7 @@ from stethoscope.models.load import load_model
 from stethoscope.recipe import Ray, Recipe
 from stethoscope.run import run_recipe
 from stethoscope.saes.open import open_saes
-from stethoscope.selection.calibration import calibrate
+from stethoscope.selection.calibrate import calibrate
 from stethoscope.selection.validate import validate_scores
 from stethoscope.text.tokens import batches, tokenize
 

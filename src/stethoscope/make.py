@@ -121,7 +121,7 @@ def evidence(context: "Context", results: Results, provenance: Provenance, progr
 
 def calibration(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Calibration":
     """Find layers and coefficient on the recipe's calibration text."""
-    from stethoscope.selection.calibration import calibrate
+    from stethoscope.selection.calibrate import calibrate
 
     options = context.recipe.calibrate
     if options is None:
@@ -347,7 +347,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
     """Judge every score against the effect that injecting the layers has."""
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.saes.open import load_sae
-    from stethoscope.selection.scoring import edit_scores, text_scores
+    from stethoscope.selection.baselines import edit_scores, text_scores
     from stethoscope.selection.validate import validate_scores
 
     recipe, options = context.recipe, context.recipe.validation

@@ -11,7 +11,7 @@ from stethoscope.diagnosis.attribution import attribute, attribution_scores, own
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
 from stethoscope.models.sites import hook_point
-from stethoscope.selection.rivals import local_effect
+from stethoscope.selection.injection import local_effect
 
 D = 32
 

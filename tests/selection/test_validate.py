@@ -8,8 +8,8 @@ from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.listen import listen
 from stethoscope.errors import StethoscopeError
 from stethoscope.results.validation import ScoreValidation
-from stethoscope.selection.rivals import injection, measure
-from stethoscope.selection.scoring import edit_scores, text_scores
+from stethoscope.selection.baselines import edit_scores, text_scores
+from stethoscope.selection.injection import injection, measure
 from stethoscope.selection.validate import validate_scores
 
 

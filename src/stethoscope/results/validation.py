@@ -8,7 +8,7 @@ from stethoscope.display import NONE, Rows, interval, listed, table_of
 
 Kind = Literal["sae", "rival", "truth"]
 Layers = tuple[int, ...]
-KINDS: dict[Kind, str] = {"sae": "listens through SAEs", "rival": "needs no SAE", "truth": "the truth itself"}
+KINDS: dict[Kind, str] = {"sae": "reads SAEs", "rival": "needs no SAE", "truth": "the truth itself"}
 
 
 class Correlation(Frozen):

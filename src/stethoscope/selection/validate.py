@@ -1,13 +1,13 @@
 """Every score of a layer against what injecting the layers truly does, on any model.
 
     found = validate_scores(model, edits, scores, texts, provenance=provenance)
-    found.scores["mass_shift"].spearman
+    found.scores["mass_shift"].gain.rho
 
 The truth is `injection`: a layer's edit alone, in memory, and the loss on target and control text. Layers interact, so
 each score's best layers are also injected together, beside random sets of as many and others of as much energy.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import combinations
 from math import comb
 
@@ -33,7 +33,7 @@ from stethoscope.results.validation import (
     ValidatedScore,
     ValidatedSet,
 )
-from stethoscope.selection.rivals import Gains, Texts, forwards, injection, measure
+from stethoscope.selection.injection import Gains, Progress, Texts, forwards, injection, measure
 
 RESAMPLES = 1000
 CANDIDATES = 4000  # random sets that those of equal energy are picked from
@@ -52,7 +52,7 @@ def validate_scores(
     random_sets: int = 50,
     coefficient: float = 1.0,
     executor: Executor | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> ScoreValidation:
     """Judge scores of layers by what injecting the layers truly does.
 
@@ -79,49 +79,58 @@ def validate_scores(
     # sets about as many as there will be: how many turn out to be the same is not known yet
     sets = len(sizes) * (1 + len(scores) + random_sets * (1 + len(matched)))
 
-    def advance(begin: int, end: int) -> Callable[[int, int], None]:
+    def advance(begin: int, count: int) -> Progress:
         def told(done: int, total: int) -> None:
             if progress:
-                progress(begin + (end - begin) * done // total, len(layers) + sets)
+                progress(begin + count * done // total, len(layers) + sets)
 
         return told
 
     alone = injection(
         model, edits, both, coefficient=coefficient, layers=layers, executor=executor, progress=advance(0, len(layers))
     )
-    gain, cost = alone.mean("target"), -alone.mean("control")
-    judged: dict[str, tuple[Kind, Mapping[int, float]]] = {
-        **scores,
-        "injection": ("truth", dict(zip(layers, (gain - cost).tolist(), strict=True))),
-    }
-    energy = {n: e for n, e in edits.task_vector.energy_by_layer().items() if n in layers}
-    rng = np.random.default_rng(provenance.seed)
-    chosen = {name: {k: _best(values, k) for k in sizes} for name, (_, values) in judged.items()}
-    drawn = {k: _random(layers, k, random_sets, rng) for k in sizes}
-    alike = {
-        k: {name: matched_sets(chosen[name][k], energy, random_sets, rng) for name in judged if name in matched}
-        for k in sizes
-    }
     singles: list[Layers] = [(layer,) for layer in layers]
     effects = dict(zip(singles, _effects(singles, alone), strict=True))
+    truth = {layer: effects[layer,].trade_off for layer in layers}
+    judged: dict[str, tuple[Kind, Mapping[int, float]]] = {**scores, "injection": ("truth", truth)}
+    energy = {n: e for n, e in edits.task_vector.energy_by_layer().items() if n in layers}
+    rng = np.random.default_rng(provenance.seed)
+    best = {name: {k: _best(values, k) for k in sizes} for name, (_, values) in judged.items()}
+    drawn = {k: _random(layers, k, random_sets, rng) for k in sizes}
+    alike = {
+        k: {name: matched_sets(best[name][k], energy, random_sets, rng) for name in judged if name in matched}
+        for k in sizes
+    }
     wanted = sorted(
-        (
-            {layers for sets in chosen.values() for layers in sets.values()}
-            | {layers for sets in drawn.values() for layers in sets}
-            | {layers for named in alike.values() for sets in named.values() for layers in sets}
-        )
+        {
+            *(found for by_size in best.values() for found in by_size.values()),
+            *(found for found_k in drawn.values() for found in found_k),
+            *(found for by_name in alike.values() for found_k in by_name.values() for found in found_k),
+        }
         - effects.keys()
     )
     changes = [dict.fromkeys(found, coefficient) for found in wanted]
-    joint = measure(model, edits, both, changes, executor=executor, progress=advance(len(layers), len(layers) + sets))
+    joint = measure(model, edits, both, changes, executor=executor, progress=advance(len(layers), sets))
     effects |= dict(zip(wanted, _effects(wanted, joint), strict=True))
     random = {
         k: RandomSets(
             equal_size=tuple(effects[found] for found in drawn[k]),
-            matched={name: tuple(effects[found] for found in sets) for name, sets in alike[k].items()},
+            matched={name: tuple(effects[found] for found in found_k) for name, found_k in alike[k].items()},
         )
         for k in sizes
     }
+
+    def validated(name: str, k: int) -> ValidatedSet:
+        effect, others = effects[best[name][k]], random[k]
+        return ValidatedSet(
+            effect=effect,
+            overlap=len(set(effect.layers) & set(best["injection"][k])) / k,
+            beaten=_beaten(effect, others.equal_size),
+            beaten_matched=_beaten(effect, others.matched[name]) if name in matched else None,
+        )
+
+    gains = alone.mean("target")
+    trade_offs = np.array(list(truth.values()))
     depth = len(decoder_layers(model))
     return ScoreValidation(
         provenance=provenance,
@@ -129,23 +138,13 @@ def validate_scores(
             name: ValidatedScore(
                 kind=kind,
                 values={layer: float(values[layer]) for layer in layers},
-                gain=_correlation([values[layer] for layer in layers], gain, rng),
-                trade_off=_correlation([values[layer] for layer in layers], gain - cost, rng),
-                sets={
-                    k: ValidatedSet(
-                        effect=effects[chosen[name][k]],
-                        overlap=len(set(chosen[name][k]) & set(_best(judged["injection"][1], k))) / k,
-                        beaten=_beaten(effects[chosen[name][k]], random[k].equal_size),
-                        beaten_matched=(
-                            _beaten(effects[chosen[name][k]], random[k].matched[name]) if name in matched else None
-                        ),
-                    )
-                    for k in sizes
-                },
+                gain=_correlation([values[layer] for layer in layers], gains, rng),
+                trade_off=_correlation([values[layer] for layer in layers], trade_offs, rng),
+                sets={k: validated(name, k) for k in sizes},
             )
             for name, (kind, values) in judged.items()
         },
-        injected=tuple(effects[layer,] for layer in layers),
+        injected=tuple(effects[single] for single in singles),
         random=random,
         documents={name: sum(len(batch.documents) for batch in text) for name, text in both.items()},
         forwards=forwards([{layer: 1.0} for layer in layers], depth) + forwards(changes, depth),
@@ -175,12 +174,10 @@ def matched_sets(chosen: Layers, energy: Mapping[int, float], count: int, rng: n
     return sorted(others, key=lambda s: (abs(sum(energy[layer] for layer in s) - wanted), s))[:count]
 
 
-def _effects(sets: Iterable[Layers], gains: Gains) -> tuple[SetEffect, ...]:
+def _effects(sets: Iterable[Layers], gains: Gains) -> list[SetEffect]:
     target, control = gains.mean("target").tolist(), gains.mean("control").tolist()
-    return tuple(
-        SetEffect(layers=found, target_gain=g, control_cost=-c)
-        for found, g, c in zip(sets, target, control, strict=True)
-    )
+    found = zip(sets, target, control, strict=True)
+    return [SetEffect(layers=layers, target_gain=gain, control_cost=-change) for layers, gain, change in found]
 
 
 def _beaten(effect: SetEffect, others: Sequence[SetEffect]) -> Beaten:

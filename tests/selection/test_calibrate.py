@@ -11,10 +11,10 @@ from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.models.load import decoder_layers
 from stethoscope.results.calibration import Calibration
-from stethoscope.selection import search
-from stethoscope.selection.calibration import calibrate
-from stethoscope.selection.rivals import Gains, measure
+from stethoscope.selection.calibrate import calibrate
+from stethoscope.selection.injection import Gains, measure
 
+MEASURE = "stethoscope.selection.calibrate.measure"
 SEEN = {"target": "a" * 64, "control": "b" * 64}
 
 
@@ -104,9 +104,7 @@ def closed_form(gain, cost, *, spread=0.0, units=16):
 
 
 def test_the_budget_decides_how_much_is_bought(planted, monkeypatch):
-    monkeypatch.setattr(
-        search, "measure", closed_form(lambda c: sum(c.values()), lambda c: 0.01 * sum(c.values()) ** 2)
-    )
+    monkeypatch.setattr(MEASURE, closed_form(lambda c: sum(c.values()), lambda c: 0.01 * sum(c.values()) ** 2))
     z = {layer: 6.0 - layer for layer in range(6)}
     for budget, most in ((0.005, 1.0), (0.02, 2.0), (0.1, 4.0)):
         found = run(planted, z, budget=budget)
@@ -133,7 +131,7 @@ def test_what_is_not_clearly_better_is_not_bought(planted, monkeypatch):
             found.sums["target"][:] += np.stack([noisy[:, len(c)] - noisy[:, len(c)].mean() for c in args[3]], axis=1)
             return found
 
-        monkeypatch.setattr(search, "measure", with_noise)
+        monkeypatch.setattr(MEASURE, with_noise)
         assert len(run(planted, z).coefficients) == size
 
 
@@ -143,7 +141,7 @@ def test_each_layer_gets_its_own_coefficient_if_asked(planted, monkeypatch):
     def gain(change):
         return sum(ideal.get(n, 0) ** 2 - (c - ideal.get(n, 0)) ** 2 for n, c in change.items())
 
-    monkeypatch.setattr(search, "measure", closed_form(gain, lambda _: 0.0))
+    monkeypatch.setattr(MEASURE, closed_form(gain, lambda _: 0.0))
     z = {layer: 6.0 - layer for layer in range(6)}
     assert len(set(run(planted, z).coefficients.values())) == 1
     found = run(planted, z, per_layer=True)

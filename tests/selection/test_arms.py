@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 
-from stethoscope.selection.controls import CONTROL_ARMS, NoOthersError, control_plan, mean_coefficient, random_layers
+from stethoscope.selection.arms import CONTROL_ARMS, NoOthersError, control_plan, mean_coefficient, random_layers
 
 ENERGY = {0: 4.0, 1: 1.0, 2: 3.0, 3: 2.0}
 EXCESS = {0: 0.4, 1: 0.1, 2: 0.3, 3: 0.2}

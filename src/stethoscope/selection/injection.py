@@ -1,12 +1,10 @@
-"""Scores of a layer that need no SAE: what its edit does to the loss, to first order and in truth.
+"""What edits of layers do to the loss, measured in memory: the truth about layers and sets of them.
 
-    texts = {"target": list(batches(...)), "control": list(batches(...))}
-    edits = LayerEdits(model, task_vector)
-    injection(model, edits, texts).score()       # the truth: each layer alone
-    local_effect(model, edits, texts).score()
-
-`gradient.py` has the effect through weights, `shifts.py` compares the two models' activations; the task vector's own
-norm is `TaskVector.energy_by_layer`.
+texts = {"target": list(batches(...)), "control": list(batches(...))}
+edits = LayerEdits(model, task_vector)
+injection(model, edits, texts).score()              # each layer alone
+measure(model, edits, texts, [{3: 1.0, 4: 0.5}])    # any set, at any coefficients
+local_effect(model, edits, texts).score()           # to first order, through activations
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,7 +18,7 @@ from transformers import PreTrainedModel
 from stethoscope.diagnosis.attribution import own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
-from stethoscope.executor import Executor, Failed, LocalExecutor
+from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
 from stethoscope.losses import token_losses
 from stethoscope.models.load import decoder_layers
 from stethoscope.models.sites import hook_point
@@ -61,6 +59,11 @@ class Gains:
         """Gain on target less gain on a control corpus."""
         return self.mean("target") - self.mean(control)
 
+    def by_layer(self, control: str = "control") -> dict[int, float]:
+        """`score` by layer, where each change is of one layer."""
+        scores = self.score(control).tolist()
+        return {layer: value for change, value in zip(self.changes, scores, strict=True) for layer in change}
+
 
 def standard_error(
     sums: Float64[np.ndarray, "units changes"], tokens: Int64[np.ndarray, " units"]
@@ -99,33 +102,22 @@ def injection(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """Some changes to be tried on a batch of text."""
-
-    batch: TokenBatch
-    changes: Sequence[Change]
-
-
-class Injector:
-    """A model, and what is put into it."""
-
-    def __init__(self, model: PreTrainedModel, edits: LayerEdits) -> None:
-        self.model, self.edits = model, edits
-
-    @torch.no_grad()
-    def inject(self, trial: Trial) -> tuple[Float64[np.ndarray, " rows"], Float64[np.ndarray, "rows changes"]]:
-        """The base's loss of every row, and by how much each change lowers it; a forward restarts where it changes."""
-        depth = len(decoder_layers(self.model))
-        starts = [_start(change, depth) for change in trial.changes]
-        recording = Recording(self.model, trial.batch.input_ids, starts=set(starts) - {depth})
-        losses = _loss(self.model, recording.output, trial.batch)
-        gains = np.zeros((len(losses), len(starts)))
-        for i, (change, start) in enumerate(zip(trial.changes, starts, strict=True)):
-            if start < depth:
-                with self.edits.entered({n: c for n, c in change.items() if c}):
-                    gains[:, i] = losses - _loss(self.model, recording.replay(start), trial.batch)
-        return losses, gains
+@torch.no_grad()
+def inject(
+    context: WorkerContext | LocalExecutor, trial: tuple[TokenBatch, Sequence[Change]]
+) -> tuple[Float64[np.ndarray, " rows"], Float64[np.ndarray, "rows changes"]]:
+    """The base's loss of every row, and by how much each change lowers it; a forward restarts where it changes."""
+    model, (batch, changes) = context.model, trial
+    depth = len(decoder_layers(model))
+    starts = [_start(change, depth) for change in changes]
+    recording = Recording(model, batch.input_ids, starts=set(starts) - {depth})
+    losses = _loss(model, recording.output, batch)
+    gains = np.zeros((len(losses), len(starts)))
+    for i, (change, start) in enumerate(zip(changes, starts, strict=True)):
+        if start < depth:
+            with context.edits.entered({n: c for n, c in change.items() if c}):
+                gains[:, i] = losses - _loss(model, recording.replay(start), batch)
+    return losses, gains
 
 
 def measure(
@@ -162,11 +154,10 @@ def measure(
     parts = max(-(-len(order) // TRIALS), min(len(order), -(-2 * executor.workers // total)))
     chosen = [part.tolist() for part in np.array_split(np.array(order, dtype=int), max(1, parts))]
     places = [(name, batch, part) for name, text in texts.items() for batch in text for part in chosen]
-    trials = (Trial(batch=batch, changes=[changes[i] for i in part]) for _, batch, part in places)
+    trials = ((batch, [changes[i] for i in part]) for _, batch, part in places)
     sums = {name: np.zeros((_documents(text), len(changes))) for name, text in texts.items()}
     losses = {name: np.zeros(len(found)) for name, found in sums.items()}
-    run = executor.map_pieces(Injector.inject, trials, setup=lambda context: Injector(context.model, context.edits))
-    for done, (index, found) in enumerate(run, 1):
+    for done, (index, found) in enumerate(executor.map_pieces(inject, trials, setup=lambda context: context), 1):
         name, batch, part = places[index]
         rows = list(batch.documents)
         if isinstance(found, Failed):
