@@ -44,10 +44,8 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     recipe, options, crew = context.recipe, context.recipe.diagnose, context.crew
     texts = {name: context.found.texts[name] for name in recipe.corpora}
     worth = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
-    memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
     split = recipe.ray.split if recipe.ray else "auto"
-    if crew:
-        memory = memory or crew.sae_memory(context.base.nbytes)
+    memory = options.sae_memory or (crew.sae_memory(context.base.nbytes) if crew else None)
     heard = listen(
         context.model,
         context.tokenizer,
@@ -79,11 +77,10 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
 def _attribution(
     context: "Context", texts: Mapping[str, Sequence[Any]], progress: Progress
 ) -> "dict[str, FeatureStatistics]":
-    """What each layer's own edit is worth to target and control loss, by feature."""
+    """Attribute target and control loss to each layer's own edit, by feature."""
     from stethoscope.diagnosis.attribution import attribute
-    from stethoscope.saes.open import load_sae
 
-    edits, saes = context.layer_edits(), {layer: load_sae(sae) for layer, sae in context.found.saes.items()}
+    edits, saes = context.layer_edits(), context.load_saes()
     parts = {name: context.batches(name) for name in texts}
     total, before, worth = sum(map(len, parts.values())), 0, {}
     for name, part in parts.items():
@@ -116,7 +113,7 @@ def evidence(context: "Context", results: Results, provenance: Provenance, progr
         diagnosis,
         max_tokens=options.max_tokens,
         tokens=options.tokens,
-        memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
+        memory=options.sae_memory,
         progress=progress,
         provenance=provenance,
     )
@@ -155,7 +152,7 @@ def selection(context: "Context", results: Results, provenance: Provenance, _: P
 
 
 def claim(context: "Context", _: Results, provenance: Provenance, __: Progress) -> "Claim":
-    """Say which test items the choice of layers has seen."""
+    """List the test items that occur in the texts the layers were chosen by."""
     from stethoscope.results.comparison import Claim
 
     context.found.seen.save(context.folder)
@@ -188,7 +185,7 @@ def geometry(context: "Context", results: Results, provenance: Provenance, progr
 
 
 def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable[[], LayerFeatures]]":
-    """By layer, what loads its feature directions: those first that differ most toward the target."""
+    """By layer, a function that loads its feature directions, those first that differ most toward the target."""
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.editing.subspace import LayerFeatures
     from stethoscope.saes.open import load_sae
@@ -233,7 +230,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
 
 
 def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts: str) -> dict[str, Provenance]:
-    """What each arm's results are made from; arms are compared, so all are measured on one kind of device."""
+    """Provenance of each arm's results; arms are compared, so all are measured on one kind of device."""
     device = context.device.type
     where = {"dtype": str(context.dtype), **({} if device == "cpu" else {"device": device})}
     return {
@@ -243,7 +240,7 @@ def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts
 
 
 def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
-    """Run every arm on every task; what is stored by arm and task is read."""
+    """Run every arm on every task; stored outcomes are read."""
     from stethoscope.evaluation.run import evaluate
     from stethoscope.models.load import load_skeleton
 
@@ -356,9 +353,8 @@ def comparison(context: "Context", results: Results, _: Provenance, __: Progress
 
 
 def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
-    """Judge every score against the effect that injecting the layers has."""
+    """Compare every score with the effect of injecting the layers."""
     from stethoscope.diagnosis.statistics import load_statistics
-    from stethoscope.saes.open import load_sae
     from stethoscope.selection.hearing import judge_hearing
     from stethoscope.selection.scoring import edit_scores, text_scores
 
@@ -370,7 +366,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
     scores = text_scores(statistics, control=options.control, seed=recipe.seed) | edit_scores(
         context.model,
         edits,
-        {layer: load_sae(sae) for layer, sae in context.found.saes.items()},
+        context.load_saes(),
         statistics,
         texts,
         control=options.control,
