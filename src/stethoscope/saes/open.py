@@ -176,7 +176,7 @@ def check_fit(
 def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]":
     """Load one SAE as SAELens' own class, for inference on the CPU.
 
-    It takes what ``sites.hear`` hears at the folder's site and tap: ``[..., d_in]``, heads side by side. A transcoder's
+    It takes activations at the folder's site and tap: ``[..., d_in]``, heads side by side. A transcoder's
     ``decode`` gives the output of its module (a linear skip left out), not its input.
 
     Args:
