@@ -124,7 +124,7 @@ def test_a_dataset_on_the_hub_must_be_in_the_cache_without_a_network(monkeypatch
     ("rows", "problems"),
     [
         ([{"text": "a"}, {"texts": "b"}, {"text": " "}], ["no text in field `text` (it has: texts)", "no text"]),
-        ([{"text": [{"role": "user"}]}], ["message 1 is no table with `role` and `content`, both text"]),
+        ([{"text": [{"role": "user"}]}], ["message 1 is not a table with `role` and `content`, both text"]),
         ([{"text": "a"}, {"text": CHATS[0]}], ["a text in some rows and a chat in others"]),
         ([{"text": [{"from": "human", "value": "a"}]}, {"text": 3}], ["message 1", "no text in field"]),
     ],

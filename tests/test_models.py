@@ -32,7 +32,7 @@ def test_a_device_is_one_that_is_there(monkeypatch):
     with pytest.raises(StethoscopeError, match=r"`cuda:2` here: PyTorch sees 2 GPUs"):
         find_device("cuda:2")
     for name in ("gpu", "cuda:", "CPU", "cuda:1 "):
-        with pytest.raises(StethoscopeError, match="is no device"):
+        with pytest.raises(StethoscopeError, match="is not a device"):
             find_device(name)
 
 

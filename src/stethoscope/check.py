@@ -84,6 +84,7 @@ class Check:
             "unseen": self.unseen,
             "edit": self.edit and asdict(self.edit),
             "notes": self.notes,
+            **({name: getattr(self, name) for name in ("tasks", "control_tasks", "seen_items")} if self.tasks else {}),
         }
 
     def table(self) -> list[list[str]]:
@@ -104,6 +105,8 @@ class Check:
                 ["disk", f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free"],
                 *(["warning", text] for text in edit.warnings),
             ]
+        if self.tasks:
+            rows += [["tasks", ", ".join(self.tasks)], ["control tasks", ", ".join(self.control_tasks) or "none"]]
         return rows
 
 

@@ -16,7 +16,7 @@ from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.recipe import Recipe
-from stethoscope.saes.open import SAEFolder
+from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.text.documents import Document, documents_hash
 from stethoscope.text.tokens import TokenBatch, batches, prompt_lengths, tokenize
 
@@ -101,6 +101,10 @@ class Context:
     def provenance(self, *inputs: str, **settings: Any) -> Provenance:
         """The provenance of a result of these inputs, by name, and settings."""
         return provenance_of(self.recipe.seed, {name: self.hashes[name] for name in inputs}, settings)
+
+    def load_saes(self) -> dict[int, Any]:
+        """The weights of every SAE by layer."""
+        return {layer: load_sae(sae) for layer, sae in self.found.saes.items()}
 
     def layer_edits(self) -> LayerEdits:
         """The task vector by layer, to be added to the model."""

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from stethoscope.results.evidence import Evidence
     from stethoscope.results.geometry import Geometry
     from stethoscope.results.selection import Selection
-    from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
 GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
@@ -43,9 +42,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
     attribution = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
-    memory = round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None
-    if executor:
-        memory = memory or executor.sae_memory(context.base.nbytes)
+    memory = options.sae_memory or (executor.sae_memory(context.base.nbytes) if executor else None)
     heard = listen(
         context.model,
         context.tokenizer,
@@ -76,11 +73,10 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
 def _attribution(
     context: "Context", texts: Mapping[str, Sequence[Any]], progress: Progress
 ) -> "dict[str, FeatureStatistics]":
-    """The attribution of each layer's own edit to its features, on target and control."""
+    """Attribute target and control loss to each layer's own edit, by feature."""
     from stethoscope.diagnosis.attribution import attribute
-    from stethoscope.saes.open import load_sae
 
-    edits, saes = context.layer_edits(), {layer: load_sae(sae) for layer, sae in context.found.saes.items()}
+    edits, saes = context.layer_edits(), context.load_saes()
     parts = {name: context.batches(name) for name in texts}
     total, before, found = sum(map(len, parts.values())), 0, {}
     for name, part in parts.items():
@@ -113,7 +109,7 @@ def evidence(context: "Context", results: Results, provenance: Provenance, progr
         diagnosis,
         max_tokens=options.max_tokens,
         tokens=options.tokens,
-        memory=round(options.sae_memory_gb * 1e9) if options.sae_memory_gb else None,
+        memory=options.sae_memory,
         progress=progress,
         provenance=provenance,
     )
@@ -152,7 +148,7 @@ def selection(context: "Context", results: Results, provenance: Provenance, _: P
 
 
 def claim(context: "Context", _: Results, provenance: Provenance, __: Progress) -> "Claim":
-    """Say which test items the choice of layers has seen."""
+    """List the test items that occur in the texts the layers were chosen by."""
     from stethoscope.results.comparison import Claim
 
     context.found.seen.save(context.folder)
@@ -185,7 +181,7 @@ def geometry(context: "Context", results: Results, provenance: Provenance, progr
 
 
 def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable[[], LayerFeatures]]":
-    """By layer, what loads its feature directions: those first that differ most toward the target."""
+    """By layer, a function that loads its feature directions, those first that differ most toward the target."""
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.editing.subspace import LayerFeatures
     from stethoscope.saes.open import load_sae
@@ -230,7 +226,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
 
 
 def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts: str) -> dict[str, Provenance]:
-    """What each arm's results are made from; arms are compared, so all are measured on one kind of device."""
+    """Provenance of each arm's results; arms are compared, so all are measured on one kind of device."""
     device = context.device.type
     where = {"dtype": str(context.dtype), **({} if device == "cpu" else {"device": device})}
     return {
@@ -240,7 +236,7 @@ def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts
 
 
 def outcomes(context: "Context", results: Results, _: Provenance, progress: Progress) -> "Outcomes":
-    """Run every arm on every task; what is stored by arm and task is read."""
+    """Run every arm on every task; stored outcomes are read."""
     from stethoscope.evaluation.run import evaluate
 
     options, plans, executor = context.recipe.evaluate, results["edit"].plans, context.executor
@@ -343,12 +339,10 @@ def comparison(context: "Context", results: Results, _: Provenance, __: Progress
     return made
 
 
-def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "ScoreValidation":
-    """Judge every score against the effect that injecting the layers has."""
+def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
+    """Compare every score with the effect of injecting the layers."""
     from stethoscope.diagnosis.statistics import load_statistics
-    from stethoscope.saes.open import load_sae
-    from stethoscope.selection.baselines import edit_scores, text_scores
-    from stethoscope.selection.validate import validate_scores
+    from stethoscope.selection.scoring import edit_scores, text_scores
 
     recipe, options = context.recipe, context.recipe.validation
     statistics = load_statistics(context.folder / "statistics.safetensors")
@@ -358,7 +352,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
     scores = text_scores(statistics, control=options.control, seed=recipe.seed) | edit_scores(
         context.model,
         edits,
-        {layer: load_sae(sae) for layer, sae in context.found.saes.items()},
+        context.load_saes(),
         statistics,
         texts,
         control=options.control,

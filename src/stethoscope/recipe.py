@@ -135,6 +135,11 @@ class Diagnose(_Section):
     skip_broken: bool = False
     """Leave out documents that the model cannot process, instead of an error that names them."""
 
+    @property
+    def sae_memory(self) -> int | None:
+        """Memory for encoders in bytes."""
+        return round(self.sae_memory_gb * 1e9) if self.sae_memory_gb else None
+
 
 class Project(_Section):
     """The arms that project the task vector onto SAE feature directions."""

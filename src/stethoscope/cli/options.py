@@ -120,7 +120,7 @@ def parse_layers(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise StethoscopeError(f"`{part}` in `--layers {text}` is no layer", hint="write `3,5-8`, or `all`")
+            raise StethoscopeError(f"`{part}` in `--layers {text}` is not a layer", hint="write `3,5-8`, or `all`")
         layers += range(int(first), int(last or first) + 1)
     return layers
 
@@ -141,4 +141,6 @@ def parse_margin(text: str) -> tuple[str, float]:
     try:
         return task, float(share)
     except ValueError as error:
-        raise StethoscopeError(f"the margin `{text}` is no number", hint="`--margin 0.02`, or `TASK=0.05`") from error
+        raise StethoscopeError(
+            f"the margin `{text}` is not a number", hint="`--margin 0.02`, or `TASK=0.05`"
+        ) from error

@@ -22,6 +22,7 @@ from stethoscope.cli.options import (
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
+    from stethoscope.check import Check
     from stethoscope.run import RunResult
     from stethoscope.stages import Stage
 
@@ -88,19 +89,38 @@ def check(
         from stethoscope.check import check_recipe
 
         found = check_recipe(chosen, folder, offline=offline)
-    conclude(
-        {"ok": True, **found.summary()},
-        as_json=as_json,
-        rows=found.table(),
-        says=[
-            f"`{recipe}` has no mistake in its form."
-            if offline
-            else f"`{recipe}` can be run, as far as names and headers tell; `run --dry-run` also builds the tasks and"
-            " looks for items that the texts have shown.",
-            *found.notes,
-        ],
-        then=options.next("check") if offline else options.next("run", "--dry-run"),
-    )
+    if offline:
+        _show_check(found, options, f"`{recipe}` has no mistake in its form.", options.next("check"))
+    else:
+        said = f"`{recipe}` can be run, as far as names and headers tell; `run --dry-run` also builds the tasks and"
+        said += " looks for items that the texts have shown."
+        _show_check(found, options, said, options.next("run", "--dry-run"))
+
+
+def _dry_run(options: RecipeOptions) -> None:
+    with _problems_as_json(options.as_json), ConsoleReporter(quiet=options.quiet).stage("Check the recipe"):
+        chosen, folder = options.read()
+        from stethoscope.check import check_run
+
+        found = check_run(chosen, folder, headers_only=True)
+    said = f"`{options.recipe}` can be run: all it names is here and fits together."
+    _show_check(found, options, said, options.next("run"))
+
+
+def _show_check(found: "Check", options: RecipeOptions, said: str, then: str) -> None:
+    value = {"ok": True, **found.summary()}
+    says = [said, *found.notes]
+    conclude(value, as_json=options.as_json, rows=found.table(), says=says, then=then)
+
+
+@contextmanager
+def _problems_as_json(as_json: bool) -> Iterator[None]:
+    try:
+        yield
+    except StethoscopeError as error:
+        if as_json:
+            say_json({"ok": False, "problems": list(error.problems or [error.message])})
+        raise
 
 
 def report(
@@ -142,33 +162,6 @@ def cache_folder() -> Path:
 
     chosen = os.environ.get("STETHOSCOPE_CACHE")
     return Path(chosen) if chosen else user_cache_path("stethoscope")
-
-
-def _dry_run(options: RecipeOptions) -> None:
-    with _problems_as_json(options.as_json), ConsoleReporter(quiet=options.quiet).stage("Check the recipe"):
-        chosen, folder = options.read()
-        from stethoscope.check import check_run
-
-        found = check_run(chosen, folder, headers_only=True)
-    tasks = {"tasks": found.tasks, "control_tasks": found.control_tasks}
-    rows = [[name.replace("_", " "), ", ".join(names) or "none"] for name, names in tasks.items()]
-    conclude(
-        {"ok": True, **found.summary(), **tasks, "seen_items": found.seen_items},
-        as_json=options.as_json,
-        rows=[*found.table(), *rows],
-        says=[f"`{options.recipe}` can be run: all it names is here and fits together.", *found.notes],
-        then=options.next("run"),
-    )
-
-
-@contextmanager
-def _problems_as_json(as_json: bool) -> Iterator[None]:
-    try:
-        yield
-    except StethoscopeError as error:
-        if as_json:
-            say_json({"ok": False, "problems": list(error.problems or [error.message])})
-        raise
 
 
 def _show(result: "RunResult", *, as_json: bool) -> None:

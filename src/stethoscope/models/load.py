@@ -38,7 +38,7 @@ def find_device(name: str) -> torch.device:
         name = "cuda" if count else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if match is None:
-        raise StethoscopeError(f"`{name}` is no device", hint="give cpu, cuda, cuda:1 or auto")
+        raise StethoscopeError(f"`{name}` is not a device", hint="give cpu, cuda, cuda:1 or auto")
     if name != "cpu" and int(match[1] or 0) >= count:
         seen = f"{count} GPU{'' if count == 1 else 's'}" if count else "no GPU"
         raise StethoscopeError(

@@ -56,7 +56,7 @@ def read_documents(
             documents.append(value)
         elif isinstance(value, list) and value:
             problems += [
-                f"{where}: message {number} is no table with `role` and `content`, both text"
+                f"{where}: message {number} is not a table with `role` and `content`, both text"
                 for number, message in enumerate(value, 1)
                 if not isinstance(message, dict)
                 or not all(isinstance(message.get(key), str) for key in ("role", "content"))
