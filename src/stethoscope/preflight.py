@@ -33,7 +33,7 @@ from stethoscope.recipe import (
     Recipe,
     Text,
 )
-from stethoscope.saes.open import SITES, SAEFolder, check_fit, check_source, open_saes
+from stethoscope.saes.open import SAEFolder, check_fit, check_source, open_saes
 from stethoscope.seen import Seen
 
 
@@ -312,7 +312,6 @@ def _look_at_weights(found: Look, recipe: Recipe, *, headers_only: bool, offline
             hidden_size=base.hidden_size,
             num_layers=base.layers,
             model_name=recipe.base,
-            sites=SITES,
             attn_width=heads.shape[1] if heads else None,
         )
         if cut and found.task_vector:

@@ -96,10 +96,10 @@ def test_a_pattern_and_a_mapping_pick_the_same(saes: Path) -> None:
 
 
 def test_the_hash_follows_the_bytes(saes: Path) -> None:
-    first = open_saes(saes)[2].sha256
-    assert first == open_saes(saes)[2].sha256
+    first = open_saes(saes)[2].hashed()
+    assert first == open_saes(saes)[2].hashed()
     edit_config(saes / "layer_2", note="changed")
-    assert first != open_saes(saes)[2].sha256
+    assert first != open_saes(saes)[2].hashed()
 
 
 def test_loading_gives_what_sae_lens_gives(saes: Path) -> None:
@@ -145,9 +145,9 @@ def test_every_misfit_is_said_at_once(saes: Path) -> None:
         check_fit(open_saes(saes), hidden_size=8, num_layers=10)
     assert str(caught.value).splitlines()[0] == "the SAEs do not fit the base model"
     assert [problem.split(", from")[0] for problem in caught.value.problems] == [
-        "layer 1: the site `mlp_out` is not one of resid_post",
         "layer 2: the SAE reads 12 values, the model's hidden size is 8",
         "layer 10: the model has 10 layers, 0 to 9 (`model.layers.10`)",
+        "the SAEs read `mlp_out`, `resid_post`: layers would not be comparable",
     ]
     assert "tiny/llama" in (caught.value.hint or "")
 
@@ -186,13 +186,13 @@ def test_the_sites_width_is_what_must_fit(tmp_path: Path, caplog: pytest.LogCapt
     hidden = model.config.hidden_size
     write_sae(tmp_path / "z" / "layer_0", "model.layers.0.self_attn.o_proj.input", d_in=heads)
     saes = open_saes(tmp_path / "z")
-    check_fit(saes, hidden_size=hidden, num_layers=3, sites=SITES, attn_width=heads)
-    check_fit(saes, hidden_size=hidden, num_layers=3, sites=SITES)
+    check_fit(saes, hidden_size=hidden, num_layers=3, attn_width=heads)
+    check_fit(saes, hidden_size=hidden, num_layers=3)
     with pytest.raises(SAEError, match=f"reads {heads} values, the model's width of all heads is 99"):
-        check_fit(saes, hidden_size=hidden, num_layers=3, sites=SITES, attn_width=99)
+        check_fit(saes, hidden_size=hidden, num_layers=3, attn_width=99)
     write_sae(tmp_path / "m", "model.layers.0.mlp", d_in=hidden + 1)
     with pytest.raises(SAEError, match="the model's hidden size is"):
-        check_fit(open_saes(tmp_path / "m"), hidden_size=hidden, num_layers=3, sites=SITES, attn_width=heads)
+        check_fit(open_saes(tmp_path / "m"), hidden_size=hidden, num_layers=3, attn_width=heads)
     sae = saes[0]
     heard = hear(model, {0: hook_point(model, sae.layer, sae.site, sae.tap)}, torch.tensor([[5, 9, 12]]))[0]
     assert load_sae(sae).encode(heard).shape == (1, 3, sae.width)
@@ -278,7 +278,7 @@ def test_a_release_corrects_what_a_configuration_says(hub: Callable[[str], Path]
         write_sae(repository / f"mistral_7b_layer_{layer}", f"blocks.{layer}.hook_resid_pre")
     saes = open_saes("mistral-7b-res-wg")
     assert saes[8].overrides == {"normalize_activations": "constant_norm_rescale"}
-    assert saes[8].sha256 != open_saes(saes[8].path)[8].sha256
+    assert saes[8].hashed() != open_saes(saes[8].path)[8].hashed()
     x = torch.randn(5, 8)
     ours, theirs = load_sae(saes[8]), SAE.load_from_disk(saes[8].path)
     rescaled = x * 8**0.5 / x.norm(dim=-1, keepdim=True)
@@ -307,7 +307,7 @@ def test_saes_in_a_file_each_are_found_by_release_repository_and_folder(hub: Cal
     saes = open_saes("qwen-scope-3-1.7b-base-w32k-l50", "layer{layer}")
     assert list(saes) == list(range(28))
     assert (saes[3].site, saes[3].model_name, saes[3].layout) == ("resid_post", "Qwen/Qwen3-1.7B-Base", "qwen_scope")
-    assert len({sae.sha256 for sae in saes.values()}) == 28
+    assert len({sae.hashed() for sae in saes.values()}) == 28
     assert open_saes("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "layer{layer}.sae.pt") == saes
     assert open_saes(repository) == saes
     with pytest.raises(SAEError, match="does not say what it reads"):
@@ -344,11 +344,3 @@ def test_a_folder_of_several_layouts_is_read_by_what_it_holds(tmp_path: Path) ->
     write_sae(tmp_path / "layer_0", "model.layers.0")
     write_gemma_scope_2(tmp_path / "gemma" / "resid_post_all" / "layer_5_width_16k_l0_big")
     assert {layer: sae.layout for layer, sae in open_saes(tmp_path).items()} == {0: "sae_lens", 5: "gemma_scope_2"}
-
-
-def test_saes_of_several_sites_are_not_one_profile(tmp_path):
-    write_sae(tmp_path / "one", "blocks.1.hook_mlp_out")
-    write_sae(tmp_path / "two", "blocks.2.hook_resid_post")
-    with pytest.raises(SAEError, match="do not fit") as caught:
-        check_fit(open_saes(tmp_path), hidden_size=8, num_layers=3, sites=SITES)
-    assert "read `mlp_out`, `resid_post`: layers would not be comparable" in str(caught.value)

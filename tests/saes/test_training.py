@@ -343,13 +343,7 @@ def test_a_lean_step_is_sae_lens_batch_top_k() -> None:
 def test_layers_out_of_range_are_all_named(llama: Llama, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(SAEError) as caught:
         train_saes(
-            llama(layers=2),
-            tokenizer,
-            DOCUMENTS,
-            tmp_path / "x",
-            settings=SETTINGS,
-            held_out={},
-            layers=[0, 2, 7],
+            llama(layers=2), tokenizer, DOCUMENTS, tmp_path / "x", settings=SETTINGS, held_out={}, layers=[0, 2, 7]
         )
     assert caught.value.problems == ("layer 2", "layer 7")
     assert not (tmp_path / "x").exists()
