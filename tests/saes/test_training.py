@@ -41,15 +41,9 @@ def trained(
     model = llama(layers=3)
     out = tmp_path_factory.mktemp("saes") / "trained"
     done: list[int] = []
-    train_saes(
-        model,
-        tokenizer,
-        DOCUMENTS[20:],
-        out,
-        settings=SETTINGS,
-        held_out={"first": DOCUMENTS[:10], "second": DOCUMENTS[10:20]},
-        progress=lambda tokens, _total: done.append(tokens),
-    )
+    held_out = {"first": DOCUMENTS[:10], "second": DOCUMENTS[10:20]}
+    options = {"settings": SETTINGS, "held_out": held_out, "progress": lambda tokens, _total: done.append(tokens)}
+    train_saes(model, tokenizer, DOCUMENTS[20:], out, **options)
     assert done[-1] == SETTINGS.tokens
     return out, model
 
@@ -74,15 +68,8 @@ def test_training_beats_no_training(
     trained: tuple[Path, LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     out, model = trained
-    health = train_saes(
-        model,
-        tokenizer,
-        DOCUMENTS[20:],
-        tmp_path / "hurried",
-        settings=TrainingSettings(width=64, k=8, tokens=256, batch=256, buffer=1024),
-        held_out={"all of it": DOCUMENTS[:20]},
-        layers=[1],
-    )
+    options = {"settings": replace(SETTINGS, tokens=256), "held_out": {"all of it": DOCUMENTS[:20]}, "layers": [1]}
+    health = train_saes(model, tokenizer, DOCUMENTS[20:], tmp_path / "hurried", **options)
     hidden = activations(model, tokenizer, 1)
     explained = measure_health(SAE.load_from_disk(out / "layer_1"), hidden).health().variance_explained
     hurried = health[1]["all"].variance_explained
@@ -98,14 +85,9 @@ def test_saved_saes_are_jumprelu_in_sae_lens_layout(trained: tuple[Path, LlamaFo
     assert saes[1].architecture == "jumprelu"
     sae = load_sae(saes[1])
     stored = load_file(out / "layer_1" / "sae_weights.safetensors")
-    assert {name: value.dtype for name, value in stored.items()} == {
-        "W_enc": torch.bfloat16,
-        "W_dec": torch.bfloat16,
-        "b_enc": torch.float32,
-        "b_dec": torch.float32,
-        "threshold": torch.float32,
-    }
+    assert stored.keys() == {"W_enc", "W_dec", "b_enc", "b_dec", "threshold"}
     for name, value in stored.items():
+        assert value.dtype == (torch.bfloat16 if name.startswith("W") else torch.float32)
         assert torch.equal(getattr(sae, name), value.float())
     assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(64), atol=0.01)
     x = torch.randn(7, 32)
@@ -118,10 +100,9 @@ def test_training_again_gives_the_same_bytes(
 ) -> None:
     _, model = trained
     settings = TrainingSettings(width=16, k=4, tokens=512, batch=256, buffer=512)
+    options = {"settings": settings, "held_out": {"x": DOCUMENTS[:4]}, "layers": [0]}
     for name in ("one", "two"):
-        train_saes(
-            model, tokenizer, DOCUMENTS, tmp_path / name, settings=settings, held_out={"x": DOCUMENTS[:4]}, layers=[0]
-        )
+        train_saes(model, tokenizer, DOCUMENTS, tmp_path / name, **options)
     weights = [tmp_path / name / "layer_0" / "sae_weights.safetensors" for name in ("one", "two")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
@@ -144,22 +125,10 @@ class Training:
             if tokens == stop_at:
                 raise KeyboardInterrupt
 
-        options = {
-            "settings": self.settings,
-            "documents": self.documents,
-            "layers": [0, 2],
-            "site": "mlp_out",
-            "checkpoint_seconds": 0.0,
-        }
+        options = {"settings": self.settings, "documents": self.documents, "layers": [0, 2], "site": "mlp_out"}
+        options |= {"checkpoint_seconds": 0.0, "held_out": {"some": DOCUMENTS[90:]}, **changed}
         with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
-            train_saes(
-                self.model,
-                self.tokenizer,
-                out=out,
-                held_out={"some": DOCUMENTS[90:]},
-                progress=progress,
-                **{**options, **changed},
-            )
+            train_saes(self.model, self.tokenizer, out=out, progress=progress, **options)
         return done
 
 
