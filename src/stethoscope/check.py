@@ -23,7 +23,7 @@ from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import ATTRIBUTION, FEWEST_BLOCKS, GENERAL, HELD_OUT, OTHERS, SCALPEL_ARMS, LossText, Recipe
-from stethoscope.saes.open import SITES, SAEFolder, check_fit, check_source, open_saes
+from stethoscope.saes.open import SAEFolder, check_fit, check_source, open_saes
 from stethoscope.text.documents import Document, read_documents
 
 
@@ -220,7 +220,6 @@ def _check_saes(found: Check, recipe: Recipe) -> None:
             hidden_size=base.hidden_size,
             num_layers=base.layers,
             model_name=recipe.base,
-            sites=SITES,
             attn_width=heads.shape[1] if heads else None,
         )
         if projected and found.task_vector:

@@ -339,10 +339,11 @@ def comparison(context: "Context", results: Results, _: Provenance, __: Progress
     return made
 
 
-def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Hearing":
+def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "ScoreValidation":
     """Compare every score with the effect of injecting the layers."""
     from stethoscope.diagnosis.statistics import load_statistics
-    from stethoscope.selection.scoring import edit_scores, text_scores
+    from stethoscope.selection.baselines import edit_scores, text_scores
+    from stethoscope.selection.validate import validate_scores
 
     recipe, options = context.recipe, context.recipe.validation
     statistics = load_statistics(context.folder / "statistics.safetensors")

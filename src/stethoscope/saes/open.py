@@ -9,7 +9,7 @@ sae = load_sae(saes[12])                                                    # a 
 import importlib.util
 import logging
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,6 @@ import yaml
 from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.display import first_of
 from stethoscope.errors import CheckpointError, SAEError
-from stethoscope.models.sites import SITES
 from stethoscope.saes.layouts import LAYOUTS, convert, layout_of, read_folder
 from stethoscope.saes.layouts.base import SAEFolder
 
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from sae_lens import SAE
 
-__all__ = ["SITES", "SAEFolder", "check_fit", "load_sae", "open_saes"]
+__all__ = ["SAEFolder", "check_fit", "load_sae", "open_saes"]
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +119,6 @@ def check_fit(
     hidden_size: int,
     num_layers: int,
     model_name: str | None = None,
-    sites: Collection[str] = ("resid_post",),
     attn_width: int | None = None,
 ) -> None:
     """Refuse SAEs that cannot have been made for the model.
@@ -132,12 +130,11 @@ def check_fit(
         hidden_size: values per token in the model's residual stream, and in what attention and MLP add to it.
         num_layers: the model's decoder blocks.
         model_name: a hub id or folder.
-        sites: those that can be listened to.
         attn_width: values per token of the site ``attn_z``, heads times their width: the columns of ``o_proj``. Not
             checked if None.
 
     Raises:
-        SAEError: any has another width, layer or site; all of them at once.
+        SAEError: any has another width or layer, or they read several sites; all of it at once.
     """
     problems = []
     for sae in saes.values():
@@ -148,10 +145,8 @@ def check_fit(
             wrong.append(f"the SAE reads {sae.d_in} values, {what} is {width}")
         if not 0 <= sae.layer < num_layers:
             wrong.append(f"the model has {num_layers} layers, 0 to {num_layers - 1} (`{sae.hook_name}`)")
-        if sae.site not in sites:
-            wrong.append(f"the site `{sae.site}` is not one of {', '.join(sites)}")
         problems += [f"layer {sae.layer}: {one}, from `{sae.path}`" for one in wrong]
-    if len(places := sorted({sae.site for sae in saes.values()} & set(sites))) > 1:
+    if len(places := sorted({sae.site for sae in saes.values()})) > 1:
         problems.append(f"the SAEs read {_quoted(places)}: layers would not be comparable")
     names = sorted({sae.model_name for sae in saes.values() if sae.model_name})
     if problems:

@@ -8,7 +8,6 @@ module for the residual stream (sparsify), or leave out norms and biases (dictio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +68,8 @@ class SAEFolder:
         """Whether it predicts a module's output from its input: it has no reconstruction of what it reads."""
         return self.architecture.endswith("transcoder")
 
-    @cached_property
-    def sha256(self) -> str:
-        """One hash of configuration and weights; reads the whole files."""
-        return self.hashed()
-
     def hashed(self, hash_file: Callable[[Path], str] = sha256_file) -> str:
-        """One hash of configuration and weights, from a hash of each file."""
+        """One hash of configuration and weights, from a hash of each whole file."""
         parts: list[Any] = [hash_file(self.path / name) for name in self.files]
         return sha256_bytes(canonical_json([*parts, dict(self.overrides)] if self.overrides else parts).encode())
 
@@ -145,10 +139,8 @@ class Stored:
         for ours, stored in tensors.items() if self.shapes else ():
             shape = shapes.get(ours, (width,))
             stored, shape = (stored[:-2], shape[::-1]) if stored.endswith(".T") else (stored, shape)
-            if (found := self.shapes.get(stored)) != shape:
-                problems.append(
-                    f"`{stored}` should have shape {shape}, the file has {'none' if found is None else found}"
-                )
+            if (found := self.shapes.get(stored, "none")) != shape:
+                problems.append(f"`{stored}` should have shape {shape}, the file has {found}")
         if problems:
             raise unusable(problems)
         return SAEFolder(
