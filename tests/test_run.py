@@ -30,8 +30,7 @@ from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
 from stethoscope.run import run_recipe
-from stethoscope.selection.arms import plan_arms
-from stethoscope.selection.controls import CONTROL_ARMS
+from stethoscope.selection.arms import CONTROL_ARMS, plan_arms
 
 LAYERS, HIDDEN = 4, 32
 FEW = {"control_tasks": [], "limit": 2}

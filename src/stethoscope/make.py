@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stethoscope.results.evidence import Evidence
     from stethoscope.results.geometry import Geometry
     from stethoscope.results.selection import Selection
+    from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
 GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
