@@ -1,10 +1,6 @@
 """Documents of every form, and which of their tokens count."""
 
 import copy
-import json
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -12,7 +8,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from tokenizers import processors
-from transformers import PreTrainedTokenizerFast
+from world import write_lines
 
 from stethoscope.errors import StethoscopeError
 from stethoscope.text.documents import documents_hash, read_documents
@@ -44,50 +40,51 @@ GEMMA = (
 )
 LLAMA = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' '"
 LLAMA += " + m['content'] + eos_token }}{% endfor %}"
+# As Qwen 3's: thoughts are dropped but for the last turn's, where empty ones are put in.
+THINKING = (
+    "{% for m in messages %}{% set parts = m['content'].split('</think>') %}{% if m['role'] == 'assistant' %}"
+    "{{ '<start>assistant\n' }}{% if loop.last %}{{ '<think>\n' }}{% if parts | length > 1 %}"
+    "{{ parts[0].replace('<think>', '') | trim }}{% endif %}{{ '\n</think>\n\n' }}{% endif %}"
+    "{{ (parts | last | trim) + '<end>\n' }}{% else %}{{ '<start>user\n' + m['content'] + '<end>\n' }}{% endif %}"
+    "{% endfor %}"
+)
 
 
 @pytest.fixture
-def chat_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], PreTrainedTokenizerFast]:
+def chat_tokenizer(tokenizer):
     """One token per byte, so that what counts can be read off; it puts a BOS before every text."""
 
-    def with_template(template: str) -> PreTrainedTokenizerFast:
+    def with_template(template: str):
         built = copy.deepcopy(tokenizer)
         built.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", built.bos_token_id)]
         )
         built.chat_template = template
-        assert built("a")["input_ids"][0] == built.bos_token_id
         return built
 
     return with_template
 
 
-def lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    return path
-
-
-def table(path: Path, field: str, values: list[Any]) -> Path:
+def table(path, field: str, values: list):
     parquet.write_table(pa.table({"id": list(range(len(values))), field: values}), path)
     return path
 
 
-def saved(path: Path, field: str, values: list[Any]) -> Path:
+def saved(path, field: str, values: list):
     datasets.Dataset.from_dict({"id": list(range(len(values))), field: values}).save_to_disk(path)
     return path
 
 
 @pytest.fixture(autouse=True)
-def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def quiet(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
 
 
-@pytest.mark.parametrize("field", ["text", "messages"])
-def test_every_form_gives_the_same_documents(field: str, tmp_path: Path) -> None:
-    values: list[Any] = TEXTS if field == "text" else CHATS
+@pytest.mark.parametrize(("field", "values"), [("text", TEXTS), ("messages", CHATS)])
+def test_every_form_gives_the_same_documents(field, values, tmp_path):
     forms = [
-        lines(tmp_path / "a.jsonl", [{field: value, "other": 1} for value in values]),
+        write_lines(tmp_path / "a.jsonl", [{field: value, "other": 1} for value in values]),
         table(tmp_path / "b.parquet", field, values),
         saved(tmp_path / "c", field, values),
     ]
@@ -96,22 +93,14 @@ def test_every_form_gives_the_same_documents(field: str, tmp_path: Path) -> None
         assert read_documents(str(form), field=field, limit=1) == values[:1]
     assert len({documents_hash(read_documents(form, field=field)) for form in forms}) == 1
     assert documents_hash(values) != documents_hash(values[::-1])
-
-
-def test_what_a_table_fills_in_is_left_out_again(tmp_path: Path) -> None:
+    # what a table fills in is left out again
     chat = [{"role": "user", "content": "a", "name": "Ann"}, {"role": "assistant", "content": "b"}]
-    assert read_documents(table(tmp_path / "a.parquet", "text", [chat])) == [chat]
-
-
-def test_a_text_file_is_one_document(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo")
+    assert read_documents(table(tmp_path / "d.parquet", "text", [chat])) == [chat]
+    (tmp_path / "a.txt").write_text("one\n\ntwo")  # one document
     assert read_documents(tmp_path / "a.txt") == ["one\n\ntwo"]
-    (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(StethoscopeError, match="holds no documents"):
-        read_documents(tmp_path / "a.txt")
 
 
-def test_a_dataset_with_splits_asks_for_one(tmp_path: Path) -> None:
+def test_a_dataset_with_splits_asks_for_one(tmp_path):
     parts = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "d")
     assert read_documents(tmp_path / "d") == ["train"]
@@ -123,7 +112,7 @@ def test_a_dataset_with_splits_asks_for_one(tmp_path: Path) -> None:
     assert read_documents(tmp_path / "e") == ["test"]
 
 
-def test_a_dataset_on_the_hub_must_be_in_the_cache_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_on_the_hub_must_be_in_the_cache_without_a_network(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     for name in ("someone/corpus", "someone/corpus:test", "someone/corpus/main:test"):
         with pytest.raises(StethoscopeError, match="cannot be read") as caught:
@@ -140,35 +129,36 @@ def test_a_dataset_on_the_hub_must_be_in_the_cache_without_a_network(monkeypatch
         ([{"text": [{"from": "human", "value": "a"}]}, {"text": 3}], ["message 1", "no text in field"]),
     ],
 )
-def test_bad_rows_are_all_named(rows: list[Any], problems: list[str], tmp_path: Path) -> None:
+def test_bad_rows_are_all_named(rows, problems, tmp_path):
     with pytest.raises(StethoscopeError) as caught:
-        read_documents(lines(tmp_path / "a.jsonl", rows))
-    assert len(caught.value.problems) == len(problems)
+        read_documents(write_lines(tmp_path / "a.jsonl", rows))
     for said, problem in zip(problems, caught.value.problems, strict=True):
         assert said in problem
 
 
-def test_bad_tables_say_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(StethoscopeError, match=r"no field `text` \(it has: id, body\)"):
-        read_documents(table(tmp_path / "a.parquet", "body", TEXTS))
-    with pytest.raises(StethoscopeError, match=r"no field `text` \(it has: id, body\)"):
-        read_documents(saved(tmp_path / "a", "body", TEXTS))
+def test_bad_files_say_what_is_wrong(tmp_path):
     with pytest.raises(StethoscopeError) as caught:
-        read_documents(table(tmp_path / "a.parquet", "text", ["a", "", None]))
+        read_documents(table(tmp_path / "rows.parquet", "text", ["a", "", None]))
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["row 2", "row 3"]
+    table(tmp_path / "a.parquet", "body", TEXTS)
+    saved(tmp_path / "a", "body", TEXTS)
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("x")
+    (tmp_path / "blank.txt").write_text(" \n")
     for path, said in {
+        "a.parquet": r"no field `text` \(it has: id, body\)",
+        "a": r"no field `text` \(it has: id, body\)",
         "torn.parquet": "cannot be read",
         "empty": "cannot be read",
         "a.csv": "there is no text",
+        "blank.txt": "holds no documents",
     }.items():
         with pytest.raises(StethoscopeError, match=said):
             read_documents(tmp_path / path)
 
 
-def counted_text(tokenizer: PreTrainedTokenizerFast, documents: list[Any], **options: Any) -> list[list[str]]:
+def counted_text(tokenizer, documents: list, **options) -> list[list[str]]:
     """What counts, as runs of neighbouring tokens."""
     rows, masks = tokenize(documents, tokenizer), counted_tokens(documents, tokenizer, **options)
     found = []
@@ -183,9 +173,7 @@ def counted_text(tokenizer: PreTrainedTokenizerFast, documents: list[Any], **opt
 
 
 @pytest.mark.parametrize("template", [CHATML, GEMMA, LLAMA])
-def test_what_the_messages_say_counts_and_what_the_template_adds_does_not(
-    template: str, chat_tokenizer: Callable[[str], PreTrainedTokenizerFast]
-) -> None:
+def test_what_the_messages_say_counts_and_what_the_template_adds_does_not(template, chat_tokenizer):
     tokenizer = chat_tokenizer(template)
     strip = str.strip if template == GEMMA else str
     said = [[strip(message["content"]) for message in chat] for chat in CHATS]
@@ -197,19 +185,7 @@ def test_what_the_messages_say_counts_and_what_the_template_adds_does_not(
         assert row.count(tokenizer.bos_token_id) == (template != CHATML)
 
 
-# As Qwen 3's: thoughts are dropped but for the last turn's, where empty ones are put in.
-THINKING = (
-    "{% for m in messages %}{% set parts = m['content'].split('</think>') %}{% if m['role'] == 'assistant' %}"
-    "{{ '<start>assistant\n' }}{% if loop.last %}{{ '<think>\n' }}{% if parts | length > 1 %}"
-    "{{ parts[0].replace('<think>', '') | trim }}{% endif %}{{ '\n</think>\n\n' }}{% endif %}"
-    "{{ (parts | last | trim) + '<end>\n' }}{% else %}{{ '<start>user\n' + m['content'] + '<end>\n' }}{% endif %}"
-    "{% endfor %}"
-)
-
-
-def test_thoughts_that_the_template_drops_or_moves_are_told_from_it(
-    chat_tokenizer: Callable[[str], PreTrainedTokenizerFast],
-) -> None:
+def test_thoughts_that_the_template_drops_or_moves_are_told_from_it(chat_tokenizer):
     tokenizer = chat_tokenizer(THINKING)
     assert counted_text(tokenizer, CHATS[:1]) == [["What is 2 + 2?", "4, I think."]]
     chat = [
@@ -222,44 +198,41 @@ def test_thoughts_that_the_template_drops_or_moves_are_told_from_it(
     assert counted_text(tokenizer, [chat], tokens="assistant") == [["so", "longer\n\nthought", "so it is"]]
 
 
-def test_a_content_that_the_template_rewrites_is_refused(
-    chat_tokenizer: Callable[[str], PreTrainedTokenizerFast],
-) -> None:
-    tokenizer = chat_tokenizer("{% for m in messages %}{{ '<' + m['content'] | upper + '>' }}{% endfor %}")
-    assert tokenize(CHATS, tokenizer)
+def test_templates_that_rewrite_leave_out_or_refuse(tokenizer, chat_tokenizer):
+    rewriting = chat_tokenizer("{% for m in messages %}{{ '<' + m['content'] | upper + '>' }}{% endfor %}")
+    assert tokenize(CHATS, rewriting)
     with pytest.raises(StethoscopeError, match="in document 0, what the messages say cannot be told"):
-        counted_tokens(CHATS, tokenizer)
-
-
-def test_empty_contents_do_not_mislead(chat_tokenizer: Callable[[str], PreTrainedTokenizerFast]) -> None:
-    template = (
+        counted_tokens(CHATS, rewriting)
+    short = (
         "{% for m in messages %}{% if m['content'] %}{{ '<' + m['role'] + '>' + m['content'] }}{% endif %}{% endfor %}"
     )
     chat = [{"role": "system", "content": ""}, {"role": "user", "content": "hi"}]
-    assert counted_text(chat_tokenizer(template), [chat]) == [["hi"]]
+    assert counted_text(chat_tokenizer(short), [chat]) == [["hi"]]
+    with pytest.raises(StethoscopeError, match="has no chat template"):
+        tokenize(CHATS, tokenizer)
+    with pytest.raises(StethoscopeError, match="refuses document 1: roles must alternate"):
+        tokenize([CHATS[0], CHATS[0][1:]], chat_tokenizer(GEMMA))
 
 
-def test_texts_count_but_for_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_texts_count_but_for_special_tokens(tokenizer):
     assert counted_text(tokenizer, ["ab</s>c", "d"]) == [["ab", "c"], ["d"]]
     assert counted_text(tokenizer, ["ab</s>c</s>", "d"], tokens="last") == [["c"], ["d"]]
     with pytest.raises(StethoscopeError, match="a text has no assistant's tokens"):
         counted_tokens(["a"], tokenizer, tokens="assistant")
 
 
-def test_documents_are_cut_before_tokens_are_counted(
-    chat_tokenizer: Callable[[str], PreTrainedTokenizerFast], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_documents_are_cut_before_tokens_are_counted(chat_tokenizer, caplog):
     tokenizer = chat_tokenizer(CHATML)
     cut = len("<start>user\n") + 4
     assert [sum(mask) for mask in counted_tokens(CHATS[:1], tokenizer, max_tokens=cut)] == [4]
-    masks = counted_tokens([CHATS[0], CHATS[1]], tokenizer, max_tokens=cut + 45, tokens="assistant")
+    masks = counted_tokens(CHATS, tokenizer, max_tokens=cut + 45, tokens="assistant")
     assert [len(mask) for mask in masks] == [len(row) for row in tokenize(CHATS, tokenizer, max_tokens=cut + 45)]
     with pytest.raises(StethoscopeError, match="no document has a token to count"):
         counted_tokens(CHATS, tokenizer, max_tokens=cut, tokens="assistant")
     assert "2 of 2 documents have no tokens to count" in caplog.text
 
 
-def test_batches_count_what_was_asked_for(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_batches_count_what_was_asked_for(tokenizer):
     documents = ["a</s>b", "cdefg", "hi"]
     rows = tokenize(documents, tokenizer)
     masks = [[True] * 3, [False, True, True, False, True], [False, True]]
@@ -270,16 +243,7 @@ def test_batches_count_what_was_asked_for(tokenizer: PreTrainedTokenizerFast) ->
         [True, False, True, False, False],  # a special token never counts
         [False, True, False, False, False],
     ]
-    (plain,) = batches(rows, tokenizer)
-    everything = counted_tokens(documents, tokenizer)
-    (same,) = batches(rows, tokenizer, counted=everything)
+    (plain,), (same,) = (
+        batches(rows, tokenizer, counted=counted) for counted in (None, counted_tokens(documents, tokenizer))
+    )
     assert torch.equal(plain.countable, same.countable)
-
-
-def test_a_chat_needs_a_template_that_takes_it(
-    tokenizer: PreTrainedTokenizerFast, chat_tokenizer: Callable[[str], PreTrainedTokenizerFast]
-) -> None:
-    with pytest.raises(StethoscopeError, match="has no chat template"):
-        tokenize(CHATS, tokenizer)
-    with pytest.raises(StethoscopeError, match="refuses document 1: roles must alternate"):
-        tokenize([CHATS[0], CHATS[0][1:]], chat_tokenizer(GEMMA))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_pipeline import finished, world  # noqa: F401 - fixtures
 
 from stethoscope import Comparison, Diagnosis, Geometry, Outcomes, Selection
 
@@ -14,7 +13,7 @@ SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "scripts" / "ru
 
 
 @pytest.fixture(scope="module")
-def results(finished) -> dict[str, object]:  # noqa: F811
+def results(finished) -> dict[str, object]:
     return {
         "diagnosis": Diagnosis.load(finished),
         "geometry": Geometry.load(finished),
@@ -83,7 +82,7 @@ def _renamed(contrast, name):
     return type(contrast)(**{**vars(contrast), "b": name, "verdict": f"{name} wins"})
 
 
-def test_selected_layers_are_marked(results, finished):  # noqa: F811
+def test_selected_layers_are_marked(results, finished):
     selection = Selection.load(finished)
     (rows,) = (data for key, data in results["diagnosis"].plot(selection).to_dict()["datasets"].items())
     assert {row["layer"] for row in rows if row["kind"] == "selected"} == set(selection.layers)
@@ -91,7 +90,7 @@ def test_selected_layers_are_marked(results, finished):  # noqa: F811
     assert {row["layer"] for row in rows if row["selected"]} == set(selection.layers)
 
 
-def test_the_notebook_runs_and_names_no_place_of_the_machine_that_ran_it(finished):  # noqa: F811
+def test_the_notebook_runs_and_names_no_place_of_the_machine_that_ran_it(finished):
     path = SCRIPT["NOTEBOOK"]
     text = path.read_text(encoding="utf-8")
     assert path.stat().st_size < 500_000

@@ -1,16 +1,22 @@
-"""Devices by name: what is not here is said, and a GPU is taken only where PyTorch sees one."""
+"""Models: the device they run on, the sites that are read, and a forward restarted in the middle."""
 
 import pytest
 import torch
-from sae_lens import StandardSAE, StandardSAEConfig
+from world import LAYOUTS, exact_sae, make, save_pair
 
-from stethoscope.errors import RecipeError, StethoscopeError
-from stethoscope.models.load import find_device, room_beside
-from stethoscope.recipe import Recipe
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.layers import LayerEdits
+from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.losses import replaced_forward, run
+from stethoscope.models.load import decoder_layers, find_device, load_model, room_beside
+from stethoscope.models.sites import hook_point, read_activations
+from stethoscope.replay import Recording
 from stethoscope.saes.activations import on_device
 
+IDS = torch.tensor([[5, 9, 12, 7, 3, 30], [8, 4, 11, 6, 0, 0]])
 
-def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+
+def gpus(monkeypatch, count: int) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
@@ -30,23 +36,8 @@ def test_a_device_is_one_that_is_there(monkeypatch):
             find_device(name)
 
 
-def test_a_recipe_names_a_device(tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        "{base: a/b, tuned: a/c, saes: a/d, target: {dataset: t.jsonl}, control: {dataset: c.jsonl}, select: {k: 1},"
-        " evaluate: {tasks: [x]}, device: gpu}"
-    )
-    with pytest.raises(RecipeError, match="device"):
-        Recipe.from_yaml(path)
-    mistaken = path.read_text()
-    path.write_text(mistaken.replace(", device: gpu", ""))
-    assert Recipe.from_yaml(path).device == "auto"
-    path.write_text(mistaken.replace("device: gpu", "device: 'cuda:1'"))
-    assert Recipe.from_yaml(path).device == "cuda:1"
-
-
 def test_lent_weights_come_back_whatever_happens():
-    sae = StandardSAE(StandardSAEConfig(d_in=4, d_sae=8, apply_b_dec_to_input=False))
+    sae = exact_sae(4)
     before = [parameter.data_ptr() for parameter in sae.parameters()]
 
     def fail() -> None:
@@ -61,3 +52,85 @@ def test_lent_weights_come_back_whatever_happens():
 
 def test_edited_weights_have_room(llama):
     assert room_beside(llama(layers=1, hidden=16)) == 8 << 30
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_a_block_adds_is_what_its_parts_return_and_the_next_reads_it(layout):
+    model, sites = make(layout, dtype=torch.float32), ["resid_pre", "attn_out", "mlp_out", "resid_post"]
+    model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head was run"))
+    for layer in range(3):
+        heard = read_activations(model, {site: hook_point(model, layer, site) for site in sites}, IDS[:1])
+        added = heard["attn_out"] + heard["mlp_out"]
+        torch.testing.assert_close(heard["resid_post"], heard["resid_pre"] + added, atol=1e-5, rtol=1e-5)
+    decoder_layers(model)[2].register_forward_hook(lambda *_: pytest.fail("a layer below the last point was run"))
+    heard = read_activations(
+        model, {"out": hook_point(model, 0, "resid_post"), "in": hook_point(model, 1, "resid_pre")}, IDS[:1]
+    )
+    assert torch.equal(heard["out"], heard["in"])
+
+
+def test_a_tap_says_exactly_where():
+    model = make("gemma3 text", dtype=torch.float32)
+    block = decoder_layers(model)[0]
+    heads, before_the_norm, after_it = (
+        read_activations(model, {0: hook_point(model, 0, "attn_out", *tap)}, IDS[:1])[0]
+        for tap in (["self_attn.o_proj.input"], ["self_attn.output"], [])
+    )
+    torch.testing.assert_close(block.self_attn.o_proj(heads), before_the_norm)
+    torch.testing.assert_close(block.post_attention_layernorm(before_the_norm), after_it)
+    with pytest.raises(SAEError, match=r"no `mixer\.output`") as error:
+        hook_point(model, 0, "mlp_out", "mixer.output")
+    assert "self_attn, mlp" in error.value.hint
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_a_replay_is_the_plain_forward(layout, tmp_path):
+    base, tuned = save_pair(layout, tmp_path)
+    model = load_model(base, dtype=torch.float32)
+    edits = LayerEdits(model, open_task_vector(open_checkpoint(base), tuned))
+    plain = run(model, IDS).last_hidden_state
+    recording = Recording(model, IDS)
+    for start in range(4):
+        assert torch.equal(recording.replay(start).last_hidden_state, plain)
+    for change in ({0: 1.0}, {1: 0.5}, {2: 1.0}, {1: 1.0, 2: -0.5}, {2: 1.0, 0: 1.0}):
+        with edits.entered(change):
+            edited = run(model, IDS).last_hidden_state
+            replayed = recording.replay(min(change)).last_hidden_state
+        assert torch.equal(replayed, edited)
+        assert not torch.equal(edited, plain)
+    assert torch.equal(run(model, IDS).last_hidden_state, plain)
+    assert not any("forward" in vars(block) for block in decoder_layers(model))
+
+
+@torch.no_grad()
+def test_only_what_is_needed_is_kept_and_nothing_below_runs(llama):
+    model = llama(layers=4)
+    recording = Recording(model, IDS, starts=[2])
+    model.model.layers[1].self_attn.register_forward_hook(lambda *_: pytest.fail("a block below the start was run"))
+    recording.replay(2)
+    with pytest.raises(KeyError):
+        recording.replay(3)
+    assert not any("forward" in vars(block) for block in decoder_layers(model))
+
+
+def test_a_forward_of_the_instances_own_comes_back(llama):
+    block = llama(layers=2).model.layers[0]
+    own = block.forward = block.forward
+    with replaced_forward(block, lambda hidden, **_: hidden):
+        assert block(1) == 1
+    assert vars(block)["forward"] is own
+
+
+def test_edits_are_read_once_while_they_fit(pair, change, monkeypatch):
+    model = load_model(pair[0])
+    roomy, tight = LayerEdits(model, change), LayerEdits(model, change, memory=1)
+    for edits in (roomy, tight):
+        for layer in (0, 1):
+            with edits.entered({layer: 1.0}):
+                pass
+    monkeypatch.setattr("stethoscope.editing.layers.prepare", lambda *_: pytest.fail("read again"))
+    with roomy.entered({0: 1.0, 1: 1.0}), tight.entered({1: 1.0}):
+        pass
+    with pytest.raises(pytest.fail.Exception, match="read again"), tight.entered({0: 1.0}):
+        pass

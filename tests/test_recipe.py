@@ -52,14 +52,17 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not YAML"), ("- a", "is not a mapping"), (GOOD + "arms: [tuned]", "must hold `base`")],
+    [
+        ("a: [", "is not YAML"),
+        ("- a", "is not a mapping"),
+        (GOOD + "arms: [tuned]", "must hold `base`"),
+        (GOOD + "device: gpu", "device"),
+        (GOOD.replace("top_k", "topk"), "did you mean `top_k`"),
+        (None, "recipe.yaml"),
+    ],
 )
 def test_other_mistakes(tmp_path, text, message):
+    path = written(tmp_path, text) if text else tmp_path / "recipe.yaml"
     with pytest.raises(RecipeError) as error:
-        Recipe.from_yaml(written(tmp_path, text))
+        Recipe.from_yaml(path)
     assert message in str(error.value)
-
-
-def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(RecipeError, match=r"nowhere\.yaml"):
-        Recipe.from_yaml(tmp_path / "nowhere.yaml")

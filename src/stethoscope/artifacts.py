@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -44,9 +44,9 @@ def sha256_files(paths: Iterable[Path], hash_file: Callable[[Path], str] = sha25
 
 @contextmanager
 def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
-    """A `sha256_file` that reads no file twice, in other processes too: the hashes are kept in the JSON file ``path``.
+    """Yield a `sha256_file` that keeps hashes in the JSON file ``path`` and reads no unchanged file again.
 
-    A file is known by its path, size, inode and times of change; whoever writes to it changes the last of these.
+    A file is unchanged if its path, size, inode and times of change are.
     """
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -55,9 +55,8 @@ def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
     used = {}
 
     def hash_file(file: Path) -> str:
-        found = file.stat()
-        state = [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-        name = str(file.resolve())
+        stat, name = file.stat(), str(file.resolve())
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
         if known.get(name, {}).get("state") != state:
             known[name] = {"state": state, "sha256": sha256_file(file)}
         used[name] = known[name]
@@ -106,7 +105,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise StethoscopeError(f"the output `{path}` exists", hint="choose another folder or remove it first")
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if (lock := _locked(stale)) is not None:  # whoever made it is gone
+        if (lock := _locked(stale)) is not None:  # its process has ended
             shutil.rmtree(stale, ignore_errors=True)
             os.close(lock)
     made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
@@ -134,26 +133,25 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A handle that holds the lock on a folder until it is closed or its process ends; None if another has it."""
-    handle = -1
-    try:
+    """A handle that locks a folder until it is closed or its process ends; None if another process holds the lock."""
+    with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if handle >= 0:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except OSError:
             os.close(handle)
-        return None
-    return handle
+    return None
 
 
 class Frozen(BaseModel):
-    """A part of a result: it does not change, has no other fields, and holds no NaN (undefined is None)."""
+    """A part of a result: frozen, without unknown fields or NaN (undefined is None)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Provenance(Frozen):
-    """Where a result comes from: package version, seed, and the SHA-256 of each input by name."""
+    """The origin of a result: package version, seed, and the SHA-256 of each input by name."""
 
     stethoscope: str = Field(default_factory=lambda: version("sae-stethoscope"))
     seed: int = 0
@@ -161,12 +159,12 @@ class Provenance(Frozen):
 
     @property
     def key(self) -> str:
-        """One hash of everything above: equal keys mean that a stage need not run again."""
+        """The hash of all fields; a stage with an equal key need not run again."""
         return sha256_bytes(canonical_json(self.model_dump()).encode())
 
 
 def read_json(path: Path) -> Any:
-    """The value that a file holds.
+    """The value in a JSON file.
 
     Raises:
         StethoscopeError: the file is missing or is not JSON.
@@ -180,7 +178,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_versioned(path: Path, schema: int, build: Callable[[Any], Built], *, field: str = "schema_version") -> Built:
-    """What ``build`` makes of the value in a JSON file whose ``field`` names the schema version.
+    """Build an object from the value in a JSON file whose ``field`` is the schema version.
 
     Raises:
         StethoscopeError: the file is missing, damaged, or of another schema version.
@@ -228,16 +226,14 @@ class Artifact(Frozen):
 
     @classmethod
     def find(cls: type[Saved], folder: Path) -> Saved | None:
-        """As `load`, and None where there is no such file."""
+        """The saved result, or None if there is no file."""
         return cls.load(folder) if (folder / cls.FILE).exists() else None
 
     @classmethod
     def load_if_current(cls: type[Saved], folder: Path, provenance: Provenance) -> Saved | None:
         """The saved result if it was made from exactly these inputs, else None."""
-        if not (folder / cls.FILE).exists():
-            return None
         try:
-            saved = cls.load(folder)
+            saved = cls.find(folder)
         except StethoscopeError:
             return None  # an older or damaged result is made again
-        return saved if saved.provenance == provenance else None
+        return saved if saved and saved.provenance == provenance else None

@@ -44,53 +44,44 @@ LocalPath = Annotated[Path, AfterValidator(lambda path, info: info.context / pat
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Text(_Section):
-    """Documents in a file, a saved dataset or a dataset on the hub.
-
-    Attributes:
-        dataset: a .jsonl, .parquet or .txt file, a saved dataset's folder, or ``owner/name/config:split`` on the hub.
-        field: the field that holds each document: a text, or a chat as a list of messages.
-        split: the split to read, of a dataset that has several.
-        documents: maximum number of documents, from the top.
-    """
+    """Documents in a file, a saved dataset or a dataset on the hub."""
 
     dataset: PathOrHubId
+    """A .jsonl, .parquet or .txt file, a saved dataset's folder, or ``owner/name/config:split`` on the hub."""
     field: str = "text"
+    """The field that holds each document: a text, or a chat as a list of messages."""
     split: str | None = None
+    """The split to read, of a dataset that has several."""
     documents: int | None = Field(default=None, ge=1)
+    """Maximum number of documents, from the top."""
 
 
 class LossText(Text):
-    """Text on which an arm's loss is measured.
-
-    Attributes:
-        prompt: a field with the text that precedes each document; its tokens do not count.
-    """
+    """Text on which an arm's loss is measured."""
 
     prompt: str | None = None
+    """A field with the text that precedes each document; its tokens do not count."""
 
 
 class Select(_Section):
-    """The policy that turns scores into a choice of layers.
-
-    Attributes:
-        policy: the policy, see `selection.policies`.
-        k: number of layers, for ``top_k`` and ``spread``.
-        z: minimum excess in standard deviations of the null, for ``threshold``.
-        alpha: family-wise significance level, for ``significant``.
-        share: share of the total excess to reach, for ``budget``.
-        include_flagged: include layers whose SAE has poor health.
-    """
+    """The policy that turns scores into a choice of layers."""
 
     policy: Literal["top_k", "spread", "threshold", "significant", "budget", "gap", "calibrated"] = "top_k"
+    """The policy, see `selection.policies`."""
     k: int | None = Field(default=None, ge=1)
+    """Number of layers, for ``top_k`` and ``spread``."""
     z: float = Field(default=3.0, allow_inf_nan=False)
+    """Minimum excess in standard deviations of the null, for ``threshold``."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
+    """Family-wise significance level, for ``significant``."""
     share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the total excess to reach, for ``budget``."""
     include_flagged: bool = False
+    """Include layers whose SAE has poor health."""
 
     @property
     def chooses_k(self) -> bool:
@@ -105,180 +96,154 @@ class Select(_Section):
 
 
 class Calibrate(_Section):
-    """The search for layers and coefficient by the loss on texts that no claim is tested on.
-
-    Attributes:
-        target: other text that uses the skill; with a ``prompt``, only the loss of what follows it counts.
-        control: other text that does not use it.
-        budget: share by which control loss may rise; without one, a nat of control weighs a nat of target.
-        coefficients: coefficients to try.
-        per_layer: then tune one layer's coefficient at a time.
-    """
+    """The search for layers and coefficient by the loss on texts that no claim is tested on."""
 
     target: LossText
+    """Other text that uses the skill; with a ``prompt``, only the loss of what follows it counts."""
     control: LossText
+    """Other text that does not use it."""
     budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Share by which control loss may rise; without one, a nat of control weighs a nat of target."""
     coefficients: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
+    """Coefficients to try."""
     per_layer: bool = False
+    """Tune one layer's coefficient at a time afterwards."""
 
 
 class EditOptions(_Section):
-    """The edit of the selected layers.
-
-    Attributes:
-        coefficient: factor of the task vector; negative removes the skill.
-    """
+    """The edit of the selected layers."""
 
     coefficient: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of the task vector; negative removes the skill."""
 
 
 class Diagnose(_Section):
-    """How SAE activations are collected and scored; permutations relabel blocks of documents.
-
-    Attributes:
-        block_size: documents in a block.
-        max_tokens: documents are cut to this many tokens.
-        tokens: the tokens that count, in target and control: all, those of the assistant's messages, or each
-            document's last.
-        permutations: relabellings for the null distribution; the smallest p is 1 / (permutations + 1).
-        resamples: bootstrap draws of blocks, for intervals and the stability of ranks.
-        sae_memory_gb: memory for encoders; those that do not fit take another pass over the text. No limit by default.
-        skip_broken: leave out documents that the model cannot process, instead of an error that names them.
-    """
+    """How SAE activations are collected and scored; permutations relabel blocks of documents."""
 
     block_size: int = Field(default=64, ge=1)
+    """Documents in a block."""
     max_tokens: int = Field(default=1024, ge=8)
+    """Documents are cut to this many tokens."""
     tokens: Literal["all", "assistant", "last"] = "all"
+    """The tokens that count, in target and control: all, those of the assistant's messages, or each document's last."""
     permutations: int = Field(default=200, ge=19)
+    """Relabellings for the null distribution; the smallest p is 1 / (permutations + 1)."""
     resamples: int = Field(default=200, ge=19)
+    """Bootstrap draws of blocks, for intervals and the stability of ranks."""
     sae_memory_gb: float | None = Field(default=None, gt=0)
+    """Memory for encoders; those that do not fit take another pass over the text. No limit by default."""
     skip_broken: bool = False
+    """Leave out documents that the model cannot process, instead of an error that names them."""
 
 
 class Project(_Section):
-    """The arms that project the task vector onto SAE feature directions.
-
-    Attributes:
-        features: features per layer that span the subspace; 3 % of the width if None, as published.
-        share: share of a layer's energy that ``filtered`` keeps in the selected layers, ``hybrid`` in the others.
-        draws: random feature sets, and random bases, that the geometry is compared with.
-        tokens: tokens of each corpus for the measurement of functional energy.
-    """
+    """The arms that project the task vector onto SAE feature directions."""
 
     features: int | None = Field(default=None, ge=1)
+    """Features per layer that span the subspace; 3 % of the width if None, as published."""
     share: float = Field(default=0.5, gt=0, le=1)
+    """Share of a layer's energy that ``filtered`` keeps in the selected layers, ``hybrid`` in the others."""
     draws: int = Field(default=100, ge=20)
+    """Random feature sets, and random bases, that the geometry is compared with."""
     tokens: int = Field(default=512, ge=1)
+    """Tokens of each corpus for the measurement of functional energy."""
 
 
 class Evaluate(_Section):
-    """The evaluation: tasks of lm-evaluation-harness, and text on which the edit should cost nothing.
-
-    Attributes:
-        tasks: tasks or groups whose gain is claimed; the family of Holm's correction.
-        control_tasks: tasks that the edit might hurt.
-        include_path: a folder with further task definitions.
-        data: local items of ``minerva_math``, a folder or one file.
-        limit: maximum items per task; None for all.
-        batch_size: prompts decoded together.
-        control: text for the loss control.
-        target: held-out target text on which every arm's loss is measured, a finer measure than accuracy.
-        exploratory: allow test items that occur in the texts the layers were chosen by; the report says so.
-    """
+    """The evaluation: tasks of lm-evaluation-harness, and text on which the edit should cost nothing."""
 
     tasks: tuple[str, ...] = Field(min_length=1)
+    """Tasks or groups whose gain is claimed; the family of Holm's correction."""
     control_tasks: tuple[str, ...] = ()
+    """Tasks that the edit might hurt."""
     include_path: LocalPath | None = None
+    """A folder with further task definitions."""
     data: LocalPath | None = None
+    """Local items of ``minerva_math``, a folder or one file."""
     limit: int | None = Field(default=None, ge=1)
+    """Maximum items per task; None for all."""
     batch_size: int = Field(default=16, ge=1)
+    """Prompts decoded together."""
     control: LossText | None = None
+    """Text for the loss control."""
     target: LossText | None = None
+    """Held-out target text on which every arm's loss is measured, a finer measure than accuracy."""
     exploratory: bool = False
+    """Allow test items that occur in the texts the layers were chosen by; the report says so."""
 
 
 class Validation(_Section):
-    """How ``validate`` compares the scores of layers with the effect of injecting them.
-
-    Attributes:
-        control: name of the control text on which the cost is measured.
-        documents: documents of each text, from the top; gain is measured on held-out target text if there is any.
-        random_sets: random layer sets of each size to compare a score's layers with.
-        matched: scores also compared with random sets of equal energy; the recipe's and ``attribution`` if None.
-    """
+    """How ``validate`` compares the scores of layers with the effect of injecting them."""
 
     control: str = "control"
+    """Name of the control text on which the cost is measured."""
     documents: int = Field(default=32, ge=2)
+    """Documents of each text, from the top; gain is measured on held-out target text if there is any."""
     random_sets: int = Field(default=50, ge=10)
+    """Random layer sets of each size to compare a score's layers with."""
     matched: tuple[str, ...] | None = None
+    """Scores also compared with random sets of equal energy; the recipe's and ``attribution`` if None."""
 
 
 class Ray(_Section):
-    """A Ray cluster that shares the work; the results are the same to the bit.
-
-    Attributes:
-        address: of a running cluster; ``auto`` finds one here or starts one on this machine.
-        workers: how many; as many as the cluster has room for if None, and 0 for none: all in this process.
-        threads: CPUs of each; if None as many as PyTorch uses here, with which the results are the same, or one beside
-            a GPU.
-        gpus: of each, one or a share of it; without, workers compute on CPUs.
-    """
+    """A Ray cluster that shares the work; the results are the same to the bit."""
 
     address: str = "auto"
+    """Address of a running cluster; ``auto`` finds one here or starts one on this machine."""
     workers: int | None = Field(default=None, ge=0)
+    """Number of workers; as many as the cluster has room for if None; 0 for none: all is done in this process."""
     threads: int | None = Field(default=None, ge=1)
+    """CPUs per worker; if None as many as PyTorch uses here, for which results are the same, or one beside a GPU."""
     gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """GPUs per worker, one or a share of it; 0 for CPUs only."""
 
 
 class Recipe(_Section):
-    """One experiment, from two models and a set of SAEs to a verdict.
-
-    Attributes:
-        base: the model that is edited: a folder or a hub id.
-        tuned: its fine-tune: a checkpoint of the same shapes, or a PEFT adapter.
-        saes: one for each layer of the base: a folder, a SAELens release or a hub id.
-        sae_id: chooses among several SAEs: their id or path, with ``{layer}`` for the number.
-        target: text that uses the skill.
-        control: text that lacks the target's skill; a layer must stand out against it.
-        controls: further control texts by name; a layer must stand out against each.
-        score: the score of layers, see `diagnosis.scores`; or ``attribution``.
-        increments: score what each layer adds to the one before it, for SAEs that read the residual stream.
-        diagnose: how activations are collected and scored.
-        select: the policy that chooses layers.
-        calibrate: the search that the policy ``calibrated`` uses.
-        edit: the edit of the selected layers.
-        project: the arms that project onto feature directions.
-        arms: the models that are evaluated.
-        random_sets: number of arms with random layers.
-        validation: how ``validate`` compares the scores.
-        evaluate: tasks and texts of the evaluation.
-        device: device of this process: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one, but the
-            CPU beside workers, which may need the GPU.
-        ray: a cluster that shares the work; without, all is done in this process.
-        seed: of permutations, resamples, random layers and few-shot sampling.
-    """
+    """One experiment, from two models and a set of SAEs to a verdict."""
 
     base: PathOrHubId
+    """The model that is edited: a folder or a hub id."""
     tuned: PathOrHubId
+    """Its fine-tune: a checkpoint of the same shapes, or a PEFT adapter."""
     saes: PathOrHubId
+    """The SAEs, one for each layer of the base: a folder, a SAELens release or a hub id."""
     sae_id: str | None = None
+    """Chooses among several SAEs: their id or path, with ``{layer}`` for the number."""
     target: Text
+    """Text that uses the skill."""
     control: Text
+    """Text that lacks the target's skill; a layer must stand out against it."""
     controls: dict[str, Text] = {}
+    """Further control texts by name; a layer must stand out against each."""
     score: str = "mass_shift"
+    """The score of layers, see `diagnosis.scores`; or ``attribution``."""
     increments: bool = False
+    """Score what each layer adds to the one before it, for SAEs that read the residual stream."""
     diagnose: Diagnose = Diagnose()
+    """How activations are collected and scored."""
     select: Select
+    """The policy that chooses layers."""
     calibrate: Calibrate | None = None
+    """The search that the policy ``calibrated`` uses."""
     edit: EditOptions = EditOptions()
+    """The edit of the selected layers."""
     project: Project = Project()
+    """The arms that project onto feature directions."""
     arms: tuple[ArmName, ...] = ARMS
+    """The models that are evaluated."""
     random_sets: int = Field(default=2, ge=1)
+    """Number of arms with random layers."""
     validation: Validation = Validation()
+    """How ``validate`` compares the scores."""
     evaluate: Evaluate
+    """Tasks and texts of the evaluation."""
     device: str = Field(default="auto", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
+    """Device of this process: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one, but the CPU beside
+    workers, which may need the GPU."""
     ray: Ray | None = None
+    """The cluster that shares the work; without one, all is done in this process."""
     seed: int = Field(default=0, ge=0)
+    """Seed of permutations, resamples, random layers and few-shot sampling."""
 
     @model_validator(mode="after")
     def _arms_make_sense(self) -> "Recipe":

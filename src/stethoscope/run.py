@@ -1,6 +1,6 @@
-"""The runner: recipe in, verdict out. It alone derives keys, skips what is current, shows progress and saves.
+"""Runs the stages of a recipe; it alone derives keys, skips current results, shows progress and saves.
 
-A stage whose inputs did not change is not run again; what it wrote is read instead.
+A stage whose inputs did not change is not run again; its saved result is read instead.
 """
 
 from collections.abc import Callable
@@ -28,26 +28,26 @@ class Reporter(Protocol):
     """Shows progress; the library itself never prints."""
 
     def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """A stage begins; the value is called with steps done and in all."""
+        """Show a stage until the context ends; its value is called with steps done and steps in all."""
 
     def note(self, text: str) -> None:
-        """One line on what a stage found or where it wrote."""
+        """Show one line about a result."""
 
 
 class Silent:
     """A reporter that shows nothing."""
 
     def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Nothing is shown."""
+        """Show nothing."""
         return nullcontext(lambda _done, _total: None)
 
     def note(self, text: str) -> None:
-        """Nothing is shown."""
+        """Show nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """Where a run's artefacts are, and the results of its stages by name."""
+    """A run's folder, and the results of its stages by name."""
 
     folder: Path
     results: Results
@@ -73,7 +73,7 @@ class RunResult:
         return self.folder / "edited"
 
     def summary(self) -> dict[str, Any]:
-        """The run in plain values: layers, accuracy per arm and task, verdicts, and where everything is."""
+        """Layers, accuracy per arm and task, verdicts and paths, as plain values."""
         return {
             "selection": list(self.selection.layers),
             "accuracy": self.comparison.accuracy,
@@ -90,13 +90,13 @@ class RunResult:
 def run_recipe(
     recipe: Recipe, folder: Path, *, until: str | None = None, reporter: Reporter | None = None
 ) -> RunResult:
-    """Run the stages of a recipe in a run folder; results that are there and current are read instead.
+    """Run the stages of a recipe in a folder; current results in it are read instead.
 
     Args:
-        until: a stage, which is run with those that it needs; the whole recipe if None.
+        until: the stage to run, with those that it needs; the whole recipe if None.
 
     Raises:
-        StethoscopeError: whatever is wrong with the recipe, before any long work.
+        StethoscopeError: everything that is wrong with the recipe, before any long work.
     """
     reporter = reporter or Silent()
     with ExitStack() as stack:
@@ -137,7 +137,7 @@ def run_recipe(
 
 
 def chosen_stages(recipe: Recipe, until: str | None) -> list[Stage]:
-    """The stages of a whole run, or one with those that it needs, in order."""
+    """The stages of a whole run, or the stage ``until`` with those that it needs, in order."""
     if until is None:
         return [stage for stage in stages.STAGES if stage.wanted(recipe)]
     known = {stage.name: stage for stage in stages.STAGES}

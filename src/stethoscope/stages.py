@@ -29,27 +29,27 @@ class Stage:
 
     Attributes:
         name: its command, and its key among the results.
-        title: shown beside its bar.
+        title: the text beside its bar.
         needs: names of inputs and of earlier stages, whose hashes make its key.
-        settings: what else decides the result.
-        make: makes the result, which holds the given provenance, from the context and earlier results.
-        load: reads a saved result if it was made with this provenance, else None; without, it is always made.
+        make: makes the result with a given provenance from the context and earlier results.
+        settings: values of the recipe that also decide the result.
+        load: reads a saved result if it has this provenance, else returns None; without, the result is always made.
         save: writes a result in the run's folder; without, ``make`` saves it.
         wanted: whether a whole run includes it.
-        notes: what to tell of a result.
-        also: stages that are run with it where a run ends with it.
-        help: of its command; a stage without has none.
+        notes: lines that the reporter shows about a result.
+        also: stages to run with it when a run ends with it.
+        help: help of its command; a stage without help has no command.
         says: sentences at the end of its command.
         rows: its command's table.
         wrote: files in the run's folder that its command names.
-        then: the command to go on with.
+        then: the command that its command suggests next.
     """
 
     name: str
     title: str
     needs: Callable[[Recipe], Sequence[str]]
-    settings: Callable[[Recipe], Mapping[str, Any]]
     make: "Callable[[Context, Results, Provenance, Progress], Any]"
+    settings: Callable[[Recipe], Mapping[str, Any]] = lambda _recipe: {}
     load: Callable[[Path, Recipe, Provenance], Any] | None = None
     save: Callable[[Path, Recipe, Any], Any] | None = None
     wanted: Callable[[Recipe], bool] = lambda _recipe: True
@@ -71,7 +71,7 @@ def _load_plans(folder: Path, _: Recipe, provenance: Provenance) -> "Planned | N
 
 
 def _artifact(module: str, name: str, place: Callable[[Recipe], str] = lambda _recipe: "") -> dict[str, Any]:
-    """How a stage loads and saves a result that is an `Artifact`: its class, and where in the run's folder it lies."""
+    """The options ``load`` and ``save`` of a stage whose result is an `Artifact` in a place of the run's folder."""
 
     def load(folder: Path, recipe: Recipe, provenance: Provenance) -> Any:
         return getattr(import_module(module), name).load_if_current(folder / place(recipe), provenance)
@@ -91,9 +91,9 @@ def _verdict_and_warnings(made: Any, _: Recipe) -> list[str]:
 
 
 def _edited_layers(recipe: Recipe) -> dict[str, Any]:
-    """What decides the arms' plans beside the selection."""
-    arms = {"arms": recipe.arms, "random_sets": recipe.random_sets, "share": recipe.project.share}
-    return {**arms, "features": recipe.project.features, "coefficient": recipe.edit.coefficient}
+    """The settings of the arms' plans, beside the selection."""
+    arms = {"arms": recipe.arms, "random_sets": recipe.random_sets, "coefficient": recipe.edit.coefficient}
+    return {**arms, **recipe.project.model_dump(include={"share", "features"})}
 
 
 def _diagnosis_needs(recipe: Recipe) -> tuple[str, ...]:
@@ -151,7 +151,6 @@ STAGES: tuple[Stage, ...] = (
         name="evidence",
         title="Evidence: strongest contexts",
         needs=lambda _: ("diagnose",),
-        settings=lambda _: {},
         make=make.evidence,
         **_artifact("stethoscope.results.evidence", "Evidence"),
     ),
@@ -183,9 +182,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="claim",
-        title="Look for test items that were seen",
+        title="Find test items that were seen",
         needs=lambda _: ("diagnose",),
-        settings=lambda _: {},
         make=make.claim,
         save=lambda folder, _, made: made.save(folder),
         notes=lambda made: ["exploratory: the choice of layers has seen some test items"] if made.seen_items else [],
@@ -215,21 +213,18 @@ STAGES: tuple[Stage, ...] = (
         name="outcomes",
         title="Evaluate: arms on tasks",
         needs=lambda _: ("edit",),
-        settings=lambda _: {},
         make=make.outcomes,
     ),
     Stage(
         name="losses",
         title="Evaluate: loss on text",
         needs=lambda _: ("edit",),
-        settings=lambda _: {},
         make=make.losses,
     ),
     Stage(
         name="compare",
         title="Compare: paired tests",
         needs=lambda _: ("outcomes", "losses"),
-        settings=lambda _: {},
         make=make.comparison,
     ),
     Stage(
@@ -252,7 +247,6 @@ STAGES: tuple[Stage, ...] = (
         name="report",
         title="Report",
         needs=lambda _: ("compare",),
-        settings=lambda _: {},
         make=make.report,
     ),
 )  # fmt: skip

@@ -2,16 +2,15 @@
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import parse_local_safetensors_file_metadata as parse_header
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.files import INDEX
@@ -20,20 +19,18 @@ from stethoscope.errors import CheckpointError
 
 
 @pytest.fixture
-def sharded(llama: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
+def sharded(llama, tmp_path):
     llama(layers=2, hidden=16).save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
     return tmp_path / "sharded"
 
 
 @pytest.fixture
-def single(llama: Callable[..., PreTrainedModel], tmp_path: Path) -> Path:
+def single(llama, tmp_path):
     llama(layers=2, hidden=16).save_pretrained(tmp_path / "single")
     return tmp_path / "single"
 
 
-def test_a_mapping_from_canonical_name_to_tensor(
-    llama: Callable[..., PreTrainedModel], sharded: Path, single: Path
-) -> None:
+def test_a_mapping_from_canonical_name_to_tensor(llama, sharded, single):
     weights = llama(layers=2, hidden=16).state_dict()
     for folder in (sharded, single):
         checkpoint = open_checkpoint(folder)
@@ -48,40 +45,44 @@ def test_a_mapping_from_canonical_name_to_tensor(
     assert "q_proj" in str(caught.value.hint)
 
 
-def edit_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    index = json.loads((folder / INDEX).read_text())
-    change(index)
-    (folder / INDEX).write_text(json.dumps(index))
+def reindex(change):
+    def edit(folder) -> None:
+        index = json.loads((folder / INDEX).read_text())
+        change(index)
+        (folder / INDEX).write_text(json.dumps(index))
+
+    return edit
+
+
+def listed(file):
+    return reindex(lambda index: index["weight_map"].update(x=file))
 
 
 def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 5)
 
 
-def second_shard(folder: Path) -> Path:
+def second(folder) -> Path:
     return sorted(folder.glob("*.safetensors"))[1]
 
 
-def repeat_tensor(folder: Path) -> None:
+def repeat_tensor(folder) -> None:
     one, two = sorted(folder.glob("*.safetensors"))[:2]
     name = next(iter(load_file(one)))
     save_file(load_file(two) | {name: load_file(one)[name]}, two)
 
 
-FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated shard": (lambda f: truncate(second_shard(f)), "truncated"),
-    "zero-byte file": (lambda f: second_shard(f).write_bytes(b""), "is empty"),
-    "missing shard": (lambda f: second_shard(f).unlink(), "is missing"),
+FAULTS = {
+    "truncated shard": (lambda f: truncate(second(f)), "truncated"),
+    "zero-byte file": (lambda f: second(f).write_bytes(b""), "is empty"),
+    "missing shard": (lambda f: second(f).unlink(), "is missing"),
     "the same tensor twice": (repeat_tensor, "the index does not list"),
-    "index leads out": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x="../x.safetensors")), "leads out"),
-    "index is absolute": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x="/x.safetensors")), "leads out"),
-    "index names a pickle": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x="x.bin")), "not a safetensors"),
-    "index names a number": (lambda f: edit_index(f, lambda i: i["weight_map"].update(x=3)), "not a name"),
-    "index promises more": (
-        lambda f: edit_index(f, lambda i: i["weight_map"].update(x=second_shard(f).name)),
-        "lacks `x`",
-    ),
-    "index is empty": (lambda f: edit_index(f, lambda i: i.clear()), "no `weight_map`"),
+    "index leads out": (listed("../x.safetensors"), "leads out"),
+    "index is absolute": (listed("/x.safetensors"), "leads out"),
+    "index names a pickle": (listed("x.bin"), "not a safetensors"),
+    "index names a number": (listed(3), "not a name"),
+    "index promises more": (lambda f: listed(second(f).name)(f), "lacks `x`"),
+    "index is empty": (reindex(lambda index: index.clear()), "no `weight_map`"),
     "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
     "index is missing": (lambda f: (f / INDEX).unlink(), "and no `model.safetensors.index.json`"),
     "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
@@ -94,7 +95,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_named(fault: str, sharded: Path) -> None:
+def test_faults_are_named(fault, sharded):
     damage, message = FAULTS[fault]
     damage(sharded)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -102,7 +103,7 @@ def test_faults_are_named(fault: str, sharded: Path) -> None:
     assert caught.value.hint
 
 
-def test_two_names_of_one_tensor(single: Path) -> None:
+def test_two_names_of_one_tensor(single):
     tensors = load_file(single / "model.safetensors")
     tensors["language_model.model.norm.weight"] = tensors["model.norm.weight"].clone()
     save_file(tensors, single / "model.safetensors")
@@ -110,9 +111,9 @@ def test_two_names_of_one_tensor(single: Path) -> None:
         open_checkpoint(single)
 
 
-def test_a_pickle_is_refused_and_not_opened(single: Path) -> None:
+def test_a_pickle_is_refused_and_not_opened(single):
     class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
+        def __reduce__(self):
             return (os.mkdir, (str(single / "exploded"),))
 
     (single / "model.safetensors").unlink()
@@ -123,7 +124,7 @@ def test_a_pickle_is_refused_and_not_opened(single: Path) -> None:
     assert not (single / "exploded").exists()
 
 
-def test_all_damage_at_once(sharded: Path) -> None:
+def test_all_damage_at_once(sharded):
     for path in sorted(sharded.glob("*.safetensors"))[:3]:
         truncate(path)
     with pytest.raises(CheckpointError) as caught:
@@ -131,8 +132,10 @@ def test_all_damage_at_once(sharded: Path) -> None:
     assert len(caught.value.problems) == 3
 
 
-def test_a_file_that_shrinks_after_it_was_opened(single: Path) -> None:
-    checkpoint = open_checkpoint(single)
+def test_a_checkpoint_is_not_read_when_it_is_opened_and_may_shrink_after(single, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "read_into", lambda *_: pytest.fail("read"))
+        checkpoint = open_checkpoint(single)
     os.truncate(single / "model.safetensors", 3000)
     with pytest.raises(CheckpointError, match="shorter while it was being read"):
         checkpoint["norm.weight"]
@@ -140,7 +143,7 @@ def test_a_file_that_shrinks_after_it_was_opened(single: Path) -> None:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.dictionaries(st.text(max_size=12), st.text(max_size=24) | st.integers() | st.none(), max_size=5))
-def test_any_index_is_refused_or_stays_in_its_folder(sharded: Path, weight_map: dict[str, Any]) -> None:
+def test_any_index_is_refused_or_stays_in_its_folder(sharded, weight_map):
     original = (sharded / INDEX).read_text()
     try:
         (sharded / INDEX).write_text(json.dumps({"weight_map": weight_map}))
@@ -150,41 +153,36 @@ def test_any_index_is_refused_or_stays_in_its_folder(sharded: Path, weight_map: 
         (sharded / INDEX).write_text(original)
 
 
-def hub_cache(cache: Path, folder: Path, repository: str, commit: str) -> None:
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def cache(single, tmp_path, monkeypatch):
     """The hub library's own cache layout: blobs, a snapshot of links to them, and a ref."""
-    root = cache / ("models--" + repository.replace("/", "--"))
-    (root / "blobs").mkdir(parents=True)
-    (root / "snapshots" / commit).mkdir(parents=True)
-    (root / "refs").mkdir()
-    (root / "refs" / "main").write_text(commit)
-    for path in folder.iterdir():
-        blob = root / "blobs" / path.name
-        blob.write_bytes(path.read_bytes())
-        (root / "snapshots" / commit / path.name).symlink_to(blob)
-
-
-def test_a_hub_id_is_found_in_the_cache(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = "a" * 40
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    hub_cache(tmp_path / "cache", single, "someone/tiny", commit)
-    for revision in (None, "main", commit):
+    root = tmp_path / "cache" / "models--someone--tiny"
+    for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (root / part).mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    for path in single.iterdir():
+        (root / "blobs" / path.name).write_bytes(path.read_bytes())
+        (root / "snapshots" / COMMIT / path.name).symlink_to(root / "blobs" / path.name)
+    return root / "snapshots" / COMMIT
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_hub_id_is_found_in_the_cache(single):
+    for revision in (None, "main", COMMIT):
         checkpoint = open_checkpoint("someone/tiny", revision=revision)
-        assert (checkpoint.source, checkpoint.revision) == ("someone/tiny", commit)
+        assert (checkpoint.source, checkpoint.revision) == ("someone/tiny", COMMIT)
         assert torch.equal(checkpoint["norm.weight"], open_checkpoint(single)["norm.weight"])
 
 
-def test_headers_of_a_hub_id_without_its_weights(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub import parse_local_safetensors_file_metadata as parse
-
-    about = parse(single / "model.safetensors")
-    (single / "model.safetensors").rename(tmp_path / "weights")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    hub_cache(tmp_path / "cache", single, "someone/tiny", "b" * 40)
-
+def test_headers_of_a_hub_id_without_its_weights(single, cache, monkeypatch):
     class Found:
-        files_metadata = {"model.safetensors": about}  # noqa: RUF012
+        files_metadata = {"model.safetensors": parse_header(single / "model.safetensors")}  # noqa: RUF012
 
+    (cache / "model.safetensors").unlink()
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: Found)
     checkpoint = open_checkpoint("someone/tiny", headers_only=True)
     assert (checkpoint.layers, len(checkpoint)) == (2, 20)
@@ -194,14 +192,9 @@ def test_headers_of_a_hub_id_without_its_weights(single: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("name", ["someone/absent", "absent", "no/such/folder", "./nowhere", "a b"])
-def test_what_is_neither_folder_nor_in_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_neither_folder_nor_in_the_cache(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(name)
     assert caught.value.hint
     assert name in caught.value.message
-
-
-def test_a_checkpoint_is_not_read_when_it_is_opened(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Checkpoint, "read_into", lambda *_: pytest.fail("read"))
-    assert len(open_checkpoint(single)) > 0

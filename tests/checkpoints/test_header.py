@@ -26,7 +26,7 @@ def claim(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
-def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
+def test_reads_what_safetensors_wrote(tmp_path):
     tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
     save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
     slots = read_header(tmp_path / FILE)
@@ -40,7 +40,7 @@ names = st.text(min_size=1, max_size=8).filter(lambda name: name != "__metadata_
 
 
 @given(st.dictionaries(names, st.lists(st.integers(0, 4), max_size=3), max_size=6))
-def test_what_we_build_safetensors_reads_and_so_do_we(shapes: dict[str, list[int]]) -> None:
+def test_what_we_build_safetensors_reads_and_so_do_we(shapes):
     from safetensors import deserialize
 
     header = build_header({name: ("BF16", shape) for name, shape in shapes.items()})
@@ -79,7 +79,7 @@ LIES: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_lies_are_named(lie: str, tmp_path: Path) -> None:
+def test_lies_are_named(lie, tmp_path):
     header, message = LIES[lie]
     (tmp_path / FILE).write_bytes(with_header(header, bytes(8)))
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -96,13 +96,13 @@ def test_lies_are_named(lie: str, tmp_path: Path) -> None:
         ((50).to_bytes(8, "little") + b"{}", "announces a header of 50"),
     ],
 )
-def test_files_too_short_to_lie(content: bytes, message: str, tmp_path: Path) -> None:
+def test_files_too_short_to_lie(content, message, tmp_path):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         read_header(tmp_path / FILE)
 
 
-def test_all_lies_at_once(tmp_path: Path) -> None:
+def test_all_lies_at_once(tmp_path):
     (tmp_path / FILE).write_bytes(with_header({"a": claim(dtype="X"), "b": claim(shape=[3]), "c": 7}, bytes(8)))
     with pytest.raises(CheckpointError) as caught:
         read_header(tmp_path / FILE)
@@ -128,7 +128,7 @@ claims = st.fixed_dictionaries(
     header=json_values | st.dictionaries(st.text(max_size=4), claims | json_values, max_size=4),
     extra=st.integers(0, 64),
 )
-def test_any_header_is_refused_or_sound(header: Any, extra: int) -> None:
+def test_any_header_is_refused_or_sound(header, extra):
     text = json.dumps(header).encode()
     size = 8 + len(text) + extra
     try:
@@ -147,7 +147,7 @@ GOOD = save({"a": torch.arange(4.0), "b": torch.zeros(2, 3, dtype=torch.bfloat16
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, len(GOOD) - 1), value=st.integers(0, 255), cut=st.integers(0, len(GOOD)))
-def test_a_damaged_file_is_refused_or_safetensors_reads_it_too(tmp_path: Path, at: int, value: int, cut: int) -> None:
+def test_a_damaged_file_is_refused_or_safetensors_reads_it_too(tmp_path, at, value, cut):
     damaged = bytearray(GOOD)
     damaged[at] = value
     path = tmp_path / FILE

@@ -38,7 +38,7 @@ from stethoscope.checkpoints.names import parse_name
         ("score.weight", "score.weight", None, "other"),
     ],
 )  # fmt: skip
-def test_what_names_mean(stored: str, canonical: str, layer: int | None, kind: str) -> None:
+def test_what_names_mean(stored, canonical, layer, kind):
     found = parse_name(stored)
     assert (found.canonical, found.layer, found.kind) == (canonical, layer, kind)
 
@@ -49,20 +49,12 @@ def test_what_names_mean(stored: str, canonical: str, layer: int | None, kind: s
 @given(
     layer=st.integers(0, 9999), tail=st.sampled_from(["self_attn.q_proj.weight", "mlp.down_proj.weight", "ln_1.bias"])
 )
-def test_the_prefix_does_not_matter_and_canonical_names_are_fixed_points(prefix: str, layer: int, tail: str) -> None:
+def test_the_prefix_does_not_matter_and_canonical_names_are_fixed_points(prefix, layer, tail):
     found = parse_name(f"{prefix}layers.{layer}.{tail}")
     assert found == parse_name(found.canonical)
     assert (found.canonical, found.layer) == (f"layers.{layer}.{tail}", layer)
 
 
 @given(st.text(max_size=40))
-def test_any_text_is_a_name(text: str) -> None:
+def test_any_text_is_a_name(text):
     assert parse_name(text).kind
-
-
-def test_names_import_no_tensor_library() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys; from stethoscope.checkpoints.names import parse_name; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

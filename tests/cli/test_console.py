@@ -12,30 +12,19 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from world import interrupt
 
 from stethoscope.cli import app, console, main
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.errors import StethoscopeError
 
-PROGRAM = [sys.executable, "-m", "stethoscope.cli"]
 
-
-def run_program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*PROGRAM, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
-def test_help_groups_the_commands_and_says_the_exit_codes():
-    done = run_program("--help", COLUMNS="200")
-    assert done.returncode == 0
-    for panel in ("A recipe, end to end", "One stage of a recipe", "Weights", "Proof"):
-        assert panel in done.stdout
-    for code in ("0 done", "1 a fault of this program", "2 something that you can mend", "130 interrupted"):
-        assert code in done.stdout
-
-
-def test_every_command_that_reports_has_json_and_every_long_one_quiet():
+def test_help_groups_the_commands_and_says_the_exit_codes(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["--help"])
+    shown = capsys.readouterr().out
+    for said in ("A recipe, end to end", "One stage of a recipe", "Weights", "Proof", "0 done", "130 interrupted"):
+        assert said in shown
     options = {
         command.name or command.callback.__name__.replace("_", "-"): set(command.callback.__annotations__)
         for command in app.registered_commands
@@ -51,9 +40,12 @@ def test_every_command_that_reports_has_json_and_every_long_one_quiet():
         (["run"], "error: missing argument `RECIPE.yaml`", "`stethoscope run --help`"),
         (["check", "x.yaml", "--offlin"], "did you mean `--offline`?", "`stethoscope check --help`"),
         (["check", "nowhere.yaml"], "error: the recipe `nowhere.yaml` cannot be read", ""),
+        (["run", "bad.yaml"], "tuned: Field required", ""),
     ],
 )
-def test_wrong_usage_is_said_as_any_other_error(arguments, said, hint, capsys):
+def test_wrong_usage_is_said_as_any_other_error(arguments, said, hint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("base: x\n")
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     shown = capsys.readouterr()
@@ -62,6 +54,15 @@ def test_wrong_usage_is_said_as_any_other_error(arguments, said, hint, capsys):
     assert said in shown.err
     assert hint in shown.err
     assert "Traceback" not in shown.err
+
+
+def test_json_is_all_that_stdout_has(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("base: x\n")
+    with pytest.raises(SystemExit):
+        main(["check", str(tmp_path / "bad.yaml"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert any("tuned" in problem for problem in found["problems"])
 
 
 def test_quiet_hushes_libraries_until_the_command_ends(monkeypatch, capfd):
@@ -89,20 +90,16 @@ def test_quiet_hushes_libraries_until_the_command_ends(monkeypatch, capfd):
         library.removeHandler(handler)
 
 
-def test_one_plain_line_a_stage_where_there_is_no_terminal(monkeypatch, capsys):
+def test_one_plain_line_a_stage_or_one_bar_on_a_terminal(monkeypatch, capsys):
     seconds = iter(range(0, 10_000, 45))
-    monkeypatch.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
-    with ConsoleReporter().stage("Listen") as advance:
-        for done in range(1, 5):
-            advance(done, 4)
+    with monkeypatch.context() as patched:
+        patched.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
+        with ConsoleReporter().stage("Listen") as advance:
+            for done in range(1, 5):
+                advance(done, 4)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "Listen                               90.0 s, 50%, about 2 min left",
-        "Listen                              225.0 s",
-    ]
-
-
-def test_one_bar_with_the_time_left_on_a_terminal(monkeypatch, capsys):
+    assert [line.split()[:2] for line in lines] == [["Listen", "90.0"], ["Listen", "225.0"]]
+    assert lines[0].endswith("s, 50%, about 2 min left")
     monkeypatch.setattr(console, "_err", Console(stderr=True, force_terminal=True, width=100))
     with ConsoleReporter().stage("Listen") as advance:
         advance(1, 4)
@@ -114,14 +111,15 @@ def test_one_bar_with_the_time_left_on_a_terminal(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["run", "a b.yaml", "--out", "runs/x"], "go on with"), (["verify", "edited"], "nothing was written")],
+    [
+        (["run", "a b.yaml", "--out", "runs/x"], "go on with"),
+        (["train-saes", "--base", "a", "--text", "b", "--out", "c"], "go on with"),
+        (["verify", "edited"], "nothing was written"),
+    ],
 )
 def test_ctrl_c_says_the_exact_command(arguments, word, monkeypatch, capsys):
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("stethoscope.recipe.Recipe.from_yaml", interrupt)
-    monkeypatch.setattr("stethoscope.editing.verify.verify", interrupt)
+    for name in ("recipe.Recipe.from_yaml", "editing.verify.verify", "corpus.read_documents"):
+        monkeypatch.setattr(f"stethoscope.{name}", interrupt)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 130
@@ -134,9 +132,8 @@ def test_task_names_and_paths_are_no_markup(capsys):
     console.show_rows([["[b]task[/b]", "n"], ["[red]x[/red]", "1"]])
     console.say("runs/[demo]/report.html")
     shown = capsys.readouterr().out
-    assert "[red]x[/red]" in shown
-    assert "[b]task[/b]" in shown
-    assert "runs/[demo]/report.html" in shown
+    for said in ("[red]x[/red]", "[b]task[/b]", "runs/[demo]/report.html"):
+        assert said in shown
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="completion is tried in bash")
@@ -154,12 +151,3 @@ def test_the_shell_completes_commands_and_options(tmp_path):
     ask += " _stethoscope_completion stethoscope; echo ${{COMPREPLY[@]}}"
     assert bash(ask.format("cal", 1)).split() == ["calibrate"]
     assert bash(ask.format("check --of", 2)).split() == ["--offline"]
-
-
-def test_json_is_all_that_stdout_has(tmp_path, capsys):
-    (tmp_path / "bad.yaml").write_text("base: x\n")
-    with pytest.raises(SystemExit):
-        main(["check", str(tmp_path / "bad.yaml"), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] is False
-    assert any("tuned" in problem for problem in found["problems"])

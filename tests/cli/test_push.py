@@ -1,13 +1,13 @@
-"""push: the program itself against a hub on this machine, over HTTP."""
+"""push: an edit's own files go to a private repository, after a yes and if every byte is as it was written."""
 
 import json
-import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
-from local_hub import local_hub
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
+from world import flip, save_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli import main
@@ -15,74 +15,78 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.writer import write_edit
 
 
+class Hub:
+    """What of `HfApi` a push uses, with repositories in memory."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.private, self.files = error, {}, {}
+        self.commit_url = "https://hub/me/edited/commit/1"
+
+    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
+        assert exist_ok
+        if self.error:
+            raise self.error
+        self.private.setdefault(name, private)
+
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, allow_patterns: list[str], commit_message: str
+    ) -> "Hub":
+        names = [path.name for path in folder_path.iterdir()]
+        sent = filter_repo_objects(names, allow_patterns=allow_patterns)
+        self.files[repo_id] = {name: (folder_path / name).read_bytes() for name in sent}
+        return self
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, llama) -> Path:
+def run(tmp_path_factory) -> Path:
     """A run's folder with an edit, and beside its files one that is none of its own."""
     folder = tmp_path_factory.mktemp("push")
-    llama(layers=3).save_pretrained(folder / "base")
-    llama(layers=3, seed=1).save_pretrained(folder / "tuned")
-    base = open_checkpoint(folder / "base")
-    write_edit(base, open_task_vector(base, folder / "tuned"), EditPlan.for_layers([1]), folder / "run" / "edited")
+    base, tuned = save_pair("llama tied", folder)
+    base = open_checkpoint(base)
+    write_edit(base, open_task_vector(base, tuned), EditPlan.for_layers([1]), folder / "run" / "edited")
     (folder / "run" / "edited" / "notes.txt").write_text("mine")
     return folder / "run"
 
 
-def push(hub: str, token: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # without Xet, large files go over plain HTTP
-    here = {"HF_ENDPOINT": hub, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "stethoscope.cli", "push", *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **here}, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-    )
+def refusal(capsys, *arguments) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", *map(str, arguments)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
 
 
-def test_an_edit_is_sent_with_its_own_files_to_a_private_repository(run):
-    with local_hub() as hub:
-        done = push(hub.address, hub.token, str(run), "me/edited", "--yes", "--quiet", "--json")
-        assert done.returncode == 0
-        assert json.loads(done.stdout) == {"commit": f"{hub.address}/me/edited/commit/1"}
-        assert done.stderr == ""
-        sent = hub.repositories["me/edited"]
-        assert sent["private"] is True
-        own = {path.name: path.read_bytes() for path in (run / "edited").iterdir() if path.name != "notes.txt"}
-        assert sent["files"] == own
-        refused = push(hub.address, "hf_other", str(run), "me/edited", "--yes")
-    assert refused.returncode == 2
-    assert "could not be sent to `me/edited`" in refused.stderr
-    assert "hf auth login" in refused.stderr
-    assert "Traceback" not in refused.stderr
+def test_an_edit_is_sent_with_its_own_files_to_a_private_repository(run, monkeypatch, capsys):
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    main(["push", str(run), "me/edited", "--yes", "--quiet", "--json"])
+    said = capsys.readouterr()
+    assert json.loads(said.out) == {"commit": hub.commit_url}
+    assert said.err == ""
+    assert hub.private == {"me/edited": True}
+    own = {path.name: path.read_bytes() for path in (run / "edited").iterdir() if path.name != "notes.txt"}
+    assert hub.files == {"me/edited": own}
+
+
+@pytest.mark.parametrize("error", [None, HTTPError("401 Client Error: Invalid credentials")])
+def test_a_hub_that_says_no_or_is_not_there_is_said(error, run, monkeypatch, capsys):
+    if error:  # without, the hub's own client is offline
+        monkeypatch.setattr("huggingface_hub.HfApi", lambda: Hub(error))
+    said = refusal(capsys, run, "me/edited", "--yes")
+    assert "could not be sent to `me/edited`" in said
+    assert "hf auth login" in said
+    assert "Traceback" not in said
 
 
 def test_nothing_is_sent_without_a_yes_or_if_the_edit_is_not_sound(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("stethoscope.editing.publish.publish", None)  # would fail if called
-    for arguments, said in (
-        ([str(run), "me/edited"], "there is no terminal to ask on"),
-        ([str(tmp_path), "me/edited", "--yes"], "manifest.json"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            main(["push", *arguments])
-        assert stopped.value.code == 2
-        assert said in capsys.readouterr().err
+    assert "there is no terminal to ask on" in refusal(capsys, run, "me/edited")
+    assert "manifest.json" in refusal(capsys, tmp_path, "me/edited", "--yes")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text) or False)
     main(["push", str(run / "edited"), "me/edited", "--public"])
     assert "nothing was sent" in capsys.readouterr().err
     assert "`me/edited`, a public repository if it is new?" in asked[0]
-    damaged = bytearray((run / "edited" / "model.safetensors").read_bytes())
-    damaged[-1] ^= 1
-    copy = tmp_path / "damaged"
-    copy.mkdir()
-    for path in (run / "edited").iterdir():
-        (copy / path.name).write_bytes(damaged if path.name == "model.safetensors" else path.read_bytes())
-    with pytest.raises(SystemExit):
-        main(["push", str(copy), "me/edited", "--yes"])
-    assert "is not what its manifest says" in capsys.readouterr().err
-
-
-def test_no_hub_is_said(run):
-    with local_hub() as hub:
-        address = hub.address
-    done = push(address, "hf_local", str(run), "me/edited", "--yes")
-    assert done.returncode == 2
-    assert "could not be sent" in done.stderr
+    copy = shutil.copytree(run / "edited", tmp_path / "damaged")
+    flip(copy / "model.safetensors")
+    assert "is not what its manifest says" in refusal(capsys, copy, "me/edited", "--yes")

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
-from selection.planted import Planted, plant
+from world import exact_sae, plant, random_sae
 
 from stethoscope.diagnosis.attribution import attribute, attribution_scores, own_changes
 from stethoscope.editing.layers import LayerEdits
@@ -17,47 +16,13 @@ from stethoscope.selection.injection import local_effect
 D = 32
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
-    return plant(tmp_path_factory.mktemp("planted"), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def edits(planted: Planted) -> LayerEdits:
-    return LayerEdits(planted.model, planted.task_vector)
-
-
-def exact_sae() -> SAE:
-    """W_enc = [I, -I], W_dec its inverse: the positive and negative part of every coordinate."""
-    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=2 * D, apply_b_dec_to_input=False))
-    identity = torch.eye(D)
-    sae.W_enc.data = torch.cat([identity, -identity], dim=1)
-    sae.W_dec.data = torch.cat([identity, -identity], dim=0)
-    return sae.requires_grad_(False)
-
-
-def random_sae(architecture: str, *, seed: int, apply_b_dec: bool, normalize: str = "none") -> SAE:
-    torch.manual_seed(seed)
-    options = {"d_in": D, "d_sae": 48, "apply_b_dec_to_input": apply_b_dec, "normalize_activations": normalize}
-    sae = (
-        StandardSAE(StandardSAEConfig(**options))
-        if architecture == "standard"
-        else JumpReLUSAE(JumpReLUSAEConfig(**options))
-    )
-    for parameter in sae.parameters():
-        parameter.data = 0.3 * torch.randn_like(parameter)
-    if architecture == "jumprelu":
-        sae.threshold.data.abs_()
-    return sae.requires_grad_(False)
-
-
 def total(layer):
     return layer.explained + layer.unexplained
 
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out"])
 def test_features_and_the_rest_are_the_exact_first_order_effect(planted, edits, site):
-    saes = {n: random_sae("standard", seed=n, apply_b_dec=True) for n in range(6)}
+    saes = {n: random_sae(width=48, seed=n) for n in range(6)}
     found = attribute(planted.model, edits, saes, planted.texts["target"], site=site, block_size=5)
     exact = local_effect(planted.model, edits, planted.texts, site=site)
     for n in range(6):
@@ -74,7 +39,7 @@ def test_features_and_the_rest_are_the_exact_first_order_effect(planted, edits, 
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 @torch.no_grad()
 def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, architecture, apply_b_dec, normalize):
-    sae = random_sae(architecture, seed=3, apply_b_dec=apply_b_dec, normalize=normalize)
+    sae = random_sae(architecture, width=48, seed=3, apply_b_dec_to_input=apply_b_dec, normalize_activations=normalize)
     point = {4: hook_point(planted.model, 4, "resid_post")}
     found = attribute(planted.model, edits, {4: sae}, planted.texts["target"]).layers[4]
     parts = np.zeros(48)
@@ -98,7 +63,7 @@ def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, ar
         np.testing.assert_allclose(found.attribution.sum(0), parts, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", (0, 3)), ("llama", (2, 5)), ("gemma3", (1, 2))])
+@pytest.mark.parametrize(("family", "layers"), [("Llama", (0, 3)), ("Llama", (2, 5)), ("Gemma3", (1, 2))])
 def test_planted_layers_come_first(family, layers, tmp_path, tokenizer):
     made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=50, batch_tokens=4096)
     edits = LayerEdits(made.model, made.task_vector)

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
-from sae_lens import StandardSAE, StandardSAEConfig
 from scipy.stats import mannwhitneyu
+from world import random_sae
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.diagnose import diagnose
@@ -26,12 +25,9 @@ def corpus(rng, *, blocks=12, width=200, layers=5, planted=None, tokens=200) -> 
         fired = rng.binomial(tokens, np.minimum(p, 1))
         sums = fired * rng.gamma(20.0, 1 / 20, (blocks, width))
         made[layer] = LayerStatistics(
-            sums=sums,
-            fired=fired,
-            maxima=(fired > 0).astype(np.float32),
-            tokens=np.full(blocks, tokens),
+            sums=sums, fired=fired, maxima=(fired > 0).astype(np.float32), tokens=np.full(blocks, tokens),
             sinks=np.zeros(blocks, dtype=np.int64),
-        )
+        )  # fmt: skip
     return FeatureStatistics(layers=made)
 
 
@@ -41,6 +37,7 @@ def test_every_score_finds_the_planted_layer(name, seed):
     rng = np.random.default_rng(seed)
     found = assess(corpus(rng, planted=3), corpus(rng), SCORES[name], rng=rng, permutations=99, resamples=50)
     assert found.rank[3] == 1
+    assert (found.p_familywise >= found.p).all()  # z ranks a layer's draws exactly as the score does
     assert found.stability[3] > 0.95
     assert found.p_familywise[3] == pytest.approx(1 / 100)
     low, high = found.interval()
@@ -66,13 +63,7 @@ def documents_heard(llama, tokenizer) -> FeatureStatistics:
     """A small model listened to on documents of very unequal length, a block each."""
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdefgh "), size=n)) for n in rng.integers(5, 120, size=90)]
-    saes = {}
-    for layer in range(4):
-        torch.manual_seed(layer)
-        sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
-        for parameter in sae.parameters():
-            parameter.data = 0.3 * torch.randn_like(parameter)
-        saes[layer] = sae.requires_grad_(False)
+    saes = {layer: random_sae(seed=layer) for layer in range(4)}
     return listen(llama(layers=4), tokenizer, saes, {"all": texts}, block_size=1, health_tokens=0)["all"].statistics
 
 
@@ -139,50 +130,42 @@ def test_probe_auroc_is_scipys_and_judges_by_held_out_blocks():
     assert SCORES["probe_auroc"](made, target, 1 - target) == pytest.approx(np.mean(areas))
 
 
-def test_familywise_p_is_never_below_the_layer_p():
-    rng = np.random.default_rng(5)
-    found = assess(corpus(rng, planted=1), corpus(rng), mass_shift, rng=rng)
-    # both count null draws at least as extreme; z ranks a layer's draws exactly as the score does
-    assert (found.p_familywise >= found.p).all()
-
-
 def test_too_few_blocks_are_refused():
     rng = np.random.default_rng(0)
     with pytest.raises(StethoscopeError, match="3 blocks"):
         assess(corpus(rng), corpus(rng, blocks=3), mass_shift, rng=rng)
 
 
-def listening(statistics: FeatureStatistics, explained: dict[int, float | None]) -> Listening:
-    health = {
-        layer: SAEHealth(tokens=100, variance_explained=value, l0=10.0, dead=0.0, dense=0.0)
-        for layer, value in explained.items()
-    }
-    return Listening(statistics=statistics, health=health)
+HEALTHY = dict.fromkeys(range(5), 0.9)
+
+
+def diagnosed(target, *controls, explained=HEALTHY, seed=0, **options):
+    """The diagnosis of a target against controls, whose SAEs are healthy but for the target's as given."""
+    heard = {}
+    for name, statistics in {"target": target, "control": controls[0], "same form": controls[-1]}.items():
+        values = explained if name == "target" else HEALTHY
+        health = {
+            layer: SAEHealth(tokens=100, variance_explained=value, l0=10.0, dead=0.0, dense=0.0)
+            for layer, value in values.items()
+        }
+        if name != "same form" or len(controls) > 1:
+            heard[name] = Listening(statistics=statistics, health=health)
+    return diagnose(heard, documents=dict.fromkeys(heard, 40), provenance=Provenance(seed=seed), **options)
 
 
 def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
     rng = np.random.default_rng(7)
     target, control = corpus(rng, planted=2), corpus(rng)
-    explained = {0: 0.9, 1: 0.31, 2: 0.8, 3: None, 4: 0.95}
-    heard = {
-        "target": listening(target, explained),
-        "control": listening(control, dict.fromkeys(range(5), 0.9)),
-    }
-    documents = {"target": 40, "control": 40}
-    made = diagnose(heard, documents=documents, provenance=Provenance(seed=3))
-    assert [layer.flag for layer in made.layers] == [
-        None,
-        "SAE variance explained 0.31 on target text",
-        None,
-        "SAE variance explained undefined on target text",
-        None,
-    ]
+    options = {"explained": {0: 0.9, 1: 0.31, 2: 0.8, 3: None, 4: 0.95}, "seed": 3}
+    made = diagnosed(target, control, **options)
+    flags = {1: "SAE variance explained 0.31 on target text", 3: "SAE variance explained undefined on target text"}
+    assert {layer.layer: layer.flag for layer in made.layers if layer.flag} == flags
     (warning,) = made.warnings
-    assert warning.startswith("2 of 5 layers are not believed, layer 1 (SAE variance explained 0.31 on target text), ")
+    assert warning.startswith(f"2 of 5 layers are not believed, layer 1 ({flags[1]}), ")
     assert max(made.layers, key=lambda layer: layer.excess).layer == 2
     assert {f.feature for f in made.layers[2].features[:20]} == set(range(0, 200, 10))
     assert sum(layer.increment for layer in made.layers) == pytest.approx(made.layers[-1].excess)
-    assert diagnose(heard, documents=documents, provenance=Provenance(seed=3)) == made
+    assert diagnosed(target, control, **options) == made
     made.save(tmp_path)
     assert type(made).load(tmp_path) == made
     assert type(made).load_if_current(tmp_path, Provenance(seed=4)) is None
@@ -191,13 +174,10 @@ def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
 def test_a_difference_in_length_is_said():
     rng = np.random.default_rng(7)
     target, control = corpus(rng, tokens=900), corpus(rng, tokens=300)
-    explained = dict.fromkeys(range(5), 0.9)
-    heard = {"target": listening(target, explained), "control": listening(control, explained)}
-    made = diagnose(heard, documents={"target": 10, "control": 10}, provenance=Provenance())
-    assert len(made.warnings) == 1
-    assert "1080 tokens" in made.warnings[0]
+    (warning,) = diagnosed(target, control).warnings
+    assert "270 tokens" in warning
     with pytest.raises(StethoscopeError, match="did you mean `mass_shift`"):
-        diagnose(heard, documents={"target": 10, "control": 10}, provenance=Provenance(), score="mass_shif")
+        diagnosed(target, control, score="mass_shif")
 
 
 def test_a_layer_has_to_stand_out_against_every_control():
@@ -205,17 +185,10 @@ def test_a_layer_has_to_stand_out_against_every_control():
     rng = np.random.default_rng(2)
     plain, one, three = corpus(rng), corpus(rng, planted=1), corpus(rng, planted=3)
     target = FeatureStatistics(layers=plain.layers | {1: one.layers[1], 3: three.layers[3]})
-    healthy = dict.fromkeys(range(5), 0.9)
-    heard = {
-        "target": listening(target, healthy),
-        "control": listening(corpus(rng), healthy),
-        "same form": listening(corpus(rng, planted=1), healthy),
-    }
-    sizes = dict.fromkeys(heard, 40)
-    made = diagnose(heard, documents=sizes, provenance=Provenance())
+    control, same_form = corpus(rng), corpus(rng, planted=1)
+    made = diagnosed(target, control, same_form)
     assert [layer.p_familywise < 0.05 for layer in made.layers] == [False, False, False, True, False]
     assert made.layers[1].against == "same form"
-    alone = diagnose({n: heard[n] for n in ("target", "control")}, documents=sizes, provenance=Provenance())
-    assert alone.layers[1].p_familywise < 0.05
+    assert diagnosed(target, control).layers[1].p_familywise < 0.05
     with pytest.raises(StethoscopeError, match="no control"):
-        diagnose({"target": heard["target"]}, documents=sizes, provenance=Provenance())
+        diagnose({"target": Listening(statistics=target, health={})}, documents={"target": 40}, provenance=Provenance())

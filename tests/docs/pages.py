@@ -39,16 +39,8 @@ def blocks(page: Path) -> list[Block]:
         notes = dict(re.findall(r"<!-- (not run|file|into): (.+?) -->", match["notes"]))
         text = re.sub(rf"^{match['indent']}", "", match["text"], flags=re.MULTILINE)
         line = source.count("\n", 0, match.start("language")) + 1
-        found.append(
-            Block(
-                line=line,
-                language=match["language"],
-                text=text,
-                not_run=notes.get("not run"),
-                file=notes.get("file"),
-                into=notes.get("into"),
-            )
-        )
+        noted = {name.replace(" ", "_"): notes.get(name) for name in ("not run", "file", "into")}
+        found.append(Block(line=line, language=match["language"], text=text, **noted))
     return found
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 import runpy
-from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
@@ -11,7 +10,7 @@ import lm_eval.tasks
 import pytest
 import yaml
 from pages import ROOT, blocks
-from tiny_world import make_world
+from world import make_world
 
 from stethoscope.cli import main
 from stethoscope.recipe import Recipe
@@ -42,12 +41,20 @@ def test_the_schema_refuses_what_a_recipe_refuses():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_is_valid_and_editors_are_told_so(path):
+def test_a_recipe_is_valid_its_tasks_are_there_and_editors_are_told_so(path, tmp_path, monkeypatch, capsys):
     recipe = Recipe.from_yaml(path)
     assert len(set(recipe.arms)) > 3
     text = path.read_text()
     assert text.startswith("# yaml-language-server: $schema=recipe.schema.json\n")
     jsonschema.validate(yaml.safe_load(text), json.loads((FOLDER / "recipe.schema.json").read_text()))
+    monkeypatch.chdir(tmp_path)
+    main(["check", "--offline", str(path)])
+    assert "no mistake in its form" in capsys.readouterr().out
+    evaluate = recipe.evaluate
+    if evaluate.include_path is None:  # the harness' own
+        for task in (*evaluate.tasks, *evaluate.control_tasks):
+            known = [*(TASKS / task).glob("**/*.yaml"), *(TASKS / "benchmarks").glob(f"{task}.yaml")]
+            assert any(re.search(rf"^(?:task|group): {task}$", p.read_text(), re.M) for p in known), task
 
 
 @pytest.mark.parametrize(
@@ -70,30 +77,12 @@ def test_saes_are_a_release_of_sae_lens_with_one_for_each_layer(name, layers, mo
         opening.open_saes(recipe.saes, recipe.sae_id)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_tasks_are_the_harness_own(path):
-    evaluate = Recipe.from_yaml(path).evaluate
-    if evaluate.include_path is None:
-        for task in (*evaluate.tasks, *evaluate.control_tasks):
-            known = [*(TASKS / task).glob("**/*.yaml"), *(TASKS / "benchmarks").glob(f"{task}.yaml")]
-            assert any(re.search(rf"^(?:task|group): {task}$", p.read_text(), re.M) for p in known), task
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=name_of)
-def test_a_recipe_passes_the_check_of_its_form(path, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    main(["check", "--offline", str(path)])
-    assert "no mistake in its form" in capsys.readouterr().out
-
-
-def test_the_recipe_for_an_own_model_runs_where_its_names_are_folders(
-    tmp_path: Path, llama: Callable, tokenizer: object, capsys: pytest.CaptureFixture[str]
-):
-    world = make_world(tmp_path, llama(layers=4), tokenizer)
+def test_the_recipe_for_an_own_model_runs_where_its_names_are_folders(tmp_path, tokenizer, capsys):
+    world = make_world(tmp_path, tokenizer)
     task = yaml.safe_load(
         next(block.text for block in blocks(ROOT / "docs/quickstart.md") if "task: my_" in block.text)
     )
-    task["dataset_kwargs"]["data_files"]["test"] = str(world / "tasks/sums.jsonl")
+    task["dataset_kwargs"]["data_files"]["test"] = str(world / "tasks/tiny_sum.test.jsonl")
     (world / "tasks/my_task.yaml").write_text(yaml.safe_dump(task))
     recipe = yaml.safe_load((FOLDER / "own-model.yaml").read_text())
     recipe |= {"base": "./base", "tuned": "./tuned", "saes": "./saes", "diagnose": {"block_size": 4}}

@@ -17,7 +17,7 @@ import pytest
 import typer
 import yaml
 from pages import PAGES, ROOT, Block, blocks, commands
-from tiny_world import make_world, write_logs
+from world import MATH, make_world, write_logs
 
 from stethoscope.cli import app, main
 from stethoscope.diagnosis.scores import SCORES
@@ -37,10 +37,12 @@ def name_of(page: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory, llama, tokenizer) -> tuple[Path, Path]:
+def world(tmp_path_factory, tokenizer) -> tuple[Path, Path]:
     """Where pages run, and what is put there for each: the tiny world, and in it one finished run of the quickstart."""
     here, kept = tmp_path_factory.mktemp("docs") / "here", tmp_path_factory.mktemp("docs") / "kept"
-    make_world(here, llama(layers=4), tokenizer)
+    make_world(here, tokenizer)
+    shutil.copytree(MATH, here / "math")
+    shutil.copy(here / "tasks/tiny_sum.test.jsonl", here / "tasks/sums.jsonl")
     written = {block.file: block.text for block in blocks(QUICKSTART) if block.file}
     (here / "tasks" / "my_task.yaml").write_text(written["tasks/my_task.yaml"])
     (here / "recipe.yaml").write_text(written["recipe.yaml"])
@@ -48,7 +50,7 @@ def world(tmp_path_factory, llama, tokenizer) -> tuple[Path, Path]:
     os.chdir(here)  # as a user would: tasks name their files relative to it
     try:
         for name in ("logs/a", "logs/b"):
-            write_logs(here / name, here / "base", here / "tasks")
+            write_logs(here / "base", here / "tasks", here / name, ["my_task"], batch_size=16)
         main(["run", "recipe.yaml", "--out", "runs/mine", "--quiet"])
         main(["validate", "recipe.yaml", "--out", "runs/mine", *TINY_VALIDATION, "--quiet"])
         main(["edit", "--base", "base", "--tuned", "tuned", "--layers", "2-3", "--out", "edited", "--quiet"])

@@ -2,127 +2,115 @@
 
 import errno
 import os
+import random
 import resource
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-from kill_loop import kill_loop
 from safetensors.torch import load_file, save_file
-from test_writer import contents
+from world import SMALL, build, contents, interrupt, stir
 
-from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.transfer import Output
 from stethoscope.editing.verify import verify
-from stethoscope.editing.writer import OutputKind, write_edit
+from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError
 
 PLAN = EditPlan.for_layers({0: 1.0, 1: 0.3})
-KINDS: list[OutputKind] = ["checkpoint", "patch"]
+KINDS = ("checkpoint", "patch")
+both = pytest.mark.parametrize("kind", KINDS)
 
 
-def assert_nothing_left(folder: Path) -> None:
-    assert [path.name for path in folder.iterdir()] == []
+def failing(error: int):
+    def fail(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    return fail
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
-    killed, done = kill_loop(tmp_path / "kills", 20)
-    assert killed + done == 20
+@pytest.fixture
+def refused(base, change, tmp_path):
+    """Write the edit, which must fail with a message and leave nothing; the inputs stay as they were."""
+    out, before = tmp_path / "outs", contents(base.path)
+    out.mkdir()
+
+    def write(message, plan=PLAN, *, kind="checkpoint", base=base, change=change):
+        with pytest.raises(CheckpointError, match=message) as caught:
+            write_edit(base, change, plan, out / "out", kind=kind)
+        assert list(out.iterdir()) == []
+        return caught.value
+
+    yield write
+    assert contents(base.path) == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_full_disk_is_foreseen(
-    kind: OutputKind, base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@both
+def test_a_full_disk_is_foreseen(kind, refused, monkeypatch):
     class Usage(NamedTuple):
         total: int = 1000
         used: int = 1000
         free: int = 0
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
-    with pytest.raises(CheckpointError, match="GB free"):
-        write_edit(base, change, PLAN, tmp_path / "out", kind=kind)
-    assert_nothing_left(tmp_path)
+    refused("GB free", kind=kind)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_limit_on_file_size(kind: OutputKind, base: Checkpoint, change: TaskVector, tmp_path: Path) -> None:
+@both
+def test_a_limit_on_file_size(kind, refused):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
-        with pytest.raises(CheckpointError, match="is full") as caught:
-            write_edit(base, change, PLAN, tmp_path / "out", kind=kind)
+        assert refused("is full", kind=kind).hint
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert caught.value.hint
-    assert_nothing_left(tmp_path)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@both
 @pytest.mark.parametrize("call", [0, 1, 5, 10])
-def test_a_disk_that_fills_on_the_way(
-    kind: OutputKind, call: int, base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_on_the_way(kind, call, refused, monkeypatch):
     calls = iter(range(1000))
-
-    def filling(real: Callable[..., int]) -> Callable[..., int]:
-        def write(*args: Any) -> int:
-            if next(calls) >= call:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return real(*args)
-
-        return write
-
-    monkeypatch.setattr(os, "pwrite", filling(os.pwrite))
-    monkeypatch.setattr(os, "copy_file_range", filling(os.copy_file_range))
-    with pytest.raises(CheckpointError, match="is full"):
-        write_edit(base, change, PLAN, tmp_path / "out", kind=kind)
-    assert_nothing_left(tmp_path)
+    for name in ("pwrite", "copy_file_range"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *args, real=real: real(*args) if next(calls) < call else failing(errno.ENOSPC)()
+        )
+    refused("is full", kind=kind)
 
 
-def test_short_writes_are_continued(
-    base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"), [("access", "cannot be written to"), ("pwrite", "Permission denied")]
+)  # fmt: skip
+def test_an_output_that_cannot_be_written(name, message, refused, monkeypatch):
+    monkeypatch.setattr(os, name, (lambda *_: False) if name == "access" else failing(errno.EACCES))
+    refused(message)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("pwrite", lambda handle, data, offset, real=os.pwrite: real(handle, data[:7], offset)),  # short writes
+        ("posix_fallocate", failing(errno.EOPNOTSUPP)),
+        ("copy_file_range", failing(errno.EXDEV)),  # two file systems
+    ],
+)
+def test_what_a_file_system_lacks_is_made_up_for(name, instead, base, change, tmp_path, monkeypatch):
     expected = contents(write_edit(base, change, PLAN, tmp_path / "one").path)
-    real = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda handle, data, offset: real(handle, data[:7], offset))
+    monkeypatch.setattr(os, name, instead)
     assert contents(write_edit(base, change, PLAN, tmp_path / "two").path) == expected
 
 
-def test_a_file_system_without_fallocate(
-    base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = contents(write_edit(base, change, PLAN, tmp_path / "one").path)
-
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-    monkeypatch.setattr(os, "posix_fallocate", refuse)
-    assert contents(write_edit(base, change, PLAN, tmp_path / "two").path) == expected
-
-
-def test_two_file_systems(
-    base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = contents(write_edit(base, change, PLAN, tmp_path / "one").path)
-
-    def refuse(*_: object) -> int:
-        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-
-    monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert contents(write_edit(base, change, PLAN, tmp_path / "two").path) == expected
-
-
-def test_a_file_system_that_shares_blocks(
-    base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_shares_blocks(base, change, tmp_path, monkeypatch):
     """Where the clone works, only what changes is written: a clone is stood in for by a plain copy."""
-    from stethoscope.editing.transfer import Output
 
     def clone(self: Output, source: Path) -> bool:
         os.pwrite(self.handle, source.read_bytes(), 0)
@@ -135,104 +123,111 @@ def test_a_file_system_that_shares_blocks(
     assert cloned.bytes_written == sum(e.nbytes for e in base.entries.values() if e.layer in (0, 1))
 
 
-def test_an_output_that_cannot_be_written(
-    base: Checkpoint, change: TaskVector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(CheckpointError, match="cannot be written to"):
-        write_edit(base, change, PLAN, tmp_path / "out")
-    monkeypatch.undo()
-
-    def refuse(*_: object) -> int:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(CheckpointError, match="Permission denied"):
-        write_edit(base, change, PLAN, tmp_path / "out")
-    monkeypatch.undo()
-    assert_nothing_left(tmp_path)
-
-
 @pytest.mark.parametrize("coefficient", [1.0, 0.5])
-@pytest.mark.parametrize("kind", KINDS)
-def test_not_a_number_is_not_written(
-    kind: OutputKind, coefficient: float, pair: tuple[Path, Path], base: Checkpoint, tmp_path: Path
-) -> None:
-    bad = tmp_path / "bad"
-    shutil.copytree(pair[1], bad)
+@both
+def test_not_a_number_is_not_written(kind, coefficient, pair, base, refused, tmp_path):
+    bad = shutil.copytree(pair[1], tmp_path / "bad")
     name = "model.layers.1.mlp.up_proj.weight"
     file = next(entry.file for entry in base.entries.values() if entry.stored == name)
     tensors = load_file(bad / file)
     tensors[name][5, 5] = float("nan")
     save_file(tensors, bad / file, metadata={"format": "pt"})
     change = open_task_vector(base, bad)
-    (tmp_path / "outs").mkdir()
-    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*NaN"):
-        write_edit(
-            base, change, EditPlan.for_layers([1], coefficient=coefficient), tmp_path / "outs" / "out", kind=kind
-        )
-    assert_nothing_left(tmp_path / "outs")
+    plan = EditPlan.for_layers([1], coefficient=coefficient)
+    refused(r"layers\.1\.mlp\.up_proj.*NaN", plan, kind=kind, change=change)
     # a layer that is not selected does not stand in the way
-    write_edit(base, change, EditPlan.for_layers([0], coefficient=coefficient), tmp_path / "outs" / "out", kind=kind)
+    write_edit(base, change, EditPlan.for_layers([0], coefficient=coefficient), tmp_path / "out", kind=kind)
 
 
-@pytest.mark.parametrize("raised", [KeyboardInterrupt, RuntimeError])
-def test_interrupted(raised: type[BaseException], base: Checkpoint, change: TaskVector, tmp_path: Path) -> None:
-    def stop(*_: int) -> None:
-        raise raised
-
-    before = contents(base.path)
-    with pytest.raises(raised):
-        write_edit(base, change, PLAN, tmp_path / "out", progress=stop)
-    assert_nothing_left(tmp_path)
-    assert contents(base.path) == before
-
-
-def test_a_failed_overwrite_keeps_the_old_edit(base: Checkpoint, change: TaskVector, tmp_path: Path) -> None:
-    def stop(*_: int) -> None:
-        raise KeyboardInterrupt
-
+def test_a_failed_overwrite_keeps_the_old_edit_and_a_failed_write_leaves_none(base, change, tmp_path):
     old = contents(write_edit(base, change, EditPlan(), tmp_path / "out").path)
-    with pytest.raises(KeyboardInterrupt):
-        write_edit(base, change, PLAN, tmp_path / "out", overwrite=True, progress=stop)
+    for out, overwrite in ((tmp_path / "out", True), (tmp_path / "new", False)):
+        with pytest.raises(KeyboardInterrupt):
+            write_edit(base, change, PLAN, out, overwrite=overwrite, progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert contents(tmp_path / "out") == old
     assert verify(tmp_path / "out").ok
 
 
-def test_an_input_that_shrinks_while_it_is_read(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    shutil.copytree(pair[1], tmp_path / "tuned")
-    base = open_checkpoint(pair[0])
-    change = open_task_vector(base, tmp_path / "tuned")
-    for path in (tmp_path / "tuned").glob("*.safetensors"):
+def test_an_input_that_shrinks_while_it_is_read(pair, base, refused, tmp_path):
+    tuned = shutil.copytree(pair[1], tmp_path / "tuned")
+    change = open_task_vector(base, tuned)
+    for path in tuned.glob("*.safetensors"):
         os.truncate(path, 1000)
-    (tmp_path / "outs").mkdir()
-    with pytest.raises(CheckpointError, match="shorter while it was being read"):
-        write_edit(base, change, EditPlan.for_layers([0, 1, 2]), tmp_path / "outs" / "out")
-    assert_nothing_left(tmp_path / "outs")
+    refused("shorter while it was being read", EditPlan.for_layers([0, 1, 2]), change=change)
 
 
-def test_a_base_that_shrinks_while_it_is_copied(
-    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from stethoscope.editing.transfer import Output
-
-    shutil.copytree(pair[0], tmp_path / "base")
-    base = open_checkpoint(tmp_path / "base")
-    change = open_task_vector(base, pair[1])
+def test_a_base_that_shrinks_while_it_is_copied(pair, refused, tmp_path, monkeypatch):
+    own = open_checkpoint(shutil.copytree(pair[0], tmp_path / "base"))
     allocate = Output.allocate
 
     def cut(self: Output) -> None:
         allocate(self)
-        os.truncate(tmp_path / "base" / base.files[0], 3000)
+        os.truncate(own.path / own.files[0], 3000)
 
     monkeypatch.setattr(Output, "allocate", cut)
-    (tmp_path / "outs").mkdir()
-    with pytest.raises(CheckpointError, match="shorter while it was being read"):
-        write_edit(base, change, EditPlan.for_layers([1]), tmp_path / "outs" / "out")
-    assert_nothing_left(tmp_path / "outs")
+    plan = EditPlan.for_layers([1])
+    refused("shorter while it was being read", plan, base=own, change=open_task_vector(own, pair[1]))
 
 
-def test_torch_keeps_its_threads(base: Checkpoint, change: TaskVector, tmp_path: Path) -> None:
+def test_torch_keeps_its_threads(base, change, tmp_path):
     threads = torch.get_num_threads()
     write_edit(base, change, PLAN, tmp_path / "out")
     assert torch.get_num_threads() == threads
+
+
+SERVER = """
+import os, sys
+from pathlib import Path
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.writer import write_edit
+
+for line in sys.stdin:
+    folder, kind, out, overwrite = line.split()
+    if not (child := os.fork()):
+        base = open_checkpoint(Path(folder) / "base")
+        change, plan = open_task_vector(base, Path(folder) / "tuned"), EditPlan.for_layers({0: 1.0, 2: 0.5})
+        write_edit(base, change, plan, Path(out), kind=kind, overwrite=overwrite == "True")
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_killed_at_any_moment_an_edit_is_absent_or_whole(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
+    model = build("Llama", **SMALL | sizes).to(torch.bfloat16)  # large enough to be killed in the middle of
+    for name in ("base", "tuned"):
+        stir(model).save_pretrained(tmp_path / name, max_shard_size="10MB")
+    server = subprocess.Popen([sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def write(kind, out, *, overwrite=False, seconds=None) -> bool:
+        """Write an edit in a process that is killed after so many seconds; whether it was done before."""
+        server.stdin.write(f"{tmp_path} {kind} {tmp_path / out} {overwrite}\n")
+        server.stdin.flush()
+        child = int(server.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return int(server.stdout.readline()) == 0
+
+    inputs = [contents(tmp_path / name) for name in ("base", "tuned")]
+    expected, longest, chance = {}, 0.0, random.Random(0)
+    for kind in KINDS:
+        start = time.perf_counter()
+        assert write(kind, f"reference-{kind}")
+        longest = max(longest, time.perf_counter() - start)
+        expected[kind] = contents(tmp_path / f"reference-{kind}")
+    for i in range(20):
+        kind, overwrite = KINDS[i % 2], chance.random() < 0.5
+        out = tmp_path / "out" / kind
+        if not overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        finished = write(kind, f"out/{kind}", overwrite=overwrite, seconds=chance.random() * 1.2 * longest)
+        assert contents(out) == expected[kind] if out.exists() else not finished, f"kill {i}"
+    assert [contents(tmp_path / name) for name in ("base", "tuned")] == inputs
+    assert all(write(kind, f"out/{kind}", overwrite=True) for kind in KINDS)  # clears what the killed ones left
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(KINDS)
+    server.communicate()

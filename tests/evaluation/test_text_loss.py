@@ -11,23 +11,37 @@ from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import text_loss
 from stethoscope.text.tokens import prompt_lengths
 
-
-def by_hand(model, document):
-    ids = torch.tensor([document])
-    logits = model(input_ids=ids).logits[0, :-1].float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+caps = pytest.mark.parametrize("cap", [None, 5.0])
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_losses_are_each_documents_own(any_model, cap, monkeypatch):
-    if cap and hasattr(any_model.config, "final_logit_softcapping"):
-        any_model.config.final_logit_softcapping = cap
+@pytest.fixture
+def documents(monkeypatch) -> list[list[int]]:
     monkeypatch.setattr(losses, "CHUNK", 259 * 7)
     rng = np.random.default_rng(0)
-    documents = [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 90, 2, 33)]
-    found = text_loss.document_losses(any_model, documents, batch_tokens=128)
-    assert found.tokens.tolist() == [39, 0, 6, 89, 1, 32]
-    expected = [by_hand(any_model, d) if len(d) > 1 else 0.0 for d in documents]
+    return [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 21, 2)]
+
+
+def capped(model, cap):
+    if cap and hasattr(model.config, "final_logit_softcapping"):
+        model.config.final_logit_softcapping = cap
+    return model
+
+
+def logits(model, document):
+    return model(input_ids=torch.tensor([document])).logits[0, :-1].double().log_softmax(-1)
+
+
+def by_hand(model, document):
+    found = logits(model, document)
+    return -float(found[range(len(document) - 1), document[1:]].sum()) if len(document) > 1 else 0.0
+
+
+@caps
+def test_losses_are_each_documents_own(any_model, cap, documents):
+    model = capped(any_model, cap)
+    found = text_loss.document_losses(model, documents, batch_tokens=64)
+    assert found.tokens.tolist() == [39, 0, 6, 20, 1]
+    expected = [by_hand(model, document) for document in documents]
     assert found.sums == pytest.approx(expected, rel=1e-4)
 
 
@@ -56,27 +70,19 @@ def turned(model, scale):
     return enter
 
 
-@pytest.mark.parametrize("cap", [None, 5.0])
-def test_divergences_are_the_definition(any_model, cap, monkeypatch):
-    if cap and hasattr(any_model.config, "final_logit_softcapping"):
-        any_model.config.final_logit_softcapping = cap
-    monkeypatch.setattr(losses, "CHUNK", 259 * 7)
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 21, 2)]
-    arms = {"same": nullcontext, "warm": turned(any_model, 0.7), "hot": turned(any_model, 0.2)}
-    costs = text_loss.document_costs(any_model, arms, documents, batch_tokens=64)
+@caps
+def test_divergences_are_the_definition(any_model, cap, documents):
+    model = capped(any_model, cap)
+    arms = {"same": nullcontext, "warm": turned(model, 0.7), "hot": turned(model, 0.2)}
+    costs = text_loss.document_costs(model, arms, documents, batch_tokens=64)
     found = {name: cost.divergence for name, cost in costs.items()}
-
-    def logits(document):
-        return any_model(input_ids=torch.tensor([document])).logits[0, :-1].double().log_softmax(-1)
-
     for name, enter in arms.items():
         expected = []
         for document in documents:
-            p = logits(document)
+            p = logits(model, document)
             with enter():
-                q = logits(document)
-            expected.append(float((p.exp() * (p - q)).sum()) if len(document) > 1 else 0.0)
+                q = logits(model, document)
+            expected.append(float((p.exp() * (p - q)).sum()))
         assert found[name].sums == pytest.approx(expected, rel=1e-3, abs=1e-5)
         assert found[name].tokens.tolist() == [39, 0, 6, 20, 1]
     assert not found["same"].sums.any()  # the base against itself, to the bit
@@ -84,19 +90,14 @@ def test_divergences_are_the_definition(any_model, cap, monkeypatch):
 
 
 @pytest.mark.parametrize("starts", [None, [5, 1, 3, 1, 1]])
-def test_one_pass_gives_the_losses_that_each_arm_gives_alone(any_model, starts, monkeypatch):
-    monkeypatch.setattr(losses, "CHUNK", 259 * 7)
-    rng = np.random.default_rng(0)
-    documents = [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 21, 2)]
-    arms = {"base": nullcontext, "warm": turned(any_model, 0.7)}
-    seen = []
-    found = text_loss.document_costs(
-        any_model, arms, documents, starts=starts, batch_tokens=64, progress=lambda *at: seen.append(at)
-    )
+def test_one_pass_gives_the_losses_that_each_arm_gives_alone(any_model, starts, documents):
+    arms, seen = {"base": nullcontext, "warm": turned(any_model, 0.7)}, []
+    options = {"starts": starts, "batch_tokens": 64}
+    found = text_loss.document_costs(any_model, arms, documents, **options, progress=lambda *at: seen.append(at))
     assert seen[-1] == (66, 66)  # tokens; a document of one token has none
     for name, enter in arms.items():
         with enter():
-            alone = text_loss.document_losses(any_model, documents, starts=starts, batch_tokens=64)
+            alone = text_loss.document_losses(any_model, documents, **options)
         assert found[name].loss.tokens.tolist() == alone.tokens.tolist()
         assert found[name].loss.sums == pytest.approx(alone.sums, rel=1e-6)
         if starts is None:  # the same tokens go through the head together
@@ -106,13 +107,11 @@ def test_one_pass_gives_the_losses_that_each_arm_gives_alone(any_model, starts, 
 
 def test_only_what_follows_a_prompt_counts(any_model):
     documents = [[3, 5, 7, 9, 11, 4], [6, 2, 8], [1, 2]]
-    prompts = [[3, 5, 7], [6, 9], [1, 2]]
-    starts = prompt_lengths(documents, prompts)
+    starts = prompt_lengths(documents, [[3, 5, 7], [6, 9], [1, 2]])
     assert starts == [3, 1, 2]  # a token that the whole text joins otherwise is the document's
     found = text_loss.document_losses(any_model, documents, starts=starts)
     assert found.tokens.tolist() == [3, 2, 0]
-    for document, start, total in zip(documents, starts, found.sums, strict=True):
-        before = by_hand(any_model, document[:start]) if start > 1 else 0.0
-        assert total == pytest.approx(by_hand(any_model, document) - before, abs=1e-4)
+    expected = [by_hand(any_model, d) - by_hand(any_model, d[:n]) for d, n in zip(documents, starts, strict=True)]
+    assert found.sums == pytest.approx(expected, abs=1e-4)
     with pytest.raises(EvaluationError, match="no token of the text counts"):
         text_loss.document_losses(any_model, documents, starts=[9, 9, 9])

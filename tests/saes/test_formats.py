@@ -4,6 +4,7 @@ where that is right."""
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stethoscope.saes.layouts.base import SAEFolder
 from stethoscope.saes.open import load_sae
 
 D, W, K = 12, 40, 5
+Weights = dict[str, Tensor]
 Reading = Callable[[Tensor], Tensor]
 
 
@@ -35,51 +37,50 @@ class Case:
     architecture: str
     encode: Reading
     decode: Reading
-    loader: Callable[[], tuple[dict[str, Any], dict[str, Tensor]]] | None = None
+    loader: Callable[[], tuple[dict[str, Any], Weights]] | None = None
 
 
 def random(*shape: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(shape)
 
 
-def weights(*, threshold: bool = True) -> dict[str, Tensor]:
+def weights(*, threshold: bool = True) -> Weights:
     """Random weights in SAELens' names, decoder rows of any norm."""
-    drawn = {
-        "W_enc": random(D, W, scale=0.4),
-        "W_dec": random(W, D),
-        "b_enc": random(W, scale=0.3),
-        "b_dec": random(D),
-        "threshold": random(W, scale=0.5).abs(),
-    }
-    return drawn if threshold else {name: value for name, value in drawn.items() if name != "threshold"}
+    drawn = {"W_enc": random(D, W, scale=0.4), "W_dec": random(W, D), "b_enc": random(W, scale=0.3), "b_dec": random(D)}
+    return drawn | ({"threshold": random(W, scale=0.5).abs()} if threshold else {})
 
 
 def relu(z: Tensor) -> Tensor:
     return z.clamp(min=0)
 
 
-def top(z: Tensor, k: int = K) -> Tensor:
-    return torch.zeros_like(z).scatter(-1, z.topk(k).indices, relu(z.topk(k).values))
+def top(z: Tensor) -> Tensor:
+    return torch.zeros_like(z).scatter(-1, z.topk(K).indices, relu(z.topk(K).values))
 
 
-def jump(w: dict[str, Tensor]) -> Reading:
-    """JumpReLU that subtracts no bias."""
+def jump(threshold: Tensor | float) -> Reading:
+    return lambda z: relu(z) * (z > threshold)
+
+
+def formula(w: Weights, act: Reading, *, centre: bool = True, scale: float = 1, norms: Tensor | float = 1) -> dict:
+    """Encode and decode: the input times ``scale`` less the decoder's bias if ``centre``; features over ``norms``."""
 
     def encode(x: Tensor) -> Tensor:
-        z = x @ w["W_enc"] + w["b_enc"]
-        return relu(z) * (z > w["threshold"])
+        return act((x * scale - (w["b_dec"] if centre else 0)) @ w["W_enc"] + w.get("b_enc", 0))
 
-    return encode
-
-
-def linear(w: dict[str, Tensor]) -> Reading:
-    return lambda features: features @ w["W_dec"] + w["b_dec"]
+    return {"encode": encode, "decode": lambda f: (f / norms @ w["W_dec"] + w["b_dec"]) / scale}
 
 
-def write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None = None, name: str = "cfg.json") -> Path:
+def turned(w: Weights, bias: str = "b_dec", encoder: bool = True) -> Weights:
+    """The weights as linear modules store them."""
+    stored = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T, bias: w["b_dec"]}
+    return stored | ({"encoder.bias": w["b_enc"]} if encoder else {})
+
+
+def write(path: Path, tensors: Weights, config: dict[str, Any] | None = None, name: str = "cfg.json") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt":
-        torch.save(tensors, path)
+        torch.save({key: value.contiguous() for key, value in tensors.items()}, path)
     elif path.suffix == ".npz":
         np.savez(path, **{key: value.numpy() for key, value in tensors.items()})
     else:
@@ -89,17 +90,18 @@ def write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any] | None 
     return path.parent
 
 
-def sae_lens_case(root: Path, config: dict[str, Any], tensors: dict[str, Tensor], **formula: Any) -> Case:
+def sae_lens_case(root: Path, config: dict[str, Any], tensors: Weights, **formulas: Any) -> Case:
     """SAELens' own layout; its reading on disk is the oracle unless the case names another or none."""
-    place = formula.pop("place", (3, "resid_post", None))
     path = write(root / "layer_3" / "sae_weights.safetensors", tensors, {"d_in": D, "d_sae": W, **config})
-    oracle = {"loader": lambda: loaders.sae_lens_disk_loader(path, cfg_overrides={"dtype": "float32"})}
-    return Case(path=path, place=place, **{**oracle, **formula})
+    known = {"place": (3, "resid_post", None), "architecture": config["architecture"]}
+    known["loader"] = lambda: loaders.sae_lens_disk_loader(path, cfg_overrides={"dtype": "float32"})
+    return Case(path=path, **{**known, **formulas})
 
 
-def six(hook: str = "blocks.3.hook_resid_post", **config: Any) -> dict[str, Any]:
+def six(architecture: str, hook: str = "blocks.3.hook_resid_post", *, centre: bool = True, **config: Any) -> dict:
     about = {"sae_lens_version": sae_lens.__version__, "hook_name": hook, "model_name": "tiny"}
-    return {"dtype": "float32", "device": "cpu", "normalize_activations": "none", "metadata": about, **config}
+    given = {"architecture": architecture, "apply_b_dec_to_input": centre, "metadata": about}
+    return {"dtype": "float32", "device": "cpu", "normalize_activations": "none", **given, **config}
 
 
 def flat(hook: str = "blocks.3.hook_resid_post", **config: Any) -> dict[str, Any]:
@@ -107,140 +109,106 @@ def flat(hook: str = "blocks.3.hook_resid_post", **config: Any) -> dict[str, Any
     return {
         "model_name": "tiny", "hook_name": hook, "hook_layer": 3, "hook_head_index": None, "dtype": "torch.float32",
         "device": "cuda", "context_size": 128, "prepend_bos": True, "dataset_trust_remote_code": True,
-        "activation_fn_str": "relu", "finetuning_scaling_factor": False, "normalize_activations": "none", **config,
+        "activation_fn_str": "relu", "finetuning_scaling_factor": False, "normalize_activations": "none",
+        "architecture": "standard", **config,
     }  # fmt: skip
 
 
 def standard(root: Path) -> Case:
     w = weights(threshold=False)
-    return sae_lens_case(
-        root, six(architecture="standard", apply_b_dec_to_input=True), w, architecture="standard",
-        encode=lambda x: relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=linear(w),
-    )  # fmt: skip
+    return sae_lens_case(root, six("standard"), w, **formula(w, relu))
 
 
 def jumprelu(root: Path) -> Case:
     w = weights()
-    config = six(hook="model.layers.3", architecture="jumprelu", apply_b_dec_to_input=False)
-    return sae_lens_case(
-        root, config, w, architecture="jumprelu", place=(3, "resid_post", "output"), encode=jump(w), decode=linear(w),
-    )  # fmt: skip
+    config, place = six("jumprelu", "model.layers.3", centre=False), (3, "resid_post", "output")
+    return sae_lens_case(root, config, w, place=place, **formula(w, jump(w["threshold"]), centre=False))
 
 
 def gated(root: Path) -> Case:
-    w = weights()
-    w = {"W_enc": w["W_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}
-    w |= {"b_gate": random(W), "b_mag": random(W), "r_mag": random(W, scale=0.2)}
+    w = {"W_enc": random(D, W, scale=0.4), "W_dec": random(W, D), "b_dec": random(D)}
+    gates = {"b_gate": random(W), "b_mag": random(W), "r_mag": random(W, scale=0.2)}
 
-    def encode(x: Tensor) -> Tensor:
-        z = (x - w["b_dec"]) @ w["W_enc"]
-        return relu(z * w["r_mag"].exp() + w["b_mag"]) * (z + w["b_gate"] > 0)
+    def gate(z: Tensor) -> Tensor:
+        return relu(z * gates["r_mag"].exp() + gates["b_mag"]) * (z + gates["b_gate"] > 0)
 
-    config = six(architecture="gated", apply_b_dec_to_input=True)
-    return sae_lens_case(root, config, w, architecture="gated", encode=encode, decode=linear(w))
+    return sae_lens_case(root, six("gated"), w | gates, **formula(w, gate))
 
 
 def topk_layer_norm(root: Path) -> Case:
     """A layer norm around the SAE: decoding undoes it with the statistics of the input."""
-    w = weights(threshold=False)
-    seen: list[Tensor] = []
+    w, seen = weights(threshold=False), []
+    inner = formula(w, top)
 
     def encode(x: Tensor) -> Tensor:
         seen.append(x)
         centred = x - x.mean(-1, keepdim=True)
-        return top((centred / (centred.std(-1, keepdim=True) + 1e-5) - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+        return inner["encode"](centred / (centred.std(-1, keepdim=True) + 1e-5))
 
     def decode(f: Tensor) -> Tensor:
-        x = seen[-1]
-        return (f @ w["W_dec"] + w["b_dec"]) * x.std(-1, keepdim=True) + x.mean(-1, keepdim=True)
+        return inner["decode"](f) * seen[-1].std(-1, keepdim=True) + seen[-1].mean(-1, keepdim=True)
 
-    config = six(architecture="topk", apply_b_dec_to_input=True, k=K) | {"normalize_activations": "layer_norm"}
-    return sae_lens_case(root, config, w, architecture="topk", encode=encode, decode=decode)
+    return sae_lens_case(root, six("topk", k=K, normalize_activations="layer_norm"), w, encode=encode, decode=decode)
 
 
 def topk_rescaled(root: Path) -> Case:
     w = weights(threshold=False)
     norms = w["W_dec"].norm(dim=1)
-    config = six(architecture="topk", apply_b_dec_to_input=True, k=K, rescale_acts_by_decoder_norm=True)
-    return sae_lens_case(
-        root, config, w, architecture="topk",
-        encode=lambda x: top(((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms),
-        decode=lambda f: f / norms @ w["W_dec"] + w["b_dec"],
-    )  # fmt: skip
+    config = six("topk", k=K, rescale_acts_by_decoder_norm=True)
+    return sae_lens_case(root, config, w, **formula(w, lambda z: top(z * norms), norms=norms))
 
 
 def batchtopk_in_training(root: Path) -> Case:
     """A checkpoint that SAELens' trainer wrote; SAELens' own way to inference is the oracle."""
-    sae = BatchTopKTrainingSAE(
-        BatchTopKTrainingSAEConfig(
-            d_in=D, d_sae=W, k=K, rescale_acts_by_decoder_norm=True,
-            metadata=SAEMetadata(hook_name="model.layers.3.mlp", model_name="tiny"),
-        )
-    )  # fmt: skip
-    w = weights()
+    metadata = SAEMetadata(hook_name="model.layers.3.mlp", model_name="tiny")
+    options = {"d_in": D, "d_sae": W, "k": K, "rescale_acts_by_decoder_norm": True, "metadata": metadata}
+    sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**options))
+    w = weights(threshold=False)
     with torch.no_grad():
-        for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-            getattr(sae, name).copy_(w[name])
+        for name, value in w.items():
+            getattr(sae, name).copy_(value)
         sae.topk_threshold.fill_(1.5)
     sae.save_model(root / "saved")
     sae.save_inference_model(root / "inference")
     norms = w["W_dec"].norm(dim=1)
-
-    def encode(x: Tensor) -> Tensor:
-        z = ((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norms
-        return relu(z) * (z > 1.5)
-
     return Case(
-        path=root / "saved", place=(3, "mlp_out", "mlp.output"), architecture="batchtopk", encode=encode,
-        decode=lambda f: f / norms @ w["W_dec"] + w["b_dec"],
+        path=root / "saved", place=(3, "mlp_out", "mlp.output"), architecture="batchtopk",
         loader=lambda: loaders.sae_lens_disk_loader(root / "inference"),
+        **formula(w, lambda z: jump(1.5)(z * norms), norms=norms),
     )  # fmt: skip
 
 
 def jumprelu_transcoder(root: Path) -> Case:
     w = weights()
-    config = six(architecture="jumprelu_transcoder", apply_b_dec_to_input=False, d_out=D, hook="blocks.3.mlp.hook_in")
+    config = six("jumprelu_transcoder", "blocks.3.mlp.hook_in", centre=False, d_out=D)
     return sae_lens_case(
-        root, config, w, architecture="jumprelu_transcoder", place=(3, "mlp_in", None),
-        encode=jump(w), decode=linear(w),
+        root, config, w, place=(3, "mlp_in", None), **formula(w, jump(w["threshold"]), centre=False)
     )  # fmt: skip
 
 
 def flat_jumprelu(root: Path) -> Case:
     w = weights()
-
-    def encode(x: Tensor) -> Tensor:
-        z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-        return relu(z) * (z > w["threshold"])
-
     config = flat(architecture="jumprelu", model_from_pretrained_kwargs={"center_writing_weights": False})
-    return sae_lens_case(
-        root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="jumprelu", encode=encode, decode=linear(w),
-    )  # fmt: skip
+    return sae_lens_case(root, config, {**w, "scaling_factor": torch.ones(W)}, **formula(w, jump(w["threshold"])))
 
 
 def flat_scaled(root: Path) -> Case:
     """Fine-tuned factors multiply features before they are decoded; SAELens 6 refuses the file."""
     w = weights(threshold=False)
     factor = 1 + random(W).abs()
-    config = flat(hook_point="unused") | {"apply_b_dec_to_input": False, "finetuning_scaling_factor": True}
-    return sae_lens_case(
-        root, config, {**w, "scaling_factor": factor}, architecture="standard",
-        encode=lambda x: relu(x @ w["W_enc"] + w["b_enc"]), decode=lambda f: (f * factor) @ w["W_dec"] + w["b_dec"],
-        loader=None,
-    )  # fmt: skip
+    config = flat(hook_point="unused", apply_b_dec_to_input=False, finetuning_scaling_factor=True)
+    formulas = formula(w, relu, centre=False, norms=1 / factor)
+    return sae_lens_case(root, config, {**w, "scaling_factor": factor}, loader=None, **formulas)
 
 
 def flat_topk_of_heads(root: Path) -> Case:
     """TopK as an activation function, on all heads side by side; SAELens would reshape [tokens, heads, width]."""
     w = weights(threshold=False)
-    config = flat(activation_fn_kwargs={"k": K}) | {"activation_fn_str": "topk"}
-    config["hook_point"] = "blocks.3.attn.hook_z"
+    config = flat(activation_fn_kwargs={"k": K}, activation_fn_str="topk", hook_point="blocks.3.attn.hook_z")
     del config["hook_name"]
     return sae_lens_case(
         root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="topk", place=(3, "attn_z", None),
-        encode=lambda x: top((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]), decode=linear(w),
-        loader=None,
+        loader=None, **formula(w, top),
     )  # fmt: skip
 
 
@@ -255,17 +223,14 @@ def sparsify(root: Path, folder: str = "layers.5.mlp", **config: Any) -> Case:
     path = write(root / folder / "sae.safetensors", stored, {**defaults, **config})
     (root / "config.json").write_text(json.dumps({"model": "EleutherAI/pythia-160m"}))
     transcode = bool(config.get("transcode"))
-    bias = torch.zeros(D) if transcode else w["b_dec"]
     places = {
         ("layers.5.mlp", False): (5, "mlp_out", "mlp.output"),
         ("layers.5.mlp", True): (5, "mlp_in", "mlp.input"),
         ("layers.5", False): (5, "resid_post", "output"),
     }
-    return Case(
-        path=path, place=places[folder, transcode], architecture="topk_transcoder" if transcode else "topk",
-        encode=lambda x: top(relu((x - bias) @ w["W_enc"] + w["b_enc"])),
-        decode=linear(w),
-    )  # fmt: skip
+    architecture = "topk_transcoder" if transcode else "topk"
+    formulas = formula(w, lambda z: top(relu(z)), centre=not transcode)
+    return Case(path=path, place=places[folder, transcode], architecture=architecture, **formulas)
 
 
 def gemma_scope_2(root: Path, kind: str = "resid_post_all", *, config: bool = True, skip: bool = False) -> Case:
@@ -284,13 +249,12 @@ def gemma_scope_2(root: Path, kind: str = "resid_post_all", *, config: bool = Tr
     about = {"architecture": "jump_relu", "model_name": "gemma-v3-4b-it", "hf_hook_point_in": f"model.layers.9.{tap}"}
     if transcoder := kind.startswith("transcoder"):
         about |= {"hf_hook_point_out": "model.layers.9.post_feedforward_layernorm.output", "affine_connection": skip}
-    weight_file = root / repo / folder / "params.safetensors"
-    path = write(weight_file, stored, about if config else None, "config.json")
-
+    path = write(root / repo / folder / "params.safetensors", stored, about if config else None, "config.json")
     kinds = {(True, True): "jumprelu_skip_transcoder", (True, False): "jumprelu_transcoder"}
     return Case(
         path=path, place=(9, site, tap), architecture=kinds.get((transcoder, skip), "jumprelu"),
-        encode=jump(w), decode=linear(w), loader=lambda: loaders.gemma_3_sae_huggingface_loader(repo, folder)[:2],
+        loader=lambda: loaders.gemma_3_sae_huggingface_loader(repo, folder)[:2],
+        **formula(w, jump(w["threshold"]), centre=False),
     )  # fmt: skip
 
 
@@ -304,13 +268,12 @@ def gemma_scope_1(root: Path, kind: str = "res") -> Case:
     repo, folder = f"google/gemma-scope-2b-pt-{kind}", "layer_7/width_16k/average_l0_69"
     path = write(root / repo / folder / "params.npz", w)
 
-    def loader() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def loader() -> tuple[dict[str, Any], Weights]:
         config, state, _ = loaders.gemma_2_sae_huggingface_loader(repo, folder)
         return {**config, "d_in": D, "d_sae": W}, state  # it knows the real models' sizes only
 
-    return Case(
-        path=path, place=(7, site, tap), architecture="jumprelu", encode=jump(w), decode=linear(w), loader=loader,
-    )  # fmt: skip
+    formulas = formula(w, jump(w["threshold"]), centre=False)
+    return Case(path=path, place=(7, site, tap), architecture="jumprelu", loader=loader, **formulas)
 
 
 def dictionary(root: Path, kind: str, *, unit: bool = False) -> Case:
@@ -319,91 +282,64 @@ def dictionary(root: Path, kind: str, *, unit: bool = False) -> Case:
     if unit:
         w["W_dec"] /= w["W_dec"].norm(dim=1, keepdim=True)
     norms = w["W_dec"].norm(dim=1)
-    turned = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
     one, k = torch.tensor(0.4), torch.tensor(K, dtype=torch.int)
     r, mag, gate = random(W, scale=0.2), random(W), random(W)
-    stored, architecture, oracle = {
-        "AutoEncoder": ({**turned, "encoder.bias": w["b_enc"], "bias": w["b_dec"]}, "standard", True),
-        "AutoEncoderNew": ({**turned, "encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]}, "standard", False),
+    bare = {name: value for name, value in w.items() if name != "b_enc"}
+    cut = {"k": k, "threshold": one}
+    cuts = jump(one)
+    gates = {"r_mag": r, "gate_bias": gate, "mag_bias": mag}
+    # what is stored, the architecture, whether SAELens reads it rightly, the formulas
+    stored, architecture, oracle, formulas = {
+        "AutoEncoder": (turned(w, "bias"), "standard", True, formula(w, relu)),
+        "AutoEncoderNew": (turned(w, "decoder.bias"), "standard", False, formula(w, relu, centre=False)),
         "GatedAutoEncoder": (
-            {**turned, "decoder_bias": w["b_dec"], "r_mag": r, "gate_bias": gate, "mag_bias": mag}, "gated", unit,
+            turned(w, "decoder_bias", encoder=False) | gates, "gated", unit,
+            formula(bare, lambda z: (z + gate > 0) * relu(r.exp() * z + mag) * norms, norms=norms),
         ),
-        "JumpReluAutoEncoder": (w, "jumprelu", unit),
-        "AutoEncoderTopK": (
-            {**turned, "encoder.bias": w["b_enc"], "b_dec": w["b_dec"], "k": k, "threshold": one}, "topk", True,
+        "JumpReluAutoEncoder": (
+            w, "jumprelu", unit, formula(w, lambda z: jump(w["threshold"])(z) * norms, centre=False, norms=norms),
         ),
-        "BatchTopKSAE": (
-            {**turned, "encoder.bias": w["b_enc"], "b_dec": w["b_dec"], "k": k, "threshold": one}, "batchtopk", True,
-        ),
+        "AutoEncoderTopK": (turned(w) | cut, "topk", True, formula(w, lambda z: top(relu(z)))),
+        "BatchTopKSAE": (turned(w) | cut, "batchtopk", True, formula(w, cuts)),
         "MatryoshkaBatchTopKSAE": (
-            {**w, "threshold": one, "k": k, "group_sizes": torch.tensor([W // 2, W // 2])},
-            "matryoshka_batchtopk",
-            True,
+            w | cut | {"group_sizes": torch.tensor([W // 2, W // 2])}, "matryoshka_batchtopk", True, formula(w, cuts),
         ),
     }[kind]  # fmt: skip
-
-    def encode(x: Tensor) -> Tensor:
-        z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
-        match kind:
-            case "AutoEncoder":
-                return relu(z)
-            case "AutoEncoderNew":
-                return relu(x @ w["W_enc"] + w["b_enc"])
-            case "GatedAutoEncoder":
-                z = (x - w["b_dec"]) @ w["W_enc"]
-                return (z + gate > 0) * relu(r.exp() * z + mag) * norms
-            case "JumpReluAutoEncoder":
-                z = x @ w["W_enc"] + w["b_enc"]
-                return relu(z * (z > w["threshold"])) * norms
-            case "AutoEncoderTopK":
-                return top(relu(z))
-        return relu(z) * (relu(z) > one)
-
-    scaled = kind in ("GatedAutoEncoder", "JumpReluAutoEncoder")
     trainer = {
         "trainer_class": "T", "dict_class": kind, "activation_dim": D, "dict_size": W, "k": K, "layer": 4,
         "lm_name": "EleutherAI/pythia-70m-deduped", "submodule_name": "resid_post_layer_4",
     }  # fmt: skip
     config = {"trainer": trainer, "buffer": {"d_submodule": D, "io": "out", "ctx_len": 128}}
     folder = "pythia70m/resid_post_layer_4/trainer_0"
-    path = write(root / folder / "ae.pt", {n: t.contiguous() for n, t in stored.items()}, config, "config.json")
 
-    def loader() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def loader() -> tuple[dict[str, Any], Weights]:
         return loaders.dictionary_learning_sae_huggingface_loader_1("", folder)[:2]
 
     return Case(
-        path=path, place=(4, "resid_post", None), architecture=architecture, encode=encode,
-        decode=lambda f: (f / norms if scaled else f) @ w["W_dec"] + w["b_dec"], loader=loader if oracle else None,
+        path=write(root / folder / "ae.pt", stored, config, "config.json"), place=(4, "resid_post", None),
+        architecture=architecture, loader=loader if oracle else None, **formulas,
     )  # fmt: skip
 
 
 def llama_scope(root: Path) -> Case:
     w = weights()
-    stored = {
-        "encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"],
-        "decoder.weight": w["W_dec"].T, "decoder.bias": w["b_dec"],
-    }  # fmt: skip
     config = {
         "hook_point_in": "blocks.6.hook_mlp_out", "hook_point_out": "blocks.6.hook_mlp_out", "d_model": D, "d_sae": W,
         "act_fn": "jumprelu", "jump_relu_threshold": 0.3, "dataset_average_activation_norm": {"in": 5.0, "out": 5.0},
     }  # fmt: skip
     folder = "Llama3_1-8B-Base-L6M-8x"
-    write(root / folder / "checkpoints" / "final.safetensors", stored)
+    write(root / folder / "checkpoints" / "final.safetensors", turned(w, "decoder.bias"))
     (root / folder / "hyperparams.json").write_text(json.dumps(config))
     scale = D**0.5 / 5.0
 
-    def encode(x: Tensor) -> Tensor:
-        z = (x * scale) @ w["W_enc"] + w["b_enc"]
-        return relu(z) * (z > 0.3 * scale)
-
-    def loader() -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def loader() -> tuple[dict[str, Any], Weights]:
         config, state, _ = loaders.llama_scope_sae_huggingface_loader("", folder, cfg_overrides={"dtype": "float32"})
         state["W_enc"], state["W_dec"] = state["W_enc"] * scale, state["W_dec"] / scale
         return config, {**state, "b_dec": state["b_dec"] / scale}  # as SAE.from_pretrained folds the factor in
 
+    formulas = formula(w, jump(0.3 * scale), centre=False, scale=scale)
     return Case(
-        path=root / folder, place=(6, "mlp_out", None), architecture="jumprelu", encode=encode,
-        decode=lambda f: (f @ w["W_dec"] + w["b_dec"]) / scale, loader=loader,
+        path=root / folder, place=(6, "mlp_out", None), architecture="jumprelu", loader=loader, **formulas
     )  # fmt: skip
 
 
@@ -415,11 +351,15 @@ def qwen_scope(root: Path) -> Case:
     sizes = {"d_in": D, "d_sae": W}
     return Case(
         path=root / repo / file, place=(7, "resid_post", "output"), architecture="topk",
-        encode=lambda x: top(x @ w["W_enc"] + w["b_enc"]), decode=linear(w),
         loader=lambda: loaders.qwen_scope_sae_huggingface_loader(repo, file, cfg_overrides=sizes)[:2],
+        **formula(w, top, centre=False),
     )  # fmt: skip
 
 
+DICTIONARIES = (
+    "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+)  # fmt: skip
 CASES: dict[str, Callable[[Path], Case]] = {
     "sae_lens 6, standard": standard,
     "sae_lens 6, jumprelu": jumprelu,
@@ -432,41 +372,31 @@ CASES: dict[str, Callable[[Path], Case]] = {
     "sae_lens 3-5, standard with scaling factors": flat_scaled,
     "sae_lens 3-5, topk of heads": flat_topk_of_heads,
     "sparsify, topk of an MLP": sparsify,
-    "sparsify, topk of a block": lambda root: sparsify(root, "layers.5", num_latents=0),
-    "sparsify, topk transcoder": lambda root: sparsify(root, transcode=True),
+    "sparsify, topk of a block": partial(sparsify, folder="layers.5", num_latents=0),
+    "sparsify, topk transcoder": partial(sparsify, transcode=True),
     "gemma scope 2, resid_post_all": gemma_scope_2,
-    "gemma scope 2, resid_post without config": lambda root: gemma_scope_2(root, "resid_post", config=False),
-    "gemma scope 2, attn_out": lambda root: gemma_scope_2(root, "attn_out"),
-    "gemma scope 2, attn_out_all without config": lambda root: gemma_scope_2(root, "attn_out_all", config=False),
-    "gemma scope 2, mlp_out_all": lambda root: gemma_scope_2(root, "mlp_out_all"),
-    "gemma scope 2, transcoder_all without config": lambda root: gemma_scope_2(root, "transcoder_all", config=False),
-    "gemma scope 2, affine transcoder": lambda root: gemma_scope_2(root, "transcoder", skip=True),
-    "gemma scope 1, res": gemma_scope_1,
-    "gemma scope 1, att": lambda root: gemma_scope_1(root, "att"),
-    "gemma scope 1, mlp": lambda root: gemma_scope_1(root, "mlp"),
-    **{
-        f"dictionary_learning, {kind}": lambda root, kind=kind: dictionary(root, kind)
-        for kind in (
-            "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK",
-            "BatchTopKSAE", "MatryoshkaBatchTopKSAE",
-        )
-    },
-    "dictionary_learning, GatedAutoEncoder of norm 1": lambda root: dictionary(root, "GatedAutoEncoder", unit=True),
-    "dictionary_learning, JumpReluAutoEncoder of norm 1": lambda r: dictionary(r, "JumpReluAutoEncoder", unit=True),
+    "gemma scope 2, resid_post without config": partial(gemma_scope_2, kind="resid_post", config=False),
+    "gemma scope 2, attn_out": partial(gemma_scope_2, kind="attn_out"),
+    "gemma scope 2, attn_out_all without config": partial(gemma_scope_2, kind="attn_out_all", config=False),
+    "gemma scope 2, mlp_out_all": partial(gemma_scope_2, kind="mlp_out_all"),
+    "gemma scope 2, transcoder_all without config": partial(gemma_scope_2, kind="transcoder_all", config=False),
+    "gemma scope 2, affine transcoder": partial(gemma_scope_2, kind="transcoder", skip=True),
+    **{f"gemma scope 1, {kind}": partial(gemma_scope_1, kind=kind) for kind in ("res", "att", "mlp")},
+    **{f"dictionary_learning, {kind}": partial(dictionary, kind=kind) for kind in DICTIONARIES},
+    "dictionary_learning, GatedAutoEncoder of norm 1": partial(dictionary, kind="GatedAutoEncoder", unit=True),
+    "dictionary_learning, JumpReluAutoEncoder of norm 1": partial(dictionary, kind="JumpReluAutoEncoder", unit=True),
     "llama scope, jumprelu": llama_scope,
     "qwen scope, topk": qwen_scope,
-}  # fmt: skip
+}
 
 
-def differences(case: Case, folder: SAEFolder, root: Path) -> dict[str, float | None]:
+def differences(case: Case, folder: SAEFolder, root: Path) -> Weights:
     """The largest differences of encode and decode from the formula, and from SAELens' reading where it is right."""
     x = random(64, D, scale=2.0)
-    ours, features, output = load_sae(folder), case.encode(x), None
+    ours, features = load_sae(folder), case.encode(x)
     assert 0 < (features > 0).float().mean() < 1
-    found: dict[str, float | None] = {"encode": float((ours.encode(x) - features).abs().max())}
-    output = case.decode(features)
-    found["decode"] = float((ours.decode(features) - output).abs().max())
-    found["SAELens encode"] = found["SAELens decode"] = None
+    found = {"encode": (ours.encode(x) - features).abs().max()}
+    found["decode"] = (ours.decode(features) - case.decode(features)).abs().max()
     if case.loader:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loaders, "hf_hub_download", lambda *args, **options: local_file(root, *args, **options))
@@ -476,8 +406,8 @@ def differences(case: Case, folder: SAEFolder, root: Path) -> dict[str, float | 
         theirs = SAE.load_from_disk(case.path, converter=lambda *_a, **_o: ({**config, "device": "cpu"}, state))
         theirs.turn_off_forward_pass_hook_z_reshaping()  # heads come side by side here
         with torch.no_grad():
-            found["SAELens encode"] = float((theirs.encode(x) - ours.encode(x)).abs().max())
-            found["SAELens decode"] = float((theirs.decode(features) - ours.decode(features)).abs().max())
+            found["SAELens encode"] = (theirs.encode(x) - ours.encode(x)).abs().max()
+            found["SAELens decode"] = (theirs.decode(features) - ours.decode(features)).abs().max()
     return found
 
 
@@ -494,17 +424,17 @@ def shapes(path: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_layout_encodes_and_decodes_as_its_makers_meant(name: str, tmp_path: Path) -> None:
+def test_a_layout_encodes_and_decodes_as_its_makers_meant(name, tmp_path):
     torch.manual_seed(0)
     case = CASES[name](tmp_path)
     folder = read_folder(case.path)
     assert (folder.layer, folder.site, folder.tap) == case.place
     assert (folder.architecture, folder.d_in, folder.width) == (case.architecture, D, W)
     for what, difference in differences(case, folder, tmp_path).items():
-        assert difference is None or difference < 2e-5, f"{what}: {difference}"
+        assert difference < 2e-5, f"{what}: {difference}"
 
 
-def test_a_transcoders_linear_skip_lies_the_right_way(tmp_path: Path) -> None:
+def test_a_transcoders_linear_skip_lies_the_right_way(tmp_path):
     case = gemma_scope_2(tmp_path, "transcoder", skip=True)
     skip = load_file(case.path / "params.safetensors")["affine_skip_connection"]
     x = random(9, D)
@@ -512,7 +442,7 @@ def test_a_transcoders_linear_skip_lies_the_right_way(tmp_path: Path) -> None:
     assert torch.allclose(load_sae(read_folder(case.path))(x), whole, atol=1e-5)
 
 
-def test_a_module_that_sae_lens_noted_is_believed_over_its_own_name(tmp_path: Path) -> None:
+def test_a_module_that_sae_lens_noted_is_believed_over_its_own_name(tmp_path):
     case = jumprelu_transcoder(tmp_path)
     names = {"hook_name": "blocks.3.hook_mlp_in", "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output"}
     change(case.path / "cfg.json", "metadata", **names)
@@ -520,7 +450,7 @@ def test_a_module_that_sae_lens_noted_is_believed_over_its_own_name(tmp_path: Pa
     assert (folder.layer, folder.site, folder.tap) == (3, "mlp_in", "pre_feedforward_layernorm.output")
 
 
-def test_transcoders_say_so(tmp_path: Path) -> None:
+def test_transcoders_say_so(tmp_path):
     torch.manual_seed(0)
     for name, make in CASES.items():
         folder = read_folder(make(tmp_path / name.replace(" ", "_")).path)
@@ -528,19 +458,20 @@ def test_transcoders_say_so(tmp_path: Path) -> None:
         assert (load_sae(folder).cfg.metadata.hook_name_out is not None) == folder.transcoder
 
 
-def test_a_release_says_the_factor_that_a_configuration_lacks(tmp_path: Path) -> None:
+def test_a_release_says_the_factor_that_a_configuration_lacks(tmp_path):
     w = weights(threshold=False)
     config = {**flat(), "d_in": D, "d_sae": W, "normalize_activations": "expected_average_only_in"}
     path = write(tmp_path / "x" / "sae_weights.safetensors", w, config)
     assert "does not say the scale" in refusal(path)
     sae = load_sae(read_folder(path, {"norm_scaling_factor": 2.0}))
     x = random(9, D)
-    features = relu((2 * x - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    formulas = formula(w, relu, scale=2)
+    features = formulas["encode"](x)
     assert torch.allclose(sae.encode(x), features, atol=1e-5)
-    assert torch.allclose(sae.decode(features), (features @ w["W_dec"] + w["b_dec"]) / 2, atol=1e-5)
+    assert torch.allclose(sae.decode(features), formulas["decode"](features), atol=1e-5)
 
 
-def test_half_precision_is_widened_before_it_is_folded(tmp_path: Path) -> None:
+def test_half_precision_is_widened_before_it_is_folded(tmp_path):
     case = llama_scope(tmp_path)
     file = case.path / "checkpoints" / "final.safetensors"
     save_file({name: value.bfloat16() for name, value in load_file(file).items()}, file)
@@ -552,27 +483,27 @@ def test_half_precision_is_widened_before_it_is_folded(tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], Case], Callable[[Path], object], str]] = {
     "sparsify groupmax": (
-        lambda root: sparsify(root, activation="groupmax"), lambda _path: None, "activation function `groupmax`",
+        partial(sparsify, activation="groupmax"), lambda _path: None, "activation function `groupmax`",
     ),
-    "sparsify signed": (lambda root: sparsify(root, signed=True), lambda _path: None, "`signed` is not supported"),
+    "sparsify signed": (partial(sparsify, signed=True), lambda _path: None, "`signed` is not supported"),
     "a cut archive": (gemma_scope_1, lambda path: (path / "params.npz").write_bytes(b"PK\x03\x04"), "is damaged"),
     "no pickles": (
-        lambda root: dictionary(root, "AutoEncoder"),
+        partial(dictionary, kind="AutoEncoder"),
         lambda path: torch.save({"encoder.weight": Path("x")}, path / "ae.pt"),
         "holds more than tensors",
     ),
     "a lying trainer": (
-        lambda root: dictionary(root, "AutoEncoder"),
+        partial(dictionary, kind="AutoEncoder"),
         lambda path: change(path / "config.json", "trainer", dict_size=7),
         "`encoder.weight` should have shape (7, 12), the file has (40, 12)",
     ),
     "a class of its own": (
-        lambda root: dictionary(root, "AutoEncoder"),
+        partial(dictionary, kind="AutoEncoder"),
         lambda path: change(path / "config.json", "trainer", dict_class="CrossCoder"),
         "the class `CrossCoder` is not supported",
     ),
     "another site": (
-        lambda root: dictionary(root, "AutoEncoder"),
+        partial(dictionary, kind="AutoEncoder"),
         lambda path: change(path / "config.json", "trainer", submodule_name="embed_layer_4"),
         "`blocks.4.hook_embed`",
     ),
@@ -598,7 +529,7 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_read_rightly_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_rightly_is_refused_by_name(name, tmp_path):
     make, spoil, said = REFUSED[name]
     path = make(tmp_path).path
     spoil(path)
@@ -615,15 +546,13 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(name: str, tmp_path: Pat
         ({"hook_name": "blocks.3.hook_mlp_in"}, "`blocks.3.hook_mlp_in`"),  # before the norm: no module reads it
     ],
 )
-def test_flat_configurations_that_mean_something_else_are_refused(
-    config: dict[str, Any], said: str, tmp_path: Path
-) -> None:
+def test_flat_configurations_that_mean_something_else_are_refused(config, said, tmp_path):
     case = flat_scaled(tmp_path)
     change(case.path / "cfg.json", None, **config)
     assert said in refusal(case.path)
 
 
-def test_gemma_scope_must_say_where_it_reads(tmp_path: Path) -> None:
+def test_gemma_scope_must_say_where_it_reads(tmp_path):
     two = gemma_scope_2(tmp_path, config=False).path
     moved = two.parent.rename(two.parents[1] / "mine") / two.name
     assert "`mine/layer_9_width_16k_l0_small` does not say what it reads" in refusal(moved)

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from planted import Planted, plant
-from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from world import Planted, exact_sae
 
 from stethoscope.checkpoints.open import open_task_vector
 from stethoscope.editing.apply import applied
@@ -12,19 +11,6 @@ from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.selection.baselines import residual_shift, tuned_shift
 
 D = 32
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
-    return plant(tmp_path_factory.mktemp("planted"), tokenizer, count=10)
-
-
-def exact_sae() -> SAE:
-    sae = StandardSAE(StandardSAEConfig(d_in=D, d_sae=2 * D, apply_b_dec_to_input=False))
-    identity = torch.eye(D)
-    sae.W_enc.data = torch.cat([identity, -identity], dim=1)
-    sae.W_dec.data = torch.cat([identity, -identity], dim=0)
-    return sae.requires_grad_(False)
 
 
 @torch.no_grad()

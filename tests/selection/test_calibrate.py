@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from planted import Planted, plant
+from world import Planted, plant
 
 from stethoscope.artifacts import Provenance
 from stethoscope.editing.layers import LayerEdits
@@ -30,13 +30,12 @@ def run(made: Planted, z: dict[int, float], **options) -> Calibration:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
+def planted(tmp_path_factory, tokenizer) -> Planted:
     return plant(tmp_path_factory.mktemp("planted"), tokenizer, count=8, batch_tokens=4096)
 
 
 @pytest.mark.parametrize(
-    ("family", "depth", "layers"),
-    [("gemma3", 6, (2, 3)), ("llama", 12, (2, 7)), ("llama", 24, (5, 14, 16))],
+    ("family", "depth", "layers"), [("Gemma3", 6, (2, 3)), ("Llama", 12, (2, 7)), ("Llama", 24, (5, 14, 16))]
 )
 def test_the_planted_layers_are_chosen_at_any_depth(family, depth, layers, tmp_path, tokenizer):
     made = plant(
@@ -48,8 +47,11 @@ def test_the_planted_layers_are_chosen_at_any_depth(family, depth, layers, tmp_p
     assert found.forwards <= 45
 
 
-def test_points_are_true_and_errors_are_paired(planted):
+def test_points_are_true_errors_are_paired_and_all_survives_the_disk(planted, tmp_path):
     found = run(planted, z_of(planted), coefficients=(0.5, 1.0))
+    found.save(tmp_path)
+    assert Calibration.load(tmp_path) == found
+    assert json.loads((tmp_path / "calibration.json").read_text())["seen"] == SEEN
     edits = LayerEdits(planted.model, planted.task_vector)
     truth = measure(planted.model, edits, planted.texts, [point.coefficients for point in found.points])
     for i, point in enumerate(found.points):
@@ -148,20 +150,12 @@ def test_each_layer_gets_its_own_coefficient_if_asked(planted, monkeypatch):
     assert found.forwards <= 60
 
 
-def test_a_calibration_survives_the_disk(planted, tmp_path):
-    found = run(planted, z_of(planted), budget=0.05, coefficients=(1.0,))
-    found.save(tmp_path)
-    assert Calibration.load(tmp_path) == found
-    assert json.loads((tmp_path / "calibration.json").read_text())["seen"] == SEEN
-
-
 def test_all_that_is_wrong_is_said_at_once(planted):
     edits = LayerEdits(planted.model, planted.task_vector)
+    texts, z = {"target": planted.texts["target"]}, {9: 1.0, 0: float("nan")}
+    options = {"seen": {}, "provenance": Provenance(), "coefficients": (-1.0,), "budget": -0.1}
     with pytest.raises(StethoscopeError, match="cannot calibrate") as caught:
-        calibrate(
-            planted.model, edits, {"target": planted.texts["target"]}, {9: 1.0, 0: float("nan")},
-            seen={}, provenance=Provenance(), coefficients=(-1.0,), budget=-0.1,
-        )  # fmt: skip
+        calibrate(planted.model, edits, texts, z, **options)
     said = str(caught.value)
     for wanted in ("control text has fewer", "target text has no hash", "layer 9", "layer 0", "-1.0", "-0.1"):
         assert wanted in said

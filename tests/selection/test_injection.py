@@ -1,12 +1,9 @@
 """Rivals find the layers that the skill was planted in, and first-order effects are the slopes of true ones."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from editing.tiny_models import LAYOUTS, save_pair
-from planted import Planted, plant
+from world import plant, save_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.layers import LayerEdits
@@ -20,11 +17,6 @@ from stethoscope.text.tokens import batches, prompt_lengths, tokenize
 SMALL = 1e-2
 
 
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Planted:
-    return plant(tmp_path_factory.mktemp("planted"), tokenizer)
-
-
 def slope(model, edits, texts, change, corpus="target"):
     """The true effect per unit of coefficient, by a central difference."""
     scaled = [{layer: s * SMALL * c for layer, c in change.items()} for s in (1, -1)]
@@ -32,7 +24,7 @@ def slope(model, edits, texts, change, corpus="target"):
     return (up - down) / (2 * SMALL)
 
 
-@pytest.mark.parametrize(("family", "seed"), [("llama", n) for n in range(4)] + [("gemma3", n) for n in range(2)])
+@pytest.mark.parametrize(("family", "seed"), [("Llama", n) for n in range(4)] + [("Gemma3", n) for n in range(2)])
 def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
     rng = np.random.default_rng(seed)
     layers = tuple(sorted(rng.choice(6, size=2, replace=False).tolist()))
@@ -47,8 +39,7 @@ def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
 
 
 @torch.no_grad()
-def test_injection_is_the_loss_of_the_edited_model_per_document(planted):
-    edits = LayerEdits(planted.model, planted.task_vector)
+def test_injection_is_the_loss_of_the_edited_model_per_document(planted, edits):
     found = injection(planted.model, edits, planted.texts, coefficient=0.5, layers=[4])
     for corpus, text in planted.texts.items():
         for batch in text:
@@ -62,39 +53,35 @@ def test_injection_is_the_loss_of_the_edited_model_per_document(planted):
                 assert found.sums[corpus][document, 0] == pytest.approx(float(before - after), rel=1e-3, abs=1e-4)
 
 
-def test_sets_are_measured_as_sets_and_nothing_costs_nothing(planted):
-    edits = LayerEdits(planted.model, planted.task_vector)
+def test_sets_are_measured_as_sets_and_nothing_costs_nothing(planted, edits):
     changes = [{}, {1: 1.0, 4: 1.0}, {4: 0.0, 1: 1.0}, {1: 1.0}, dict.fromkeys(range(6), 1.0)]
     found = measure(planted.model, edits, planted.texts, changes)
     gain = found.mean("target")
     assert gain[0] == 0
-    assert gain[2] == gain[3]
-    assert gain[1] > gain[3]
+    assert gain[1] > gain[3] == gain[2]
     assert found.changes[1] == {1: 1.0, 4: 1.0}
     assert forwards(changes, 6) == pytest.approx(1 + 0 + 5 / 6 + 5 / 6 + 5 / 6 + 1)
 
 
-def test_gradient_effects_are_the_slopes_of_the_truth(planted):
-    edits = LayerEdits(planted.model, planted.task_vector)
+def test_gradient_effects_are_the_slopes_of_the_truth(planted, edits):
     found = gradient(planted.model, planted.task_vector, planted.texts)
     for corpus in planted.texts:
         mean = found.mean(corpus)
         for layer in range(6):
-            assert mean[layer] == pytest.approx(
-                slope(planted.model, edits, planted.texts, {layer: 1.0}, corpus), rel=0.02, abs=2e-4
-            )
-        everything = dict.fromkeys(range(6), 1.0)
-        together = slope(planted.model, edits, planted.texts, everything, corpus)
+            true = slope(planted.model, edits, planted.texts, {layer: 1.0}, corpus)
+            assert mean[layer] == pytest.approx(true, rel=0.02, abs=2e-4)
+        together = slope(planted.model, edits, planted.texts, dict.fromkeys(range(6), 1.0), corpus)
         assert mean.sum() == pytest.approx(together, rel=0.02, abs=5e-4)
+    small = local_effect(planted.model, edits, planted.texts, coefficient=1e-3).mean("target") / 1e-3
+    np.testing.assert_allclose(small, found.mean("target"), rtol=0.01, atol=2e-3)
 
 
 @pytest.mark.parametrize("layout", ["gemma2", "gemma3 multimodal", "gpt2", "mixtral"])
-def test_first_order_effects_of_other_classes(layout, tmp_path: Path, tokenizer):
-    base, tuned = save_pair(LAYOUTS[layout], tmp_path, dtype=torch.float32)
+def test_first_order_effects_of_other_classes(layout, tmp_path, tokenizer):
+    base, tuned = save_pair(layout, tmp_path, dtype=torch.float32)
     model, change = load_model(base, dtype=torch.float32), open_task_vector(open_checkpoint(base), tuned)
     rng = np.random.default_rng(0)
-    rows = [rng.integers(3, 48, size=12).tolist() for _ in range(4)]
-    texts = {"target": list(batches(rows, tokenizer))}
+    texts = {"target": list(batches([rng.integers(3, 48, size=12).tolist() for _ in range(4)], tokenizer))}
     found = gradient(model, change, texts).mean("target")
     edits = LayerEdits(model, change)
     local = local_effect(model, edits, texts, coefficient=SMALL).mean("target") / SMALL
@@ -121,13 +108,6 @@ def test_gradients_are_freed_at_once_and_a_task_vector_that_does_not_fit_is_read
     assert not any(p.requires_grad or p.grad is not None for p in planted.model.parameters())
 
 
-def test_local_effects_of_small_edits_are_gradient_effects(planted):
-    edits = LayerEdits(planted.model, planted.task_vector)
-    small = local_effect(planted.model, edits, planted.texts, coefficient=1e-3).mean("target") / 1e-3
-    exact = gradient(planted.model, planted.task_vector, planted.texts).mean("target")
-    np.testing.assert_allclose(small, exact, rtol=0.01, atol=2e-3)
-
-
 def test_the_error_of_a_mean_is_that_of_a_ratio():
     rng = np.random.default_rng(0)
     sums = rng.normal(size=(50, 3))
@@ -139,12 +119,10 @@ def test_the_error_of_a_mean_is_that_of_a_ratio():
 
 
 @torch.no_grad()
-def test_only_what_follows_a_prompt_counts(planted, tokenizer):
-    documents = ["ab cd", "abc ab"]
-    rows = tokenize(documents, tokenizer)
+def test_only_what_follows_a_prompt_counts(planted, edits, tokenizer):
+    rows = tokenize(["ab cd", "abc ab"], tokenizer)
     starts = prompt_lengths(rows, tokenize(["ab", "abc"], tokenizer))
     texts = {"target": list(batches(rows, tokenizer, starts=starts)), "all": list(batches(rows, tokenizer))}
-    edits = LayerEdits(planted.model, planted.task_vector)
     found = injection(planted.model, edits, texts, layers=[4])
     for n, (row, start) in enumerate(zip(rows, starts, strict=True)):
         with edits.entered({4: 1.0}):
@@ -157,10 +135,5 @@ def test_only_what_follows_a_prompt_counts(planted, tokenizer):
     for effect in slopes:
         assert effect.tokens["target"].sum() == found.tokens["target"].sum()
         assert effect.losses["target"].sum() == pytest.approx(found.losses["target"].sum(), rel=1e-5)
-
-
-def test_text_of_prompts_alone_is_refused(planted, tokenizer):
-    rows = tokenize(["ab cd"], tokenizer)
-    texts = {"target": list(batches(rows, tokenizer, starts=[len(rows[0])]))}
     with pytest.raises(StethoscopeError, match="no token of a text counts"):
-        injection(planted.model, LayerEdits(planted.model, planted.task_vector), texts)
+        injection(planted.model, edits, {"target": list(batches(rows[:1], tokenizer, starts=[len(rows[0])]))})

@@ -2,28 +2,15 @@
 
 import numpy as np
 import pytest
-import torch
-from planted import Planted, plant
-from sae_lens import StandardSAE, StandardSAEConfig
+from world import random_sae
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.listen import listen
-from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.results.validation import ScoreValidation
 from stethoscope.selection.baselines import edit_scores, text_scores
 from stethoscope.selection.injection import injection, measure
 from stethoscope.selection.validate import validate_scores
-
-
-@pytest.fixture(scope="module")
-def planted(tmp_path_factory, tokenizer) -> Planted:
-    return plant(tmp_path_factory.mktemp("planted"), tokenizer)  # layers 1 and 4 of 6
-
-
-@pytest.fixture(scope="module")
-def edits(planted) -> LayerEdits:
-    return LayerEdits(planted.model, planted.task_vector)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +29,7 @@ def judged(planted, edits) -> ScoreValidation:
     return found
 
 
-def test_a_score_that_knows_beats_every_random_set(judged):
+def test_a_score_that_knows_beats_every_random_set(judged, tmp_path):
     knows = judged.scores["mass_shift"].sets[2]
     assert knows.effect.layers == (1, 4)
     assert knows.overlap == 1
@@ -56,7 +43,8 @@ def test_a_score_that_knows_beats_every_random_set(judged):
     assert judged.scores["mass_shift"].trade_off.rho > 0.5 > 0 > judged.scores["deaf"].trade_off.rho
     assert "`mass_shift` chooses better than chance" in judged.verdict("mass_shift", 2)
     assert "`deaf` does not choose clearly better than chance" in judged.verdict("deaf", 2)
-    assert "`mass_shift` would have chosen" in judged.verdict("deaf", 2)
+    judged.save(tmp_path)
+    assert ScoreValidation.load(tmp_path) == judged
 
 
 def test_what_is_undefined_is_none_and_ties_go_to_the_lower_layer(judged):
@@ -77,11 +65,6 @@ def test_effects_are_those_of_the_sets_injected(judged, planted, edits):
     assert judged.scores["injection"].trade_off.rho == pytest.approx(1)
 
 
-def test_the_result_survives_the_disk(judged, tmp_path):
-    judged.save(tmp_path)
-    assert ScoreValidation.load(tmp_path) == judged
-
-
 def test_scores_of_other_layers_are_refused(planted, edits):
     scores = {"one": ("sae", dict.fromkeys(range(6), 1.0)), "two": ("sae", dict.fromkeys(range(5), 1.0))}
     with pytest.raises(StethoscopeError, match="different layers"):
@@ -91,13 +74,7 @@ def test_scores_of_other_layers_are_refused(planted, edits):
 
 
 def test_every_score_is_there_for_every_layer(planted, edits, tokenizer):
-    saes = {}
-    for layer in range(6):
-        torch.manual_seed(layer)
-        sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=64))
-        for parameter in sae.parameters():
-            parameter.data = 0.3 * torch.randn_like(parameter)
-        saes[layer] = sae.requires_grad_(False)
+    saes = {layer: random_sae(seed=layer) for layer in range(6)}
     corpora = {"target": ["1+2=3;4+4=8;"] * 4 + ["2+2=4;" * 3] * 4, "control": ["river stone cloud"] * 8}
     heard = listen(planted.model, tokenizer, saes, corpora, block_size=2)
     statistics = {name: found.statistics for name, found in heard.items()}

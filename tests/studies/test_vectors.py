@@ -25,7 +25,7 @@ def printed(problem: str) -> str:
 
 
 @pytest.mark.parametrize("task", skills.CODE)
-def test_programs_print_what_is_said(task: str) -> None:
+def test_programs_print_what_is_said(task):
     for item in [*items(task, "test", 100), *shots(task)]:
         assert printed(item.problem) == item.answer
         assert f"${item.answer}$" in item.solution
@@ -49,13 +49,13 @@ def answered(kind: str, problem: str) -> str:
 
 
 @pytest.mark.parametrize("task", skills.LETTERS)
-def test_letters_are_handled_right(task: str) -> None:
+def test_letters_are_handled_right(task):
     for item in [*items(task, "test", 60), *shots(task)]:
         assert answered(item.kind, item.problem) == item.answer, item.problem
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_no_problem_is_in_two_texts(name: str, tmp_path) -> None:
+def test_no_problem_is_in_two_texts(name, tmp_path):
     tasks = VECTORS[name].tasks
     write_texts(tmp_path, tasks)
     texts = {
@@ -74,6 +74,6 @@ def test_no_problem_is_in_two_texts(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("name", VECTORS)
-def test_recipes_are_valid(name: str, tmp_path) -> None:
+def test_recipes_are_valid(name, tmp_path):
     recipe = Recipe.model_validate(_recipe(VECTORS[name], tmp_path))
     assert len(recipe.evaluate.tasks) == len(VECTORS[name].tasks)

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import ConsoleReporter, command_line, for_this_command, warn
+from stethoscope.cli.console import ConsoleReporter, command_line, warn
+from stethoscope.cli.options import for_this_command
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.saes import train_saes
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, stage_command

@@ -1,19 +1,16 @@
-"""What a person sees: a bar per stage, and at a command's end a table, a verdict, what was written and what comes next.
+"""Output to the terminal: a bar per stage; at a command's end a table, a verdict, paths written and the next command.
 
 Data goes to stdout, everything else to stderr.
 """
 
 import json
-import logging
 import shlex
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Column
 
@@ -22,52 +19,7 @@ from stethoscope.display import aligned
 _out = Console()
 _err = Console(stderr=True)
 
-for_this_command = ExitStack()  # closed when the command ends
 LINE_SECONDS = 60.0  # between lines on a stage that goes on, where there is no terminal to draw a bar on
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    """No warning of any library, by whichever way it warns; errors stay."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            logging.captureWarnings(True)
-            yield
-    finally:
-        logging.captureWarnings(False)
-        logging.disable(before)
-
-
-def _hush(quiet: bool) -> bool:
-    if quiet:
-        for_this_command.enter_context(_hushed())
-    return quiet
-
-
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to run.")]
-RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; `runs/RECIPE` if not given.")]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe, such as `select.k=3`; repeatable."),
-]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
-RayAddress = Annotated[
-    str | None,
-    typer.Option("--ray", metavar="auto|ADDRESS", help="Share the work on a Ray cluster; `auto` starts one here."),
-]
-Workers = Annotated[int | None, typer.Option(min=0, help="Of the cluster; as many as it has room for if not given.")]
-GPUs = Annotated[float | None, typer.Option("--gpus", min=0, help="Of each worker; 0.5 for half a GPU, 0 for CPUs.")]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        "--device",
-        metavar="cpu|cuda|auto",
-        help="Where this process computes; `auto` (default): a GPU if there is one.",
-    ),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="No progress and no warnings: only the result.")]
 
 
 class ConsoleReporter:
@@ -105,24 +57,19 @@ class ConsoleReporter:
 
 
 def _lines(title: str, start: float) -> Callable[[int, int], None]:
-    """Says now and then how far a stage is and how long it will take."""
-    said = start
+    """Write a line with the share done and the time left, at most one per `LINE_SECONDS`."""
+    last = start
 
     def advance(done: int, total: int) -> None:
-        nonlocal said
+        nonlocal last
         now = time.perf_counter()
-        if now - said >= LINE_SECONDS and 0 < done < total:
-            said = now
-            left = (now - start) * (total - done) / done
-            warn(f"{title:<34} {now - start:6.1f} s, {done / total:.0%}, about {_duration(left)} left")
+        if now - last >= LINE_SECONDS and 0 < done < total:
+            last, left = now, (now - start) * (total - done) / done
+            minutes = f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
+            about = f"{left:.0f} s" if left < 90 else minutes
+            warn(f"{title:<34} {now - start:6.1f} s, {done / total:.0%}, about {about} left")
 
     return advance
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def conclude(
@@ -134,7 +81,7 @@ def conclude(
     wrote: Sequence[Path] = (),
     then: str = "",
 ) -> None:
-    """A command's end: the value as JSON, or a table, sentences, the paths written and the next command.
+    """End a command with the value as JSON, or with a table, sentences, the paths written and the next command.
 
     Args:
         rows: the table, its header first.
@@ -156,22 +103,22 @@ def conclude(
 
 
 def command_line(*words: object) -> str:
-    """What to type for a command of this program."""
+    """A command of this program as a line for the shell."""
     return shlex.join(["stethoscope", *map(str, words)])
 
 
 def say(text: str) -> None:
-    """A line on stdout as it stands: not folded, coloured or read as markup."""
+    """Print a line on stdout, not folded, coloured or read as markup."""
     _out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """The same on stderr."""
+    """Print a line on stderr, likewise."""
     _err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def say_json(value: Any) -> None:
-    """Data for machines on stdout."""
+    """Print JSON on stdout."""
     print(json.dumps(value, indent=1))  # noqa: T201 - the one place that prints
 
 

@@ -2,28 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from stethoscope.cli.console import (
-    AsJSON,
-    ConsoleReporter,
-    Device,
-    GPUs,
-    Quiet,
-    RayAddress,
-    Workers,
-    command_line,
-    conclude,
-    say,
-    say_json,
-    show_rows,
-    warn,
-)
-from stethoscope.cli.values import labelled, parse_margin
+from stethoscope.cli.console import ConsoleReporter, command_line, conclude, say, say_json, show_rows, warn
+from stethoscope.cli.options import AsJSON, Device, GPUs, Quiet, RayAddress, Seed, Workers, labelled, parse_margin
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
@@ -31,30 +16,16 @@ if TYPE_CHECKING:
     from stethoscope.results.comparison import Comparison
 
 
-class Backend(StrEnum):
-    """What generates the responses."""
-
-    hf = "hf"
-    vllm = "vllm"
-
-
-class Correction(StrEnum):
-    """How p-values are corrected for their number."""
-
-    holm = "holm"
-    bh = "bh"
-
-
 def evaluate(
-    model: Annotated[list[str], typer.Option(metavar="PATH[=NAME]", help="A checkpoint; repeat for more arms.")],
-    tasks: Annotated[str, typer.Option(help="Harness tasks, groups or YAML files, with commas between.")],
-    out: Annotated[Path, typer.Option(help="Folder for outcomes and comparison; run again, it goes on there.")],
+    model: Annotated[list[str], typer.Option(metavar="PATH[=NAME]", help="Checkpoint; repeat for more arms.")],
+    tasks: Annotated[str, typer.Option(help="Harness tasks, groups or YAML files, separated by commas.")],
+    out: Annotated[Path, typer.Option(help="Folder for outcomes and comparison; an unfinished one is continued.")],
     data: Annotated[Path | None, typer.Option(help="Local JSONL in the MATH schema for `minerva_math`.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of further task YAMLs.")] = None,
-    limit: Annotated[int | None, typer.Option(help="So many items of each task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum items per task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 32,
-    backend: Annotated[Backend, typer.Option(help="What generates.")] = Backend.hf,
-    seed: Annotated[int, typer.Option(help="Of few-shot sampling and of the bootstrap.")] = 0,
+    backend: Annotated[Literal["hf", "vllm"], typer.Option(help="Generation backend.")] = "hf",
+    seed: Seed = 0,
     ray: RayAddress = None,
     workers: Workers = None,
     gpus: GPUs = None,
@@ -74,7 +45,7 @@ def evaluate(
             arms,
             [name.strip() for name in tasks.split(",") if name.strip()],
             out=out,
-            backend=backend.value,
+            backend=backend,
             include_path=include_path,
             data=data,
             limit=limit,
@@ -106,18 +77,20 @@ def _executor(ray: str | None, workers: int | None, gpus: float | None) -> "Abst
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A[=ARM]", help="Compared with: a log folder, a log, or a run.")],
+    a: Annotated[str, typer.Argument(metavar="A[=ARM]", help="Baseline: a log folder, a log, or a run.")],
     b: Annotated[str, typer.Argument(metavar="B[=ARM]", help="Under test; ARM names a log or chooses a run's arm.")],
-    metric: Annotated[str | None, typer.Option(help="The metric that decides; each task's own if not given.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric to compare; each task's own by default.")] = None,
     margin: Annotated[
         list[str] | None,
-        typer.Option(metavar="SHARE|TASK=SHARE", help="Loss that would be accepted; 0.02 if absent."),
+        typer.Option(metavar="SHARE|TASK=SHARE", help="Accepted loss of accuracy; 0.02 by default."),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Tasks corrected together; the others are controls.")] = None,
-    correction: Annotated[Correction, typer.Option(help="For the number of tests.")] = Correction.holm,
-    cluster: Annotated[str | None, typer.Option(metavar="FIELD", help="Field of a log's items: their source.")] = None,
+    correction: Annotated[Literal["holm", "bh"], typer.Option(help="Correction for multiple tests.")] = "holm",
+    cluster: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Field of a log's items with their source.")
+    ] = None,
     shared_only: Annotated[bool, typer.Option("--shared-only", help="Leave out items that one arm lacks.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the comparison to this file.")] = None,
     as_json: AsJSON = False,
 ) -> None:
@@ -141,7 +114,7 @@ def compare(
         metric=metric,
         margin=common,
         margins=margins,
-        adjustment=correction.value,
+        adjustment=correction,
         seed=seed,
     )
     if out:
@@ -181,7 +154,7 @@ def logs(
 
 
 def _tasks_of(run: Path) -> tuple[dict[str, Any], int]:
-    """The tasks of a run as its recipe names them, and its seed; none where there is no recipe or they are not here."""
+    """The tasks of a run's recipe, and its seed; no tasks if there is no recipe or they cannot be loaded."""
     from stethoscope.evaluation.tasks import load_tasks
     from stethoscope.recipe import Recipe
 
@@ -200,7 +173,7 @@ def _tasks_of(run: Path) -> tuple[dict[str, Any], int]:
 def show_comparison(
     found: "Comparison", *, as_json: bool, everything: bool, wrote: Sequence[Path] = (), then: str = ""
 ) -> None:
-    """Accuracies and verdicts, and where ``everything`` is wanted all tests of every contrast."""
+    """Show accuracies and verdicts, and all tests of every contrast if ``everything``."""
     from stethoscope.results.comparison_tables import accuracy_rows, contrast_rows, gain_rows, noise, notes
 
     if as_json:
@@ -213,7 +186,7 @@ def show_comparison(
         if everything:
             rows = contrast_rows(contrast)
             show_rows([row[:10] for row in rows])
-            show_rows([row[:1] + row[10:] for row in rows])  # all would be too wide
+            show_rows([row[:1] + row[10:] for row in rows if any(row[10:])])  # all would be too wide
             if gains := gain_rows(contrast):
                 show_rows(gains)
             for line in notes(contrast):

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, conclude
-from stethoscope.cli.values import labelled, parse_layers
+from stethoscope.cli.console import ConsoleReporter, conclude
+from stethoscope.cli.options import AsJSON, Layers, Quiet, Seed, labelled, parse_layers
 
 
 def train_saes(
@@ -19,7 +19,7 @@ def train_saes(
         list[str] | None,
         typer.Option(metavar="FILE[=NAME]", help="Text to measure health on; by default part of the training text."),
     ] = None,
-    layers: Annotated[str, typer.Option(help="Layers, such as `3,5-8`, or `all`.")] = "all",
+    layers: Layers = "all",
     site: Annotated[str, typer.Option(help="Where in a layer: resid_post, mlp_out, attn_out, ...")] = "resid_post",
     width: Annotated[int | None, typer.Option(help="Features per SAE; by default four times the hidden size.")] = None,
     k: Annotated[int, typer.Option(help="Features that fire per token, on average.")] = 64,
@@ -27,7 +27,7 @@ def train_saes(
     batch: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
     learning_rate: Annotated[float, typer.Option(help="Adam learning rate.")] = 4e-3,
     max_tokens: Annotated[int, typer.Option(help="Documents are cut to this many tokens.")] = 384,
-    seed: Annotated[int, typer.Option(help="Seed of document order and initial weights.")] = 0,
+    seed: Seed = 0,
     checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
     quiet: Quiet = False,

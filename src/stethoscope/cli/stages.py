@@ -1,7 +1,7 @@
 """Commands on a recipe and its run folder."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -9,60 +9,47 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stethoscope.cli.console import (
+from stethoscope.cli.console import ConsoleReporter, command_line, conclude, say_json
+from stethoscope.cli.options import (
     AsJSON,
     Changes,
-    ConsoleReporter,
-    Device,
-    GPUs,
     Quiet,
-    RayAddress,
+    RecipeOptions,
     RecipePath,
     RunFolder,
-    Workers,
-    command_line,
-    conclude,
-    say_json,
+    with_recipe_options,
 )
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
-    from stethoscope.recipe import Recipe
     from stethoscope.run import RunResult
     from stethoscope.stages import Stage
 
 START = "Start: import the libraries"  # PyTorch, Transformers and the harness take seconds
 
 
+@with_recipe_options
 def run(
-    recipe: RecipePath,
-    out: RunFolder = None,
+    options: RecipeOptions,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only what a run does first: `check`, build the tasks, look at items.")
+        bool, typer.Option("--dry-run", help="Only check the recipe, build the tasks and look for seen items.")
     ] = False,
-    changes: Changes = None,
-    ray: RayAddress = None,
-    workers: Workers = None,
-    gpus: GPUs = None,
-    device: Device = None,
-    quiet: Quiet = False,
-    as_json: AsJSON = False,
 ) -> None:
-    """Run all stages of a recipe; run again, it goes on where it stopped."""
+    """Run all stages of a recipe; run again, it continues where it stopped."""
     if dry_run:
-        _rehearse(recipe, out, changes, device, quiet=quiet, as_json=as_json)
+        _dry_run(options)
         return
-    chosen, folder = _read(recipe, out, changes, ray, workers, gpus, device)
-    reporter = ConsoleReporter(quiet=quiet)
+    chosen, folder = options.read()
+    reporter = ConsoleReporter(quiet=options.quiet)
     with reporter.stage(START):
         from stethoscope.run import run_recipe
 
-    _show(run_recipe(chosen, folder, reporter=reporter), as_json=as_json)
+    _show(run_recipe(chosen, folder, reporter=reporter), as_json=options.as_json)
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Few items, under two minutes; small-sample numbers.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder; `runs/demo` if not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few items, under two minutes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder; `runs/demo` by default.")] = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -90,15 +77,14 @@ def demo(
 def check(
     recipe: RecipePath,
     out: RunFolder = None,
-    offline: Annotated[
-        bool, typer.Option("--offline", help="The recipe's form only: take on trust what lies on the hub.")
-    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Check only local files; do not look on the hub.")] = False,
     changes: Changes = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Say everything that is wrong with a recipe, or what it will take; from names, configs and headers alone."""
+    """List everything that is wrong with a recipe, or what its run needs, from names, configs and headers."""
+    options = RecipeOptions(recipe=recipe, out=out, changes=changes, as_json=as_json)
     with _problems_as_json(as_json):
-        chosen, folder = _read(recipe, out, changes)
+        chosen, folder = options.read()
         from stethoscope.check import check_recipe
 
         found = check_recipe(chosen, folder, offline=offline)
@@ -113,7 +99,7 @@ def check(
             " looks for items that the texts have shown.",
             *found.notes,
         ],
-        then=_then("check" if offline else "run", recipe, out) + ("" if offline else " --dry-run"),
+        then=options.next("check") if offline else options.next("run", "--dry-run"),
     )
 
 
@@ -130,29 +116,20 @@ def report(
 def stage_command(stage: "Stage") -> Callable[..., None]:
     """The command that runs a recipe up to a stage and shows its result."""
 
-    def command(
-        recipe: RecipePath,
-        out: RunFolder = None,
-        changes: Changes = None,
-        ray: RayAddress = None,
-        workers: Workers = None,
-        gpus: GPUs = None,
-        device: Device = None,
-        quiet: Quiet = False,
-        as_json: AsJSON = False,
-    ) -> None:
-        chosen, folder = _read(recipe, out, changes, ray, workers, gpus, device)
-        reporter = ConsoleReporter(quiet=quiet)
+    @with_recipe_options
+    def command(options: RecipeOptions) -> None:
+        chosen, folder = options.read()
+        reporter = ConsoleReporter(quiet=options.quiet)
         with reporter.stage(START):
             from stethoscope.run import run_recipe
         found = run_recipe(chosen, folder, until=stage.name, reporter=reporter).results[stage.name]
         conclude(
             found.model_dump(mode="json"),
-            as_json=as_json,
+            as_json=options.as_json,
             rows=stage.rows(found, chosen),
             says=list(stage.says(found, chosen)),
             wrote=[folder / name for name in stage.wrote(chosen)],
-            then=_then(stage.then, recipe, out),
+            then=options.next(stage.then),
         )
 
     command.__name__, command.__doc__ = stage.name, stage.help
@@ -160,18 +137,16 @@ def stage_command(stage: "Stage") -> Callable[..., None]:
 
 
 def cache_folder() -> Path:
-    """Where unpacked models lie: ``STETHOSCOPE_CACHE`` if set, else the system's place for a user's caches."""
+    """The folder of unpacked models: ``STETHOSCOPE_CACHE`` if set, else the system's folder for a user's caches."""
     from platformdirs import user_cache_path
 
     chosen = os.environ.get("STETHOSCOPE_CACHE")
     return Path(chosen) if chosen else user_cache_path("stethoscope")
 
 
-def _rehearse(
-    recipe: Path, out: Path | None, changes: list[str] | None, device: str | None, *, quiet: bool, as_json: bool
-) -> None:
-    with _problems_as_json(as_json), ConsoleReporter(quiet=quiet).stage("Check the recipe"):
-        chosen, folder = _read(recipe, out, changes, device=device)
+def _dry_run(options: RecipeOptions) -> None:
+    with _problems_as_json(options.as_json), ConsoleReporter(quiet=options.quiet).stage("Check the recipe"):
+        chosen, folder = options.read()
         from stethoscope.check import check_run
 
         found = check_run(chosen, folder, headers_only=True)
@@ -179,10 +154,10 @@ def _rehearse(
     rows = [[name.replace("_", " "), ", ".join(names) or "none"] for name, names in tasks.items()]
     conclude(
         {"ok": True, **found.summary(), **tasks, "seen_items": found.seen_items},
-        as_json=as_json,
+        as_json=options.as_json,
         rows=[*found.table(), *rows],
-        says=[f"`{recipe}` can be run: all it names is here and fits together.", *found.notes],
-        then=_then("run", recipe, out),
+        says=[f"`{options.recipe}` can be run: all it names is here and fits together.", *found.notes],
+        then=options.next("run"),
     )
 
 
@@ -194,34 +169,6 @@ def _problems_as_json(as_json: bool) -> Iterator[None]:
         if as_json:
             say_json({"ok": False, "problems": list(error.problems or [error.message])})
         raise
-
-
-def _read(
-    recipe: Path,
-    out: Path | None,
-    changes: Sequence[str] | None = None,
-    ray: str | None = None,
-    workers: int | None = None,
-    gpus: float | None = None,
-    device: str | None = None,
-) -> "tuple[Recipe, Path]":
-    """The recipe and its run folder: first of all, since what runs it takes seconds to import.
-
-    What the command line says of workers and the device stands in place of what the recipe does.
-    """
-    from stethoscope.recipe import Ray, Recipe
-
-    chosen = Recipe.from_yaml(recipe, changes or ())
-    said = {"address": ray, "workers": workers, "gpus": gpus}
-    if asked := {name: value for name, value in said.items() if value is not None}:
-        chosen = chosen.model_copy(update={"ray": (chosen.ray or Ray()).model_copy(update=asked)})
-    if device:
-        chosen = chosen.model_copy(update={"device": device})
-    return chosen, out or Path("runs") / recipe.stem
-
-
-def _then(command: str, recipe: Path, out: Path | None) -> str:
-    return command_line(command, recipe, *(["--out", out] if out else []))
 
 
 def _show(result: "RunResult", *, as_json: bool) -> None:

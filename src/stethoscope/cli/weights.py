@@ -1,49 +1,32 @@
-"""Commands on checkpoints alone: edit, take back, verify."""
+"""Commands on checkpoints alone: edit, apply, undo, verify, push."""
 
 import sys
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from stethoscope.cli.console import AsJSON, ConsoleReporter, Quiet, command_line, conclude, warn
-from stethoscope.cli.values import parse_layers
+from stethoscope.cli.console import ConsoleReporter, command_line, conclude, warn
+from stethoscope.cli.options import AsJSON, Layers, Quiet, parse_layers
 from stethoscope.errors import StethoscopeError
 
 PatchFolder = Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")]
 
 
-class Modules(StrEnum):
-    """Which tensors of a layer an edit takes."""
-
-    all = "all"
-    attention = "attention"
-    mlp = "mlp"
-
-
-class OutputKind(StrEnum):
-    """What an edit is written as."""
-
-    checkpoint = "checkpoint"
-    patch = "patch"
-    adapter = "adapter"
-
-
 def edit(
     base: Annotated[str, typer.Option(help="Base checkpoint: a folder or a hub id.")],
     tuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint or PEFT adapter.")],
-    layers: Annotated[str, typer.Option(help="Layers to edit, such as `3,5-8`, or `all`.")],
+    layers: Layers,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
-    coefficient: Annotated[float, typer.Option(help="How much of the change; negative takes a skill away.")] = 1.0,
-    modules: Annotated[Modules, typer.Option(help="Which tensors of those layers.")] = Modules.all,
-    kind: Annotated[OutputKind, typer.Option(help="What to write.")] = OutputKind.checkpoint,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do, from headers alone.")] = False,
+    coefficient: Annotated[float, typer.Option(help="Factor of the change; negative removes a skill.")] = 1.0,
+    modules: Annotated[Literal["all", "attention", "mlp"], typer.Option(help="Tensors to edit.")] = "all",
+    kind: Annotated[Literal["checkpoint", "patch", "adapter"], typer.Option(help="What to write.")] = "checkpoint",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be written.")] = False,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Put a fine-tune's raw weight change into some layers and write the result."""
+    """Add a fine-tune's weight change to some layers of its base and write the result."""
     from dataclasses import asdict
 
     from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
@@ -52,9 +35,9 @@ def edit(
     from stethoscope.editing.writer import write_edit
 
     wanted = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers)
-    plan = EditPlan.for_layers(wanted, coefficient=coefficient, modules=modules.value)
+    plan = EditPlan.for_layers(wanted, coefficient=coefficient, modules=modules)
     if dry_run:
-        found = check_edit(base, tuned, plan, out, kind=kind.value)
+        found = check_edit(base, tuned, plan, out, kind=kind)
         _caution(found.warnings, quiet=quiet)
         if as_json or not found.problems:
             conclude(
@@ -72,14 +55,14 @@ def edit(
         return
     opened = open_checkpoint(base)
     with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
-        made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind.value, progress=advance)
+        made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind, progress=advance)
     _caution(made.warnings, quiet=quiet)
     conclude(
         made.manifest,
         as_json=as_json,
         says=[f"{made.tensors} tensors of {len(made.layers)} layers changed"],
         wrote=[out],
-        then=command_line("verify", out, *(["--base", base] if kind is OutputKind.checkpoint else [])),
+        then=command_line("verify", out, *(["--base", base] if kind == "checkpoint" else [])),
     )
 
 
@@ -95,7 +78,7 @@ def apply(
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Write the edited checkpoint that a patch and its base make."""
+    """Apply a patch to its base and write the edited checkpoint."""
     _patched("apply", patch, base, out, quiet=quiet, as_json=as_json)
 
 
@@ -106,7 +89,7 @@ def undo(
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Write the base again from an edited checkpoint and its patch, bit for bit."""
+    """Restore the base from an edited checkpoint and its patch, bit for bit."""
     _patched("undo", patch, edited, out, quiet=quiet, as_json=as_json)
 
 
@@ -136,13 +119,8 @@ def verify(
 
     with ConsoleReporter(quiet=quiet).stage("Verify") as advance:
         found = verify_edit(edited, base=open_checkpoint(base) if base else None, progress=advance)
-    value = {
-        "ok": found.ok,
-        "kind": found.kind,
-        "tensors": found.tensors,
-        "untouched": found.untouched,
-        "problems": list(found.problems),
-    }
+    shown = ("ok", "kind", "tensors", "untouched")
+    value = {name: getattr(found, name) for name in shown} | {"problems": list(found.problems)}
     if as_json or found.ok:
         said = f"{found.tensors} tensors agree with the manifest, {found.untouched} of them are the base's"
         conclude(value, as_json=as_json, says=[said])
@@ -152,8 +130,8 @@ def verify(
 
 def push(
     edited: Annotated[Path, typer.Argument(metavar="RUN|FOLDER", help="A run's folder, or one that `edit` wrote.")],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub; made if there is none.")],
-    public: Annotated[bool, typer.Option("--public", help="For a new repository; private otherwise.")] = False,
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub; created if missing.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     quiet: Quiet = False,
     as_json: AsJSON = False,

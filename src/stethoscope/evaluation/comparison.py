@@ -97,18 +97,13 @@ def compare(
                 compared.append(TaskContrast(**entry, in_family=in_family, p_adjusted=p, verdict=verdict))
         significant = [t for t in compared if t.p_adjusted is not None and t.p_adjusted < alpha]
         contrast = Contrast(
-            a=a,
-            b=b,
-            tasks=compared,
-            **pair.pooled([t for t in compared if t.in_family]),
+            a=a, b=b, tasks=compared, **pair.pooled([t for t in compared if t.in_family]),
             improved=[t.task for t in significant if t.difference.difference > 0],
             worsened=[t.task for t in significant if t.difference.difference < 0],
             not_degraded=[t.task for t in compared if t.non_inferiority.shown],
-            loss=pair.on_text(losses),
-            divergence=pair.on_text(divergences),
-            target_loss=pair.on_text(target_losses),
+            loss=pair.on_text(losses), divergence=pair.on_text(divergences), target_loss=pair.on_text(target_losses),
             verdict="",
-        )
+        )  # fmt: skip
         contrasts.append(replace(contrast, verdict=overall_verdict(contrast, margin=margin, alpha=alpha)))
     return Comparison(
         seed=seed, inputs=dict(inputs or {}), baseline=baseline, family=tasks, controls=controls, alpha=alpha,

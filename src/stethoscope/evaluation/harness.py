@@ -35,27 +35,6 @@ class Generation:
     truncated: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Prompts that are decoded together; any worker with the same model gives them the same responses.
-
-    Attributes:
-        prompts: token ids by key; see `SharedPrefixLM.generation`.
-        contexts: the prompts' texts by key.
-        settings: the items' generation settings.
-        prefix: the tokens that all prompts of the task begin with, those of other batches too.
-        probe: the last tokens of the longest of them, on which shared-prefix decoding is tried.
-        longest: the most tokens that a sequence may come to.
-    """
-
-    prompts: Mapping[str, list[int]]
-    contexts: Mapping[str, str]
-    settings: Mapping[str, Any]
-    prefix: list[int]
-    probe: list[int]
-    longest: int
-
-
 class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """HFLM whose greedy generation encodes what a task's prompts share once, and resumes batch by batch.
 
@@ -71,12 +50,6 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         self._generations: dict[str, Generation] = {}
         self._raw: dict[tuple[int, ...], list[int]] = {}
         self._warned = False
-        self._forget()
-
-    def _forget(self) -> None:
-        """What was computed with the model's weights as they were."""
-        self._prefix: Prefix | None = None
-        self._agrees: dict[tuple[int, ...], bool] = {}
 
     def generation(self, context: str, settings: dict[str, Any]) -> Generation | None:
         """What was generated for a prompt under an item's generation settings, if it was."""
@@ -86,83 +59,66 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         """Responses of the requests, in their order; equal prompts are generated once unless sampled."""
         if any(request.args[1].get("do_sample") for request in requests):
             return super().generate_until(requests, disable_tqdm=True)
-        self._forget()
-        self._generations = read_journal(self.journal) if self.journal else {}
-        batches = self.batches(requests)
-        for batch in sorted(batches, key=lambda batch: not batch.prompts.keys() <= self._generations.keys()):
-            if not batch.prompts.keys() <= self._generations.keys():
-                made = self.generate(batch)
-                self._generations.update(made)
-                if self.journal:
-                    write_journal(self.journal, made)
-            self.on_items(len(batch.prompts))
+        self._generations = _read_journal(self.journal) if self.journal else {}
+        groups: dict[str, list[Instance]] = {}
+        for request in requests:
+            groups.setdefault(canonical_json(request.args[1]), []).append(request)
+        for group in groups.values():
+            self._generate_group({_key(*request.args): request.args[0] for request in group}, group[0].args[1])
         return [self._generations[_key(*request.args)].response for request in requests]
 
-    def batches(self, requests: list[Instance]) -> list[Batch]:
-        """How the requests are decoded: by generation settings, longest first, as the harness does."""
-        groups: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {}
-        for request in requests:
-            groups.setdefault(canonical_json(request.args[1]), {})[_key(*request.args)] = request.args
-        found = []
-        for group in groups.values():
-            contexts = {key: context for key, (context, _) in group.items()}
-            settings = next(iter(group.values()))[1]
-            limit, _ = self._decoding(settings)
-            ids, mask = self.tok_batch_encode(
-                list(contexts.values()), left_truncate_len=self.max_length - limit, truncation=self.truncation
-            )
-            prompts = {k: row[keep.bool()].tolist() for k, row, keep in zip(group, ids, mask, strict=True)}
-            order = sorted(group, key=lambda k: (-len(prompts[k]), contexts[k]))
-            longest, prefix = prompts[order[0]], common_prefix(list(prompts.values()))
-            for i in range(0, len(order), self.batch_size):
-                keys = order[i : i + self.batch_size]
-                found.append(
-                    Batch(
-                        prompts={k: prompts[k] for k in keys},
-                        contexts={k: contexts[k] for k in keys},
-                        settings=settings,
-                        prefix=prefix,
-                        probe=longest[-64:],
-                        longest=len(longest) + limit,
-                    )
-                )
-        return found
-
-    def generate(self, batch: Batch) -> dict[str, Generation]:
-        """What the model writes for a batch, by key."""
-        limit, kwargs = self._decoding(batch.settings)
-        stops = handle_stop_sequences(kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, False))
-        plain = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("temperature")
-        if not plain or not self._shares(batch):
-            return self._generate_plainly(batch, stops, limit)
-        if self._prefix is None or self._prefix.tokens != batch.prefix:
-            self._prefix = encode_prefix(self.model, batch.prefix)
-        end = _Stop(self, stops)
-        prompts = list(batch.prompts.values())
-        tokens = decode_greedily(self.model, prompts, self._prefix, max_new_tokens=limit, stop=end)
-        texts = [postprocess_generated_text(self.tok_decode(new), stops, None) for new in tokens]
-        return {
-            key: Generation(response=text, tokens=len(new), truncated=i not in end.ended)
-            for i, (key, text, new) in enumerate(zip(batch.prompts, texts, tokens, strict=True))
-        }
-
-    def _decoding(self, settings: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-        """The most tokens to generate, and the other settings as the harness reads them."""
+    def _generate_group(self, contexts: Mapping[str, str], settings: dict[str, Any]) -> None:
+        """Greedy responses to prompts of equal settings, by key, longest first, as the harness does."""
         kwargs = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
-        return kwargs.pop("max_gen_toks"), kwargs
+        limit = kwargs.pop("max_gen_toks")
+        stops = handle_stop_sequences(kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, False))
+        ids, mask = self.tok_batch_encode(
+            list(contexts.values()), left_truncate_len=self.max_length - limit, truncation=self.truncation
+        )
+        prompts = {k: row[keep.bool()].tolist() for k, row, keep in zip(contexts, ids, mask, strict=True)}
+        order = sorted(prompts, key=lambda k: (-len(prompts[k]), contexts[k]))
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        todo = [batch for batch in batches if not self._generations.keys() >= set(batch)]
+        if known := sum(map(len, batches)) - sum(map(len, todo)):
+            self.on_items(known)
+        plain = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("temperature")
+        shares = bool(todo) and plain and self._shares(prompts[order[0]], limit)
+        prefix = encode_prefix(self.model, common_prefix(list(prompts.values()))) if shares else None
+        for batch in todo:
+            tokens = [prompts[key] for key in batch]
+            if prefix:
+                found = self._decode(tokens, prefix, stops, limit)
+            else:
+                found = self._generate_plainly([contexts[key] for key in batch], tokens, settings, stops, limit)
+            made = dict(zip(batch, found, strict=True))
+            self._generations.update(made)
+            if self.journal:
+                _write_journal(self.journal, made)
+            self.on_items(len(batch))
 
-    def _generate_plainly(self, batch: Batch, stops: list[str], limit: int) -> dict[str, Generation]:
+    def _decode(self, prompts: list[list[int]], prefix: Prefix, stops: list[str], limit: int) -> list[Generation]:
+        end = _Stop(self, stops)
+        tokens = decode_greedily(self.model, prompts, prefix, max_new_tokens=limit, stop=end)
+        texts = [postprocess_generated_text(self.tok_decode(new), stops, None) for new in tokens]
+        return [
+            Generation(response=text, tokens=len(new), truncated=i not in end.ended)
+            for i, (text, new) in enumerate(zip(texts, tokens, strict=True))
+        ]
+
+    def _generate_plainly(
+        self, contexts: list[str], prompts: list[list[int]], settings: dict[str, Any], stops: list[str], limit: int
+    ) -> list[Generation]:
         requests = [
-            Instance(request_type="generate_until", doc={}, arguments=(context, dict(batch.settings)), idx=i)
-            for i, context in enumerate(batch.contexts.values())
+            Instance(request_type="generate_until", doc={}, arguments=(context, dict(settings)), idx=i)
+            for i, context in enumerate(contexts)
         ]
         self._raw = {}
         texts = super().generate_until(requests, disable_tqdm=True)
-        made = {}
-        for (key, prompt), text in zip(batch.prompts.items(), texts, strict=True):
+        made = []
+        for prompt, text in zip(prompts, texts, strict=True):
             end, new = _Stop(self, stops), self._raw[tuple(prompt)]
             count = next((i for i in range(1, len(new) + 1) if end(0, new[:i])), len(new))
-            made[key] = Generation(response=text, tokens=count, truncated=not end.ended and count == limit)
+            made.append(Generation(response=text, tokens=count, truncated=not end.ended and count == limit))
         return made
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **kwargs: Any) -> Tensor:
@@ -171,21 +127,19 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             self._raw[tuple(row[mask.bool()].tolist())] = new
         return out
 
-    def _shares(self, batch: Batch) -> bool:
-        """Whether shared-prefix decoding does for this batch what the model itself would."""
+    def _shares(self, longest: list[int], limit: int) -> bool:
+        """Whether shared-prefix decoding does for these prompts what the model itself would."""
         changed = {name for name, value in self.model.generation_config.to_diff_dict().items() if value} - HARMLESS
-        if changed or not can_share(self.model, batch.longest):
+        if changed or not can_share(self.model, len(longest) + limit):
             return False
-        probe = tuple(batch.probe)
-        if probe not in self._agrees:
-            self._agrees[probe] = len(probe) > 3 and agrees(self.model, batch.probe)
-            if not self._agrees[probe] and not self._warned:
-                logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
-                self._warned = True
-        return self._agrees[probe]
+        agreed = len(longest) > 3 and agrees(self.model, longest[-64:])
+        if not agreed and not self._warned:
+            logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
+            self._warned = True
+        return agreed
 
 
-def read_journal(path: Path) -> dict[str, Generation]:
+def _read_journal(path: Path) -> dict[str, Generation]:
     """What was generated so far, by key; a line cut short by an interruption is dropped from the file."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):  # the interruption came while this line was written
@@ -194,8 +148,7 @@ def read_journal(path: Path) -> dict[str, Generation]:
     return {entry.pop("key"): Generation(**entry) for entry in entries}
 
 
-def write_journal(path: Path, made: Mapping[str, Generation]) -> None:
-    """Append what was generated."""
+def _write_journal(path: Path, made: Mapping[str, Generation]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"key": key, **asdict(generation)}) + "\n" for key, generation in made.items()]
     with path.open("a", encoding="utf-8") as file:

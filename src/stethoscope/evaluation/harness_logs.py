@@ -30,25 +30,28 @@ _NEEDED = ("doc_id", "doc_hash", "prompt_hash", "target", "resps", "filtered_res
 _UNFILTERED = "minerva_math"
 
 Sample = Mapping[str, Any]
-Details = Callable[[Sample], dict[str, Any]]
 
 
 def to_rows(
-    arm: str, task: str, samples: Iterable[Sample], details: Details, *, extract: Callable[[str], str] | None
+    arm: str,
+    task: str,
+    samples: Iterable[Sample],
+    *,
+    extract: Callable[[str], str] | None = None,
+    generation: Callable[[str, dict[str, Any]], Any] | None = None,
 ) -> pd.DataFrame:
     """A row per item from a task's samples, which are one per item and filter.
 
     Args:
-        details: ``generated`` (whether the task generates text), and what is known of ``truncated`` and
-            ``generated_tokens``.
         extract: finds the answer in a response where a task does so inside its scoring function.
+        generation: what is known of how a prompt was answered under its settings, see `SharedPrefixLM.generation`.
     """
     rows: dict[int, dict[str, Any]] = {}
     for sample in samples:
         item = sample["doc_id"]
         first = item not in rows
         if first:
-            rows[item] = {"arm": arm, "task": task, **_describe(sample, details(sample), extract)}
+            rows[item] = {"arm": arm, "task": task, **_describe(sample, extract, generation)}
         for metric in sample["metrics"]:
             # as the harness names results: the first filter's metric plainly, the others' with the filter's name
             value = sample[metric]
@@ -58,15 +61,18 @@ def to_rows(
     return frame.astype({"extracted": "boolean", "truncated": "boolean", "generated_tokens": "Int64"})
 
 
-def _describe(sample: Sample, known: dict[str, Any], extract: Callable[[str], str] | None) -> dict[str, Any]:
-    generated = known["generated"]
+def _describe(sample: Sample, extract: Callable[..., str] | None, generation: Callable[..., Any] | None) -> Sample:
+    asked = sample["arguments"]
+    asked = list(asked["gen_args_0"].values()) if isinstance(asked, dict) else asked[0]  # in a log, in memory
+    generated = len(asked) > 1 and isinstance(asked[1], dict)  # a request to generate carries its settings
+    known = generation(*asked) if generated and generation else None
     raw = sample["resps"][0][0] if generated else sample["resps"]
     answer = extract(raw) if extract and generated else sample["filtered_resps"][0]
     raw, answer = (text if isinstance(text, str) else json.dumps(text, default=str) for text in (raw, answer))
     return {
         "item": sample["doc_id"], "item_hash": sample["doc_hash"], "prompt_hash": sample["prompt_hash"],
         "extracted": answer.strip() not in _NO_ANSWER if generated else None,
-        "truncated": known.get("truncated"), "generated_tokens": known.get("generated_tokens"),
+        "truncated": known.truncated if known else None, "generated_tokens": known.tokens if known else None,
         "response": raw, "answer": answer, "target": str(sample["target"]),
     }  # fmt: skip
 
@@ -192,16 +198,10 @@ def _read_log(path: Path, task: str, arm: str, source: str | None) -> pd.DataFra
     extract = None
     if task.startswith(_UNFILTERED):
         extract = importlib.import_module("lm_eval.tasks.minerva_math.utils").get_unnormalized_answer
-    rows = to_rows(arm, task, samples, _details_of_log, extract=extract)
+    rows = to_rows(arm, task, samples, extract=extract)
     if source is not None:
         rows[SOURCE] = rows["item"].map({sample["doc_id"]: str(sample["doc"][source]) for sample in samples})
     return rows
-
-
-def _details_of_log(sample: Sample) -> dict[str, Any]:
-    # a request to generate carries its settings; the log does not say how many tokens were generated
-    settings = sample["arguments"]["gen_args_0"].get("arg_1") if isinstance(sample["arguments"], dict) else None
-    return {"generated": isinstance(settings, dict)}
 
 
 def write_logs(

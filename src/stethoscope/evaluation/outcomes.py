@@ -163,7 +163,7 @@ class Outcomes(Display):
         """
         import altair as alt
 
-        from stethoscope.report.style import COLOURS, configured, title
+        from stethoscope.report.style import COLOURS, configured, tips, title
 
         table = self.accuracy(metric)
         bounds = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]
@@ -176,8 +176,8 @@ class Outcomes(Display):
         x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])}
         base = alt.Chart(table).encode(**arm)
         rule = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("low:Q", **x), x2="high:Q")
-        tips = [*("task:N", "arm:N", "metric:N", "n:Q"), *(alt.Tooltip(f"{name}:Q", format=".1f") for name in shares)]
-        point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tips)
+        tooltip = tips("task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".1f") for name in shares))
+        point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tooltip)
         rows = alt.Row("task:N", sort=self.tasks, title=None, header=alt.Header(labelAngle=0, labelAlign="left"))
         heading = title("accuracy with its exact 95 % interval")
         return configured(alt.layer(rule, point).properties(width=width).facet(row=rows).properties(title=heading))

@@ -28,7 +28,7 @@ from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
-from stethoscope.evaluation.harness_logs import Sample, to_rows
+from stethoscope.evaluation.harness_logs import to_rows
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
@@ -264,22 +264,10 @@ class TaskRunner:
             result = evaluator.evaluate(
                 lm, {"tasks": {cell.task: task}}, limit=self.limit, bootstrap_iters=0, log_samples=True
             )
-        settings = {i.doc_id: i.args[1] for i in task.instances if i.request_type == "generate_until"}
-
-        def details(sample: Sample) -> dict[str, Any]:
-            asked = settings.get(sample["doc_id"])
-            if asked is None or not isinstance(lm, SharedPrefixLM):
-                return {"generated": asked is not None}
-            found = lm.generation(sample["arguments"][0][0], asked)
-            return {
-                "generated": True,
-                "truncated": found.truncated if found else None,
-                "generated_tokens": found.tokens if found else None,
-            }
-
         # Minerva's and its kin's tasks extract inside their scoring function, out of the filters' sight.
         extract = getattr(task.config.process_results, "__globals__", {}).get("get_unnormalized_answer")
-        return to_rows(cell.arm, cell.task, result["samples"][cell.task], details, extract=extract)
+        known = lm.generation if isinstance(lm, SharedPrefixLM) else None
+        return to_rows(cell.arm, cell.task, result["samples"][cell.task], extract=extract, generation=known)
 
 
 def _set_up_worker(

@@ -1,4 +1,4 @@
-"""Transformers models as this package needs them: loaded whole or not at all, blocks found by structure."""
+"""Loads Transformers models, completely or not at all, and finds their decoder blocks by structure."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 def preferred_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """bfloat16 where the hardware multiplies it natively, else float32."""
     if torch.device(device).type == "cuda":
-        # where there is no GPU, it is asked for a worker that has one
+        # without a GPU here, the question is about a worker that has one
         known = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if known else torch.float32
     capabilities = torch.cpu.get_capabilities()
@@ -28,10 +28,10 @@ def preferred_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, a GPU if there is one.
+    """The device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``, which is a GPU if there is one.
 
     Raises:
-        StethoscopeError: there is no such device here.
+        StethoscopeError: this machine has no such device.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
@@ -75,7 +75,7 @@ def load_model(
     Args:
         path: a local checkpoint or a hub id.
         dtype: of the weights; the device's preferred one if None.
-        device: where it computes.
+        device: the device to load it on.
 
     Raises:
         CheckpointError: it cannot be loaded, or any weight is missing from the files. Transformers fills such
@@ -141,6 +141,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def decoder(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that ends before the head, so that no logits are computed."""
+    """A causal language model without its head, so that no logits are computed."""
     inner: nn.Module = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator,assignment]
     return inner

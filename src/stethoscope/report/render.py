@@ -104,8 +104,8 @@ def render_report(run_dir: Path) -> Path:
         gains=[rows for contrast in against_baseline if (rows := gain_rows(contrast))],
         facts={layer.layer: wording.layer_facts(layer, diagnosis) for layer in diagnosis.layers},
         health={layer.layer: _health(layer) for layer in diagnosis.layers},
-        evidence=_evidence(evidence, diagnosis) if evidence else {},
-        searched=evidence.documents if evidence else {},
+        evidence=evidence,
+        rates={(layer.layer, f.feature): f for layer in diagnosis.layers for f in layer.features},
         provenance=_provenance(diagnosis, evidence, selection, geometry, edits),
     )
     write_text(path, page)
@@ -122,7 +122,8 @@ def _fill(data: dict[str, Any], **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"ticks": _ticks, "breakable": _breakable, "model": _model, "typeset": _typeset}
-    environment.globals["numeric"] = numeric
+    environment.filters |= {"one_line": _one_line, "visible": _visible, "percent": percent}
+    environment.globals |= {"numeric": numeric, "pages": PAGES}
     scripts = [_vega(), _resource("report.js")]
     return environment.get_template("report.html.jinja").render(
         **values, data=data, style=Markup(_style()), scripts=list(map(Markup, scripts)), policy=_policy(scripts)
@@ -149,39 +150,6 @@ def _health(layer: LayerDiagnosis) -> Rows:
         }
         for name, found in layer.health.items()
     )
-
-
-def _evidence(found: Evidence, diagnosis: Diagnosis) -> dict[int, list[dict[str, Any]]]:
-    """By layer, what each feature shown fires on: contexts by corpus, rates, promoted tokens and a page about it."""
-    rates = {
-        (layer.layer, f.feature): (percent(f.target_rate), percent(f.control_rate))
-        for layer in diagnosis.layers
-        for f in layer.features
-    }
-    return {
-        part.layer: [
-            {
-                "feature": feature.feature,
-                "rates": rates.get((part.layer, feature.feature)),
-                "contexts": {
-                    name: [
-                        {
-                            "before": _one_line(context.before).lstrip(),
-                            "token": _visible(context.token),
-                            "after": _one_line(context.after).rstrip(),
-                            "activation": f"{context.activation:.{1 if context.activation >= 1 else 3}f}",
-                        }
-                        for context in contexts
-                    ]
-                    for name, contexts in feature.contexts.items()
-                },
-                "promotes": [_visible(token) for token in feature.promotes or ()],
-                "link": feature.link if (feature.link or "").startswith(PAGES) else None,
-            }
-            for feature in part.features
-        ]
-        for part in found.layers
-    }
 
 
 def _visible(token: str) -> str:

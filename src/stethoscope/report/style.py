@@ -9,31 +9,21 @@ from typing import Any
 
 import altair as alt
 
-# Okabe and Ito's palette, told apart by the colour-blind; kinds also differ in shape.
-COLOURS = {
-    "ink": "#1b1c1e",
-    "muted": "#5f6368",
-    "line": "#d7d9dc",
-    "paper": "#ffffff",
-    "null": "#e3e5e8",
-    "selected": "#0072b2",
-    "other": "#6b7077",
-    "tuned": "#d55e00",
-    "projected": "#b04a86",
-    "edit": "#007a5a",
+# On light and on dark screens. Okabe and Ito's palette, told apart by the colour-blind; kinds also differ in shape.
+_PALETTE = {
+    "ink": ("#1b1c1e", "#e8eaed"),
+    "muted": ("#5f6368", "#a4a9b0"),
+    "line": ("#d7d9dc", "#3c4046"),
+    "paper": ("#ffffff", "#16181b"),
+    "null": ("#e3e5e8", "#2b2f35"),
+    "selected": ("#0072b2", "#56b4e9"),
+    "other": ("#6b7077", "#9aa0a8"),
+    "tuned": ("#d55e00", "#f0894a"),
+    "projected": ("#b04a86", "#e39ac6"),
+    "edit": ("#007a5a", "#4cc2a0"),
 }
-DARK = {
-    "ink": "#e8eaed",
-    "muted": "#a4a9b0",
-    "line": "#3c4046",
-    "paper": "#16181b",
-    "null": "#2b2f35",
-    "selected": "#56b4e9",
-    "other": "#9aa0a8",
-    "tuned": "#f0894a",
-    "projected": "#e39ac6",
-    "edit": "#4cc2a0",
-}
+COLOURS = {name: light for name, (light, _) in _PALETTE.items()}
+DARK = {name: dark for name, (_, dark) in _PALETTE.items()}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 
 

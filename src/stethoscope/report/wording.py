@@ -37,7 +37,7 @@ def describe_arm(arm: str, edits: Edits | None) -> str:
     plan = edits.plans.get(arm) if edits else None
     if plan is None or not plan["layers"] or plan["default"]:
         return text
-    return f"{text}{': ' if text else ''}layers {listed(sorted(plan['layers'], key=lambda layer: int(str(layer))))}"
+    return f"{text}{': ' if text else ''}layers {listed(sorted(map(int, plan['layers'])))}"
 
 
 def headline(comparison: Comparison) -> tuple[str, str]:

@@ -183,7 +183,7 @@ def _row(layer: LayerGeometry) -> dict[str, str]:
         "features": str(layer.features),
         "rank": str(layer.rank),
         **_kept(layer.kept),
-        "functional": " / ".join(map(percent, layer.functional.values())) or NONE,
+        f"functional on {' / '.join(layer.functional)}": " / ".join(map(percent, layer.functional.values())) or NONE,
         "its chance": " / ".join(map(percent, layer.functional_chance.values())) or NONE,
         "features for 50, 90, 99 %": " / ".join(str(layer.curve.needed.get(n) or NONE) for n in ("50", "90", "99")),
         "writes where they read": f"{percent(written.share)} ({percent(written.chance)})" if written else NONE,

@@ -128,9 +128,8 @@ class ScoreValidation(Artifact):
         """The size of set that was judged and is nearest to the one wanted."""
         return min(self.random, key=lambda k: (abs(k - wanted), k))
 
-    def table(self, k: int | None = None) -> Rows:
-        """A row per score, best trade-off of its k layers (by default about 5) first."""
-        k = self.size(5) if k is None else k
+    def table(self, k: int) -> Rows:
+        """A row per score, best trade-off of its k layers first."""
         rows = []
         for name, found in sorted(self.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off):
             best = found.sets[k]

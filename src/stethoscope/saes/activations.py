@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.models.sites import HookPoint, hook_point, read_activations
+from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.text.documents import Document
 from stethoscope.text.tokens import batches, tokenize
 
@@ -40,13 +40,10 @@ class ActivationStream:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.max_tokens, self.batch_tokens = max_tokens, batch_tokens
-        names = {id(module): name for name, module in model.named_modules()}
-        self.hooks: dict[int, str] = {}
-        self.points: dict[str, HookPoint] = {}
-        for layer in layers:
-            point = hook_point(model, layer, site)
-            self.hooks[layer] = names[id(point.module)] + (".input" if point.reads_input else "")
-            self.points[self.hooks[layer]] = point
+        names = {module: name for name, module in model.named_modules()}
+        points = {layer: hook_point(model, layer, site) for layer in layers}
+        self.hooks = {n: names[p.module] + (".input" if p.reads_input else "") for n, p in points.items()}
+        self.points = {self.hooks[layer]: point for layer, point in points.items()}
 
     def tokenize(self, documents: Sequence[Document]) -> list[list[int]]:
         """Token ids of the documents that have more than the first token, which is always left out."""
@@ -72,31 +69,26 @@ class ActivationStream:
     ) -> Iterator[tuple[Activations, "StreamPosition"]]:
         """Endless batches of single tokens, mixed over at least ``buffer`` tokens of shuffled documents.
 
-        Args:
-            start: position of an earlier stream of the same rows and settings to resume; the beginning if None.
-
-        Yields:
-            a batch, and the position after it.
+        ``start`` is a position of an earlier stream of the same rows and settings. Yields batch and position after it.
         """
         generator = torch.Generator().manual_seed(seed)
         at = start or StreamPosition(shuffle=generator.get_state())
         documents = _endless(rows, seed, at.taken)
         while True:
-            held, fill = _tokens(at.rest), []
+            held, fill = len(next(iter(at.rest.values()), ())), []
             while held < max(buffer, batch):
                 fill.append(next(documents))
                 held += len(fill[-1])
             parts = [*([at.rest] if at.rest else ()), *self.outputs(fill)]
             packed = {name: torch.cat([part[name].to(self.model.device) for part in parts]) for name in parts[0]}
             generator.set_state(at.shuffle)
-            chosen = torch.randperm(_tokens(packed), generator=generator).to(self.model.device)
-            end = len(chosen) - len(chosen) % batch
-            for given, place in enumerate(range(0, end, batch), 1):
+            order = torch.randperm(len(next(iter(packed.values()))), generator=generator).to(self.model.device)
+            *cuts, rest = order.tensor_split(tuple(range(batch, len(order) + 1, batch)))
+            for given, chosen in enumerate(cuts, 1):
                 if given > at.given:
-                    yield _take(packed, chosen[place : place + batch]), replace(at, given=given)
-            at = StreamPosition(
-                shuffle=generator.get_state(), taken=at.taken + len(fill), rest=_take(packed, chosen[end:])
-            )
+                    yield {name: values[chosen] for name, values in packed.items()}, replace(at, given=given)
+            left = {name: values[rest] for name, values in packed.items()}
+            at = StreamPosition(shuffle=generator.get_state(), taken=at.taken + len(fill), rest=left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +116,6 @@ def _endless(rows: Sequence[Sequence[int]], seed: int, taken: int) -> Iterator[S
         epoch, place = epoch + 1, 0
 
 
-def _tokens(part: Activations) -> int:
-    return len(next(iter(part.values()))) if part else 0
-
-
-def _take(part: Activations, chosen: Int[Tensor, " chosen"]) -> dict[str, Float[Tensor, "chosen d_in"]]:
-    return {name: values[chosen] for name, values in part.items()}
-
-
 @contextmanager
 def on_device(sae: nn.Module, device: torch.device) -> Iterator[None]:
     """Put a copy of an SAE's weights on another device inside the block; its own weights stay where they are."""
@@ -148,10 +132,7 @@ def on_device(sae: nn.Module, device: torch.device) -> Iterator[None]:
 def attention_sinks(
     layers: Iterable[Float[Tensor, "rows tokens d_in"]], attention_mask: Bool[Tensor, "rows tokens"]
 ) -> Bool[Tensor, "rows tokens"]:
-    """True at attention sinks: norms far above their document's median in any layer.
-
-    The median is per document, so it does not depend on the rest of the batch.
-    """
+    """True at attention sinks: norms far above their own document's median in any layer."""
     loud = torch.zeros_like(attention_mask)
     for hidden in layers:
         norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).cpu()

@@ -1,7 +1,9 @@
 """How well an SAE reads a model: variance explained, L0, dead and dense features, as sums that merge."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import reduce
+from operator import add
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from stethoscope.results.diagnosis import DENSE_RATE, SAEHealth
+from stethoscope.shown import NONE
 
 
 @dataclass(kw_only=True)
@@ -38,7 +41,7 @@ class HealthSums:
         features: Float[Tensor, "tokens width"],
         decoded: Float[Tensor, "tokens d_in"],
     ) -> "HealthSums":
-        """The sums of one batch: activations, what the SAE encoded them to, and what it made of that."""
+        """The sums of activations, what the SAE encoded them to, and what it decoded that to."""
         wide = hidden.double()
         return cls(
             tokens=len(wide),
@@ -55,14 +58,7 @@ class HealthSums:
         return cls.of(torch.zeros(0, 1), torch.zeros(0, width), torch.zeros(0, 1))
 
     def __add__(self, other: "HealthSums") -> "HealthSums":
-        return HealthSums(
-            tokens=self.tokens + other.tokens,
-            total=self.total + other.total,
-            square=self.square + other.square,
-            residual=self.residual + other.residual,
-            fired=self.fired + other.fired,
-            mass=self.mass + other.mass,
-        )
+        return HealthSums(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
 
     def health(self) -> SAEHealth:
         """What the sums say; undefined values are None."""
@@ -82,34 +78,23 @@ class HealthSums:
 @torch.no_grad()
 def measure_health(sae: Any, hidden: Float[Tensor, "tokens d_in"], *, chunk: int = 4096) -> HealthSums:
     """Encode and decode activations with an SAE, in chunks of tokens, and sum up what it made of them."""
-    sums = None
-    for part in hidden.split(chunk) if len(hidden) else (hidden,):
+
+    def measure(part: Float[Tensor, "chunk d_in"]) -> HealthSums:
         values = part.to(sae.W_enc.dtype)
-        features = sae.encode(values)
-        batch = HealthSums.of(values, features, sae.decode(features))
-        sums = batch if sums is None else sums + batch
-    assert sums is not None
-    return sums
+        return HealthSums.of(values, features := sae.encode(values), sae.decode(features))
+
+    return reduce(add, map(measure, hidden.split(chunk)))
 
 
 def health_rows(layers: Mapping[Any, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
     """Plain health by layer and kind of text, ``all`` among them, as rows of text with a header."""
     kinds = [kind for kind in next(iter(layers.values())) if kind != "all"]
     kinds += ["all"] if len(kinds) > 1 else []
-
-    def shown(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
     rows = [["layer", *kinds, "L0", "dead, %", "dense, %"]]
     for layer, found in layers.items():
         whole = found["all"]
-        shares = [None if whole[name] is None else 100 * whole[name] for name in ("dead", "dense")]
-        rows.append(
-            [
-                str(layer),
-                *(shown(found[kind]["variance_explained"], ".3f") for kind in kinds),
-                shown(whole["l0"], ".0f"),
-                *(shown(share, ".1f") for share in shares),
-            ]
-        )
+        values = [(found[kind]["variance_explained"], ".3f") for kind in kinds]
+        values += [(whole["l0"], ".0f")]
+        values += [(whole[name] and 100 * whole[name], ".1f") for name in ("dead", "dense")]
+        rows.append([str(layer), *(NONE if value is None else format(value, form) for value, form in values)])
     return rows

@@ -32,12 +32,15 @@ __all__ = ["SITES", "SAEFolder", "check_fit", "load_sae", "open_saes"]
 
 log = logging.getLogger(__name__)
 
-Found = list[tuple[int | None, Path]]  # the layer, where it was said, and the SAE's path
+# The layer, where it was said; the SAE's path; and what SAELens' directory corrects in its configuration.
+Found = list[tuple[int | None, Path, Mapping[str, Any]]]
 
 # SAELens' names in its directory of releases for the layouts that are read here; None is its own.
 _RELEASE_LAYOUTS = (
     None, "sae_lens", "gemma_3", "gemma_2", "llama_scope", "dictionary_learning_1", "sparsify", "qwen_scope",
 )  # fmt: skip
+# What it knows of a single SAE that the SAE's own configuration may lack.
+_CORRECTIONS = {"norm_scaling_factor": "norm_scaling_factor", "neuronpedia": "neuronpedia_id"}
 # The layer in the id of a release's SAE.
 _LAYER_IN_ID = re.compile(r"(?<=layer_)\d+|(?<=layers\.)\d+|(?<=blocks\.)\d+|(?<=layer)\d+|(?<=^l)\d+")
 ONE_FILE = LAYOUTS["qwen_scope"].marker  # what the name of an SAE in a single file ends with
@@ -61,21 +64,39 @@ def open_saes(source: str | Path | Mapping[int, str | Path], sae_id: str | None 
         SAEError: nothing found, or anything unreadable, malformed, of a layout, architecture or site that is not
             supported, or two SAEs for one layer; all of it at once.
     """
-    overrides: dict[Path, dict[str, Any]] = {}
     found: Found
     if isinstance(source, Mapping):
-        found = [(int(layer), Path(path)) for layer, path in source.items()]
+        found = [(int(layer), Path(path), {}) for layer, path in source.items()]
         if not found:
             raise SAEError("no SAEs were given")
     elif Path(source).is_dir():
         found = _in_folder(Path(source), sae_id)
-    elif str(source) in release_texts():
-        overrides = _fetch_release(str(source), sae_id)
-        found = [(None, path) for path in overrides]
     else:
-        pattern = _check_repository(str(source), sae_id)
-        found = _in_folder(_snapshot(str(source), [pattern.replace("{layer}", "*")]), pattern)
-    return _read_all(found, overrides)
+        repository, wanted = _on_hub(str(source), sae_id)
+        root = _snapshot(repository, [path.replace("{layer}", "*") for path in wanted])
+        found = [(None, root / path, known) for path, known in wanted.items()]
+        if str(source) not in release_texts():
+            found = _in_folder(root, sae_id)
+    saes: dict[int, list[SAEFolder]] = {}
+    problems: list[str] = []
+    for layer, path, overrides in found:
+        try:
+            sae = read_folder(path, overrides)
+        except SAEError as error:
+            problems += [f"{problem}, from `{path}`" for problem in error.problems]
+            continue
+        if layer not in (None, sae.layer):
+            problems.append(f"layer {layer}: the SAE reads layer {sae.layer} (`{sae.hook_name}`), from `{path}`")
+        saes.setdefault(sae.layer, []).append(sae)
+    problems += [
+        f"layer {layer}: one SAE is wanted, there are {_quoted([str(sae.path) for sae in several], 3)}"
+        for layer, several in sorted(saes.items())
+        if len(several) > 1
+    ]
+    if problems:
+        hint = f"`sae_id` picks among several; the layouts {', '.join(LAYOUTS)} are understood"
+        raise SAEError("some SAEs cannot be used", problems=problems, hint=hint)
+    return {layer: several[0] for layer, several in sorted(saes.items())}
 
 
 def check_source(source: str, sae_id: str | None = None) -> dict[int, SAEFolder]:
@@ -89,36 +110,8 @@ def check_source(source: str, sae_id: str | None = None) -> dict[int, SAEFolder]
     """
     if Path(source).is_dir():
         return open_saes(source, sae_id)
-    if source in release_texts():
-        _chosen(source, sae_id)
-    else:
-        _check_repository(source, sae_id)
+    _on_hub(source, sae_id)
     return {}
-
-
-def _read_all(found: Found, overrides: Mapping[Path, Mapping[str, Any]]) -> dict[int, SAEFolder]:
-    saes: dict[int, list[SAEFolder]] = {}
-    problems: list[str] = []
-    for wanted, folder in found:
-        try:
-            sae = read_folder(folder, overrides.get(folder))
-        except SAEError as error:
-            problems += [f"{problem}, from `{folder}`" for problem in error.problems]
-            continue
-        if wanted is not None and wanted != sae.layer:
-            problems.append(f"layer {wanted}: the SAE reads layer {sae.layer} (`{sae.hook_name}`), from `{folder}`")
-        saes.setdefault(sae.layer, []).append(sae)
-    for layer, several in sorted(saes.items()):
-        if len(several) > 1:
-            paths = _quoted([str(sae.path) for sae in several], 3)
-            problems.append(f"layer {layer}: one SAE is wanted, there are {paths}")
-    if problems:
-        raise SAEError(
-            "some SAEs cannot be used",
-            problems=problems,
-            hint=f"`sae_id` picks among several; the layouts {', '.join(LAYOUTS)} are understood",
-        )
-    return {layer: several[0] for layer, several in sorted(saes.items())}
 
 
 def check_fit(
@@ -148,19 +141,16 @@ def check_fit(
     """
     problems = []
     for sae in saes.values():
-        where = f"from `{sae.path}`"
-        width, what = hidden_size, "the model's hidden size"
+        wrong, width, what = [], hidden_size, "the model's hidden size"
         if sae.site == "attn_z":
             width, what = attn_width or sae.d_in, "the model's width of all heads"
         if sae.d_in != width:
-            problems.append(f"layer {sae.layer}: the SAE reads {sae.d_in} values, {what} is {width}, {where}")
+            wrong.append(f"the SAE reads {sae.d_in} values, {what} is {width}")
         if not 0 <= sae.layer < num_layers:
-            problems.append(
-                f"layer {sae.layer}: the model has {num_layers} layers, 0 to {num_layers - 1}"
-                f" (`{sae.hook_name}`), {where}"
-            )
+            wrong.append(f"the model has {num_layers} layers, 0 to {num_layers - 1} (`{sae.hook_name}`)")
         if sae.site not in sites:
-            problems.append(f"layer {sae.layer}: the site `{sae.site}` is not one of {', '.join(sites)}, {where}")
+            wrong.append(f"the site `{sae.site}` is not one of {', '.join(sites)}")
+        problems += [f"layer {sae.layer}: {one}, from `{sae.path}`" for one in wrong]
     if len(places := sorted({sae.site for sae in saes.values()} & set(sites))) > 1:
         problems.append(f"the SAEs read {_quoted(places)}: layers would not be comparable")
     names = sorted({sae.model_name for sae in saes.values() if sae.model_name})
@@ -201,34 +191,28 @@ def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]
 
 
 def _in_folder(folder: Path, sae_id: str | None) -> Found:
+    """The SAE that a folder is, or those below it, of which a pattern picks some by their paths."""
     if sae_id is not None:
-        return _called(folder, sae_id)
+        found: Found = []
+        pattern = _pattern(sae_id)
+        for path in sorted(folder.glob(sae_id.replace("{layer}", "*"))):
+            match = pattern.fullmatch(path.relative_to(folder).as_posix())
+            if match and (path.is_dir() or path.name.endswith(ONE_FILE)):
+                found.append((int(match[1]), path, {}))
+        if not found:
+            have = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
+            raise SAEError(f"nothing in `{folder}` is called `{sae_id}`", hint=f"it has: {have}" if have else None)
+        return found
     if layout_of(folder):
-        return [(None, folder)]
+        return [(None, folder, {})]
     markers = {layout.marker for layout in LAYOUTS.values()} - {ONE_FILE}
     below = (path for depth in range(1, _DEPTH + 1) for path in folder.glob("*/" * depth + "*"))
-    found = {path.parent for path in below if path.name in markers} | {*folder.glob(f"*{ONE_FILE}")}
-    if not found:
+    paths = {path.parent for path in below if path.name in markers} | {*folder.glob(f"*{ONE_FILE}")}
+    if not paths:
         files = _quoted(sorted(markers))
         hint = f"a folder for each layer is expected, with one of {files}, or files `layer*{ONE_FILE}`"
         raise SAEError(f"no SAEs in `{folder}`", hint=hint)
-    return [(None, path) for path in sorted(found)]
-
-
-def _called(folder: Path, sae_id: str) -> Found:
-    """The SAEs below a folder whose paths match a pattern."""
-    pattern = _pattern(sae_id)
-    places = sorted(folder.glob(sae_id.replace("{layer}", "*")))
-    matches = [
-        (pattern.fullmatch(path.relative_to(folder).as_posix()), path)
-        for path in places
-        if path.is_dir() or path.name.endswith(ONE_FILE)
-    ]
-    found: Found = [(int(match[1]), path) for match, path in matches if match]
-    if not found:
-        have = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
-        raise SAEError(f"nothing in `{folder}` is called `{sae_id}`", hint=f"it has: {have}" if have else None)
-    return found
+    return [(None, path, {}) for path in sorted(paths)]
 
 
 def _pattern(sae_id: str) -> re.Pattern[str]:
@@ -263,60 +247,46 @@ def read_release(name: str) -> dict[str, Any]:
     return found
 
 
-def _chosen(name: str, sae_id: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A release, and those of its SAEs that are meant, as its directory has them."""
-    release = read_release(name)
+def _on_hub(source: str, sae_id: str | None) -> tuple[str, dict[str, dict[str, Any]]]:
+    """The hub repository of a release or of a name; what is wanted of it, with what SAELens' directory corrects."""
+    if source not in release_texts():
+        if not HUB_ID.fullmatch(source) or "/" not in source:
+            close = [] if "/" in source else get_close_matches(source, release_texts(), n=3)
+            hint = f"did you mean {' or '.join(f'`{known}`' for known in close)}?" if close else None
+            what = "folder of SAEs and no SAELens release" if HUB_ID.fullmatch(source) else "folder"
+            raise SAEError(
+                f"there is no {what} `{source}`", hint=hint or "give a folder, a SAELens release or a hub id"
+            )
+        if sae_id is None:
+            hint = "give their path in it as `sae_id`, such as `layer_{layer}`; a repository may hold terabytes of them"
+            raise SAEError(f"which SAEs of the hub repository `{source}` is not said", hint=hint)
+        _pattern(sae_id)
+        return source, {sae_id: {}}
+    release = read_release(source)
     if (layout := release.get("conversion_func")) not in _RELEASE_LAYOUTS:
         raise SAEError(
-            f"the SAEs of the release `{name}` are stored as `{layout}`, which is not supported",
+            f"the SAEs of the release `{source}` are stored as `{layout}`, which is not supported",
             hint=f"these are: {', '.join(filter(None, _RELEASE_LAYOUTS))}",
         )
-    ids = {str(sae["id"]): sae for sae in release["saes"]}
-    patterns = list(dict.fromkeys(_LAYER_IN_ID.sub("{layer}", known, count=1) for known in ids))
+    saes = {str(sae["id"]): sae for sae in release["saes"]}
+    patterns = list(dict.fromkeys(_LAYER_IN_ID.sub("{layer}", known, count=1) for known in saes))
     if sae_id is None and len(patterns) > 1:
         hint = f"choose with `sae_id`: {_quoted(patterns)}"
-        raise SAEError(f"the release `{name}` has several SAEs for a layer", hint=hint)
+        raise SAEError(f"the release `{source}` has several SAEs for a layer", hint=hint)
     pattern = _pattern(sae_id or patterns[0])
-    chosen = [sae for known, sae in ids.items() if pattern.fullmatch(known)]
+    chosen = [sae for known, sae in saes.items() if pattern.fullmatch(known)]
     if not chosen:
         close = get_close_matches(sae_id or "", patterns, n=3, cutoff=0.3) or patterns
-        raise SAEError(f"no SAE of the release `{name}` is called `{sae_id}`", hint=f"there are: {_quoted(close)}")
-    return release, chosen
-
-
-def _fetch_release(name: str, sae_id: str | None) -> dict[Path, dict[str, Any]]:
-    """The folders of the chosen SAEs of a release, with what its directory corrects in each."""
-    release, chosen = _chosen(name, sae_id)
-    paths = [str(sae["path"]) for sae in chosen]
-    root = _snapshot(release["repo_id"], paths)
-    return {
-        root / path: {
-            **(release.get("config_overrides") or {}),
-            **({"norm_scaling_factor": sae["norm_scaling_factor"]} if "norm_scaling_factor" in sae else {}),
-            **({"neuronpedia_id": sae["neuronpedia"]} if sae.get("neuronpedia") else {}),
-        }
-        for path, sae in zip(paths, chosen, strict=True)
+        raise SAEError(f"no SAE of the release `{source}` is called `{sae_id}`", hint=f"there are: {_quoted(close)}")
+    known = release.get("config_overrides") or {}
+    return release["repo_id"], {
+        str(sae["path"]): {**known, **{ours: sae[theirs] for theirs, ours in _CORRECTIONS.items() if sae.get(theirs)}}
+        for sae in chosen
     }
 
 
 def _quoted(names: Sequence[str], most: int = 6) -> str:
     return first_of([f"`{name}`" for name in names], most)
-
-
-def _check_repository(name: str, sae_id: str | None) -> str:
-    """The pattern of the SAEs that are meant in a hub repository."""
-    if not HUB_ID.fullmatch(name) or "/" not in name:
-        close = [] if "/" in name else get_close_matches(name, release_texts(), n=3)
-        hint = f"did you mean {' or '.join(f'`{known}`' for known in close)}?" if close else None
-        what = "folder of SAEs and no SAELens release" if HUB_ID.fullmatch(name) else "folder"
-        raise SAEError(f"there is no {what} `{name}`", hint=hint or "give a folder, a SAELens release or a hub id")
-    if sae_id is None:
-        raise SAEError(
-            f"which SAEs of the hub repository `{name}` is not said",
-            hint="give their path in it as `sae_id`, such as `layer_{layer}`; a repository may hold terabytes of them",
-        )
-    _pattern(sae_id)
-    return sae_id
 
 
 def _snapshot(repository: str, wanted: list[str]) -> Path:

@@ -196,11 +196,7 @@ def load_for_training(base: str | Path) -> PreTrainedModel:
 
 
 def hold_out(documents: Sequence[Document], *, most: int = 64) -> tuple[list[Document], list[Document]]:
-    """Split off every twentieth document, at most ``most``, to measure health on; all serve as both if there are few.
-
-    Returns:
-        documents to train on, documents held out.
-    """
+    """Documents to train on, and every twentieth, at most ``most``, to measure health on; few serve as both."""
     out = range(len(documents))[10::20][:most]
     if not out:
         return list(documents), list(documents)
@@ -220,9 +216,8 @@ def _fit(
     bar, and saves checkpoints without the position in the stream.
     """
     steps, total = settings.steps, settings.steps * settings.batch
-    activations = stream.shuffled(
-        rows, batch=settings.batch, buffer=settings.buffer, seed=settings.seed, start=checkpoints.position
-    )
+    options = {"batch": settings.batch, "buffer": settings.buffer, "seed": settings.seed}
+    activations = stream.shuffled(rows, **options, start=checkpoints.position)
     # Deep enough for the model to keep running while the SAEs train on what filled the buffer.
     source = PrefetchingIterator(activations, prefetch=max(2, settings.buffer // settings.batch))
     try:
@@ -246,8 +241,8 @@ def _fit(
             one.activation_scaler.scaling_factor = _scale(batch[name])
             for group in one.optimizer.param_groups:
                 group.update(fused=True, foreach=False)  # one pass over the weights
-        checkpoints.load(trainer)
         if checkpoints.step:
+            trainer.load_checkpoint(checkpoints.newest)
             progress(checkpoints.step * settings.batch, total)
         for step in range(checkpoints.step + 1, steps + 1):
             for name, one in trainer.trainers.items():
@@ -271,13 +266,14 @@ class _Checkpoints:
 
     Attributes:
         begun: everything that the trained SAEs depend on; a checkpoint with other values is refused.
-        step: of the checkpoint to resume from; 0 if there is none.
+        step: of the newest checkpoint, to resume from; 0 if there is none.
         position: where the stream of activations stood then.
+        saved_at: when the last one was saved, or the training began, on the monotonic clock.
     """
 
     def __init__(self, out: Path, begun: Mapping[str, Any], *, seconds: float) -> None:
         self.folder = out.with_name(out.name + ".training")
-        self.begun, self.seconds = begun, seconds
+        self.begun, self.seconds, self.saved_at = begun, seconds, time.monotonic()
         self.step = max((int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")), default=0)
         self.newest = self.folder / f"step_{self.step}"
         self.position: StreamPosition | None = None
@@ -293,12 +289,6 @@ class _Checkpoints:
             )
         tensors = load_file(self.newest / "stream.safetensors")
         self.position = StreamPosition(shuffle=tensors.pop("shuffle"), rest=tensors, **saved["stream"])
-
-    def load(self, trainer: MultiSAETrainer) -> None:
-        """Restore weights, optimizers and schedules from the newest checkpoint, if there is one."""
-        if self.step:
-            trainer.load_checkpoint(self.newest)
-        self.saved_at = time.monotonic()
 
     def save_if_due(self, trainer: MultiSAETrainer, position: StreamPosition, step: int) -> None:
         """Write a checkpoint if the last one is old enough, complete or not at all, then remove the others."""

@@ -1,4 +1,4 @@
-"""Text as documents: from files of lines, tables, saved datasets and the hub; without torch.
+"""Reads documents from files, tables, saved datasets and the hub, without torch.
 
 documents = read_documents("data/math.jsonl", field="messages")             # texts, or chats as lists of messages
 """
@@ -25,29 +25,27 @@ def read_documents(
     """Read documents: texts, or chats where the field holds messages.
 
     Args:
-        path: a file that ends in ``.jsonl``, ``.parquet`` or ``.txt`` (one document); a folder that
-            `datasets.Dataset.save_to_disk` wrote; or a dataset on the hub, ``owner/name`` or ``owner/name/config``,
-            with ``:split`` behind it or not.
-        field: what holds the document in each row: a text, or a list of messages with ``role`` and ``content``.
-        limit: at most this many documents, from the top.
-        split: of a dataset that has several; ``train`` if nothing else is said.
+        path: a ``.jsonl``, ``.parquet`` or ``.txt`` file (one document); a folder of `datasets.Dataset.save_to_disk`;
+            or a dataset on the hub: ``owner/name`` or ``owner/name/config``, with or without ``:split``.
+        field: the field with the document in each row: a text, or a list of messages with ``role`` and ``content``.
+        limit: maximum number of documents, from the top.
+        split: of a dataset that has several; ``train`` by default.
 
     Returns:
         a str, or a list of messages, per document; all of one kind.
 
     Raises:
-        StethoscopeError: the data is missing, empty, malformed, or lacks the field; every bad row is named.
+        StethoscopeError: the data is missing, empty, malformed, or lacks the field; the bad rows are named.
     """
     path = Path(path)
+    rows: Iterable[tuple[str, Any]]
     if path.suffix == ".txt":
         text = _text(path)
-        return [text] if text.strip() else _none(path)
-    if path.suffix == ".jsonl":
-        rows: Iterable[tuple[str, Any]] = json_lines(path)
-    elif path.suffix == ".parquet":
-        rows = _parquet(path, field, limit)
+        rows = [("text", {field: text})] if text.strip() else []
+    elif path.suffix == ".jsonl":
+        rows = json_lines(path)
     else:
-        rows = _dataset(path, field, limit, split)
+        rows = _parquet(path, field, limit) if path.suffix == ".parquet" else _dataset(path, field, limit, split)
     documents: list[Any] = []
     problems: list[str] = []
     for where, row in rows:
@@ -57,7 +55,12 @@ def read_documents(
         elif isinstance(value, str) and value.strip():
             documents.append(value)
         elif isinstance(value, list) and value:
-            problems += [f"{where}: {problem}" for problem in _unsound(value)]
+            problems += [
+                f"{where}: message {number} is no table with `role` and `content`, both text"
+                for number, message in enumerate(value, 1)
+                if not isinstance(message, dict)
+                or not all(isinstance(message.get(key), str) for key in ("role", "content"))
+            ]
             documents.append(value)
         else:
             have = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -70,7 +73,16 @@ def read_documents(
     if documents and not isinstance(documents[0], str):
         # tables fill in what a message lacks, which a file of lines does not
         documents = [[{k: v for k, v in m.items() if v is not None} for m in chat] for chat in documents]
-    return documents[:limit] or _none(path)
+    if not documents:
+        raise StethoscopeError(f"`{path}` holds no documents")
+    return documents[:limit]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StethoscopeError(f"the text `{path}` cannot be read: {error}") from error
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -81,25 +93,6 @@ def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"line {number}", json.loads(line)
             except ValueError as error:
                 yield f"line {number}", error
-
-
-def _none(path: Path) -> list[Any]:
-    raise StethoscopeError(f"`{path}` holds no documents")
-
-
-def _unsound(chat: list[Any]) -> list[str]:
-    return [
-        f"message {number} is no table with `role` and `content`, both text"
-        for number, message in enumerate(chat, 1)
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content"))
-    ]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise StethoscopeError(f"the text `{path}` cannot be read: {error}") from error
 
 
 def _parquet(path: Path, field: str, limit: int | None) -> list[tuple[str, Any]]:
@@ -151,5 +144,5 @@ def _column(path: Path, field: str, names: list[str], values: list[Any] | None) 
 
 
 def documents_hash(documents: Iterable[Document]) -> str:
-    """One content hash of a list of documents, order included."""
+    """The SHA-256 of a list of documents, in their order."""
     return sha256_bytes(canonical_json(list(documents)).encode())

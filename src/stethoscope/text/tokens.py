@@ -1,4 +1,4 @@
-"""Documents in, token batches out: each document keeps its identity, because tokens in it are not independent.
+"""Token ids of documents, masks of the tokens that count, and batches; each document keeps its identity.
 
 documents = read_documents("data/math.jsonl", field="messages")             # texts, or chats as lists of messages
 rows = tokenize(documents, tokenizer)
@@ -18,25 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from stethoscope.errors import StethoscopeError
-from stethoscope.text.documents import Chat, Document, documents_hash, read_documents
-
-__all__ = [
-    "Document",
-    "TokenBatch",
-    "Tokens",
-    "batches",
-    "counted_tokens",
-    "documents_hash",
-    "prompt_lengths",
-    "read_documents",
-    "tokenize",
-]
+from stethoscope.text.documents import Chat, Document
 
 log = logging.getLogger(__name__)
 
 Tokens = Literal["all", "assistant", "last"]
 
-# Around each message's number: stands for its content in a template, where neither may occur by itself.
+# These enclose a message's number, which replaces its content in a template; neither occurs there by itself.
 _OPEN, _CLOSE = "\ue000", "\ue001"
 _TAG = re.compile(r"(</?\w+>)")
 
@@ -46,11 +34,11 @@ class TokenBatch:
     """Documents of similar length, padded on the right.
 
     Attributes:
-        documents: each row's position in the corpus.
-        input_ids: token ids; padding is the tokenizer's.
-        attention_mask: True on the document's own tokens.
-        countable: True on tokens that statistics count: no padding, no special tokens, and only what was asked for.
-        predicted: True on tokens whose loss counts: the document's own but the first, and none of its prompt's.
+        documents: position of each row's document in the corpus.
+        input_ids: token ids, padded with the tokenizer's padding token.
+        attention_mask: True on the document's tokens.
+        countable: True on tokens that statistics count: no padding, no special tokens, and only the kind asked for.
+        predicted: True on tokens whose loss counts: the document's but the first, without its prompt's.
     """
 
     documents: tuple[int, ...]
@@ -90,10 +78,10 @@ def counted_tokens(
     tokens: Tokens = "all",
     may_be_none: bool = False,
 ) -> list[list[bool]]:
-    """Which tokens of each row of `tokenize` statistics count; special tokens and those of a chat template never.
+    """Mark the tokens of each row of `tokenize` that statistics count; never special tokens or a chat template's.
 
     Args:
-        tokens: ``all`` others; those of the ``assistant``'s messages; or the ``last`` one of each document.
+        tokens: ``all``; those of the ``assistant``'s messages; or the ``last`` one of each document.
         may_be_none: the documents are a part of a corpus, which may have nothing to count.
 
     Returns:
@@ -104,9 +92,8 @@ def counted_tokens(
     """
     special = set(tokenizer.all_special_ids)
     counted = []
-    for i, (document, row) in enumerate(
-        zip(documents, tokenize(documents, tokenizer, max_tokens=max_tokens), strict=True)
-    ):
+    rows = tokenize(documents, tokenizer, max_tokens=max_tokens)
+    for i, (document, row) in enumerate(zip(documents, rows, strict=True)):
         if isinstance(document, str):
             if tokens == "assistant":
                 raise StethoscopeError("a text has no assistant's tokens", hint="give chats, or count `all` tokens")
@@ -126,7 +113,7 @@ def counted_tokens(
 
 
 def prompt_lengths(rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> list[int]:
-    """How many tokens of each row are its prompt's: a token that goes across the prompt's end is not."""
+    """Number of tokens at the start of each row that are its prompt's, without one that crosses the prompt's end."""
     return [
         next((i for i, (a, b) in enumerate(zip(row, prompt, strict=False)) if a != b), min(len(row), len(prompt)))
         for row, prompt in zip(rows, prompts, strict=True)
@@ -150,9 +137,11 @@ def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
 def _content(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int, max_tokens: int, *, assistant: bool
 ) -> list[bool]:
-    """Which tokens of a rendered chat overlap the content of its messages, or of the assistant's."""
+    """Mark the tokens of a rendered chat that overlap the content of its messages, or of the assistant's."""
     text = _render(chat, tokenizer, number)
-    found = _said(chat, tokenizer, number, text, tags=False) or _said(chat, tokenizer, number, text, tags=True)
+    found = _content_spans(chat, tokenizer, number, text, tags=False) or _content_spans(
+        chat, tokenizer, number, text, tags=True
+    )
     if found is None:
         raise StethoscopeError(
             f"in document {number}, what the messages say cannot be told from what the chat template adds",
@@ -165,29 +154,29 @@ def _content(
     return [any(start < b and end > a for a, b in spans) for start, end in encoded["offset_mapping"]]
 
 
-def _said(
+def _content_spans(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int, text: str, *, tags: bool
 ) -> list[tuple[str, tuple[int, int]]] | None:
-    """Roles, and where in a rendered chat what they say begins and ends; None if that cannot be told.
+    """Role, start and end of each content in a rendered chat; None if they cannot be found.
 
-    The chat is rendered again with marks in place of the contents. What stands between the marks is the template's,
-    and the contents must stand between just that in the chat itself, whatever they look like.
+    The chat is rendered again with marks in place of the contents. The text between the marks is the template's, and
+    in the chat itself the contents must lie between exactly that text.
 
     Args:
-        tags: keep what looks like ``<think>`` out of the marks: templates drop or move what such tags enclose.
+        tags: leave tags like ``<think>`` out of the marks: templates drop or move the text in such tags.
     """
-    said: list[tuple[str, str]] = []
+    pieces_by_mark: list[tuple[str, str]] = []
     marked = []
     for message in chat:
         pieces = _TAG.split(message["content"]) if tags else [message["content"]]
         for place, piece in enumerate(pieces):
             # an empty content stays empty: a template may ask whether there is one
             if piece.strip() and not (tags and _TAG.fullmatch(piece)):
-                pieces[place] = f"{_OPEN}{len(said)}{_CLOSE}"
-                said.append((message["role"], piece))
+                pieces[place] = f"{_OPEN}{len(pieces_by_mark)}{_CLOSE}"
+                pieces_by_mark.append((message["role"], piece))
         marked.append({**message, "content": "".join(pieces)})
     first, *rest = re.split(f"{_OPEN}(\\d+){_CLOSE}", _render(marked, tokenizer, number))
-    order = [said[int(mark)] for mark in rest[::2]]
+    order = [pieces_by_mark[int(mark)] for mark in rest[::2]]
     pattern = re.escape(first) + "".join(
         # as it stands, or stripped, as many templates do
         f"({re.escape(piece)}|{re.escape(piece.strip())}){re.escape(after)}"
@@ -205,14 +194,14 @@ def batches(
     counted: Sequence[Sequence[bool]] | None = None,
     starts: Sequence[int] | None = None,
 ) -> Iterator[TokenBatch]:
-    """Batches of at most ``batch_tokens`` tokens, padding included, documents sorted by length.
+    """Yield batches of at most ``batch_tokens`` tokens, padding included, longest documents first.
 
     The composition depends on the documents alone, never on a worker or a run.
 
     Args:
         rows: from `tokenize`.
         counted: from `counted_tokens`, for the same documents; all but special tokens count if None.
-        starts: the first token of each row whose loss counts, such as `prompt_lengths` gives; all count if None.
+        starts: the first token of each row whose loss counts, as from `prompt_lengths`; all count if None.
     """
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
@@ -221,9 +210,7 @@ def batches(
         chosen, order = order[:size], order[size:]
         width = len(rows[chosen[0]])
         ids = torch.full((len(chosen), width), int(tokenizer.pad_token_id), dtype=torch.int64)
-        attention = torch.zeros((len(chosen), width), dtype=torch.bool)
-        countable = torch.zeros((len(chosen), width), dtype=torch.bool)
-        predicted = torch.zeros((len(chosen), width), dtype=torch.bool)
+        attention, countable, predicted = torch.zeros((3, len(chosen), width), dtype=torch.bool)
         for place, i in enumerate(chosen):
             ids[place, : len(rows[i])] = torch.tensor(rows[i], dtype=torch.int64)
             attention[place, : len(rows[i])] = True

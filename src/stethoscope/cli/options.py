@@ -1,0 +1,144 @@
+"""Options that several commands have, each declared once, and the values that are more than a word or a number."""
+
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stethoscope.cli.console import command_line
+from stethoscope.errors import StethoscopeError
+
+if TYPE_CHECKING:
+    from stethoscope.recipe import Recipe
+
+for_this_command = ExitStack()  # closed when the command ends
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Suppress warnings of libraries, from `warnings` and from `logging`; errors stay."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            logging.captureWarnings(True)
+            yield
+    finally:
+        logging.captureWarnings(False)
+        logging.disable(before)
+
+
+def _hush(quiet: bool) -> bool:
+    if quiet:
+        for_this_command.enter_context(_without_warnings())
+    return quiet
+
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe file.")]
+RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; `runs/RECIPE` by default.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe, such as `select.k=3`; repeatable."),
+]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print only the result, as JSON on stdout.")]
+RayAddress = Annotated[
+    str | None, typer.Option("--ray", metavar="auto|ADDRESS", help="Ray cluster to use; `auto` starts one here.")
+]
+Workers = Annotated[int | None, typer.Option(min=0, help="Number of workers; as many as fit by default.")]
+GPUs = Annotated[float | None, typer.Option("--gpus", min=0, help="GPUs per worker, such as 0.5; 0 for CPUs only.")]
+Device = Annotated[
+    str | None,
+    typer.Option("--device", metavar="cpu|cuda|auto", help="Device of this process; `auto` is a GPU if there is one."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="No progress and no warnings.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Layers = Annotated[str, typer.Option(help="Layers, such as `3,5-8`, or `all`.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """The options of commands that run a recipe."""
+
+    recipe: RecipePath
+    out: RunFolder = None
+    changes: Changes = None
+    ray: RayAddress = None
+    workers: Workers = None
+    gpus: GPUs = None
+    device: Device = None
+    quiet: Quiet = False
+    as_json: AsJSON = False
+
+    def read(self) -> "tuple[Recipe, Path]":
+        """The recipe, with what the options change in it, and its run folder."""
+        from stethoscope.recipe import Ray, Recipe
+
+        chosen = Recipe.from_yaml(self.recipe, self.changes or ())
+        workers = {"address": self.ray, "workers": self.workers, "gpus": self.gpus}
+        if given := {name: value for name, value in workers.items() if value is not None}:
+            chosen = chosen.model_copy(update={"ray": (chosen.ray or Ray()).model_copy(update=given)})
+        if self.device:
+            chosen = chosen.model_copy(update={"device": self.device})
+        return chosen, self.out or Path("runs") / self.recipe.stem
+
+    def next(self, command: str, *more: str) -> str:
+        """The command line of another command for the same recipe and folder."""
+        return command_line(command, self.recipe, *(["--out", self.out] if self.out else []), *more)
+
+
+def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `RecipeOptions`, which it takes as its first parameter."""
+    names = [field.name for field in fields(RecipeOptions)]
+    _, *others = inspect.signature(command).parameters.values()
+    own = inspect.signature(RecipeOptions).parameters.values()
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        command(RecipeOptions(**{name: values.pop(name) for name in names}), **values)
+
+    by_keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *others)]
+    run.__signature__ = inspect.Signature(by_keyword)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in by_keyword}
+    del run.__wrapped__
+    return run
+
+
+def parse_layers(text: str) -> list[int]:
+    """Layer numbers from `3,5-8`.
+
+    Raises:
+        StethoscopeError: the text is something else.
+    """
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise StethoscopeError(f"`{part}` in `--layers {text}` is no layer", hint="write `3,5-8`, or `all`")
+        layers += range(int(first), int(last or first) + 1)
+    return layers
+
+
+def labelled(text: str) -> tuple[str, str | None]:
+    """A path and the name after its last `=`, if there is one; a path that exists may contain `=` itself."""
+    path, found, name = text.rpartition("=")
+    return (path, name) if found and path and name and not Path(text).exists() else (text, None)
+
+
+def parse_margin(text: str) -> tuple[str, float]:
+    """A task and its margin from `TASK=0.05`; the task is empty if there is none.
+
+    Raises:
+        StethoscopeError: the margin is not a number.
+    """
+    task, _, share = text.rpartition("=")
+    try:
+        return task, float(share)
+    except ValueError as error:
+        raise StethoscopeError(f"the margin `{text}` is no number", hint="`--margin 0.02`, or `TASK=0.05`") from error
