@@ -78,11 +78,8 @@ def test_a_limit_on_file_size(kind, refused):
 @pytest.mark.parametrize("call", [0, 1, 5, 10])
 def test_a_disk_that_fills_on_the_way(kind, call, refused, monkeypatch):
     calls = iter(range(1000))
-    for name in ("pwrite", "copy_file_range"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *args, real=real: real(*args) if next(calls) < call else failing(errno.ENOSPC)()
-        )
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *args: real(*args) if next(calls) < call else failing(errno.ENOSPC)())
     refused("is full", kind=kind)
 
 
@@ -100,7 +97,6 @@ def test_an_output_that_cannot_be_written(name, message, refused, monkeypatch):
     [
         ("pwrite", lambda handle, data, offset, real=os.pwrite: real(handle, data[:7], offset)),  # short writes
         ("posix_fallocate", failing(errno.EOPNOTSUPP)),
-        ("copy_file_range", failing(errno.EXDEV)),  # two file systems
     ],
 )
 def test_what_a_file_system_lacks_is_made_up_for(name, instead, base, change, tmp_path, monkeypatch):

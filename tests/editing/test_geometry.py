@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from test_projection import GPT2, LLAMA
-from world import make, save_adapter
+from world import make, save_adapter, save_pair
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
@@ -233,6 +233,16 @@ def test_gpt2_is_measured_too(tmp_path):
     made = measure_geometry(change, features(), provenance=Provenance(), model=model, texts={"t": [batch()]}, draws=3)
     assert [len(layer.tensors) for layer in made.layers] == [4, 4]
     assert all(0 < tensor.functional["t"] <= 1.01 for layer in made.layers for tensor in layer.tensors)
+
+
+def test_routers_are_measured_too(tmp_path):
+    base, tuned = save_pair("mixtral", tmp_path, dtype=torch.float32)
+    change = open_task_vector(open_checkpoint(base), tuned)
+    model = make("mixtral", dtype=torch.float32)
+    made = measure_geometry(change, features(), model=model, texts={"t": [batch()]}, draws=3)
+    routers = [tensor for layer in made.layers for tensor in layer.tensors if tensor.name.endswith("gate.weight")]
+    assert len(routers) == 2
+    assert all(0 < tensor.functional["t"] <= 1.01 for tensor in routers)
 
 
 def test_the_same_seed_gives_the_same_file_and_it_loads(measured, changed, tmp_path):

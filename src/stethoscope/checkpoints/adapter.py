@@ -15,9 +15,10 @@ from typing import Any
 
 from jaxtyping import Float
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
-from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.hashing import same_bytes
+from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
 from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError
@@ -85,8 +86,7 @@ class AdapterTaskVector(TaskVector):
         self.config = read_json_object(path / CONFIG, hint="a PEFT adapter has one")
         if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
             refuse_pickle(path, "adapter_model.bin")
-        slots = read_header(path / WEIGHTS)
-        entries = {key: replace(make_entry(key, slot, WEIGHTS), name=key) for key, slot in slots.items()}
+        entries = {key: replace(entry, name=key) for key, entry in read_header(path / WEIGHTS).items()}
         # an adapter is a checkpoint with names of its own: the same reader serves; a snapshot's folder is its commit
         store = Checkpoint(
             path, {}, entries, source=source or path.resolve().name, revision=path.name if source else None
@@ -252,7 +252,7 @@ class AdapterTaskVector(TaskVector):
 
     def _head_is_embedding(self, head: str) -> bool:
         embeddings = [key for key in self.store if parse_name(_split_key(key)[0]).canonical == "embed_tokens.weight"]
-        return any(self.store.read_bytes(key) == self.store.read_bytes(head) for key in embeddings)
+        return any(same_bytes(self.store, key, head) for key in embeddings)
 
 
 def _split_key(key: str) -> tuple[str, str]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Shaped
 
-from stethoscope.checkpoints.header import DTYPES, Slot
-from stethoscope.checkpoints.names import Kind, parse_name
+from stethoscope.checkpoints.header import DTYPES, Entry
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -24,27 +22,6 @@ def torch_dtype(stored: str) -> torch.dtype:
     """PyTorch's dtype for a stored one that has a tensor form."""
     found: torch.dtype = getattr(torch, str(DTYPES[stored].torch))
     return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry(Slot):
-    """One tensor of a checkpoint: a file's slot, which file that is, and what the tensor's stored name means."""
-
-    name: str
-    stored: str
-    layer: int | None
-    kind: Kind
-    file: str
-
-    @property
-    def rows(self) -> int:
-        """Rows of the tensor seen as a matrix of its last dimension: what chunked reading counts in."""
-        return math.prod(self.shape[:-1])
-
-    @property
-    def columns(self) -> int:
-        """Elements per row: the last dimension, 1 for a scalar."""
-        return self.shape[-1] if self.shape else 1
 
 
 class Checkpoint:
@@ -86,9 +63,6 @@ class Checkpoint:
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
-    def __repr__(self) -> str:
-        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors, {self.layers} layers)"
-
     @cached_property
     def tied(self) -> bool:
         """Whether the head is the embedding: nothing stored for it, or the config says so."""
@@ -108,8 +82,6 @@ class Checkpoint:
         try:
             return self.entries[name]
         except KeyError:
-            from difflib import get_close_matches
-
             near = get_close_matches(name, self.entries, n=1)
             raise CheckpointError(
                 f"`{self.source}` has no tensor `{name}`", hint=f"did you mean `{near[0]}`?" if near else None
@@ -139,13 +111,6 @@ class Checkpoint:
         data = torch.empty(size, dtype=torch.uint8) if buffer is None else buffer[:size]
         self.read_into(entry, entry.start + start * row, data.numpy().data)
         return data.view(torch_dtype(entry.dtype)).view(stop - start, entry.columns)
-
-    def read_bytes(self, name: str) -> bytes:
-        """The tensor's bytes as stored."""
-        entry = self.entry(name)
-        data = bytearray(entry.nbytes)
-        self.read_into(entry, entry.start, memoryview(data))
-        return bytes(data)
 
     def pieces(self, entry: Entry) -> Iterator[memoryview]:
         """A tensor's bytes as stored, in pieces; each is valid until the next is asked for."""
@@ -181,12 +146,3 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
                 if table.get(key) is not None:
                     return table[key]
     return None
-
-
-def make_entry(stored: str, slot: Slot, file: str) -> Entry:
-    """The entry of a file's tensor, its name understood."""
-    name = parse_name(stored)
-    return Entry(
-        name=name.canonical, stored=stored, layer=name.layer, kind=name.kind,
-        dtype=slot.dtype, shape=slot.shape, file=file, start=slot.start, end=slot.end,
-    )  # fmt: skip

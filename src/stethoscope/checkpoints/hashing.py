@@ -3,7 +3,8 @@
 from blake3 import blake3
 
 from stethoscope.artifacts import canonical_json
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.header import Entry
 
 ALGORITHM = "blake3"  # kept in every manifest
 SAMPLE = 4096
@@ -15,6 +16,14 @@ def hash_tensor(checkpoint: Checkpoint, entry: Entry) -> str:
     for piece in checkpoint.pieces(entry):
         digest.update(piece)
     return digest.hexdigest()
+
+
+def same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    """Whether two of a checkpoint's tensors have the same dtype, shape and bytes; False if one is not there."""
+    first, second = checkpoint.entries.get(one), checkpoint.entries.get(two)
+    if first is None or second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return hash_tensor(checkpoint, first) == hash_tensor(checkpoint, second)
 
 
 def fingerprint(checkpoint: Checkpoint, *, without: frozenset[str] = frozenset()) -> str:

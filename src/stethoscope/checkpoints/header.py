@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stethoscope.checkpoints.names import Kind, parse_name
 from stethoscope.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # what the safetensors library itself accepts
@@ -44,9 +45,19 @@ DTYPES = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
-    """One tensor of one file: what it is and where its bytes lie, counted from the file's first byte."""
+class Entry:
+    """One tensor of a weight file.
 
+    Attributes:
+        name, layer, kind: what its stored name means.
+        start, end: where its bytes lie, counted from the file's first byte.
+    """
+
+    name: str
+    stored: str
+    layer: int | None
+    kind: Kind
+    file: str
     dtype: str
     shape: tuple[int, ...]
     start: int
@@ -56,8 +67,27 @@ class Slot:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    @property
+    def rows(self) -> int:
+        """Rows of the tensor seen as a matrix of its last dimension: what chunked reading counts in."""
+        return math.prod(self.shape[:-1])
 
-def read_header(path: Path) -> dict[str, Slot]:
+    @property
+    def columns(self) -> int:
+        """Elements per row: the last dimension, 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
+
+
+def make_entry(stored: str, file: str, dtype: str, shape: Sequence[int], start: int, end: int) -> Entry:
+    """The entry of a file's tensor, its name understood."""
+    name = parse_name(stored)
+    return Entry(
+        name=name.canonical, stored=stored, layer=name.layer, kind=name.kind,
+        file=file, dtype=dtype, shape=tuple(shape), start=start, end=end,
+    )  # fmt: skip
+
+
+def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of a safetensors file by stored name, in the order of their bytes.
 
     Raises:
@@ -82,8 +112,8 @@ def read_header(path: Path) -> dict[str, Slot]:
     return parse_header(text, size=size, path=path)
 
 
-def parse_header(text: bytes, *, size: int, path: Path) -> dict[str, Slot]:
-    """Check a header's JSON against a file of ``size`` bytes; ``path`` is for messages only."""
+def parse_header(text: bytes, *, size: int, path: Path) -> dict[str, Entry]:
+    """Check a header's JSON against a file of ``size`` bytes."""
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -94,48 +124,45 @@ def parse_header(text: bytes, *, size: int, path: Path) -> dict[str, Slot]:
     problems: list[str] = []
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         problems.append("`__metadata__` is not a table of strings")
-    data_start = 8 + len(text)
-    slots: dict[str, Slot] = {}
+    entries: list[Entry] = []
     for name, claim in header.items():
-        slot = _check_claim(name, claim, data_start, problems)
-        if slot is not None:
-            slots[name] = slot
-    slots = dict(sorted(slots.items(), key=lambda item: (item[1].start, item[1].end)))
-    if not problems:
-        problems += _check_coverage(slots, data_start, size)
-    if problems:
+        if problem := _problem_of(claim):
+            problems.append(f"`{name}` {problem}")
+        else:
+            start, end = (8 + len(text) + offset for offset in claim["data_offsets"])
+            entries.append(make_entry(name, path.name, claim["dtype"], claim["shape"], start, end))
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    if problems := problems or _coverage_problems(entries, 8 + len(text), size):
         raise _damaged(path, problems)
-    return slots
+    return {entry.stored: entry for entry in entries}
 
 
-def _check_claim(name: str, claim: Any, data_start: int, problems: list[str]) -> Slot | None:
+def _problem_of(claim: Any) -> str | None:
+    """What is wrong with what a header says of a tensor."""
     if not isinstance(claim, dict) or set(claim) != {"dtype", "shape", "data_offsets"}:
-        problems.append(f"`{name}` does not say exactly dtype, shape and data_offsets")
-        return None
+        return "does not say exactly dtype, shape and data_offsets"
     dtype, shape, offsets = claim["dtype"], claim["shape"], claim["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        problems.append(f"`{name}` has the unknown dtype `{dtype}`")
-    elif not _naturals(shape):
-        problems.append(f"`{name}` has the shape {_short(shape)}")
-    elif not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        problems.append(f"`{name}` has the byte range {_short(offsets)}")
-    elif math.prod(shape) * DTYPES[dtype].bits != 8 * (offsets[1] - offsets[0]):
-        problems.append(
-            f"`{name}` is {dtype} {_short(shape)} but its byte range holds {offsets[1] - offsets[0]:,} bytes"
-        )
-    else:
-        return Slot(dtype=dtype, shape=tuple(shape), start=data_start + offsets[0], end=data_start + offsets[1])
+        return f"has the unknown dtype `{dtype}`"
+    if not _naturals(shape):
+        return f"has the shape {str(shape)[:60]}"
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"has the byte range {str(offsets)[:60]}"
+    nbytes = offsets[1] - offsets[0]
+    if math.prod(shape) * DTYPES[dtype].bits != 8 * nbytes:
+        return f"is {dtype} {str(shape)[:60]} but its byte range holds {nbytes:,} bytes"
     return None
 
 
-def _check_coverage(slots: Mapping[str, Slot], data_start: int, size: int) -> list[str]:
+def _coverage_problems(entries: Sequence[Entry], start: int, size: int) -> list[str]:
+    """Gaps, overlaps and bytes left over."""
     problems = []
-    end, before = data_start, "the header"
-    for name, slot in slots.items():
-        if slot.start != end:
-            word = "overlaps" if slot.start < end else "leaves a gap behind"
-            problems.append(f"`{name}` {word} {before}")
-        end, before = max(end, slot.end), f"`{name}`"
+    end, before = start, "the header"
+    for entry in entries:
+        if entry.start != end:
+            word = "overlaps" if entry.start < end else "leaves a gap behind"
+            problems.append(f"`{entry.stored}` {word} {before}")
+        end, before = max(end, entry.end), f"`{entry.stored}`"
     if end > size:
         problems.append(f"its tensors need {end:,} bytes but the file has {size:,}: it is truncated")
     elif end < size:
@@ -170,11 +197,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _naturals(value: Any) -> bool:
     # bool is an int to Python, but not a size
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _damaged(path: Path, problems: Sequence[str]) -> CheckpointError:

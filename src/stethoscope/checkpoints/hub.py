@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stethoscope.checkpoints.header import Slot
+from stethoscope.checkpoints.header import Entry, make_entry
 from stethoscope.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -29,7 +29,7 @@ def from_hub(repository: str, revision: str | None, *, weights: bool = True) -> 
         return Path(download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=["*/*"]))
 
 
-def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[str, Slot]]:
+def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[str, Entry]]:
     """The tensors of each safetensors file of a repository, without fetching the files.
 
     The places of the tensors are counted from the first tensor's byte: these are for looking, not for reading.
@@ -46,7 +46,7 @@ def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[st
         ) from error
     return {
         file: {
-            name: Slot(dtype=info.dtype, shape=tuple(info.shape), start=info.data_offsets[0], end=info.data_offsets[1])
+            name: make_entry(name, file, info.dtype, info.shape, *info.data_offsets)
             for name, info in about.tensors.items()
         }
         for file, about in found.files_metadata.items()
@@ -56,28 +56,21 @@ def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[st
 @contextmanager
 def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
     """Say what the hub library's errors mean."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
     try:
         yield
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise CheckpointError(
             f"`{repository}` is gated on the hub", hint="accept its licence there, then `hf auth login`"
         ) from error
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         where = f" at revision `{revision}`" if revision else ""
         raise CheckpointError(
             f"there is no folder and no hub repository `{repository}`{where}",
             hint="check the spelling; for a private repository, `hf auth login`",
         ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
             f"`{repository}` is neither a folder nor in the hub's cache, and the hub cannot be reached",
             hint="fetch it once with a network (`hf download`), or give a local folder",

@@ -32,20 +32,11 @@ BLOCKS = frozenset({"layers", "h", "blocks"})
 
 # Tensors of the decoder outside its blocks: stored module -> canonical module and kind.
 OUTSIDE_BLOCKS: dict[str, tuple[str, Kind]] = {
-    "embed_tokens": ("embed_tokens", "embedding"),
-    "wte": ("embed_tokens", "embedding"),
-    "embed_in": ("embed_tokens", "embedding"),
-    "word_embeddings": ("embed_tokens", "embedding"),
-    "wpe": ("embed_positions", "embedding"),
-    "embed_positions": ("embed_positions", "embedding"),
+    **dict.fromkeys(("embed_tokens", "wte", "embed_in", "word_embeddings"), ("embed_tokens", "embedding")),
+    **dict.fromkeys(("embed_positions", "wpe"), ("embed_positions", "embedding")),
     "word_embeddings_layernorm": ("embed_norm", "embedding"),
-    "norm": ("norm", "norm"),
-    "ln_f": ("norm", "norm"),
-    "norm_f": ("norm", "norm"),
-    "final_layernorm": ("norm", "norm"),
-    "final_layer_norm": ("norm", "norm"),
-    "lm_head": ("lm_head", "head"),
-    "embed_out": ("lm_head", "head"),
+    **dict.fromkeys(("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"), ("norm", "norm")),
+    **dict.fromkeys(("lm_head", "embed_out"), ("lm_head", "head")),
 }
 
 # What a block is made of, by the first component behind its number.

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, config_value, make_entry
+from stethoscope.checkpoints.checkpoint import Checkpoint, config_value
 from stethoscope.checkpoints.files import read_json_object, weight_files
-from stethoscope.checkpoints.hashing import hash_tensor
-from stethoscope.checkpoints.header import Slot, read_header
+from stethoscope.checkpoints.hashing import same_bytes
+from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
@@ -81,18 +81,18 @@ def open_task_vector(
     return TaskVector(base, store, _match(base, store))
 
 
-def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Slot]], list[str]]:
+def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Entry]], list[str]]:
     """The tensors of each weight file, and what is wrong with the files or differs from the index."""
-    headers: dict[str, dict[str, Slot]] = {}
+    headers: dict[str, dict[str, Entry]] = {}
     problems: list[str] = []
     for file, promised in weight_files(folder).items():
         try:
-            slots = headers[file] = read_header(folder / file)
+            entries = headers[file] = read_header(folder / file)
         except CheckpointError as error:
             problems += [f"`{file}`: {problem}" for problem in error.problems or (error.message,)]
             continue
         if promised is not None:
-            lacking, unlisted = sorted(promised - set(slots)), sorted(set(slots) - promised)
+            lacking, unlisted = sorted(promised - set(entries)), sorted(set(entries) - promised)
             problems += [f"`{file}` lacks `{name}`, which the index says it has" for name in lacking]
             # Transformers reads a whole shard whatever the index says, so an unlisted tensor is a second truth
             problems += [f"`{file}` has `{name}`, which the index does not list there" for name in unlisted]
@@ -100,14 +100,13 @@ def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Slot]], list[str]]:
 
 
 def named_entries(
-    source: str, headers: Mapping[str, Mapping[str, Slot]], found: Iterable[str] = ()
+    source: str, headers: Mapping[str, Mapping[str, Entry]], found: Iterable[str] = ()
 ) -> dict[str, Entry]:
     """All files' tensors by canonical name; raises the problems ``found`` so far and those of names."""
     problems = list(found)
     entries: dict[str, Entry] = {}
-    for file, slots in headers.items():
-        for stored, slot in slots.items():
-            entry = make_entry(stored, slot, file)
+    for file, inside in headers.items():
+        for stored, entry in inside.items():
             other = entries.setdefault(entry.name, entry)
             if other is not entry and other.stored == stored:
                 problems.append(f"`{stored}` is in `{other.file}` and in `{file}`")
@@ -167,7 +166,7 @@ def _match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
     for name, entry in tuned.entries.items():
         if name in base.entries or entry.kind in ("buffer", "vision"):
             continue
-        if not (name == head and (tuned.tied or _same_bytes(tuned, entry, tuned.entries.get(embedding)))):
+        if not (name == head and (tuned.tied or same_bytes(tuned, head, embedding))):
             problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
     if problems:
         raise CheckpointError(
@@ -176,9 +175,3 @@ def _match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
             hint="base and tuned must be the same architecture with the same vocabulary",
         )
     return matches
-
-
-def _same_bytes(checkpoint: Checkpoint, one: Entry, two: Entry | None) -> bool:
-    if two is None or (one.dtype, one.shape) != (two.dtype, two.shape):
-        return False
-    return hash_tensor(checkpoint, one) == hash_tensor(checkpoint, two)

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, torch_dtype
-from stethoscope.checkpoints.header import DTYPES
+from stethoscope.checkpoints.checkpoint import Checkpoint, torch_dtype
+from stethoscope.checkpoints.header import DTYPES, Entry
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 

@@ -134,6 +134,7 @@ def _matrix_inputs(
         before += count
         if len(here) and points:
             for key, values in read_activations(model, points, batch.input_ids).items():
+                values = values.reshape(*batch.countable.shape, -1)  # routers see all tokens in one row
                 kept[key].append(values[batch.countable.to(values.device)][here.to(values.device)].float().cpu())
     rows = {key: torch.cat(several) for key, several in kept.items() if several}
     norms = {layer: values.norm(dim=1) for (layer, place), values in rows.items() if not place}

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.hashing import fingerprint
-from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import named_entries, open_checkpoint
 from stethoscope.editing.manifest import (
@@ -66,16 +66,14 @@ def apply_patch(
         )
 
     def fill(entry: Entry, output: Output) -> dict[str, Any]:
-        digest = blake3()
         if entry.name not in records:
-            copy_tensor(source, entry, digest, output)
-            return describe_tensor(entry, {"from": "base", "hash": digest.hexdigest()})
+            return copy_tensor(source, entry, output)
         pieces = differences.pieces(differences.entries[entry.name])
-        send(exclusive_or(source, entry, pieces), digest, output, entry.start)
-        if digest.hexdigest() != records[entry.name][becomes]:
+        digest = send(exclusive_or(source, entry, pieces), output, entry.start)
+        if digest != records[entry.name][becomes]:
             raise CheckpointError(f"`{entry.stored}` of the patch `{patch}` is damaged", hint="fetch the patch again")
         kept = {key: records[entry.name][key] for key in ("from", "coefficient", "base_hash")}
-        return describe_tensor(entry, kept | {"hash": digest.hexdigest()})
+        return describe_tensor(entry, kept | {"hash": digest})
 
     with output_folder(out) as folder:
         tensors = rewrite(source, folder, fill, progress=progress)

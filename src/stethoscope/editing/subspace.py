@@ -7,7 +7,7 @@ so that raw = projected + complement in every tensor.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -213,8 +213,7 @@ def energy_along(
     return energy, torch.cat(sums)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spectrum:
+class Spectrum(NamedTuple):
     """How a change's energy is spread over its singular directions.
 
     Attributes:

@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from blake3 import blake3
 
 from stethoscope.artifacts import new_folder
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.header import Entry
+from stethoscope.editing.manifest import describe_tensor
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -30,14 +32,25 @@ FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another
 
 
 class Output:
-    """A new file of known size that several threads fill; ``shared`` if it began as a clone of its source."""
+    """A new file of known size that several threads fill behind its header.
 
-    def __init__(self, path: Path, size: int) -> None:
+    Attributes:
+        shared: the file began as a clone of ``like``, so that whatever is the same needs no copy.
+    """
+
+    def __init__(self, path: Path, size: int, header: bytes, *, like: Path | None = None) -> None:
         self.handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         # The kernel lets one thread write to a file at a time, and the others burn processor time waiting: wait here.
         self._turn = threading.Lock()
         self.size = size
-        self.shared = False
+        try:
+            self.shared = like is not None and self.clone(like)
+            if not self.shared:
+                self.allocate()
+                self.write(0, memoryview(header))
+        except BaseException:
+            self.close()
+            raise
 
     def allocate(self) -> None:
         """Claim the disk space now, so that a full disk is known before the first byte is written."""
@@ -100,35 +113,26 @@ def output_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> I
         _sync(out.parent)
 
 
-@contextmanager
-def output_file(path: Path, header: bytes, size: int) -> Iterator[Output]:
-    """A new file with its header written and ``size`` bytes claimed behind it."""
-    output = Output(path, len(header) + size)
-    try:
-        output.allocate()
-        output.write(0, memoryview(header))
-        yield output
-    finally:
-        output.close()
-
-
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes, without a copy where it is contiguous."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def send(pieces: Iterable[memoryview], digest: blake3, output: Output | None, offset: int) -> None:
-    """Hash pieces and write them one behind the other; with no output, only hash."""
+def send(pieces: Iterable[memoryview], output: Output | None, offset: int) -> str:
+    """Write pieces one behind the other, or nowhere; return the hash of their bytes."""
+    digest = blake3()
     for piece in pieces:
         digest.update(piece)
         if output is not None:
             output.write(offset, piece)
         offset += len(piece)
+    return digest.hexdigest()
 
 
-def copy_tensor(checkpoint: Checkpoint, entry: Entry, digest: blake3, output: Output) -> None:
-    """Copy a tensor to the same place of a file with the same layout, and hash it; only hash it if it is shared."""
-    send(checkpoint.pieces(entry), digest, None if output.shared else output, entry.start)
+def copy_tensor(checkpoint: Checkpoint, entry: Entry, output: Output) -> dict[str, Any]:
+    """Put a tensor as it is in the same place of a file with the same layout; return its record for the manifest."""
+    digest = send(checkpoint.pieces(entry), None if output.shared else output, entry.start)
+    return describe_tensor(entry, {"from": "base", "hash": digest})
 
 
 def in_parallel(
@@ -181,14 +185,11 @@ def rewrite(
     with ExitStack() as stack:
         for file in source.files:
             path = source.path / file
-            output = Output(folder / file, path.stat().st_size)
-            stack.callback(output.close)
             inside = [entry for entry in source.entries.values() if entry.file == file]
-            output.shared = output.clone(path)
-            if not output.shared:
-                output.allocate()
-                with path.open("rb") as header:
-                    output.write(0, memoryview(header.read(min(entry.start for entry in inside))))
+            with path.open("rb") as opened:
+                header = opened.read(min(entry.start for entry in inside))
+            output = Output(folder / file, path.stat().st_size, header, like=path)
+            stack.callback(output.close)
             jobs += [(entry.start / output.size, entry, output) for entry in inside]
         # the kernel lets one thread write to a file at a time: go through all files at once
         jobs.sort(key=lambda job: job[0])

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry, make_entry
-from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.editing.manifest import known_files, read_manifest
 from stethoscope.editing.transfer import Progress, hash_tensors
 from stethoscope.errors import CheckpointError
@@ -52,14 +52,13 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
     entries: dict[str, Entry] = {}
     for file in sorted({record["file"] for record in manifest["tensors"].values()}):
         try:
-            slots = read_header(path / file)
+            inside = read_header(path / file)
         except CheckpointError as error:
             problems += [error.message, *(f"`{file}`: {problem}" for problem in error.problems)]
             continue
-        for stored, slot in slots.items():
-            if stored not in manifest["tensors"]:
-                problems.append(f"`{stored}` in `{file}` is not in the manifest")
-            entries[stored] = make_entry(stored, slot, file)
+        unknown = [stored for stored in inside if stored not in manifest["tensors"]]
+        problems += [f"`{stored}` in `{file}` is not in the manifest" for stored in unknown]
+        entries |= inside
     present = [stored for stored in manifest["tensors"] if stored in entries]
     problems += [f"`{stored}` is missing" for stored in manifest["tensors"] if stored not in entries]
     store = Checkpoint(path, {}, entries, source=str(path))

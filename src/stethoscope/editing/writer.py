@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +21,9 @@ from blake3 import blake3
 
 from stethoscope.artifacts import write_json
 from stethoscope.checkpoints.adapter import CONFIG, WEIGHTS, AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint, Entry
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.hashing import hash_tensor
-from stethoscope.checkpoints.header import DTYPES, build_header
+from stethoscope.checkpoints.header import DTYPES, Entry, build_header
 from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, not_finite
 from stethoscope.editing.apply import edited_tensor
 from stethoscope.editing.manifest import copy_side_files, describe_edit, describe_tensor, write_generated
@@ -34,7 +35,6 @@ from stethoscope.editing.transfer import (
     Progress,
     copy_tensor,
     in_parallel,
-    output_file,
     output_folder,
     rewrite,
     send,
@@ -134,14 +134,12 @@ class _Writer:
         shared: list[int] = []
 
         def fill(entry: Entry, output: Output) -> Record:
-            digest = blake3()
             if entry.name not in self.chosen:
-                copy_tensor(self.base, entry, digest, output)
                 shared.append(entry.nbytes if output.shared else 0)
-                return describe_tensor(entry, {"from": "base", "hash": digest.hexdigest()})
+                return copy_tensor(self.base, entry, output)
             origin, pieces = self._new_pieces(entry)
-            send(pieces, digest, output, entry.start)
-            record = {"from": origin, "coefficient": self.chosen[entry.name], "hash": digest.hexdigest()}
+            digest = send(pieces, output, entry.start)
+            record = {"from": origin, "coefficient": self.chosen[entry.name], "hash": digest}
             if origin == "computed":
                 # read again while its pages are still in memory
                 record["base_hash"] = hash_tensor(self.base, entry)
@@ -160,13 +158,14 @@ class _Writer:
         header = build_header({entry.stored: (f"U{DTYPES[entry.dtype].bits}", entry.shape) for entry in entries})
         jobs: list[tuple[int, Callable[[], Record]]] = []
         offset = len(header)
-        with output_file(folder / PATCH, header, sum(entry.nbytes for entry in entries)) as output:
+        size = len(header) + sum(entry.nbytes for entry in entries)
+        with closing(Output(folder / PATCH, size, header)) as output:
             for entry in entries:
                 jobs.append((entry.nbytes, partial(self._difference, entry, output, offset)))
                 offset += entry.nbytes
             records = in_parallel(jobs, **self.threads)
         tensors = {entry.stored: record for entry, record in zip(entries, records, strict=True)}
-        return tensors, offset, 2 * (offset - len(header))
+        return tensors, size, 2 * (size - len(header))
 
     def adapter(self, folder: Path) -> tuple[dict[str, Record], int, int]:
         """Tuned's adapter with the selected modules only; a coefficient is multiplied into B."""
@@ -180,17 +179,17 @@ class _Writer:
         header = build_header({key: (entry.dtype, entry.shape) for key, entry in entries.items()})
         records: dict[str, Record] = {}
         offset = len(header)
-        with output_file(folder / WEIGHTS, header, sum(entry.nbytes for entry in entries.values())) as output:
+        size = len(header) + sum(entry.nbytes for entry in entries.values())
+        with closing(Output(folder / WEIGHTS, size, header)) as output:
             for key, entry in entries.items():
-                digest, origin, pieces = blake3(), "tuned", _checked(adapter.store, entry)
+                origin, pieces = "tuned", _checked(adapter.store, entry)
                 if scaled[key] != 1:
                     tensor = adapter.store.read(key)
                     origin, pieces = "computed", iter([tensor_bytes((tensor.float() * scaled[key]).to(tensor.dtype))])
-                send(pieces, digest, output, offset)
-                records[key] = describe_tensor(entry, {"from": origin, "hash": digest.hexdigest()})
+                records[key] = describe_tensor(entry, {"from": origin, "hash": send(pieces, output, offset)})
                 offset += entry.nbytes
         write_json(folder / CONFIG, _restricted_config(adapter, self.chosen))
-        return records, offset, offset - len(header)
+        return records, size, size - len(header)
 
     def _new_pieces(self, entry: Entry) -> tuple[str, Iterator[memoryview]]:
         """Where a selected tensor's new bytes come from ("tuned" or "computed"), and the bytes."""
@@ -209,11 +208,11 @@ class _Writer:
 
     def _difference(self, entry: Entry, output: Output, offset: int) -> Record:
         """Put one tensor of a patch in its place; return its record."""
-        before, after, digest = blake3(), blake3(), blake3()
+        before, after = blake3(), blake3()
         origin, pieces = self._new_pieces(entry)
-        send(exclusive_or(self.base, entry, pieces, before, after), digest, output, offset)
+        digest = send(exclusive_or(self.base, entry, pieces, before, after), output, offset)
         record = {"from": origin, "coefficient": self.chosen[entry.name], "base_hash": before.hexdigest()}
-        record |= {"edited_hash": after.hexdigest(), "hash": digest.hexdigest()}
+        record |= {"edited_hash": after.hexdigest(), "hash": digest}
         return describe_tensor(entry, record, file=PATCH)
 
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from stethoscope.display import NONE
 from stethoscope.results.diagnosis import DENSE_RATE, SAEHealth
-from stethoscope.shown import NONE
 
 
 @dataclass(kw_only=True)
