@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from test_pipeline import HIDDEN, LAYERS, write_saes, write_task
+from world import write_saes, write_task
 
 import stethoscope
 from stethoscope import executor as executor_module
@@ -41,6 +41,7 @@ from stethoscope.selection.validate import validate_scores
 from stethoscope.text.tokens import batches, tokenize
 
 ray = pytest.importorskip("ray")
+LAYERS, HIDDEN = 4, 32
 
 WORKERS = pytest.mark.parametrize("workers", [1, 2])
 TEXTS = {
@@ -70,7 +71,8 @@ def world(tmp_path_factory, llama, tokenizer) -> Path:
         tokenizer.save_pretrained(folder / name)
     write_saes(folder / "saes", HIDDEN)
     (folder / "tasks").mkdir()
-    write_task(folder / "tasks", "sums", "+")  # 12 items
+    rows = [{"problem": f"{a}+{b}", "answer": str(a + b)} for a in range(2, 6) for b in range(1, 4)]
+    write_task(folder / "tasks", "sums", rows)
     picks = yaml.safe_load((folder / "tasks" / "sums.yaml").read_text()) | {
         "task": "picks",
         "output_type": "multiple_choice",
