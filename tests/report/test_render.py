@@ -71,7 +71,7 @@ def test_the_verdict_comes_first_and_everything_is_there(page, results):
     text = " ".join(page.text.split())
     headline = results.comparison.contrast("selected").verdict.split(";")[0].replace("`", "").replace("(-", "(\u2212")
     assert headline in text
-    for heading in ("Gain and cost", "What the gain costs", "Where the skill is heard", "How this was made"):
+    for heading in ("Gain and cost", "What the gain costs", "Where the skill shows", "How this was made"):
         assert text.index(headline) < text.index(heading)
     for name in (*ARMS, *SUBJECTS, "word_sorting", "stethoscope run", "abababab", "mass_shift"):
         assert name in text
@@ -218,7 +218,7 @@ def test_optional_results_may_be_missing(run_folder):
     for name in ("recipe.yaml", "evidence.json"):
         (run_folder / name).unlink()
     text = Page(render_report(run_folder).read_text(encoding="utf-8")).text
-    assert "fire on" not in text.split("How this was made")[0].split("Where the skill is heard")[1]
+    assert "fire on" not in text.split("How this was made")[0].split("Where the skill shows")[1]
     assert "to the layer before it" in text
 
 
@@ -276,7 +276,7 @@ def test_the_null_band_is_two_deviations_of_the_null(results):
     rows = profile_rows(results.diagnosis, results.selection)
     assert rows[3]["null_high"] == pytest.approx(2 * 0.008)
     assert [row["layer"] for row in rows if row["kind"] == "selected"] == list(results.selection.layers)
-    assert rows[-1]["kind"] == "not believed"
+    assert rows[-1]["kind"] == "excluded"
 
 
 def test_without_control_losses_the_gains_are_drawn():

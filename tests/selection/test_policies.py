@@ -81,7 +81,7 @@ def test_policies_by_hand(options, layers):
 
 
 def test_too_few_layers_or_none_is_an_error_that_says_why():
-    with pytest.raises(StethoscopeError, match="2 can be believed") as error:
+    with pytest.raises(StethoscopeError, match="only 2 are not excluded") as error:
         choose([0.1, 0.9, 0.2], (1,), k=3)
     assert f"layer 1: {FLAG}" in str(error.value)
     with pytest.raises(StethoscopeError, match=r"chooses no layer: the best, layer 1, has excess 0\.200"):
@@ -91,7 +91,7 @@ def test_too_few_layers_or_none_is_an_error_that_says_why():
             Select(policy=policy)
 
 
-def test_spread_divides_the_layers_that_can_be_believed_and_says_who_was_ahead():
+def test_spread_divides_the_layers_that_are_not_excluded_and_says_who_was_ahead():
     found = select(diagnosis([0.9, 0.1, 0.5, 0.4, 0.3, 0.2], (0, 1)), Select(policy="spread", k=2))
     assert found.layers == (2, 4)
     assert found.choices[2].reason.endswith(", the best of its stretch")

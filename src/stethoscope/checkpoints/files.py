@@ -1,4 +1,4 @@
-"""Which files of a folder are its weights: an index is believed only as far as its own folder goes."""
+"""Find the files of a folder that hold its weights. An index that names a file outside the folder is refused."""
 
 import json
 from pathlib import Path, PurePosixPath

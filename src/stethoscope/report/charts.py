@@ -18,7 +18,7 @@ from stethoscope.results.validation import KINDS, ScoreValidation, SetEffect
 _LAYERS = {
     "selected": ("selected", "diamond"),
     "not selected": ("other", "circle"),
-    "not believed": ("tuned", "cross"),
+    "excluded": ("tuned", "cross"),
 }
 _CAUSES = {"correctness": "selected", "format": "tuned", "truncation": "projected"}
 _RANDOM = "random sets of as many layers"
@@ -97,7 +97,7 @@ def profile_rows(diagnosis: Diagnosis, selection: Selection | None) -> list[dict
     def kind(layer: LayerDiagnosis) -> str:
         if layer.layer in chosen:
             return "selected"
-        return "not selected" if layer.flag is None else "not believed"
+        return "not selected" if layer.flag is None else "excluded"
 
     return [
         {

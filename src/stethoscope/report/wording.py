@@ -125,7 +125,7 @@ def layer_facts(layer: LayerDiagnosis, diagnosis: Diagnosis) -> str:
         f" high or higher in {layer.stability:.0%} of resamples{others}. It adds {layer.increment:+.3f} (z"
         f" {layer.increment_z:.1f}) to the layer before it."
     )
-    return f"{text} Not believed: {layer.flag}." if layer.flag else text
+    return f"{text} Excluded: {layer.flag}." if layer.flag else text
 
 
 def _points(difference: PairedDifference) -> str:

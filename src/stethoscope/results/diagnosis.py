@@ -15,7 +15,7 @@ ALPHA = 0.05  # of the family-wise p-value at which a layer is said to stand out
 NAMED = 8  # layers that a sentence names
 # Columns of the table that a terminal has room for.
 _SHORT = (
-    "layer", "excess", "interval", "z", "p, all layers", "rank", "stability", "explained", "L0", "not believed",
+    "layer", "excess", "interval", "z", "p, all layers", "rank", "stability", "explained", "L0", "excluded",
 )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ class FeatureDifference(Frozen):
 
 
 class LayerDiagnosis(Frozen):
-    """What one layer hears, and whether to believe it.
+    """One layer's score, compared with chance, and the health of its SAE.
 
     Attributes:
         score: specificity as defined, without correction for chance.
@@ -82,8 +82,8 @@ class LayerDiagnosis(Frozen):
         increment_z: in standard deviations of the increment's own null.
         against: the control that the layer stands out least against; all figures above are those against it.
         health: by corpus.
-        flag: why the layer should not be believed, or None.
-        features: those that differ most toward the target, or are worth most to it.
+        flag: why the layer is excluded from selection, or None.
+        features: those that differ most toward the target, or contribute most to it.
     """
 
     layer: int
@@ -110,11 +110,11 @@ class LayerDiagnosis(Frozen):
 
 
 class CorpusSummary(Frozen):
-    """Size of one corpus as listened to.
+    """Size of one corpus, as collected.
 
     Attributes:
         sinks: the most that any layer left out.
-        broken: places of documents that could not be heard and do not count among ``documents``.
+        broken: places of documents that could not be processed and do not count among ``documents``.
     """
 
     documents: int
@@ -142,7 +142,7 @@ class Diagnosis(Display, Artifact):
 
     @property
     def verdict(self) -> str:
-        """One sentence: which layers are specific to the target beyond chance, and which are not believed."""
+        """One sentence: which layers are specific to the target beyond chance, and how many are excluded."""
         found = [layer for layer in self.layers if layer.flag is None and layer.p_familywise <= ALPHA]
         found.sort(key=lambda layer: layer.rank)
         whole = f"{len(self.layers)} layers"
@@ -152,7 +152,7 @@ class Diagnosis(Display, Artifact):
         else:
             said = f"No evidence by `{self.score}` that any of {whole} is specific to the target"
         flagged = sum(layer.flag is not None for layer in self.layers)
-        return f"{said}; {flagged} are not believed." if flagged else f"{said}."
+        return f"{said}; {flagged} are excluded, as their SAEs explain too little." if flagged else f"{said}."
 
     def to_frame(self) -> Any:
         """A pandas frame: a row per layer, ``variance_explained`` and ``l0`` by corpus in columns of their own."""
@@ -212,7 +212,7 @@ class Diagnosis(Display, Artifact):
                 "L0": " / ".join(number(h.l0, ".0f") for h in healths),
                 "dead, %": " / ".join(percent(h.dead) for h in healths),
                 "dense, %": " / ".join(percent(h.dense) for h in healths),
-                "not believed": layer.flag or NONE,
+                "excluded": layer.flag or NONE,
             }
             rows.append(row if full else {name: row[name] for name in _SHORT})
         return table_of(rows)

@@ -44,7 +44,7 @@ class LayerEvidence(Frozen):
 
 
 class Evidence(Artifact):
-    """What the features that speak for each layer heard.
+    """The strongest contexts of each layer's most specific features.
 
     Attributes:
         documents: how many of each corpus were searched, from the top.

@@ -117,7 +117,7 @@ class Geometry(Display, Artifact):
     """Every layer's task vector against its features.
 
     Attributes:
-        tokens: how many each corpus lent.
+        tokens: number of tokens of each corpus.
         verdict: one sentence: do the features keep more than chance, and more than other features would?
     """
 

@@ -44,7 +44,7 @@ def _ahead(ranked: Ranked, options: Select) -> dict[int, int]:
 def _enough(ranked: Ranked, options: Select) -> int:
     assert options.k is not None
     if len(ranked) < options.k:
-        raise StethoscopeError(f"cannot choose {options.k} layers: {len(ranked)} can be believed")
+        raise StethoscopeError(f"cannot choose {options.k} layers: only {len(ranked)} are not excluded")
     return options.k
 
 
@@ -79,7 +79,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | None = None) -> Selection:
-    """Apply a policy to the layers that can be believed and explain every layer's fate; ties go to the lower layer.
+    """Apply a policy to the layers that are not excluded and explain every layer's fate; ties go to the lower layer.
 
     Args:
         provenance: what the result is saved with.
@@ -98,7 +98,7 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
         ) from error
     if not chosen:
         best = ranked[0] if ranked else None
-        shown = f"the best, layer {best.layer}, has {_figures(best)}" if best else "no layer can be believed"
+        shown = f"the best, layer {best.layer}, has {_figures(best)}" if best else "every layer is excluded"
         raise StethoscopeError(
             f"the policy `{options.policy}` chooses no layer: {shown}",
             problems=flags,
