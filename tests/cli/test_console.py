@@ -118,7 +118,7 @@ def test_one_plain_line_a_stage_or_one_bar_on_a_terminal(monkeypatch, capsys):
     ],
 )
 def test_ctrl_c_says_the_exact_command(arguments, word, monkeypatch, capsys):
-    for name in ("recipe.Recipe.from_yaml", "editing.verify.verify", "corpus.read_documents"):
+    for name in ("recipe.Recipe.from_yaml", "editing.verify.verify", "text.documents.read_documents"):
         monkeypatch.setattr(f"stethoscope.{name}", interrupt)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
