@@ -20,13 +20,12 @@ from stethoscope.cli.options import (
     with_recipe_options,
 )
 from stethoscope.errors import StethoscopeError
+from stethoscope.recipe import Recipe
+from stethoscope.run import RunResult, run_recipe
+from stethoscope.stages import Stage
 
 if TYPE_CHECKING:
     from stethoscope.check import Check
-    from stethoscope.run import RunResult
-    from stethoscope.stages import Stage
-
-START = "Start: import the libraries"  # PyTorch, Transformers and the harness take seconds
 
 
 @with_recipe_options
@@ -42,9 +41,6 @@ def run(
         return
     chosen, folder = options.read()
     reporter = ConsoleReporter(quiet=options.quiet)
-    with reporter.stage(START):
-        from stethoscope.run import run_recipe
-
     _show(run_recipe(chosen, folder, reporter=reporter), as_json=options.as_json)
 
 
@@ -62,12 +58,7 @@ def demo(
         raise StethoscopeError(
             f"the demo's package is not installed: {reason}", hint="`make install`, or `pip install -e demo`"
         ) from error
-    from stethoscope.recipe import Recipe
-
     reporter = ConsoleReporter(quiet=quiet)
-    with reporter.stage(START):
-        from stethoscope.run import run_recipe
-
     recipe = prepare_demo(cache_folder(), quick=quick, reporter=reporter)
     folder = out or Path("runs") / ("demo-quick" if quick else "demo")
     if quick:
@@ -133,15 +124,13 @@ def report(
     conclude({"report": str(path)}, as_json=as_json, wrote=[path])
 
 
-def stage_command(stage: "Stage") -> Callable[..., None]:
+def stage_command(stage: Stage) -> Callable[..., None]:
     """The command that runs a recipe up to a stage and shows its result."""
 
     @with_recipe_options
     def command(options: RecipeOptions) -> None:
         chosen, folder = options.read()
         reporter = ConsoleReporter(quiet=options.quiet)
-        with reporter.stage(START):
-            from stethoscope.run import run_recipe
         found = run_recipe(chosen, folder, until=stage.name, reporter=reporter).results[stage.name]
         conclude(
             found.model_dump(mode="json"),
@@ -164,7 +153,7 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else user_cache_path("stethoscope")
 
 
-def _show(result: "RunResult", *, as_json: bool) -> None:
+def _show(result: RunResult, *, as_json: bool) -> None:
     from stethoscope.results.comparison_tables import accuracy_table
 
     found = result.comparison
