@@ -13,6 +13,7 @@ SOURCE = Path(stethoscope.__file__).parent
 # From the top: a room may import rooms below it and nothing beside or above it.
 ORDER = [
     {"cli"},
+    {"keep"},
     {"run"},
     {"stages"},
     {"make"},

@@ -477,5 +477,8 @@ class Kept:
     def apply(self, name: str, delta: Tensor) -> Tensor:
         return delta if ".self_attn." in name else delta / 2
 
+    def low_rank(self, name: str) -> None:
+        return None
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "kept"}

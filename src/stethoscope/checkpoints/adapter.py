@@ -255,6 +255,12 @@ class AdapterTaskVector(TaskVector):
         return any(same_bytes(self.store, key, head) for key in embeddings)
 
 
+def low_rank(task_vector: TaskVector, name: str) -> LoraFactors | None:
+    """The factors of a plain LoRA change; None for DoRA, whose change is not low-rank, and for other task vectors."""
+    factors = task_vector.factors(name) if isinstance(task_vector, AdapterTaskVector) else None
+    return factors if factors is not None and factors.magnitude is None else None
+
+
 def _split_key(key: str) -> tuple[str, str]:
     """An adapter key -> (module, part), or (tensor name, "whole") for a tensor that replaces the base's."""
     parts = tuple(key.removeprefix(ADAPTER_PREFIX).split("."))

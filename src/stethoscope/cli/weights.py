@@ -1,15 +1,19 @@
 """Commands on checkpoints alone: edit, apply, undo, verify, push."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, conclude, warn
-from stethoscope.cli.options import AsJSON, Layers, Quiet, parse_layers
+from stethoscope.cli.options import AsJSON, Device, Quiet, labelled, parse_layers
 from stethoscope.errors import StethoscopeError
+
+if TYPE_CHECKING:
+    from stethoscope.checkpoints.checkpoint import Checkpoint
+    from stethoscope.keep import Wanted
 
 PatchFolder = Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")]
 
@@ -17,16 +21,36 @@ PatchFolder = Annotated[Path, typer.Argument(help="A patch that `edit --kind pat
 def edit(
     base: Annotated[str, typer.Option(help="Base checkpoint: a folder or a hub id.")],
     tuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint or PEFT adapter.")],
-    layers: Layers,
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    layers: Annotated[
+        str, typer.Option(help="Layers, such as `3,5-8`, or `all`; everything if `--keep` is given.")
+    ] = "",
     coefficient: Annotated[float, typer.Option(help="Factor of the change; negative removes a skill.")] = 1.0,
     modules: Annotated[Literal["all", "attention", "mlp"], typer.Option(help="Tensors to edit.")] = "all",
     kind: Annotated[Literal["checkpoint", "patch", "adapter"], typer.Option(help="What to write.")] = "checkpoint",
+    keep: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text that uses the skill: filter the change to keep it.")
+    ] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[=WEIGHT]", help="Text on which the model should stay as it is; repeatable."),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(min=0, help="Strength of the filter; by default the strongest that keeps `--share`.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Share of the fine-tune's gain to keep.")] = 0.95,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of each text.")] = 20_000,
+    field: Annotated[str, typer.Option(help="Field of the texts' rows that holds a text or a chat.")] = "text",
+    device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be written.")] = False,
     quiet: Quiet = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Add a fine-tune's weight change to some layers of its base and write the result."""
+    """Add a fine-tune's weight change to its base and write the result: in some layers, or filtered by texts.
+
+    With `--keep` and `--protect` the change is filtered: what the first text uses is kept, and what the others would
+    notice is left out. No SAEs, tasks or recipe are needed.
+    """
     from dataclasses import asdict
 
     from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
@@ -34,8 +58,22 @@ def edit(
     from stethoscope.editing.preview import check_edit
     from stethoscope.editing.writer import write_edit
 
-    wanted = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers)
-    plan = EditPlan.for_layers(wanted, coefficient=coefficient, modules=modules)
+    if keep is None and not layers:
+        raise StethoscopeError("nothing says what to edit", hint="`--layers 3,5-8`, or `--keep` and `--protect` texts")
+    if keep is None and (protect or strength is not None):
+        raise StethoscopeError("`--protect` and `--strength` belong to `--keep`", hint="name the text to keep, too")
+    chosen = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers) if layers else None
+    if keep is not None:
+        if coefficient != 1 or modules != "all" or dry_run:
+            raise StethoscopeError(
+                "`--coefficient`, `--modules` and `--dry-run` do not go with `--keep`",
+                hint="`--strength` and `--layers` shape a filtered edit",
+            )
+        wanted = _wanted(keep, protect or [], chosen, strength=strength, share=share, tokens=tokens, field=field)
+        _keep(open_checkpoint(base), tuned, wanted, out, kind=kind, device=device or "auto", quiet=quiet, as_json=as_json)
+        return
+    assert chosen is not None
+    plan = EditPlan.for_layers(chosen, coefficient=coefficient, modules=modules)
     if dry_run:
         found = check_edit(base, tuned, plan, out, kind=kind)
         _caution(found.warnings, quiet=quiet)
@@ -63,6 +101,66 @@ def edit(
         says=[f"{made.tensors} tensors of {len(made.layers)} layers changed"],
         wrote=[out],
         then=command_line("verify", out, *(["--base", base] if kind == "checkpoint" else [])),
+    )
+
+
+def _wanted(
+    keep: Path, protect: Sequence[str], layers: Sequence[int] | None, *, field: str, **settings: Any
+) -> "Wanted":
+    """The texts of a filtered edit, read; every one that cannot be is named."""
+    from stethoscope.keep import Wanted
+    from stethoscope.text.documents import read_documents
+
+    texts: dict[str, Any] = {}
+    weights: dict[str, float] = {}
+    problems = []
+    for given in (str(keep), *protect):
+        path, weight = labelled(given) if texts else (given, None)
+        name = Path(path).stem if texts else "target"
+        try:
+            if name in texts:
+                problems.append(f"two texts are called `{name}`: rename the file `{path}`")
+            texts[name] = read_documents(path, field=field)
+            if weight is not None:
+                weights[name] = float(weight)
+        except StethoscopeError as error:
+            texts.setdefault(name, [])
+            problems += [error.message, *error.problems]
+        except ValueError:
+            problems.append(f"the weight `{weight}` of `{path}` is not a number")
+    if problems:
+        raise StethoscopeError("the texts cannot be used", problems=problems, hint="`--field` names the field to read")
+    target = texts.pop("target")
+    chosen = None if layers is None else tuple(layers)
+    return Wanted(keep=target, protect=texts, weights=weights, layers=chosen, **settings)
+
+
+def _keep(
+    base: "Checkpoint",
+    tuned: str,
+    wanted: "Wanted",
+    out: Path,
+    *,
+    kind: Literal["checkpoint", "patch", "adapter"],
+    device: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from stethoscope.checkpoints.open import open_task_vector
+    from stethoscope.keep import keep_skill
+
+    reporter = ConsoleReporter(quiet=quiet)
+    made, found = keep_skill(
+        base, open_task_vector(base, tuned), wanted, out, kind=kind, device=device, reporter=reporter
+    )
+    _caution(made.warnings, quiet=quiet)
+    conclude(
+        found.model_dump(mode="json"),
+        as_json=as_json,
+        rows=found.table(),
+        says=[found.verdict],
+        wrote=[out],
+        then=command_line("verify", out, *(["--base", base.source] if kind == "checkpoint" else [])),
     )
 
 

@@ -74,7 +74,7 @@ def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> 
     problems = []
     for name in coefficients(task_vector, plan):
         shape = entries[name].shape
-        place = name if name in live else _stacked_place(name)
+        place = name if name in live else stacked_place(name)
         target = live.get(place)
         if target is None:
             problems.append(f"`{name}` is in the plan but not in the model")
@@ -107,7 +107,7 @@ def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {parse_name(name).canonical: tensor for name, tensor in named}
 
 
-def _stacked_place(name: str) -> str:
+def stacked_place(name: str) -> str:
     """The name of the tensor that holds all experts' of a kind, for one expert's; any other name as it is."""
     match name.split("."):
         case ["layers", layer, "mlp", "experts", _, module, "weight"]:

@@ -78,7 +78,7 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         "architecture": ", ".join(config.get("architectures") or ["unknown"]),
         "layers changed": ", ".join(map(str, manifest["layers"])) or "none",
         "tensors changed": f"{len(changed)} of {len(manifest['tensors'])}" if kind == "checkpoint" else len(changed),
-        "transform": f"`{transform.get('kind', 'see manifest.json')}`" if transform else "none, the raw change",
+        "transform": _transform(transform),
         "made by": f"stethoscope {manifest['stethoscope']}",
     }
     lines = ["---", yaml.safe_dump(metadata, sort_keys=True).strip(), "---", "", f"# {name}", "", what, ""]
@@ -88,7 +88,18 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     lines += ["`manifest.json` has the plan and the hash of every tensor; `stethoscope verify` checks them."]
     if manifest.get("mergekit"):
         lines += ["", "The same edit for mergekit:", "", "```yaml", manifest["mergekit"].rstrip(), "```"]
+    elif transform:
+        lines += ["", "mergekit has no recipe for this edit: it scales changes and does not transform them."]
     return "\n".join(lines) + "\n"
+
+
+def _transform(described: Mapping[str, Any] | None) -> str:
+    if not described:
+        return "none, the raw change"
+    if described.get("kind") != "filter":
+        return f"`{described.get('kind', 'see manifest.json')}`"
+    tokens = ", ".join(f"{name} ({count:,} tokens)" for name, count in described["tokens"].items() if name != "target")
+    return f"filter of strength {described['strength']:g} that protects {tokens}"
 
 
 def _model_index(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -36,6 +36,10 @@ class Transform(Protocol):
         """The new change of a tensor, float32 and of the same shape; ``delta`` itself says "as it is"."""
         ...
 
+    def low_rank(self, name: str) -> Float[torch.Tensor, "rank d"] | None:
+        """The A that makes the new change with LoRA's own B; None where there is none."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """The transform as JSON, complete enough that equal descriptions mean equal results."""
         ...

@@ -148,7 +148,12 @@ def output_problems(out: Path, *inputs: Path, overwrite: bool = False) -> list[s
 def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str, float]) -> list[str]:
     if not isinstance(task_vector, AdapterTaskVector):
         return [f"`{task_vector.source}` is not an adapter, so no adapter can be made of it"]
-    problems = ["an adapter cannot hold a transform"] if plan.transform is not None else []
+    transform = plan.transform
+    problems = [
+        f"the change of `{name}` is of another rank after the transform, or of none"
+        for name in (chosen if transform else ())
+        if transform and transform.low_rank(name) is None
+    ]
     if not chosen:
         problems.append("the plan changes nothing that the adapter has")
     return problems + [

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from stethoscope.artifacts import sha256_bytes
-from stethoscope.checkpoints.adapter import AdapterTaskVector, LoraFactors
+from stethoscope.checkpoints.adapter import low_rank
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.residual_axis import ResidualAxis, residual_axis
@@ -145,6 +145,9 @@ class FeatureProjection:
         factor = self.scale.get(layer, 1.0)
         return kept if factor == 1 else kept * factor
 
+    def low_rank(self, name: str) -> None:
+        """A projection of outputs is no change of A."""
+
     def describe(self) -> dict[str, Any]:
         """What a manifest records: the settings, and each basis' rank and hash."""
         return {
@@ -178,12 +181,6 @@ def _hash(Q: Tensor) -> str:
     return sha256_bytes(Q.contiguous().numpy().tobytes())
 
 
-def _low_rank(task_vector: TaskVector, name: str) -> LoraFactors | None:
-    """The factors of a plain LoRA change; None for DoRA, whose change is not low-rank, and for other task vectors."""
-    factors = task_vector.factors(name) if isinstance(task_vector, AdapterTaskVector) else None
-    return factors if factors is not None and factors.magnitude is None else None
-
-
 def energy_along(
     task_vector: TaskVector, name: str, axis: ResidualAxis, columns: Float[Tensor, "d columns"]
 ) -> tuple[float, Float64[Tensor, " columns"]]:
@@ -192,7 +189,7 @@ def energy_along(
     A subspace keeps the sum over its orthonormal basis, so one pass over the weights serves any number of subspaces.
     For LoRA the product is never formed.
     """
-    if factors := _low_rank(task_vector, name):
+    if factors := low_rank(task_vector, name):
         ours, other = (factors.B.T, factors.A) if axis.writes else (factors.A, factors.B.T)  # (rank, d), (rank, other)
         along = ours.double() @ columns.double()
         energies = ((other.double() @ other.double().T) @ along * along).sum(0)
@@ -242,7 +239,7 @@ class LinearChange:
     @classmethod
     def of(cls, task_vector: TaskVector, name: str, axis: ResidualAxis) -> "LinearChange":
         """A tensor's change; for plain LoRA the factors, and the product is never formed."""
-        if factors := _low_rank(task_vector, name):
+        if factors := low_rank(task_vector, name):
             return cls(left=factors.scaling * factors.B, right=factors.A)
         delta = task_vector.delta(name)
         stored_as_linear = axis.dim == (0 if axis.writes else 1)

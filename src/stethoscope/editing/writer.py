@@ -172,9 +172,13 @@ class _Writer:
         adapter = self.task_vector
         assert isinstance(adapter, AdapterTaskVector)
         scaled: dict[str, float] = {}  # adapter key -> factor
+        replaced: dict[str, Any] = {}  # adapter key -> the filter's A
         for name, coefficient in self.chosen.items():
-            for part, key in adapter.changes[name].parts.items():
+            parts = adapter.changes[name].parts
+            for part, key in parts.items():
                 scaled[key] = coefficient if part in ("B", "bias") else 1.0
+            if self.plan.transform is not None and (A := self.plan.transform.low_rank(name)) is not None:
+                replaced[parts["A"]] = A
         entries = {key: adapter.store.entries[key] for key in sorted(scaled)}
         header = build_header({key: (entry.dtype, entry.shape) for key, entry in entries.items()})
         records: dict[str, Record] = {}
@@ -183,9 +187,10 @@ class _Writer:
         with closing(Output(folder / WEIGHTS, size, header)) as output:
             for key, entry in entries.items():
                 origin, pieces = "tuned", _checked(adapter.store, entry)
-                if scaled[key] != 1:
+                if scaled[key] != 1 or key in replaced:
                     tensor = adapter.store.read(key)
-                    origin, pieces = "computed", iter([tensor_bytes((tensor.float() * scaled[key]).to(tensor.dtype))])
+                    changed = replaced.get(key, tensor).float() * scaled[key]
+                    origin, pieces = "computed", iter([tensor_bytes(changed.to(tensor.dtype))])
                 records[key] = describe_tensor(entry, {"from": origin, "hash": send(pieces, output, offset)})
                 offset += entry.nbytes
         write_json(folder / CONFIG, _restricted_config(adapter, self.chosen))

@@ -1,0 +1,318 @@
+"""Second moments of the inputs of a model's weights: E[x x^T] per text, one decoder block at a time.
+
+for layer, inputs in collect_moments(model, {"target": [...batches], "protected": [...batches]}, names):
+    inputs["layers.3.mlp.down_proj.weight"].moments["target"]      # of this layer's tensors only
+
+Hidden states of all tokens are kept where a block begins and the block runs once, so memory is the model, the hidden
+states and one layer's moments, whatever the depth.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Float64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from stethoscope.checkpoints.names import parse_name
+from stethoscope.editing.apply import STACKED, live_tensors, stacked_place
+from stethoscope.errors import CheckpointError, StethoscopeError
+from stethoscope.losses import replaced_forward, run
+from stethoscope.models.load import decoder_layers
+from stethoscope.saes.activations import SINK_RATIO
+from stethoscope.text.tokens import TokenBatch
+
+Texts = Mapping[str, Sequence[TokenBatch]]
+Progress = Callable[[int, int], None]
+# How a tensor's change meets its input x: by the columns or rows of a matrix that multiplies x; token by token of a
+# vocabulary, or so and as the head, too; channel by channel of a normalised x; or added, with no input but 1.
+Role = Literal["columns", "rows", "token", "tied", "channel", "added"]
+BLOCK = 512  # columns of a product that is symmetric: blocks below its diagonal are not computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """The sum of x x^T over tokens; of its diagonal alone where the inputs of a tensor meet it one by one.
+
+    Attributes:
+        sums: float32, on the model's device.
+        tokens: how many were summed.
+    """
+
+    sums: Float[Tensor, "d d"] | Float[Tensor, " d"]
+    tokens: int
+
+    def __add__(self, other: "Moments") -> "Moments":
+        """The moments of both texts together."""
+        return Moments(sums=self.sums + other.sums, tokens=self.tokens + other.tokens)
+
+    def mean(self) -> Float64[Tensor, "d d"] | Float64[Tensor, " d"]:
+        """Per token; zero where there is no token."""
+        return self.sums.double() / max(self.tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInput:
+    """The input of one tensor or of several that share it.
+
+    Attributes:
+        moments: text -> moments, over all tokens of the text that count, of which an expert sees only some.
+    """
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def add(self, text: str, sums: Tensor, tokens: int) -> None:
+        """Add what some tokens of a text sum to, in place."""
+        if text not in self.moments:
+            self.moments[text] = Moments(sums=sums.float(), tokens=tokens)
+        else:
+            before = self.moments[text]
+            self.moments[text] = Moments(sums=before.sums.add_(sums), tokens=before.tokens + tokens)
+
+
+def _second_moment(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
+    """X^T X, by blocks of its upper triangle."""
+    d = x.shape[1]
+    product = x.new_empty(d, d)
+    for start in range(0, d, BLOCK):
+        rows = slice(start, min(start + BLOCK, d))
+        product[rows, start:] = x[:, rows].T @ x[:, start:]
+        product[rows.stop :, rows] = product[rows, rows.stop :].T
+    return product
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a tensor is in the live model: its module, its parameter's name there and how it meets its input."""
+
+    module: nn.Module
+    role: Role
+    expert: tuple[int, str] | None = None  # its number and module, where all experts are one tensor
+
+
+def roles(model: PreTrainedModel, names: Collection[str]) -> dict[str, Role]:
+    """How the change of each tensor meets its input.
+
+    Args:
+        names: canonical names.
+
+    Raises:
+        CheckpointError: with every tensor whose input is not known.
+    """
+    return {name: place.role for name, place in _places(model, names).items()}
+
+
+def _places(model: PreTrainedModel, names: Collection[str]) -> dict[str, _Place]:
+    modules = {}
+    for path, module in model.named_modules():
+        for parameter, _ in module.named_parameters(recurse=False, remove_duplicate=False):
+            modules[parse_name(f"{path}.{parameter}" if path else parameter).canonical] = module
+    live, found, problems = live_tensors(model), {}, []
+    for name in names:
+        stacked = stacked_place(name)
+        module, tensor = modules.get(name), live.get(name)
+        role: Role | None = None
+        if module is None and stacked in modules:
+            *_, number, part, _ = name.split(".")
+            found[name] = _Place(module=modules[stacked], role="columns", expert=(int(number), part))
+            continue
+        if module is not None and tensor is not None:
+            role = _role(module, name.rsplit(".", 1)[-1], tensor)
+            if role == "token" and _is_head(model, tensor):
+                role = "tied"
+        if module is None or role is None:
+            problems.append(f"`{name}` of {type(module or model).__name__}")
+        else:
+            found[name] = _Place(module=module, role=role)
+    if problems:
+        raise CheckpointError(
+            "the inputs of some changed tensors are not known, so their change cannot be filtered",
+            problems=problems,
+            hint="`--layers` or a plan of some modules leaves them out",
+        )
+    return found
+
+
+def _role(module: nn.Module, parameter: str, tensor: Tensor) -> Role | None:
+    if parameter == "bias" and tensor.ndim == 1:
+        return "added"
+    if parameter != "weight":
+        return None
+    if isinstance(module, nn.Embedding):
+        return "token"
+    if tensor.ndim == 2:
+        return "rows" if isinstance(module, Conv1D) else "columns"
+    return "channel" if tensor.ndim == 1 and "norm" in type(module).__name__.lower() else None
+
+
+@torch.no_grad()
+def collect_moments(
+    model: PreTrainedModel, texts: Texts, names: Collection[str], *, progress: Progress | None = None
+) -> Iterator[tuple[int | None, dict[str, TensorInput]]]:
+    """The moments of the inputs of tensors in the model as it is, layer by layer.
+
+    Tokens that count are those of `TokenBatch.countable` that are no attention sink at this layer or one before it.
+    Sums are taken in float32 in the batches' order: the same on every run.
+
+    Args:
+        texts: name -> batches; see `stethoscope.text.tokens.batches`.
+        names: canonical names of tensors; biases have no input and are skipped.
+        progress: called with forwards of blocks, done and in all.
+
+    Yields:
+        layer, and for each of its tensors its input, which tensors may share; last None and the tensors outside the
+        layers, with ``lm_head.weight`` also where it is the embedding. Use them before asking for the next.
+
+    Raises:
+        CheckpointError: with every tensor whose input is not known.
+        StethoscopeError: a text has no token that counts.
+    """
+    places = {name: place for name, place in _places(model, names).items() if place.role != "added"}
+    if empty := [f"`{name}`" for name, text in texts.items() if not any(batch.countable.any() for batch in text)]:
+        raise StethoscopeError("no token of a text counts", problems=empty, hint="give longer documents")
+    blocks, todo = decoder_layers(model), [(name, batch) for name, text in texts.items() for batch in text]
+    hidden: list[Any] = [None] * len(todo)
+    sinks = [torch.zeros_like(batch.countable) for _, batch in todo]
+    by_layer: dict[int | None, dict[str, _Place]] = {}
+    for name, place in places.items():
+        by_layer.setdefault(parse_name(name).layer, {})[name] = place
+    for layer in [*range(len(blocks)), None]:
+        collector = _Collector(by_layer.get(layer, {}))
+        if layer is None and not collector.places:
+            return
+        for i, (text, batch) in enumerate(todo):
+            with ExitStack() as stack:
+                stop = len(blocks) if layer is None else layer
+                for block in blocks[:stop]:
+                    stack.enter_context(replaced_forward(block, lambda *_args, value=hidden[i], **_options: value))
+                if stop and layer is not None:
+                    sinks[i] |= _sinks(hidden[i], batch)
+                collector.listen(stack, text, batch.countable & ~sinks[i])
+                if layer is None:
+                    collector.finish(model, run(model, batch.input_ids))
+                else:
+                    hidden[i] = _through(model, blocks[layer], batch)
+            if progress:
+                progress(stop * len(todo) + i + 1, (len(blocks) + 1) * len(todo))
+        yield layer, collector.inputs
+
+
+def _through(model: PreTrainedModel, block: nn.Module, batch: TokenBatch) -> Any:
+    """What a block returns for a batch; the forward ends there."""
+    returned: list[Any] = []
+
+    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        returned.append(output)
+        raise _Stopped
+
+    handle = block.register_forward_hook(stop)
+    try:
+        run(model, batch.input_ids)
+    except _Stopped:
+        pass
+    finally:
+        handle.remove()
+    return returned[0]
+
+
+def _is_head(model: PreTrainedModel, tensor: Tensor) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is tensor
+
+
+class _Stopped(Exception):  # noqa: N818 - control flow: ends a forward after a block
+    pass
+
+
+def _sinks(output: Any, batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
+    hidden = output[0] if isinstance(output, tuple) else output
+    norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).cpu()
+    median = norms.masked_fill(~batch.attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
+    return norms > SINK_RATIO * median
+
+
+class _Collector:
+    """Hooks that add up the inputs of some tensors, each input once whoever shares it."""
+
+    def __init__(self, places: Mapping[str, _Place]) -> None:
+        self.places = places
+        self.inputs: dict[str, TensorInput] = {}
+        self._seen: list[tuple[Tensor, str]] = []
+
+    def listen(self, stack: ExitStack, text: str, counted: Bool[Tensor, "rows tokens"]) -> None:
+        self._seen = []
+        self.text, self.counted = text, counted
+        experts: dict[nn.Module, list[str]] = {}
+        for name, place in self.places.items():
+            if place.expert:
+                experts.setdefault(place.module, []).append(name)
+            else:
+                hook = partial(self._keep, name, place)
+                stack.callback(place.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for module, names in experts.items():
+            hook = partial(self._keep_experts, names)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+    def finish(self, model: PreTrainedModel, output: Any) -> None:
+        """The head is not run: its input is the last hidden state, also where it shares the embedding's weight."""
+        head = "lm_head.weight"
+        if head in self.places or any(place.role == "tied" for place in self.places.values()):
+            self._add(head, _second_moment(self._rows(output.last_hidden_state).float()))
+
+    def _keep(
+        self, name: str, place: _Place, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        x = args[0] if args else next(iter(options.values()))
+        if place.role in ("columns", "rows"):
+            for seen, owner in self._seen:
+                if seen is x:
+                    self.inputs[name] = self.inputs[owner]
+                    return
+            self._seen.append((x, name))
+            self._add(name, _second_moment(self._rows(x).float()))
+        elif place.role in ("token", "tied"):
+            ids = x.expand(self.counted.shape)[self.counted.to(x.device)]
+            scale = float(getattr(module, "embed_scale", 1.0))  # Gemma's one-hot inputs are so large
+            self._add(name, scale**2 * torch.bincount(ids, minlength=len(module.weight)))  # type: ignore[arg-type]
+        else:
+            self._add(name, self._rows(_normalised(module, x)).square().sum(0))
+
+    def _keep_experts(self, names: Sequence[str], module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Every expert's input is what the router sends it, as large as the router weighs it."""
+        x, chosen, weights = [*args, *options.values()][:3]
+        counted = self.counted.flatten().to(x.device)
+        for name in names:
+            number, part = self.places[name].expert or (0, "")
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            token, slot = token[counted[token]], slot[counted[token]]
+            inner = x[token]
+            if part in STACKED["down_proj"]:
+                gate, up = nn.functional.linear(inner, module.gate_up_proj[number]).chunk(2, dim=-1)
+                inner = module.act_fn(gate) * up
+            self._add(name, _second_moment((inner * weights[token, slot, None]).float()))
+
+    def _add(self, name: str, sums: Tensor) -> None:
+        self.inputs.setdefault(name, TensorInput()).add(self.text, sums, int(self.counted.sum()))
+
+    def _rows(self, x: Float[Tensor, "..."]) -> Float[Tensor, "counted d"]:
+        """The inputs of tokens that count; heads are inputs of their own."""
+        counted = self.counted.to(x.device)
+        if x.ndim == 2:  # a mixture of experts flattens rows and tokens
+            return x[counted.flatten()]
+        if x.ndim == 4 and x.shape[2] == counted.shape[1]:  # [rows, heads, tokens, d]: a view, if both sizes agree
+            x = x.transpose(1, 2) if x.shape[1] != x.shape[2] or x.stride(1) < x.stride(2) else x
+        return x[counted].flatten(0, -2)
+
+
+def _normalised(module: nn.Module, x: Tensor) -> Float[Tensor, "*shape d"]:
+    """What a norm's weight multiplies."""
+    x = x.float()
+    if isinstance(module, nn.LayerNorm):
+        return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + float(epsilon))

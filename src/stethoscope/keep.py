@@ -1,0 +1,255 @@
+"""An edit without recipe, SAEs or tasks: keep what a text gains from a fine-tune, protect other texts.
+
+    kept = keep_skill(base, task_vector, Wanted(keep=documents, protect={"chat": other}), Path("edit"))
+
+Of every five documents of a text, three make the filter, one chooses its strength and one is measured.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.hashing import fingerprint
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.apply import applied
+from stethoscope.editing.filter import STRENGTHS, TARGET, FilteredChange, write_filters
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.preview import preview
+from stethoscope.editing.writer import Edit, OutputKind, write_edit
+from stethoscope.errors import CheckpointError, StethoscopeError
+from stethoscope.evaluation.outcomes import PerDocument
+from stethoscope.evaluation.text_loss import document_losses
+from stethoscope.models.load import find_device, load_model, load_tokenizer
+from stethoscope.results.keeping import BASE, EDIT, SCALED, TUNED, Keeping, Measured, Variant
+from stethoscope.run import Reporter, Silent
+from stethoscope.text.documents import Document, documents_hash
+from stethoscope.text.tokens import TokenBatch, batches, counted_tokens, tokenize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FEWEST = 10  # documents of a text: two of them are measured
+COEFFICIENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the plain scaling
+RESAMPLES = 2000
+BATCH_TOKENS = 2048  # of a forward of one block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What an edit should keep and protect.
+
+    Attributes:
+        keep: documents that use the fine-tune's skill.
+        protect: name -> documents on which the model should stay as it is.
+        weights: name -> weight of a protected text, 1 if not given.
+        strength: of the filter; chosen if None.
+        share: of the fine-tune's gain that the chosen strength keeps at least.
+        layers: those to edit; all, and the tensors outside the layers, if None.
+        tokens: maximum tokens of each text, from the top.
+        max_tokens: documents are cut to this many tokens.
+    """
+
+    keep: Sequence[Document]
+    protect: Mapping[str, Sequence[Document]]
+    weights: Mapping[str, float] = field(default_factory=dict)
+    strength: float | None = None
+    share: float = 0.95
+    layers: tuple[int, ...] | None = None
+    tokens: int = 20_000
+    max_tokens: int = 1024
+
+    @property
+    def texts(self) -> dict[str, Sequence[Document]]:
+        """The text to keep, then those to protect."""
+        return {TARGET: self.keep, **self.protect}
+
+    def plan(self, transform: FilteredChange | None = None, coefficient: float = 1.0) -> EditPlan:
+        """The edit: the task vector transformed, times a coefficient; vision towers stay the base's."""
+        if self.layers is not None:
+            return EditPlan.for_layers(self.layers, coefficient=coefficient, transform=transform)
+        return EditPlan(default=coefficient, outside={"vision": 0.0}, transform=transform)
+
+
+def keep_skill(
+    base: Checkpoint,
+    task_vector: TaskVector,
+    wanted: Wanted,
+    out: Path,
+    *,
+    kind: OutputKind = "checkpoint",
+    device: str = "auto",
+    reporter: Reporter | None = None,
+) -> tuple[Edit, Keeping]:
+    """Filter a task vector, choose the strength by itself, write the edit, and measure it on documents of its own.
+
+    The strongest filter is chosen that keeps ``share`` of the fine-tune's gain on held-back target documents; if none
+    does, the one that gains most.
+
+    Raises:
+        StethoscopeError: everything that is wrong with what is wanted; or the edit cannot be written. ``out`` does not
+            exist then.
+    """
+    reporter = reporter or Silent()
+    _check(wanted)
+    found = preview(base, task_vector, wanted.plan(), out, kind=kind)
+    if found.problems:
+        raise CheckpointError("the edit cannot be written", problems=found.problems, hint=found.hint)
+    with reporter.stage("Load the model"):
+        model = load_model(base.path, device=find_device(device))
+        texts = _Texts.of(wanted, load_tokenizer(base.path))
+    provenance = Provenance(
+        inputs={"base": fingerprint(base), "tuned": fingerprint(task_vector.store)}
+        | {name: documents_hash(documents) for name, documents in wanted.texts.items()}
+        | {"settings": sha256_bytes(canonical_json([wanted.tokens, wanted.max_tokens, wanted.layers]).encode())}
+    )
+    strengths = STRENGTHS if wanted.strength is None else (wanted.strength,)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.filter.") as folder:
+        with reporter.stage("Collect moments and filter") as advance:
+            write_filters(
+                model,
+                task_vector,
+                texts.moments,
+                filters := Path(folder) / "filters",
+                provenance=provenance,
+                strengths=strengths,
+                weights=wanted.weights,
+                layers=wanted.layers,
+                progress=advance,
+            )
+        transforms = {strength: FilteredChange(filters, strength, task_vector) for strength in strengths}
+        judge = _Judge(model, task_vector, wanted, texts)
+        with reporter.stage("Choose the strength") as advance:
+            gains = {}
+            whole = judge.gain(wanted.plan())
+            for place, (strength, transform) in enumerate(transforms.items(), 1):
+                gains[strength] = judge.gain(wanted.plan(transform))
+                advance(place, len(transforms) + 1)
+            good = [strength for strength, gain in gains.items() if gain >= wanted.share * whole]
+            chosen = max(good) if good else max(gains, key=lambda strength: gains[strength])
+            coefficient = judge.coefficient(gains[chosen], whole)
+        with reporter.stage("Measure on other documents"):
+            plans = {
+                BASE: None,
+                TUNED: wanted.plan(),
+                SCALED: wanted.plan(coefficient=coefficient),
+                EDIT: wanted.plan(transforms[chosen]),
+            }
+            variants = judge.variants(plans)
+        with reporter.stage("Edit") as advance:
+            edit = write_edit(base, task_vector, wanted.plan(transforms[chosen]), out, kind=kind, progress=advance)
+    return edit, Keeping(
+        provenance=provenance,
+        strength=chosen,
+        chosen=wanted.strength is None,
+        share=wanted.share,
+        coefficient=coefficient,
+        gains=gains,
+        documents=texts.documents,
+        variants=variants,
+    )
+
+
+def _check(wanted: Wanted) -> None:
+    problems = [
+        f"`{name}` has {len(documents)} documents, fewer than {FEWEST}"
+        for name, documents in wanted.texts.items()
+        if len(documents) < FEWEST
+    ]
+    problems += [] if wanted.protect else ["no text is to be protected"]
+    problems += ["a protected text is called `target`"] if TARGET in wanted.protect else []
+    if not 0 < wanted.share <= 1:
+        problems.append(f"the share of the gain to keep is {wanted.share:g}, not one from 0 to 1")
+    hashes = {name: {documents_hash([one]) for one in documents} for name, documents in wanted.texts.items()}
+    for name, found in hashes.items():
+        if name != TARGET and (shared := len(found & hashes[TARGET])):
+            problems.append(f"{shared} documents are both to be kept and in `{name}`, which is protected")
+    if problems:
+        raise StethoscopeError("cannot filter this edit", problems=problems, hint="see `stethoscope edit --help`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Texts:
+    """Every text, tokenised and divided: batches for the moments, and rows to choose by and to measure."""
+
+    moments: dict[str, list[TokenBatch]]
+    chosen_by: dict[str, list[list[int]]]
+    measured: dict[str, list[list[int]]]
+    documents: dict[str, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, wanted: Wanted, tokenizer: "PreTrainedTokenizerBase") -> "_Texts":
+        moments, chosen_by, measured, numbers = {}, {}, {}, {}
+        for name, documents in wanted.texts.items():
+            rows = tokenize(documents, tokenizer, max_tokens=wanted.max_tokens)
+            enough = int(np.searchsorted(np.cumsum([len(row) for row in rows]), wanted.tokens)) + 1
+            rows, documents = rows[: max(enough, FEWEST)], documents[: max(enough, FEWEST)]
+            counted = counted_tokens(documents, tokenizer, max_tokens=wanted.max_tokens)
+            parts = [[i for i in range(len(rows)) if i % 5 in part] for part in ((0, 1, 2), (3,), (4,))]
+            made, chosen, held = parts
+            inside = [rows[i] for i in made], [counted[i] for i in made]
+            moments[name] = list(batches(inside[0], tokenizer, batch_tokens=BATCH_TOKENS, counted=inside[1]))
+            chosen_by[name], measured[name] = [rows[i] for i in chosen], [rows[i] for i in held]
+            numbers[name] = (len(made), len(chosen), len(held))
+        return cls(moments=moments, chosen_by=chosen_by, measured=measured, documents=numbers)
+
+
+class _Judge:
+    """Measures variants of a model by their losses, against the base's."""
+
+    def __init__(self, model: "PreTrainedModel", task_vector: TaskVector, wanted: Wanted, texts: _Texts) -> None:
+        self.model, self.task_vector, self.wanted, self.texts = model, task_vector, wanted, texts
+        self._base = self._losses(None, {TARGET: texts.chosen_by[TARGET]})[TARGET]
+
+    def gain(self, plan: EditPlan) -> float:
+        """Nats per token by which the target loss falls on the documents to choose by."""
+        found = self._losses(plan, {TARGET: self.texts.chosen_by[TARGET]})[TARGET]
+        return float((self._base.sums - found.sums).sum() / found.tokens.sum())
+
+    def coefficient(self, gain: float, whole: float) -> float:
+        """The coefficient at which the plain task vector gains as much; 1 if none below does."""
+        gains = [0.0, *(self.gain(self.wanted.plan(coefficient=c)) for c in COEFFICIENTS), whole]
+        return float(np.interp(gain, np.maximum.accumulate(gains), [0.0, *COEFFICIENTS, 1.0]))
+
+    def variants(self, plans: Mapping[str, EditPlan | None]) -> dict[str, Variant]:
+        """Gain and damage of every plan on the documents to measure, with intervals from a bootstrap over documents."""
+        losses = {name: self._losses(plan, self.texts.measured) for name, plan in plans.items()}
+        rng = np.random.default_rng(0)
+        draws = {}
+        for text, found in losses[BASE].items():
+            n = len(found.tokens)
+            draws[text] = np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)])
+
+        def falls(name: str, text: str) -> NDArray[np.float64]:
+            """First the value itself, then one per draw of documents."""
+            before, after = losses[BASE][text], losses[name][text]
+            return (draws[text] @ (before.sums - after.sums)) / (draws[text] @ before.tokens)
+
+        whole = falls(TUNED, TARGET)
+        return {
+            name: Variant(
+                gain=_measured(falls(name, TARGET)),
+                kept=_measured(falls(name, TARGET) / whole if whole[0] > 0 else None),
+                damage={text: _measured(-falls(name, text)) for text in self.wanted.protect},
+            )
+            for name in plans
+        }
+
+    def _losses(self, plan: EditPlan | None, texts: Mapping[str, list[list[int]]]) -> dict[str, PerDocument]:
+        with applied(self.model, self.task_vector, plan) if plan else nullcontext():
+            return {name: document_losses(self.model, rows) for name, rows in texts.items()}
+
+
+def _measured(values: NDArray[np.float64] | None) -> Measured:
+    if values is None:
+        return Measured(value=None, low=None, high=None)
+    low, high = np.quantile(values[1:], [0.025, 0.975])
+    return Measured(value=float(values[0]), low=float(low), high=float(high))

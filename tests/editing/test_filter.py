@@ -1,0 +1,250 @@
+"""The filter: its moments against brute force, its closed forms, and edits made of it."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from sklearn.covariance import oas
+from transformers import AutoModelForCausalLM
+from world import LAYOUTS, LINEAR, make, make_tokenizer, save_adapter, save_pair, stored
+
+from stethoscope.artifacts import Provenance
+from stethoscope.checkpoints.names import parse_name
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.filter import FilteredChange, filtered, shrunk, write_filters
+from stethoscope.editing.moments import Moments, collect_moments, roles
+from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.editing.writer import write_edit
+from stethoscope.errors import CheckpointError, StethoscopeError
+from stethoscope.models.load import load_model
+from stethoscope.text.tokens import batches
+
+NOWHERE = Provenance()
+
+
+def random_text(documents=24, longest=40, vocabulary=48, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, longest, (documents,), generator=generator).tolist()
+    rows = [[1, *torch.randint(3, vocabulary, (n,), generator=generator).tolist()] for n in lengths]
+    return list(batches(rows, make_tokenizer(), batch_tokens=256))
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Base, live base in float32, and the change to its fine-tune, by layout."""
+    made = {}
+
+    def open_pair(layout):
+        if layout not in made:
+            folder = tmp_path_factory.mktemp("filter")
+            base, tuned = save_pair(layout, folder, dtype=torch.float32)
+            checkpoint = open_checkpoint(base)
+            model = AutoModelForCausalLM.from_pretrained(base).eval().requires_grad_(False)
+            made[layout] = model, open_task_vector(checkpoint, tuned)
+        return made[layout]
+
+    return open_pair
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_moments_give_the_mean_squared_effect_of_every_tensors_change(opened, layout):
+    model, change = opened(layout)
+    names = [name for name in change.names if parse_name(name).kind not in ("vision", "buffer")]
+    text = random_text()
+    counted = sum(int(batch.countable.sum()) for batch in text)
+    met, compared = roles(model, names), set()
+    modules = {
+        parse_name(f"{path}.{kind}").canonical: module
+        for path, module in model.named_modules()
+        for kind, _ in module.named_parameters(recurse=False)
+    }
+    for layer, inputs in collect_moments(model, {"target": text}, names):
+        for name, found in inputs.items():
+            if name not in names or ".experts." in name:
+                continue
+            mean, delta = found.moments["target"].mean(), change.delta(name).double()
+            assert found.moments["target"].tokens == counted
+            if met[name] in ("rows", "token", "tied"):
+                delta = delta.T
+            through = delta * mean if mean.ndim == 1 else delta @ mean
+            measured = brute_force(model, modules[name], name, change.delta(name), text) / counted
+            assert float((delta * through).sum()) == pytest.approx(measured, rel=1e-3), (layer, name)
+            compared.add(name)
+    linear = {name for name in names if met[name] != "added" and ".experts." not in name}
+    assert compared == linear
+
+
+def brute_force(model, module, name, delta, text):
+    """The sum over counted tokens of the squared change of a module's output when one of its tensors changes."""
+    weight = module.weight
+    total = 0.0
+
+    def compare(module, args, options, output):
+        nonlocal total
+        hook.remove()
+        weight.data += delta
+        changed = module(*args, **options)
+        weight.data -= delta
+        if isinstance(output, tuple):  # a router's logits come first
+            output, changed = output[0], changed[0]
+        squares = (changed - output).double().square()
+        rows, tokens = batch.input_ids.shape
+        if squares.ndim == 4 and squares.shape[2] == tokens:
+            squares = squares.transpose(1, 2)
+        squares = squares.expand(rows, *squares.shape[1:]) if squares.ndim == 3 else squares
+        total += float(squares.reshape(rows, tokens, -1)[batch.countable].sum())
+
+    for batch in text:
+        hook = module.register_forward_hook(compare, with_kwargs=True)
+        model(input_ids=batch.input_ids, use_cache=False)
+    return total
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_equal_texts_shrink_every_change_alike_and_no_strength_leaves_it(opened, tmp_path, layout):
+    model, change = opened(layout)
+    text = random_text(documents=40)
+    write_filters(
+        model, change, {"target": text, "other": text}, tmp_path / "f", provenance=NOWHERE, strengths=[0.0, 3.0]
+    )
+    whole, quarter = (FilteredChange(tmp_path / "f", strength, change) for strength in (0.0, 3.0))
+    for name in coefficients(change, EditPlan.everything()):
+        delta = change.delta(name)
+        unused = whole.apply(name, delta) == 0
+        if parse_name(name).kind == "vision":
+            assert unused.all()
+        elif roles(model, [name])[name] == "token":
+            unused = unused.all(dim=1)  # tokens or positions that no text has
+            assert not unused.all()
+            assert torch.allclose(quarter.apply(name, delta)[~unused], delta[~unused] / 4, atol=1e-5)
+        else:
+            assert torch.allclose(whole.apply(name, delta), delta, atol=1e-3)
+            assert torch.allclose(quarter.apply(name, delta), delta / 4, atol=1e-3)
+
+
+def test_protected_inputs_that_target_never_has_are_left_out_and_its_own_are_kept():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=generator))[0]
+    target, protected = basis[:, :3] @ basis[:, :3].T, 5 * basis[:, 3:] @ basis[:, 3:].T
+    change = torch.randn(4, 6, dtype=torch.float64, generator=generator)
+    (made,) = filtered(change, target, protected, [2.0])
+    assert torch.allclose(made @ basis[:, :3], change @ basis[:, :3])
+    assert torch.allclose(made @ basis[:, 3:], torch.zeros(4, 3, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_the_filter_is_the_minimum_of_its_objective(rows):
+    generator = torch.Generator().manual_seed(1)
+    roots = torch.randn(2, 5, 5, dtype=torch.float64, generator=generator)
+    target, protected = roots @ roots.mT
+    change = torch.randn(rows, 5, dtype=torch.float64, generator=generator, requires_grad=False)
+    for strength, made in zip((0.3, 4.0), filtered(change, target, protected, (0.3, 4.0)), strict=True):
+        made = made.detach().requires_grad_(True)
+        objective = (((made - change) @ target) * (made - change)).sum() + strength * ((made @ protected) * made).sum()
+        objective.backward()
+        assert made.grad.abs().max() < 1e-9
+    channels, other = torch.tensor([[1.0, 4.0, 0.0], [1.0, 0.0, 2.0]], dtype=torch.float64)
+    (channels,) = filtered(torch.ones(1, 3), channels, other, [3.0])
+    assert channels.tolist() == [[0.25, 1.0, 0.0]]
+
+
+def test_an_input_that_target_text_never_has_keeps_the_base():
+    zero, one = torch.zeros(3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    for protected in (zero, one):
+        assert not next(filtered(torch.ones(2, 3, dtype=torch.float64), zero, protected, [1.0])).any()
+    with pytest.raises(CheckpointError, match="second moments"):
+        next(filtered(torch.ones(2, 3, dtype=torch.float64), one * torch.nan, one, [1.0]))
+
+
+@pytest.mark.parametrize("tokens", [3, 50, 4000])
+def test_shrinkage_is_oas_and_merging_is_addition(tokens):
+    x = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(2)) @ torch.diag(torch.arange(1.0, 13))
+    halves = [Moments(sums=part.T @ part, tokens=len(part)) for part in (x[: tokens // 2], x[tokens // 2 :])]
+    merged = halves[0] + halves[1]
+    assert merged.tokens == tokens
+    assert torch.allclose(shrunk(merged), torch.tensor(oas(x.double().numpy(), assume_centered=True)[0]), rtol=1e-4)
+    assert torch.linalg.matrix_rank(shrunk(merged)) == 12
+
+
+def test_a_lora_gives_the_same_as_its_merged_checkpoint_and_an_adapter_for_peft(tmp_path):
+    base = make("llama untied", dtype=torch.float32)
+    merged = save_adapter(base, tmp_path, r=4, lora_alpha=8, target_modules=LINEAR)
+    checkpoint = open_checkpoint(tmp_path / "base")
+    live = load_model(tmp_path / "base", dtype=torch.float32)
+    full = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for name, tensor in full.named_parameters():
+        tensor.data = merged[parse_name(name).canonical]
+    full.save_pretrained(tmp_path / "merged")
+    texts = {"target": random_text(seed=3), "protected": random_text(seed=4, vocabulary=20)}
+    made = {}
+    for tuned in ("adapter", "merged"):
+        vector = open_task_vector(checkpoint, tmp_path / tuned)
+        write_filters(live, vector, texts, tmp_path / f"{tuned}-f", provenance=NOWHERE, strengths=[1.0])
+        transform = FilteredChange(tmp_path / f"{tuned}-f", 1.0, vector)
+        made[tuned] = {n: transform.apply(n, vector.delta(n)) for n in vector.names if "proj" in n}
+        if tuned == "adapter":
+            plan = EditPlan.for_layers(range(3), transform=transform)
+            for kind in ("adapter", "checkpoint"):
+                write_edit(checkpoint, vector, plan, tmp_path / f"out-{kind}", kind=kind)
+    for name, change in made["merged"].items():
+        assert torch.allclose(made["adapter"][name], change, atol=1e-4), name
+    before, after = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("adapter", "out-adapter"))
+    assert all(torch.equal(before[key], after[key]) == ("lora_B" in key) for key in before)
+    ids = torch.arange(3, 30)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with_adapter = PeftModel.from_pretrained(plain, tmp_path / "out-adapter")
+    edited = AutoModelForCausalLM.from_pretrained(tmp_path / "out-checkpoint")
+    assert torch.allclose(with_adapter(ids).logits, edited(ids).logits, atol=1e-4)
+    manifest = json.loads((tmp_path / "out-adapter" / "manifest.json").read_text())
+    assert manifest["plan"]["transform"]["strength"] == 1
+    card = (tmp_path / "out-checkpoint" / "README.md").read_text()
+    assert "mergekit" in card
+
+
+def test_few_tokens_and_repeated_runs(opened, tmp_path):
+    model, change = opened("llama untied")
+    texts = {"target": random_text(documents=1, longest=8), "protected": random_text(documents=1, longest=7, seed=5)}
+    for place in "ab":
+        write_filters(model, change, texts, tmp_path / place, provenance=NOWHERE, strengths=[1.0])
+    for path in sorted((tmp_path / "a" / "1").iterdir()):
+        first = path.read_bytes()
+        assert first == (tmp_path / "b" / "1" / path.name).read_bytes()
+        assert load_file(path)["change"].isfinite().all()
+
+
+def test_the_record_says_what_was_let_through(opened, tmp_path):
+    model, change = opened("gemma3 text")
+    texts = {"target": random_text(vocabulary=20), "protected": random_text(seed=6)}
+    found = write_filters(
+        model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[0.1, 10.0], layers=[0, 2], spectra=True
+    )
+    assert [one.layer for one in found.layers if one.raw.energy] == [0, 2]
+    for one in (found.layers[0], found.layers[2]):
+        assert 0 < one.separability < 1
+        weak, strong = one.filtered
+        assert one.raw.protected > weak.protected > strong.protected > 0
+        assert one.raw.target > weak.target > strong.target > 0
+    assert len(found.table()) > 2
+
+
+def test_what_cannot_be_filtered_is_refused(opened, tmp_path):
+    model, change = opened("llama untied")
+    text = random_text(documents=2)
+    for texts, options in (
+        ({"target": text}, {}),
+        ({"protected": text}, {}),
+        ({"target": text, "protected": text}, {"strengths": [-1.0]}),
+        ({"target": text, "protected": text}, {"weights": {"protected": 0.0}}),
+        ({"target": text, "protected": []}, {}),
+    ):
+        with pytest.raises(StethoscopeError):
+            write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, **options)
+        assert not (tmp_path / "f").exists()
+    model.model.layers[0].mlp.extra = torch.nn.ParameterDict({"gain": torch.ones(3, 3, 3)})
+    with pytest.raises(CheckpointError) as raised:
+        roles(model, ["layers.0.mlp.extra.gain", "layers.9.mlp.up_proj.weight"])
+    assert len(raised.value.problems) == 2
+    del model.model.layers[0].mlp.extra
+    assert stored(change.base.path)
