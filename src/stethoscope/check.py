@@ -23,7 +23,7 @@ from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import ATTRIBUTION, FEWEST_BLOCKS, GENERAL, HELD_OUT, OTHERS, SCALPEL_ARMS, LossText, Recipe
-from stethoscope.saes.open import SAEFolder, check_fit, check_source, open_saes
+from stethoscope.saes.open import SAEFolder, check_fit, open_saes
 from stethoscope.text.documents import Document, read_documents
 
 
@@ -182,7 +182,7 @@ def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub
         found.base = found.attempt(open_checkpoint, recipe.base, headers_only=headers_only)
     if found.base and "tuned" not in found.unseen:
         found.task_vector = found.attempt(open_task_vector, found.base, recipe.tuned, headers_only=headers_only)
-    found.saes = found.attempt(check_source if headers_only else open_saes, recipe.saes, sae_id=recipe.sae_id) or {}
+    found.saes = found.attempt(open_saes, recipe.saes, recipe.sae_id, local=headers_only) or {}
     if not found.saes and not Path(recipe.saes).is_absolute():
         found.unseen["saes"] = recipe.saes
     _check_saes(found, recipe)

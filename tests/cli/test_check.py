@@ -16,7 +16,8 @@ from stethoscope.diagnosis.scores import SCORES
 from stethoscope.errors import RecipeError, SAEError
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import Recipe
-from stethoscope.saes.open import check_source, read_release, release_texts
+from stethoscope.saes.open import open_saes
+from stethoscope.saes.releases import read_release, release_texts
 
 HEAVY = ("torch", "transformers", "lm_eval", "datasets", "pandas", "sae_lens", "peft", "pyarrow")
 ON_THE_HUB = {
@@ -86,10 +87,10 @@ def test_offline_says_all_that_names_tell(tmp_path):
 
 
 def test_sources_on_the_hub_are_checked_by_name():
-    assert check_source("gemma-scope-2-4b-it-res-all", "layer_{layer}_width_16k_l0_small") == {}
-    assert check_source("me/saes", "layer_{layer}") == {}
+    assert open_saes("gemma-scope-2-4b-it-res-all", "layer_{layer}_width_16k_l0_small", local=True) == {}
+    assert open_saes("me/saes", "layer_{layer}", local=True) == {}
     with pytest.raises(SAEError, match="has several SAEs for a layer"):
-        check_source("gemma-scope-2-4b-it-res-all")
+        open_saes("gemma-scope-2-4b-it-res-all", local=True)
 
 
 def test_a_release_parsed_alone_is_the_same():

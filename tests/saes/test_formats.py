@@ -19,9 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.layouts import read_folder
-from stethoscope.saes.layouts.base import SAEFolder
-from stethoscope.saes.open import load_sae
+from stethoscope.saes.open import SAEFolder, load_sae, read_folder
 
 D, W, K = 12, 40, 5
 Weights = dict[str, Tensor]

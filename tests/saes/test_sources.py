@@ -124,7 +124,7 @@ def test_every_problem_of_reading_is_said_at_once(saes):
         "`temporal` is not supported",
         "`W_enc` should have shape (8, 99), the file has (8, 16)",
         "d_hollow",
-        "`cfg.json` cannot be read",
+        "cfg.json` is not valid JSON",
         "`blocks.6.hook_resid_mid`",
         "g_cut",
         "`d_in` is `eight`",

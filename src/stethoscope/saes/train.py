@@ -5,7 +5,6 @@
 The same call resumes a stopped training from its last checkpoint, in `saes.training`, and gives the same SAEs.
 """
 
-import json
 import math
 import shutil
 import time
@@ -32,8 +31,9 @@ from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.models.sites import SITES
 from stethoscope.results.diagnosis import SAEHealth
-from stethoscope.saes.activations import ActivationStream, StreamPosition
+from stethoscope.saes.activations import ActivationStream, Position
 from stethoscope.saes.health import HealthSums, measure_health
+from stethoscope.saes.layouts import unit_decoder
 from stethoscope.text.documents import Document, documents_hash
 
 # Encoder rows start as this multiple of the decoder's, so that many overlapping features fire on a token at first.
@@ -49,8 +49,7 @@ class TrainingSettings:
         k: features that fire per token, on average over a batch (BatchTopK).
         tokens: tokens to train on; if the documents have fewer, they repeat in another order.
         batch: tokens per step.
-        learning_rate: Adam learning rate. It warms up over the first twentieth of the steps and decays linearly to 0
-            over the last half.
+        learning_rate: of Adam; warmed up over the first twentieth of the steps, decayed to 0 over the last half.
         buffer: tokens that are held and shuffled before they are cut into batches.
         max_tokens: documents are cut to this many tokens.
         seed: of document order, shuffling and initial weights.
@@ -82,12 +81,11 @@ class TrainingSettings:
 
     @property
     def steps(self) -> int:
-        """Training steps of each SAE."""
         return max(1, self.tokens // self.batch)
 
 
 class FastBatchTopK(BatchTopKTrainingSAE):  # type: ignore[misc]  # SAELens is not typed
-    """SAELens' BatchTopK SAE with fewer passes over memory per training step, because CPUs have little bandwidth.
+    """SAELens' BatchTopK SAE with a training step that takes a quarter of the time on a CPU, half of autocast's.
 
     Products are in bfloat16, the error and the weights in float32. The k largest activations per token of the batch
     are found by partial sorting of the bfloat16 bit patterns, which order as their values do above 0. Values equal to
@@ -173,12 +171,12 @@ def train_saes(
     rows = stream.tokenize(documents)
     if not rows:
         raise SAEError("every document has only one token", hint="the first is never trained on: give longer text")
-    identity = {"site": site, "layers": layers, "text": documents_hash(documents), "model": _fingerprint(model)}
-    checkpoints = _Checkpoints(out, asdict(settings) | identity, seconds=checkpoint_seconds)
-    saes = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
+    begun = {**asdict(settings), "site": site, "layers": layers, "text": documents_hash(documents)}
+    checkpoints = _Checkpoints(out, begun | {"model": _fingerprint(model)}, seconds=checkpoint_seconds)
+    trainer = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
     with new_folder(out, overwrite=overwrite) as folder:
-        saved = {layer: _save(saes[stream.hooks[layer]], folder / f"layer_{layer}") for layer in layers}
-        health = _measure(saved, stream, held_out)
+        saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
+        health = _measure(saes, stream, held_out)
         table = {str(layer): {kind: h.to_dict() for kind, h in kinds.items()} for layer, kinds in health.items()}
         write_json(folder / "health.json", {"settings": asdict(settings), "layers": table})
     shutil.rmtree(checkpoints.folder, ignore_errors=True)
@@ -197,10 +195,9 @@ def load_for_training(base: str | Path) -> PreTrainedModel:
 
 def hold_out(documents: Sequence[Document], *, most: int = 64) -> tuple[list[Document], list[Document]]:
     """Documents to train on, and every twentieth, at most ``most``, to measure health on; few serve as both."""
-    out = range(len(documents))[10::20][:most]
-    if not out:
-        return list(documents), list(documents)
-    return [one for i, one in enumerate(documents) if i not in out], [documents[i] for i in out]
+    held = range(len(documents))[10::20][:most]
+    train = [document for i, document in enumerate(documents) if i not in held]
+    return train, [documents[i] for i in held] or train
 
 
 def _fit(
@@ -209,11 +206,11 @@ def _fit(
     settings: TrainingSettings,
     checkpoints: "_Checkpoints",
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:
+) -> MultiSAETrainer:
     """Train every SAE on the same tokens; the model runs ahead in a thread of its own.
 
-    SAELens' own `fit` is not used: it estimates activation scales that are not powers of two, draws its own progress
-    bar, and saves checkpoints without the position in the stream.
+    SAELens' own `fit` would estimate activation scales that are not powers of two, draw a progress bar of its own,
+    and save checkpoints without the position in the stream.
     """
     steps, total = settings.steps, settings.steps * settings.batch
     options = {"batch": settings.batch, "buffer": settings.buffer, "seed": settings.seed}
@@ -239,8 +236,6 @@ def _fit(
         )
         for name, one in trainer.trainers.items():
             one.activation_scaler.scaling_factor = _scale(batch[name])
-            for group in one.optimizer.param_groups:
-                group.update(fused=True, foreach=False)  # one pass over the weights
         if checkpoints.step:
             trainer.load_checkpoint(checkpoints.newest)
             progress(checkpoints.step * settings.batch, total)
@@ -254,11 +249,7 @@ def _fit(
                 batch, position = next(source)
     finally:
         source.close()
-    for name, one in trainer.trainers.items():
-        trainer.saes[name].fold_activation_norm_scaling_factor(one.activation_scaler.scaling_factor or 1.0)
-        one.activation_scaler.scaling_factor = None
-        one.set_final_sae_metadata()
-    return trainer.saes
+    return trainer
 
 
 class _Checkpoints:
@@ -276,10 +267,11 @@ class _Checkpoints:
         self.begun, self.seconds, self.saved_at = begun, seconds, time.monotonic()
         self.step = max((int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")), default=0)
         self.newest = self.folder / f"step_{self.step}"
-        self.position: StreamPosition | None = None
+        self.position: Position = (0, 0)
         if not self.step:
             return
         saved = read_json(self.newest / "training.json")
+        self.position = tuple(saved["position"])
         known = saved["begun"]
         if differ := [name for name in {**known, **begun} if known.get(name) != begun.get(name)]:
             raise SAEError(
@@ -287,10 +279,8 @@ class _Checkpoints:
                 problems=[f"{name} was `{known.get(name)}`, now it is `{begun.get(name)}`" for name in differ],
                 hint="pass the same settings and text to resume it, or remove that folder to start again",
             )
-        tensors = load_file(self.newest / "stream.safetensors")
-        self.position = StreamPosition(shuffle=tensors.pop("shuffle"), rest=tensors, **saved["stream"])
 
-    def save_if_due(self, trainer: MultiSAETrainer, position: StreamPosition, step: int) -> None:
+    def save_if_due(self, trainer: MultiSAETrainer, position: Position, step: int) -> None:
         """Write a checkpoint if the last one is old enough, complete or not at all, then remove the others."""
         if time.monotonic() - self.saved_at < self.seconds:
             return
@@ -298,9 +288,7 @@ class _Checkpoints:
         with new_folder(self.newest) as folder:
             for name, one in trainer.trainers.items():
                 one.save_checkpoint(checkpoint_name=name, base_path=folder)
-            save_file({"shuffle": position.shuffle, **position.rest}, folder / "stream.safetensors")
-            stream = {"taken": position.taken, "given": position.given}
-            write_json(folder / "training.json", {"begun": self.begun, "stream": stream})
+            write_json(folder / "training.json", {"begun": self.begun, "position": position})
         for path in self.folder.iterdir():
             if path != self.newest:
                 shutil.rmtree(path, ignore_errors=True)
@@ -356,18 +344,17 @@ def _new_sae(
     return sae
 
 
-def _save(trained: FastBatchTopK, folder: Path) -> SAE[Any]:
+def _save(trainer: MultiSAETrainer, name: str, folder: Path) -> SAE[Any]:
     """Save an SAE as JumpReLU in SAELens' layout, matrices in bfloat16. Returns it as saved."""
-    trained.save_inference_model(folder)
-    sae = SAE.load_from_disk(folder, device="cpu")
-    sae.fold_W_dec_norm()
-    sae.cfg.device = "cpu"
-    weights, config = sae.save_model(folder)
+    trained, own = trainer.saes[name], trainer.trainers[name]
+    trained.fold_activation_norm_scaling_factor(own.activation_scaler.scaling_factor)
+    own.set_final_sae_metadata()
+    trained.cfg.device = "cpu"
+    weights, _ = trained.save_inference_model(folder)
+    state = unit_decoder(load_file(weights))
     # Biases hold values far from 0, whose rounding would shift every activation; matrices hold nearly all the bytes.
-    stored = {name: value.bfloat16() if value.ndim == 2 else value for name, value in load_file(weights).items()}
-    save_file(stored, weights)
+    save_file({name: value.bfloat16() if value.ndim == 2 else value for name, value in state.items()}, weights)
     weights.chmod(0o644)
-    write_json(config, json.loads(config.read_text(encoding="utf-8")))
     return SAE.load_from_disk(folder)
 
 
