@@ -26,7 +26,7 @@ from stethoscope.saes.train import FastBatchTopK, TrainingSettings, hold_out, tr
 Llama = Callable[..., LlamaForCausalLM]
 DOCUMENTS = [f"{n} cats and {n * n % 97} dogs met at house {n % 13} in the year {1900 + n}." for n in range(120)]
 FEW = DOCUMENTS[:12]  # over a dozen passes
-SHORT = TrainingSettings(width=16, k=4, tokens=3072, batch=128, buffer=512)
+SHORT = TrainingSettings(width=16, k=4, tokens=3072, batch=128, buffer=512, layers=[0, 2], site="mlp_out")
 SETTINGS = TrainingSettings(width=64, k=8, tokens=16384, batch=256, buffer=1024)
 
 
@@ -84,7 +84,7 @@ def train(llama, tokenizer) -> Callable[..., list[int]]:
             if tokens == stop_at:
                 raise KeyboardInterrupt
 
-        options = {"settings": SHORT, "layers": [0, 2], "site": "mlp_out", "checkpoint_seconds": 0.0, **changed}
+        options = {"settings": SHORT, "checkpoint_seconds": 0.0, **changed}
         options |= {"held_out": {"some": DOCUMENTS[90:]}, "progress": progress}
         with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
             train_saes(model, tokenizer, documents, out, **options)
@@ -120,7 +120,7 @@ def test_other_settings_text_or_model_are_refused_by_name(train, llama, tmp_path
     train(tmp_path / "saes", stop_at=512)
     kept = contents(tmp_path / "saes.training")
     with pytest.raises(SAEError, match="checkpoints of another training") as caught:
-        train(tmp_path / "saes", settings=replace(SHORT, k=5, seed=1), layers=[0])
+        train(tmp_path / "saes", settings=replace(SHORT, k=5, seed=1, layers=[0]))
     assert sorted(caught.value.problems) == [
         "k was `4`, now it is `5`",
         "layers was `[0, 2]`, now it is `[0]`",
@@ -153,12 +153,10 @@ def test_a_stream_goes_on_from_any_place(llama, tokenizer):
 
 def test_what_cannot_be_trained_is_refused_at_once(train, tmp_path):
     with pytest.raises(SAEError) as caught:
-        TrainingSettings(width=4, k=8, tokens=0, max_tokens=1)
-    assert [problem.split()[0] for problem in caught.value.problems] == ["tokens", "k", "max_tokens"]
-    with pytest.raises(SAEError, match="no site `resid`"):
-        train(tmp_path / "saes", site="resid")
+        TrainingSettings(width=4, k=8, tokens=0, max_tokens=1, site="resid")
+    assert [problem.split()[0] for problem in caught.value.problems] == ["tokens", "k", "max_tokens", "there"]
     with pytest.raises(SAEError) as caught:
-        train(tmp_path / "saes", layers=[0, 3, 7])
+        train(tmp_path / "saes", settings=replace(SHORT, layers=[0, 3, 7]))
     assert caught.value.problems == ("layer 3", "layer 7")
     with pytest.raises(SAEError, match="only one token"):
         train(tmp_path / "saes", documents=["a", "b"])

@@ -53,6 +53,8 @@ class TrainingSettings:
         buffer: tokens that are held and shuffled before they are cut into batches.
         max_tokens: documents are cut to this many tokens.
         seed: of document order, shuffling and initial weights.
+        layers: layers to train on; all if None.
+        site: where in a layer, one of ``sites.SITES``.
         model_name: stored in each SAE's config; the model's own name or folder if None.
 
     Raises:
@@ -67,6 +69,8 @@ class TrainingSettings:
     buffer: int = 16384
     max_tokens: int = 384
     seed: int = 0
+    layers: Sequence[int] | None = None
+    site: str = "resid_post"
     model_name: str | None = None
 
     def __post_init__(self) -> None:
@@ -76,6 +80,8 @@ class TrainingSettings:
             problems.append(f"k is `{self.k}`, but there are only {self.width} features")
         if self.max_tokens < 2:
             problems.append(f"max_tokens is `{self.max_tokens}`, but a document's first token is left out")
+        if self.site not in SITES:
+            problems.append(f"there is no site `{self.site}`; the sites are {', '.join(SITES)}")
         if problems:
             raise SAEError("invalid SAE training settings", problems=problems)
 
@@ -126,8 +132,6 @@ def train_saes(
     *,
     settings: TrainingSettings,
     held_out: Mapping[str, Sequence[Document]],
-    layers: Sequence[int] | None = None,
-    site: str = "resid_post",
     overwrite: bool = False,
     checkpoint_seconds: float = 120.0,
     progress: Callable[[int, int], None] | None = None,
@@ -135,16 +139,12 @@ def train_saes(
     """Train a BatchTopK SAE on a site of each layer and save them in SAELens' layout, as JumpReLU.
 
     Matrices are saved in bfloat16 with decoder rows of norm 1, biases and thresholds in float32; they load in float32.
-    Special tokens, each document's first position and attention sinks are left out.
-
     Checkpoints are kept in ``OUT.training`` until training ends. A call with the same model, text and settings resumes
     from there and gives the same SAEs as an uninterrupted one, bit for bit where the device is deterministic.
 
     Args:
         out: folder to write, with ``layer_{layer}`` folders and ``health.json``; it appears complete or not at all.
         held_out: texts to measure the health of the saved SAEs on, by kind.
-        layers: layers to train on; all if None.
-        site: where in a layer, one of ``sites.SITES``.
         overwrite: replace ``out`` if it exists.
         checkpoint_seconds: time between checkpoints; an interruption loses at most this much work.
         progress: called with tokens done and tokens in all.
@@ -153,26 +153,24 @@ def train_saes(
         Health by layer and kind of held-out text; the kind ``all`` is all of them together.
 
     Raises:
-        SAEError: the model lacks a layer, there is no such site or no text, or the checkpoint is of another training.
+        SAEError: the model lacks a layer, there is no text, or the checkpoint is of another training.
         StethoscopeError: ``out`` exists.
     """
     if out.exists() and not overwrite:
         raise StethoscopeError(f"the output `{out}` exists", hint="choose another folder or remove it first")
-    if site not in SITES:
-        raise SAEError(f"there is no site `{site}`", hint=f"the sites are {', '.join(SITES)}")
     depth = len(decoder_layers(model))
-    layers = sorted(set(range(depth) if layers is None else layers))
+    layers = sorted(set(range(depth) if settings.layers is None else settings.layers))
     if bad := [f"layer {layer}" for layer in layers if not 0 <= layer < depth]:
         raise SAEError(f"the model has {depth} layers, numbered from 0", problems=bad)
     if not documents or not layers:
         raise SAEError("there is nothing to train SAEs on", hint="pass documents and layers")
     torch.manual_seed(settings.seed)
-    stream = ActivationStream(model, tokenizer, layers, site=site, max_tokens=settings.max_tokens)
+    stream = ActivationStream(model, tokenizer, layers, site=settings.site, max_tokens=settings.max_tokens)
     rows = stream.tokenize(documents)
     if not rows:
         raise SAEError("every document has only one token", hint="the first is never trained on: give longer text")
-    begun = {**asdict(settings), "site": site, "layers": layers, "text": documents_hash(documents)}
-    checkpoints = _Checkpoints(out, begun | {"model": _fingerprint(model)}, seconds=checkpoint_seconds)
+    begun = asdict(settings) | {"layers": layers, "text": documents_hash(documents), "model": _fingerprint(model)}
+    checkpoints = _Checkpoints(out, begun, seconds=checkpoint_seconds)
     trainer = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
     with new_folder(out, overwrite=overwrite) as folder:
         saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
@@ -213,10 +211,10 @@ def _fit(
     and save checkpoints without the position in the stream.
     """
     steps, total = settings.steps, settings.steps * settings.batch
-    options = {"batch": settings.batch, "buffer": settings.buffer, "seed": settings.seed}
-    activations = stream.shuffled(rows, **options, start=checkpoints.position)
+    batch_size, buffer, seed = settings.batch, settings.buffer, settings.seed
+    activations = stream.shuffled(rows, batch=batch_size, buffer=buffer, seed=seed, start=checkpoints.position)
     # Deep enough for the model to keep running while the SAEs train on what filled the buffer.
-    source = PrefetchingIterator(activations, prefetch=max(2, settings.buffer // settings.batch))
+    source = PrefetchingIterator(activations, prefetch=max(2, buffer // batch_size))
     try:
         batch, position = next(source)
         trainer = MultiSAETrainer(
@@ -253,13 +251,11 @@ def _fit(
 
 
 class _Checkpoints:
-    """Checkpoints of a training in ``OUT.training``: SAELens' own, and the position in the stream of activations.
+    """SAELens' checkpoints of a training in ``OUT.training``, each with the position in the stream of activations.
 
     Attributes:
         begun: everything that the trained SAEs depend on; a checkpoint with other values is refused.
-        step: of the newest checkpoint, to resume from; 0 if there is none.
-        position: where the stream of activations stood then.
-        saved_at: when the last one was saved, or the training began, on the monotonic clock.
+        step, position: of the newest checkpoint, to resume from.
     """
 
     def __init__(self, out: Path, begun: Mapping[str, Any], *, seconds: float) -> None:
@@ -267,12 +263,8 @@ class _Checkpoints:
         self.begun, self.seconds, self.saved_at = begun, seconds, time.monotonic()
         self.step = max((int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")), default=0)
         self.newest = self.folder / f"step_{self.step}"
-        self.position: Position = (0, 0)
-        if not self.step:
-            return
-        saved = read_json(self.newest / "training.json")
-        self.position = tuple(saved["position"])
-        known = saved["begun"]
+        saved = read_json(self.newest / "training.json") if self.step else {"begun": begun, "position": (0, 0)}
+        self.position, known = tuple(saved["position"]), saved["begun"]
         if differ := [name for name in {**known, **begun} if known.get(name) != begun.get(name)]:
             raise SAEError(
                 f"`{self.folder}` holds checkpoints of another training",
