@@ -263,7 +263,9 @@ class _Checkpoints:
         self.begun, self.seconds, self.saved_at = begun, seconds, time.monotonic()
         self.step = max((int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")), default=0)
         self.newest = self.folder / f"step_{self.step}"
-        saved = read_json(self.newest / "training.json") if self.step else {"begun": begun, "position": (0, 0)}
+        saved: dict[str, Any] = (
+            read_json(self.newest / "training.json") if self.step else {"begun": begun, "position": (0, 0)}
+        )
         self.position, known = tuple(saved["position"]), saved["begun"]
         if differ := [name for name in {**known, **begun} if known.get(name) != begun.get(name)]:
             raise SAEError(
