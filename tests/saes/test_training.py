@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -94,26 +93,21 @@ def train(llama, tokenizer) -> Callable[..., list[int]]:
 
 
 def test_a_training_that_was_stopped_again_and_again_gives_the_same_bytes(train, tmp_path):
+    """One checkpoint is kept, and a half one of a process that was killed does not count."""
+    checkpoints = tmp_path / "stopped.training"
     train(tmp_path / "whole", checkpoint_seconds=1e9)
     for stop_at in (128, 256, 1408, 2944):
         done = train(tmp_path / "stopped", stop_at=stop_at)
         assert not (tmp_path / "stopped").exists()
+        assert len(list(checkpoints.glob("*"))) == (stop_at > 128)
+        half = checkpoints / ".step_99.abc.partial"
+        half.mkdir(parents=True, exist_ok=True)
+        (half / "training.json").write_text("{")
     # the step that was interrupted had not been saved
     assert done[0] == 1408 - 128
     assert train(tmp_path / "stopped")[0] == 2944 - 128
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"stopped", "whole"}
-
-
-def test_one_checkpoint_is_kept_and_half_ones_do_not_count(train, tmp_path):
-    train(tmp_path / "saes", stop_at=1024)
-    checkpoints = tmp_path / "saes.training"
-    assert [path.name for path in checkpoints.iterdir()] == ["step_7"]
-    half = checkpoints / ".step_8.abc.partial"
-    half.mkdir()
-    (half / "training.json").write_text("{")
-    train(tmp_path / "saes", stop_at=1280)
-    assert [path.name for path in checkpoints.iterdir()] == ["step_9"]
 
 
 def test_other_settings_text_or_model_are_refused_by_name(train, llama, tmp_path):
@@ -136,19 +130,6 @@ def test_other_settings_text_or_model_are_refused_by_name(train, llama, tmp_path
         train(tmp_path / "saes", model=tuned)
     assert [problem.split()[0] for problem in caught.value.problems] == ["model"]
     assert contents(tmp_path / "saes.training") == kept
-
-
-def test_a_stream_goes_on_from_any_place(llama, tokenizer):
-    stream = ActivationStream(llama(layers=3), tokenizer, [0, 1])
-    rows = stream.tokenize(FEW)
-    options = {"batch": 100, "buffer": 330, "seed": 3}
-    whole = list(islice(stream.shuffled(rows, **options), 35))
-    assert whole[-1][1][0] > 2 * len(rows)
-    for place in (0, 1, 2, 3, 4, 11, 20):
-        rest = stream.shuffled(rows, start=whole[place][1], **options)
-        for (batch, position), (again, there) in zip(whole[place + 1 :], rest, strict=False):
-            assert position == there
-            assert all(torch.equal(batch[name], again[name]) for name in batch)
 
 
 def test_what_cannot_be_trained_is_refused_at_once(train, tmp_path):
@@ -222,19 +203,17 @@ def test_an_exact_sae_explains_everything(llama, tokenizer):
 def test_the_stream_reads_each_layer_without_first_and_special_tokens(llama, tokenizer):
     model, documents = llama(layers=2), ["abcd</s>efg", "hi"]
     stream = ActivationStream(model, tokenizer, [0, 1], batch_tokens=4)
-    heard = {0: [], 1: []}  # type: dict[int, list[torch.Tensor]]
-    for part in stream.outputs(stream.tokenize(documents)):
-        for layer in heard:
-            heard[layer].append(part[stream.hooks[layer]])
-    states = []
-    for document in documents:
-        out = model.model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True)
-        states.append(out.hidden_states[1][0])
-    assert torch.allclose(torch.cat(heard[0]), torch.cat([states[0][[1, 2, 3, 5, 6, 7]], states[1][1:]]), atol=1e-5)
-    assert not torch.allclose(torch.cat(heard[0]), torch.cat(heard[1]))
+    parts = list(stream.outputs(stream.tokenize(documents)))
+    first, second = (torch.cat([part[stream.hooks[layer]] for part in parts]) for layer in (0, 1))
+    states = [
+        model.model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+        for document in documents
+    ]
+    assert torch.allclose(first, torch.cat([states[0][[1, 2, 3, 5, 6, 7]], states[1][1:]]), atol=1e-5)
+    assert not torch.allclose(first, second)
 
 
-def test_health_merges_in_any_grouping():
+def test_health_merges_in_any_grouping_and_of_nothing_is_undefined():
     torch.manual_seed(0)
     hidden, features = torch.randn(60, 8), torch.randn(60, 16).relu()
     features[:, 3] = 0
@@ -246,9 +225,5 @@ def test_health_merges_in_any_grouping():
     assert (merged.l0, merged.dead, merged.dense) == (whole.l0, whole.dead, whole.dense)
     assert whole.dead == 1 / 16
     assert whole.variance_explained == pytest.approx(0.99, abs=0.01)
-
-
-def test_health_of_nothing_is_undefined_not_zero():
-    none = HealthSums.of(torch.zeros(0, 4), torch.zeros(0, 8), torch.zeros(0, 4)).health()
-    assert none.variance_explained is None
-    assert none.l0 is None
+    none = HealthSums.nothing(8).health()
+    assert (none.variance_explained, none.l0) == (None, None)
