@@ -91,12 +91,12 @@ def test_a_folder_gives_its_saes_in_order_of_depth(saes, caplog):
     assert before != open_saes(saes)[2].hashed()
 
 
-def test_a_pattern_and_a_mapping_pick_the_same(saes):
+def test_a_pattern_picks_some(saes):
     write_sae(saes / "other", "model.layers.2")
-    by_pattern = open_saes(saes, sae_id="layer_{layer}")
-    assert by_pattern == open_saes({layer: saes / f"layer_{layer}" for layer in (0, 2, 10)})
+    assert open_saes(saes, sae_id="layer_{layer}").keys() == {0, 2, 10}
     assert open_saes(saes / "other").keys() == {2}
-    assert "layer 3: the SAE reads layer 2" in refusal({3: saes / "layer_2"})
+    write_sae(saes / "layer_3", "model.layers.4")
+    assert "layer 3: the SAE reads layer 4" in refusal(saes, sae_id="layer_{layer}")
     for sae_id in ("layer_3", "../{layer}", "/{layer}"):
         assert "no pattern" in refusal(saes, sae_id)
 
@@ -270,7 +270,7 @@ def test_saes_in_a_file_each_are_found_by_release_repository_and_folder(hub):
     assert open_saes("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50", "layer{layer}.sae.pt") == saes
     assert open_saes(repository) == saes
     renamed = shutil.copytree(repository, repository.parents[3] / "renamed")
-    assert "does not say what it reads" in refusal({0: renamed / "layer0.sae.pt"})
+    assert "does not say what it reads" in refusal(renamed)
 
 
 GEMMA = "gemma-scope-2-4b-it-res-all"

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, warn
-from stethoscope.cli.options import for_this_command
+from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.saes import train_saes
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, stage_command
@@ -68,8 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     argv = sys.argv[1:] if arguments is None else arguments
     try:
         # Typer hands back an exit code in place of Ctrl-C; a command that ends well gives None.
-        with for_this_command:
-            code = app(argv, prog_name="stethoscope", standalone_mode=False)
+        code = app(argv, prog_name="stethoscope", standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         if code:
@@ -96,3 +95,5 @@ def main(arguments: list[str] | None = None) -> None:
             said += f"; did you mean {' or '.join(f'`{name}`' for name in near.rstrip(')').split(', '))}?"
         warn(f"error: {said[:1].lower()}{said[1:]}\n\nhint: `{about} --help` lists what there is")
         sys.exit(USER_ERROR)
+    finally:
+        hush(False)

@@ -34,15 +34,12 @@ Found = list[tuple[int | None, Path, Mapping[str, Any]]]
 _DEPTH = 4  # folders below a folder of SAEs: Gemma Scope 1 has three
 
 
-def open_saes(
-    source: str | Path | Mapping[int, str | Path], sae_id: str | None = None, *, local: bool = False
-) -> dict[int, SAEFolder]:
+def open_saes(source: str | Path, sae_id: str | None = None, *, local: bool = False) -> dict[int, SAEFolder]:
     """Find SAEs and read their configurations and headers.
 
     Args:
-        source: a folder that is an SAE or holds folders of SAEs; the SAE's folder for each layer; the name of a
-            SAELens release; or a hub repository, ``owner/name``. Releases and repositories are taken from the hub
-            library's cache, or fetched.
+        source: a folder that is an SAE or holds folders of SAEs; the name of a SAELens release; or a hub repository,
+            ``owner/name``. Releases and repositories are taken from the hub library's cache, or fetched.
         sae_id: picks among several: their path below the folder or repository, or their id in the release, with
             ``{layer}`` for the number and ``*`` for anything within one name.
         local: of a release or a hub repository check only the names, and find no SAEs.
@@ -54,20 +51,16 @@ def open_saes(
         SAEError: nothing found, or anything unreadable, malformed, of a layout, architecture or site that is not
             supported, or two SAEs for one layer; all of it at once.
     """
-    found: Found
-    if isinstance(source, Mapping):
-        found = [(int(layer), Path(path), {}) for layer, path in source.items()]
-        if not found:
-            raise SAEError("no SAEs were given")
-    elif Path(source).is_dir():
+    if Path(source).is_dir():
         found = _in_folder(Path(source), sae_id)
     else:
         repository, wanted = find_on_hub(str(source), sae_id)
         if local:
             return {}
         root = fetch(repository, list(wanted))
-        known: Found = [(None, root / path, corrections) for path, corrections in wanted.items()]
-        found = known if str(source) in release_texts() else _in_folder(root, sae_id)
+        found = [(None, root / path, corrections) for path, corrections in wanted.items()]
+        if str(source) not in release_texts():
+            found = _in_folder(root, sae_id)
     saes: dict[int, list[SAEFolder]] = {}
     problems: list[str] = []
     for layer, path, overrides in found:
