@@ -89,25 +89,21 @@ class Check:
 
     def table(self) -> list[list[str]]:
         """What was found, one row each, with a header row."""
-        rows = [["what", "found"]]
-        if self.base:
-            rows.append(["base", f"{self.base.layers} layers of width {self.base.hidden_size}"])
-        if self.task_vector:
-            rows.append(["task vector", f"{len(self.task_vector.names)} tensors"])
-        if self.saes:
-            rows.append(["SAEs", f"for {len(self.saes)} layers"])
-        rows += [[f"{name} text", f"{len(documents)} documents"] for name, documents in self.texts.items()]
-        rows += [[what, f"{name}: on the hub, not looked at"] for what, name in self.unseen.items()]
-        if edit := self.edit:
-            rows += [
-                ["edited checkpoint", f"changes {edit.tensors} tensors ({edit.bytes_changed / 1e6:,.1f} MB)"],
-                ["writing it", f"{edit.bytes_written / 1e9:,.2f} GB in about {edit.seconds:.0f} s"],
-                ["disk", f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free"],
-                *(["warning", text] for text in edit.warnings),
-            ]
-        if self.tasks:
-            rows += [["tasks", ", ".join(self.tasks)], ["control tasks", ", ".join(self.control_tasks) or "none"]]
-        return rows
+        base, change, edit, tasks = self.base, self.task_vector, self.edit, self.tasks
+        found = {
+            "base": base and f"{base.layers} layers of width {base.hidden_size}",
+            "task vector": change and f"{len(change.names)} tensors",
+            "SAEs": self.saes and f"for {len(self.saes)} layers",
+            **{f"{name} text": f"{len(documents)} documents" for name, documents in self.texts.items()},
+            **{what: f"{name}: on the hub, not looked at" for what, name in self.unseen.items()},
+            "edited checkpoint": edit and f"changes {edit.tensors} tensors ({edit.bytes_changed / 1e6:,.1f} MB)",
+            "writing it": edit and f"{edit.bytes_written / 1e9:,.2f} GB in about {edit.seconds:.0f} s",
+            "disk": edit and f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free",
+            "warning": edit and "; ".join(edit.warnings),
+            "tasks": ", ".join(tasks),
+            "control tasks": tasks and (", ".join(self.control_tasks) or "none"),
+        }
+        return [["what", "found"], *([what, str(text)] for what, text in found.items() if text)]
 
 
 def check_recipe(recipe: Recipe, folder: Path, *, offline: bool = False) -> Check:

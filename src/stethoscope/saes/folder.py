@@ -3,16 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_file
-
-# By SAELens' names. Both BatchTopK kinds load as the JumpReLU that they are once trained; `topk_transcoder`, which
-# SAELens has no class for, loads as TopK.
-ARCHITECTURES = (
-    "standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk",
-    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "topk_transcoder",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +22,7 @@ class SAEFolder:
             None stands for the site's usual place.
         width: number of features.
         d_in: values per token that it reads.
-        architecture: one of ``ARCHITECTURES``.
+        architecture: one of ``open.ARCHITECTURES``.
         hook_name: the place as the SAE's makers name it.
         model_name: the model it was trained on, where it says.
         tensors: the stored names of its tensors, by SAELens' names; one that lies the other way ends with ``.T``.
@@ -91,34 +84,16 @@ class Stored:
         return 1, 1  # that it is not there is a problem already, so these only need to pass as sizes
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What the files of an SAE claim that it is, before they are checked against each other.
+class Claim(NamedTuple):
+    """What the files of an SAE claim that it is, before they are checked; as in `SAEFolder`, but for ``sizes``.
 
     Attributes:
         sizes: values per token that it reads, features, and values that it writes, if not as many as it reads.
-        others: as in `SAEFolder`.
     """
 
     hook_name: str
     architecture: str
     sizes: Sequence[Any]
     tensors: Mapping[str, str]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = {}
     model_name: Any = None
-
-    def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """What is not sound or not supported, given the shapes of its tensors, if they could be read."""
-        problems, (d_in, width, d_out) = [], (*self.sizes, self.sizes[0])[:3]
-        for size, value in (("d_in", d_in), ("d_sae", width)):
-            if type(value) is not int or value < 1:
-                problems.append(f"`{size}` is `{value}`, not a positive whole number")
-        if self.architecture not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            problems.append(f"the architecture `{self.architecture}` is not supported; these are: {known}")
-        wanted = {"W_enc": (d_in, width), "W_dec": (width, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
-        for ours, stored in self.tensors.items() if shapes else ():
-            shape = wanted.get(ours, (width,))[:: -1 if stored.endswith(".T") else 1]
-            if (found := shapes.get(name := stored.removesuffix(".T"), "none")) != shape:
-                problems.append(f"`{name}` should have shape {shape}, the file has {found}")
-        return problems

@@ -29,6 +29,12 @@ __all__ = ["SAEFolder", "check_fit", "load_sae", "open_saes", "read_folder"]
 
 log = logging.getLogger(__name__)
 
+# By SAELens' names. Both BatchTopK kinds load as the JumpReLU that they are once trained; `topk_transcoder`, which
+# SAELens has no class for, loads as TopK.
+ARCHITECTURES = (
+    "standard", "gated", "jumprelu", "topk", "batchtopk", "matryoshka_batchtopk",
+    "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder", "topk_transcoder",
+)  # fmt: skip
 # The layer, where it was said; the SAE's path; and what SAELens' directory corrects in its configuration.
 Found = list[tuple[int | None, Path, Mapping[str, Any]]]
 _DEPTH = 4  # folders below a folder of SAEs: Gemma Scope 1 has three
@@ -151,7 +157,18 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFo
         claim = layout.read(stored)
     except CheckpointError as error:
         raise SAEError(unusable, problems=[error.message]) from error
-    problems += claim.problems(shapes)
+    d_in, width, d_out = (*claim.sizes, claim.sizes[0])[:3]
+    for size, value in (("d_in", d_in), ("d_sae", width)):
+        if type(value) is not int or value < 1:
+            problems.append(f"`{size}` is `{value}`, not a positive whole number")
+    if claim.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        problems.append(f"the architecture `{claim.architecture}` is not supported; these are: {known}")
+    wanted = {"W_enc": (d_in, width), "W_dec": (width, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
+    for ours, its in claim.tensors.items() if shapes else ():
+        shape = wanted.get(ours, (width,))[:: -1 if its.endswith(".T") else 1]
+        if (found := shapes.get(its.removesuffix(".T"), "none")) != shape:
+            problems.append(f"`{its.removesuffix('.T')}` should have shape {shape}, the file has {found}")
     try:
         layer, site, tap = site_of(claim.hook_name)
     except SAEError as error:
@@ -165,8 +182,8 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFo
         layer=layer,
         site=site,
         tap=tap,
-        width=claim.sizes[1],
-        d_in=claim.sizes[0],
+        width=width,
+        d_in=d_in,
         architecture=claim.architecture,
         hook_name=claim.hook_name,
         model_name=str(claim.model_name) if claim.model_name else None,
