@@ -30,8 +30,6 @@ def torch_dtype(stored: str) -> torch.dtype:
 class Checkpoint:
     """A model's weights on disk: a mapping from canonical name to tensor that holds no file open.
 
-    Opened with `open_checkpoint`.
-
     Attributes:
         path: the folder.
         source: what the user called it: a hub id, or the folder's name.
@@ -53,9 +51,6 @@ class Checkpoint:
         self.files = tuple(sorted({entry.file for entry in entries.values()}))
         self.layers = 1 + max((e.layer for e in entries.values() if e.layer is not None), default=-1)
         self.hidden_size = int(config_value(config, "hidden_size", "n_embd", "d_model") or 0)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -94,6 +89,8 @@ class Checkpoint:
         """The tensor in its stored dtype and shape, in memory of its own."""
         entry = self.entry(name)
         return self.read_rows(name, 0, entry.rows).reshape(entry.shape)
+
+    __getitem__ = read
 
     def read_rows(
         self, name: str, start: int, stop: int, *, buffer: torch.Tensor | None = None

@@ -15,9 +15,8 @@ import typer
 from stethoscope.cli.console import ConsoleReporter, command_line, warn
 from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
-from stethoscope.cli.saes import train_saes
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, stage_command
-from stethoscope.cli.weights import apply, edit, push, undo, verify
+from stethoscope.cli.weights import apply, edit, push, train_saes, undo, verify
 from stethoscope.errors import StethoscopeError
 from stethoscope.stages import STAGES
 

@@ -1,14 +1,13 @@
-"""Commands on checkpoints alone: edit, apply, undo, verify, push."""
+"""Commands on models alone: edit, apply, undo, verify, push, train-saes."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, conclude, warn
-from stethoscope.cli.options import AsJSON, Layers, Quiet, parse_layers
+from stethoscope.cli.options import AsJSON, Layers, Quiet, Seed, labelled, parse_layers
 from stethoscope.errors import StethoscopeError
 
 PatchFolder = Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")]
@@ -36,9 +35,11 @@ def edit(
 
     wanted = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers)
     plan = EditPlan.for_layers(wanted, coefficient=coefficient, modules=modules)
+    reporter = ConsoleReporter(quiet=quiet)
     if dry_run:
         found = check_edit(base, tuned, plan, out, kind=kind)
-        _caution(found.warnings, quiet=quiet)
+        for text in found.warnings:
+            reporter.note(f"warning: {text}")
         if as_json or not found.problems:
             conclude(
                 asdict(found),
@@ -54,9 +55,10 @@ def edit(
             raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
         return
     opened = open_checkpoint(base)
-    with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
+    with reporter.stage("Edit") as advance:
         made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind, progress=advance)
-    _caution(made.warnings, quiet=quiet)
+    for text in made.warnings:
+        reporter.note(f"warning: {text}")
     conclude(
         made.manifest,
         as_json=as_json,
@@ -64,11 +66,6 @@ def edit(
         wrote=[out],
         then=command_line("verify", out, *(["--base", base] if kind == "checkpoint" else [])),
     )
-
-
-def _caution(warnings: Iterable[str], *, quiet: bool) -> None:
-    for text in () if quiet else warnings:
-        warn(f"warning: {text}")
 
 
 def apply(
@@ -159,3 +156,77 @@ def push(
     with reporter.stage("Send"):
         address = publish(folder, repository, private=not public)
     conclude({"commit": address}, as_json=as_json, says=[f"sent to {address}"])
+
+
+def train_saes(
+    base: Annotated[str, typer.Option(help="Model to train SAEs for: a checkpoint folder or a hub id.")],
+    text: Annotated[Path, typer.Option(help="Training text: .jsonl, .parquet, .txt or a saved dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; checkpoints are kept in `OUT.training` meanwhile.")],
+    field: Annotated[str, typer.Option(help="Field that holds the documents.")] = "text",
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[=NAME]", help="Text to measure health on; by default part of the training text."),
+    ] = None,
+    layers: Layers = "all",
+    site: Annotated[str, typer.Option(help="Where in a layer: resid_post, mlp_out, attn_out, ...")] = "resid_post",
+    width: Annotated[int | None, typer.Option(help="Features per SAE; by default four times the hidden size.")] = None,
+    k: Annotated[int, typer.Option(help="Features that fire per token, on average.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on; shorter text is repeated.")] = 1_000_000,
+    batch: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Adam learning rate.")] = 4e-3,
+    max_tokens: Annotated[int, typer.Option(help="Documents are cut to this many tokens.")] = 384,
+    seed: Seed = 0,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Train an SAE for every layer of a model; the same command resumes a stopped training."""
+    from stethoscope.artifacts import read_json
+    from stethoscope.models.load import load_tokenizer
+    from stethoscope.saes.health import health_rows
+    from stethoscope.saes.train import TrainingSettings, hold_out, load_for_training
+    from stethoscope.saes.train import train_saes as train
+    from stethoscope.text.documents import read_documents
+
+    chosen = None if layers == "all" else parse_layers(layers)
+    documents = read_documents(text, field=field)
+    if held_out:
+        named = {name or Path(path).stem: path for path, name in map(labelled, held_out)}
+        held = {name: read_documents(path, field=field) for name, path in named.items()}
+    else:
+        documents, kept = hold_out(documents)
+        held = {"held out": kept}
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage("Load the model"):
+        model, tokenizer = load_for_training(base), load_tokenizer(base)
+    with reporter.stage("Train SAEs") as advance:
+        train(
+            model,
+            tokenizer,
+            documents,
+            out,
+            settings=TrainingSettings(
+                width=width or 4 * model.config.get_text_config().hidden_size,
+                k=k,
+                tokens=tokens,
+                batch=batch,
+                learning_rate=learning_rate,
+                max_tokens=max_tokens,
+                seed=seed,
+                layers=chosen,
+                site=site,
+            ),
+            held_out=held,
+            overwrite=overwrite,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=advance,
+        )
+    found = read_json(out / "health.json")
+    conclude(
+        {"out": str(out), **found},
+        as_json=as_json,
+        rows=health_rows(found["layers"]),
+        says=["Variance explained by kind of text; L0, dead and dense features over all of it."],
+        wrote=[out],
+    )
