@@ -13,12 +13,12 @@ from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from world import contents, exact_sae, write_lines
+from world import contents, exact_sae, random_sae, write_lines
 
 from stethoscope.cli import main
 from stethoscope.errors import SAEError
 from stethoscope.saes.activations import ActivationStream
-from stethoscope.saes.health import HealthSums, health_rows, measure_health
+from stethoscope.saes.health import health_rows, measure_health
 from stethoscope.saes.open import check_fit, load_sae, open_saes
 from stethoscope.saes.train import FastBatchTopK, TrainingSettings, hold_out, train_saes
 
@@ -214,16 +214,16 @@ def test_the_stream_reads_each_layer_without_first_and_special_tokens(llama, tok
 
 
 def test_health_merges_in_any_grouping_and_of_nothing_is_undefined():
-    torch.manual_seed(0)
-    hidden, features = torch.randn(60, 8), torch.randn(60, 16).relu()
-    features[:, 3] = 0
-    decoded = hidden + 0.1 * torch.randn(60, 8)
-    whole = HealthSums.of(hidden, features, decoded).health()
-    parts = [HealthSums.of(hidden[a:b], features[a:b], decoded[a:b]) for a, b in ((0, 7), (7, 50), (50, 60))]
+    sae, hidden = random_sae(d=8, width=16), torch.randn(60, 8)
+    sae.b_enc.data[3] = -1e6
+    whole = measure_health(sae, hidden).health()
+    parts = [measure_health(sae, hidden[a:b], chunk=5) for a, b in ((0, 7), (7, 50), (50, 60))]
     merged = (parts[0] + (parts[1] + parts[2])).health()
     assert merged.variance_explained == pytest.approx(whole.variance_explained)
     assert (merged.l0, merged.dead, merged.dense) == (whole.l0, whole.dead, whole.dense)
-    assert whole.dead == 1 / 16
-    assert whole.variance_explained == pytest.approx(0.99, abs=0.01)
-    none = HealthSums.nothing(8).health()
+    features = sae.encode(hidden)
+    assert whole.dead == float((features == 0).all(0).float().mean()) >= 1 / 16
+    residual, variance = hidden - sae.decode(features), hidden - hidden.mean(0)
+    assert whole.variance_explained == pytest.approx(1 - float(residual.square().sum() / variance.square().sum()))
+    none = measure_health(sae, hidden[:0]).health()
     assert (none.variance_explained, none.l0) == (None, None)
