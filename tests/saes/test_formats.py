@@ -425,7 +425,7 @@ def test_a_transcoders_linear_skip_lies_the_right_way(tmp_path):
 def test_a_module_that_sae_lens_noted_is_believed_over_its_own_name(tmp_path):
     case = sae_lens(tmp_path, "jumprelu_transcoder")
     names = {"hook_name": "blocks.3.hook_mlp_in", "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output"}
-    change(case.path / "cfg.json", "metadata", **names)
+    change("cfg.json", "metadata", **names)(case.path)
     folder = read_folder(case.path)
     assert (folder.layer, folder.site, folder.tap) == (3, "mlp_in", "pre_feedforward_layernorm.output")
 
@@ -453,45 +453,47 @@ def test_half_precision_is_widened_before_it_is_folded(tmp_path):
     assert load_sae(read_folder(case.path), torch.bfloat16).W_dec.dtype == torch.bfloat16
 
 
+def change(file: str, table: str | None, **values: object) -> Callable[[Path], None]:
+    """Set values in a table of a folder's configuration, or at its top."""
+
+    def spoil(path: Path) -> None:
+        config = json.loads((path / file).read_text())
+        (config[table] if table else config).update(values)
+        (path / file).write_text(json.dumps(config))
+
+    return spoil
+
+
+trainer = partial(change, "config.json", "trainer")
+auto = partial(dictionary, kind="AutoEncoder")
+flat_configurations: list[tuple[dict[str, Any], str]] = [
+    ({"activation_fn_str": "tanh-relu"}, "activation function `tanh-relu`"),
+    ({"hook_head_index": 3}, "one attention head"),
+    ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "centred residual stream"),
+    ({"normalize_activations": True}, "does not say the scale"),
+    ({"hook_name": "blocks.3.hook_mlp_in"}, "`blocks.3.hook_mlp_in`"),  # before the norm: no module reads it
+]
 REFUSED: dict[str, tuple[Callable[[Path], Case], Callable[[Path], object], str]] = {
-    "sparsify groupmax": (
-        partial(sparsify, activation="groupmax"), lambda _path: None, "activation function `groupmax`",
-    ),
-    "sparsify signed": (partial(sparsify, signed=True), lambda _path: None, "`signed` is not supported"),
+    "sparsify groupmax": (sparsify, change("cfg.json", None, activation="groupmax"), "activation function `groupmax`"),
+    "sparsify signed": (sparsify, change("cfg.json", None, signed=True), "`signed` is not supported"),
     "a cut archive": (gemma_scope_1, lambda path: (path / "params.npz").write_bytes(b"PK\x03\x04"), "is damaged"),
     "no pickles": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: torch.save({"encoder.weight": Path("x")}, path / "ae.pt"),
-        "holds more than tensors",
+        auto, lambda path: torch.save({"encoder.weight": Path("x")}, path / "ae.pt"), "holds more than tensors",
     ),
     "a lying trainer": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", dict_size=7),
-        "`encoder.weight` should have shape (7, 12), the file has (40, 12)",
+        auto, trainer(dict_size=7), "`encoder.weight` should have shape (7, 12), the file has (40, 12)",
     ),
-    "a class of its own": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", dict_class="CrossCoder"),
-        "the class `CrossCoder` is not supported",
-    ),
-    "another site": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", submodule_name="embed_layer_4"),
-        "`blocks.4.hook_embed`",
-    ),
+    "a class of its own": (auto, trainer(dict_class="CrossCoder"), "the class `CrossCoder` is not supported"),
+    "another site": (auto, trainer(submodule_name="embed_layer_4"), "`blocks.4.hook_embed`"),
     "no norm": (
-        llama_scope,
-        lambda path: change(path / "hyperparams.json", "dataset_average_activation_norm", **{"in": None}),
+        llama_scope, change("hyperparams.json", "dataset_average_activation_norm", **{"in": None}),
         "`average norm` is `None`",
     ),
+    **{
+        f"flat, {said}": (partial(sae_lens, kind="flat standard"), change("cfg.json", None, **config), said)
+        for config, said in flat_configurations
+    },
 }  # fmt: skip
-
-
-def change(path: Path, table: str | None, **values: object) -> None:
-    """Set values in a table of a configuration, or at its top."""
-    config = json.loads(path.read_text())
-    (config[table] if table else config).update(values)
-    path.write_text(json.dumps(config))
 
 
 def refusal(path: Path) -> str:
@@ -506,22 +508,6 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(name, tmp_path):
     path = make(tmp_path).path
     spoil(path)
     assert said in refusal(path)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"activation_fn_str": "tanh-relu"}, "activation function `tanh-relu`"),
-        ({"hook_head_index": 3}, "one attention head"),
-        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "centred residual stream"),
-        ({"normalize_activations": True}, "does not say the scale"),
-        ({"hook_name": "blocks.3.hook_mlp_in"}, "`blocks.3.hook_mlp_in`"),  # before the norm: no module reads it
-    ],
-)
-def test_flat_configurations_that_mean_something_else_are_refused(config, said, tmp_path):
-    case = sae_lens(tmp_path, "flat standard")
-    change(case.path / "cfg.json", None, **config)
-    assert said in refusal(case.path)
 
 
 def test_gemma_scope_must_say_where_it_reads(tmp_path):
