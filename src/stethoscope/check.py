@@ -209,15 +209,7 @@ def _check_saes(found: Check, recipe: Recipe) -> None:
     if saes and recipe.select.k is not None and recipe.select.k > len(saes):
         found.problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
     if base and saes:
-        heads = base.entries.get("layers.0.self_attn.o_proj.weight")
-        found.attempt(
-            check_fit,
-            saes,
-            hidden_size=base.hidden_size,
-            num_layers=base.layers,
-            model_name=recipe.base,
-            attn_width=heads.shape[1] if heads else None,
-        )
+        found.attempt(check_fit, saes, base)
         if projected and found.task_vector:
             found.attempt(residual_axes, found.task_vector, saes, base.hidden_size)
 

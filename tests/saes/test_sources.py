@@ -12,6 +12,8 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 from world import make, random_sae
 
+from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.header import make_entry
 from stethoscope.errors import SAEError
 from stethoscope.models.sites import SITES, TAPS, hook_point, read_activations, site_of
 from stethoscope.saes.open import check_fit, load_sae, open_saes
@@ -22,6 +24,15 @@ def write_sae(folder: Path, hook_name: str, *, d_in: int = 8) -> Path:
     metadata = SAEMetadata(hook_name=hook_name, model_name="tiny/llama")
     random_sae(d=d_in, width=16, metadata=metadata).save_model(folder)
     return folder
+
+
+def base_of(hidden: int = 8, *, layers: int = 11, source: str = "tiny/llama", heads: int | None = None) -> Checkpoint:
+    """A checkpoint that is not read, with as much as SAEs must fit."""
+    o_proj = make_entry("model.layers.0.self_attn.o_proj.weight", "x", "F32", (hidden, heads or 0), 0, 0)
+    entries = {o_proj.name: o_proj} if heads else {}
+    base = Checkpoint(Path("x"), {"hidden_size": hidden}, entries, source=source)
+    base.layers = layers
+    return base
 
 
 @pytest.fixture
@@ -77,9 +88,9 @@ def test_a_folder_gives_its_saes_in_order_of_depth(saes, caplog):
     found = open_saes(saes)
     assert list(found) == [0, 2, 10]
     assert (found[2].site, found[2].width, found[2].d_in, found[2].architecture) == ("resid_post", 16, 8, "standard")
-    check_fit(found, hidden_size=8, num_layers=11, model_name="tiny/llama")
+    check_fit(found, base_of())
     assert not caplog.text
-    check_fit(found, hidden_size=8, num_layers=11, model_name="/models/Other")  # logged, not refused
+    check_fit(found, base_of(source="Other"))  # logged, not refused
     assert "tiny/llama" in caplog.text
     ours, theirs, x = load_sae(found[2]), SAE.load_from_disk(saes / "layer_2"), torch.randn(5, 8)
     assert torch.equal(ours.encode(x), theirs.encode(x))
@@ -131,7 +142,7 @@ def test_every_misfit_is_said_at_once(saes):
     write_sae(saes / "layer_2", "model.layers.2", d_in=12)
     write_sae(saes / "mlp", "blocks.1.hook_mlp_out")
     with pytest.raises(SAEError, match="do not fit the base model") as caught:
-        check_fit(open_saes(saes), hidden_size=8, num_layers=10)
+        check_fit(open_saes(saes), base_of(layers=10))
     assert [problem.split(", from")[0] for problem in caught.value.problems] == [
         "layer 2: the SAE reads 12 values, the model's hidden size is 8",
         "layer 10: the model has 10 layers, 0 to 9 (`model.layers.10`)",
@@ -154,16 +165,16 @@ def test_the_sites_width_is_what_must_fit(tmp_path):
     """Attention's heads side by side are not as wide as the residual stream in Gemma 3."""
     model = make("gemma3 text", dtype=torch.float32)
     heads = model.config.num_attention_heads * model.config.head_dim
-    fit = {"hidden_size": model.config.hidden_size, "num_layers": 3}
+    hidden = model.config.hidden_size
     write_sae(tmp_path / "z" / "layer_0", "model.layers.0.self_attn.o_proj.input", d_in=heads)
     saes = open_saes(tmp_path / "z")
-    check_fit(saes, **fit, attn_width=heads)
-    check_fit(saes, **fit)
+    check_fit(saes, base_of(hidden, heads=heads))
+    check_fit(saes, base_of(hidden))
     with pytest.raises(SAEError, match=f"reads {heads} values, the model's width of all heads is 99"):
-        check_fit(saes, **fit, attn_width=99)
+        check_fit(saes, base_of(hidden, heads=99))
     write_sae(tmp_path / "m", "model.layers.0.mlp", d_in=17)
     with pytest.raises(SAEError, match="the model's hidden size is"):
-        check_fit(open_saes(tmp_path / "m"), **fit, attn_width=heads)
+        check_fit(open_saes(tmp_path / "m"), base_of(hidden, heads=heads))
     sae = saes[0]
     heard = read_activations(model, {0: hook_point(model, sae.layer, sae.site, sae.tap)}, torch.tensor([[5, 9, 12]]))[0]
     assert load_sae(sae).encode(heard).shape == (1, 3, sae.width)

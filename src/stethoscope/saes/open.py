@@ -2,7 +2,7 @@
 
 saes = open_saes("saes/")                                                   # {layer: SAEFolder}
 saes = open_saes("gemma-scope-2-4b-it-res-all", "layer_{layer}_width_16k_l0_small")
-check_fit(saes, hidden_size=2560, num_layers=34)
+check_fit(saes, open_checkpoint("google/gemma-3-4b-it"))
 sae = load_sae(saes[12])                                                    # a sae_lens SAE
 """
 
@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.header import read_header
 from stethoscope.errors import CheckpointError, SAEError
@@ -89,34 +90,22 @@ def open_saes(source: str | Path, sae_id: str | None = None, *, local: bool = Fa
     return {layer: several[0] for layer, several in sorted(saes.items())}
 
 
-def check_fit(
-    saes: Mapping[int, SAEFolder],
-    *,
-    hidden_size: int,
-    num_layers: int,
-    model_name: str | None = None,
-    attn_width: int | None = None,
-) -> None:
-    """Refuse SAEs that cannot have been made for the model.
-
-    Args:
-        hidden_size: values per token in the model's residual stream, and in what attention and MLP add to it.
-        num_layers: the model's decoder blocks.
-        model_name: a hub id or folder; another is only logged, as a folder may be called anything.
-        attn_width: values per token of the site ``attn_z``, the columns of ``o_proj``; not checked if None.
+def check_fit(saes: Mapping[int, SAEFolder], base: Checkpoint) -> None:
+    """Refuse SAEs that cannot have been made for the model; another name is only logged, as any folder may have any.
 
     Raises:
         SAEError: any has another width or layer, or they read several sites; all of it at once.
     """
     problems = []
+    heads = base.entries.get("layers.0.self_attn.o_proj.weight")
     for sae in saes.values():
-        wrong, width, what = [], hidden_size, "the model's hidden size"
+        wrong, width, what = [], base.hidden_size, "the model's hidden size"
         if sae.site == "attn_z":
-            width, what = attn_width or sae.d_in, "the model's width of all heads"
+            width, what = heads.columns if heads else sae.d_in, "the model's width of all heads"
         if sae.d_in != width:
             wrong.append(f"the SAE reads {sae.d_in} values, {what} is {width}")
-        if not 0 <= sae.layer < num_layers:
-            wrong.append(f"the model has {num_layers} layers, 0 to {num_layers - 1} (`{sae.hook_name}`)")
+        if not 0 <= sae.layer < base.layers:
+            wrong.append(f"the model has {base.layers} layers, 0 to {base.layers - 1} (`{sae.hook_name}`)")
         problems += [f"layer {sae.layer}: {one}, from `{sae.path}`" for one in wrong]
     if len(places := sorted({sae.site for sae in saes.values()})) > 1:
         problems.append(f"the SAEs read {quoted(places)}: layers would not be comparable")
@@ -125,9 +114,9 @@ def check_fit(
         made_for = f"were made for {quoted(names)}" if names else "look made for another model"
         hint = f"these SAEs {made_for}; choose others in `saes`"
         raise SAEError("the SAEs do not fit the base model", problems=problems, hint=hint)
-    for name in names if model_name is not None else ():
-        if Path(name).name.lower() != Path(str(model_name)).name.lower():
-            log.warning("the SAEs were made for `%s`, the base model is `%s`", name, model_name)
+    for name in names:
+        if Path(name).name.lower() != Path(base.source).name.lower():
+            log.warning("the SAEs were made for `%s`, the base model is `%s`", name, base.source)
 
 
 def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFolder:
