@@ -270,31 +270,31 @@ class Layout:
     Attributes:
         read: what the files of an SAE claim that it is.
         marker: the file that tells it from others; where one file is a whole SAE, how its name ends.
+        files: the configuration, if it has one, and last the weights; an empty name is the SAE's own path.
         convert: SAE, configuration, tensors in float32 -> configuration and state dict for SAELens; where it is None,
             to rename the tensors is enough.
-        weights: the file of the weights, if not the marker; empty where one file is a whole SAE.
-        config: the file of the configuration, if the layout has one.
-        config_optional: whether an SAE may lack it.
+        config_optional: whether an SAE may lack the configuration.
     """
 
     read: Callable[[Stored], Claim]
     marker: str
+    files: tuple[str, ...]
     convert: Callable[[SAEFolder, dict[str, Any], State], Converted] | None = None
-    weights: str | None = None
-    config: str | None = None
     config_optional: bool = False
 
 
+ONE_FILE = ".sae.pt"  # what the name of an SAE in a single file ends with
 # In the order of looking: sparsify's folders hold a `cfg.json` too.
 LAYOUTS = {
-    "sparsify": Layout(read_sparsify, "sae.safetensors", config="cfg.json"),
-    "gemma_scope_2": Layout(read_gemma_scope_2, "params.safetensors", config="config.json", config_optional=True),
-    "gemma_scope": Layout(read_gemma_scope, "params.npz"),
-    "dictionary_learning": Layout(read_dictionary, "ae.pt", convert_dictionary, config="config.json"),
-    "llama_scope": Layout(
-        read_llama_scope, "hyperparams.json", convert_llama_scope, "checkpoints/final.safetensors", "hyperparams.json"
+    "sparsify": Layout(read_sparsify, "sae.safetensors", ("cfg.json", "sae.safetensors")),
+    "gemma_scope_2": Layout(
+        read_gemma_scope_2, "params.safetensors", ("config.json", "params.safetensors"), config_optional=True
     ),
-    "qwen_scope": Layout(read_qwen_scope, ".sae.pt", weights=""),
-    "sae_lens": Layout(read_sae_lens, "cfg.json", convert_sae_lens, "sae_weights.safetensors", "cfg.json"),
+    "gemma_scope": Layout(read_gemma_scope, "params.npz", ("params.npz",)),
+    "dictionary_learning": Layout(read_dictionary, "ae.pt", ("config.json", "ae.pt"), convert_dictionary),
+    "llama_scope": Layout(
+        read_llama_scope, "hyperparams.json", ("hyperparams.json", "checkpoints/final.safetensors"), convert_llama_scope
+    ),
+    "qwen_scope": Layout(read_qwen_scope, ONE_FILE, ("",)),
+    "sae_lens": Layout(read_sae_lens, "cfg.json", ("cfg.json", "sae_weights.safetensors"), convert_sae_lens),
 }
-ONE_FILE = LAYOUTS["qwen_scope"].marker  # what the name of an SAE in a single file ends with

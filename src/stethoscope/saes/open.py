@@ -135,9 +135,9 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFo
         reason = f"it holds none of {markers}" if path.is_dir() else "there is no such folder"
         raise SAEError(unusable, problems=[reason])
     layout, overrides = LAYOUTS[name], dict(overrides or {})
-    files: tuple[str, ...] = (layout.marker if layout.weights is None else layout.weights,)
-    if layout.config and not (layout.config_optional and not (path / layout.config).is_file()):
-        files = (layout.config, *files)
+    files = layout.files
+    if layout.config_optional and not (path / files[0]).is_file():
+        files = files[1:]
     try:
         shapes, problems = _read_shapes(path / files[-1])
         stored = Stored(
