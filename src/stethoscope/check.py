@@ -13,7 +13,7 @@ from typing import Any
 
 from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.files import read_json_object
-from stethoscope.checkpoints.hub import HUB_ID
+from stethoscope.checkpoints.hub import require_hub_id
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
@@ -169,10 +169,7 @@ def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub
     for name in ("base", "tuned") if offline else ():
         source = getattr(recipe, name)
         if not Path(source).is_absolute():  # local paths are absolute once a recipe is read
-            if not HUB_ID.fullmatch(source):
-                found.problems.append(
-                    f"there is no folder `{source}`\n    hint: give a folder, or a hub id like `owner/name`"
-                )
+            found.attempt(require_hub_id, source)
             found.unseen[name] = source
     if "base" not in found.unseen:
         found.base = found.attempt(open_checkpoint, recipe.base, headers_only=headers_only)

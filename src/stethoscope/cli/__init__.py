@@ -5,7 +5,6 @@ Nothing heavy is imported before a command needs it.
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -88,10 +87,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong command, from a private module
             raise
         about = getattr(getattr(error, "ctx", None), "command_path", "stethoscope")
-        said, _, near = error.format_message().partition(" (Possible options: ")
-        said = re.sub(r"'([^']*)'|(--[\w-]+)", r"`\1\2`", said).rstrip(".")
-        if near:
-            said += f"; did you mean {' or '.join(f'`{name}`' for name in near.rstrip(')').split(', '))}?"
+        said = error.format_message().replace("'", "`").rstrip(".")
         warn(f"error: {said[:1].lower()}{said[1:]}\n\nhint: `{about} --help` lists what there is")
         sys.exit(USER_ERROR)
     finally:

@@ -76,7 +76,7 @@ def apply(
     as_json: AsJSON = False,
 ) -> None:
     """Apply a patch to its base and write the edited checkpoint."""
-    _patched("apply", patch, base, out, quiet=quiet, as_json=as_json)
+    _patched(patch, base, out, undo=False, quiet=quiet, as_json=as_json)
 
 
 def undo(
@@ -87,16 +87,13 @@ def undo(
     as_json: AsJSON = False,
 ) -> None:
     """Restore the base from an edited checkpoint and its patch, bit for bit."""
-    _patched("undo", patch, edited, out, quiet=quiet, as_json=as_json)
+    _patched(patch, edited, out, undo=True, quiet=quiet, as_json=as_json)
 
 
-def _patched(
-    direction: Literal["apply", "undo"], patch: Path, checkpoint: str, out: Path, *, quiet: bool, as_json: bool
-) -> None:
+def _patched(patch: Path, checkpoint: str, out: Path, *, undo: bool, quiet: bool, as_json: bool) -> None:
     from stethoscope.editing.patch import apply_patch
 
-    undo = direction == "undo"
-    with ConsoleReporter(quiet=quiet).stage(f"{direction.capitalize()} the patch") as advance:
+    with ConsoleReporter(quiet=quiet).stage("Undo the patch" if undo else "Apply the patch") as advance:
         path = apply_patch(patch, checkpoint, out, undo=undo, progress=advance)
     made = "The base, bit for bit" if undo else "The edited checkpoint"
     then = "" if undo else command_line("verify", out, "--base", checkpoint)
