@@ -94,7 +94,7 @@ def test_one_plain_line_a_stage_or_one_bar_on_a_terminal(monkeypatch, capsys):
                 advance(done, 4)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[:2] for line in lines] == [["Listen", "90.0"], ["Listen", "225.0"]]
-    assert lines[0].endswith("s, 50%, about 2 min left")
+    assert lines[0].endswith("s, 50%, about 0:01:30 left")
     monkeypatch.setattr(console, "_err", Console(stderr=True, force_terminal=True, width=100))
     with ConsoleReporter().stage("Listen") as advance:
         advance(1, 4)
