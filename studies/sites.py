@@ -44,9 +44,8 @@ def train(data: Path, out: Path, *, site: str, seed: int, tokens: int) -> None:
             tokenizer,
             documents,
             out,
-            settings=TrainingSettings(width=1152, k=64, tokens=tokens, seed=seed, model_name=ORIGIN),
+            settings=TrainingSettings(width=1152, k=64, tokens=tokens, seed=seed, site=site, model_name=ORIGIN),
             held_out=held_out,
-            site=site,
             progress=advance,
         )
 

@@ -14,7 +14,7 @@ from world import changed, flip, interrupt, save_adapter, write_lines, write_sae
 
 from stethoscope.artifacts import sha256_file
 from stethoscope.check import check_recipe, check_run
-from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.checkpoint import hash_tensor
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.errors import RecipeError, StethoscopeError

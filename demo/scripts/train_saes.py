@@ -114,10 +114,10 @@ def main() -> None:
                 batch=options.batch,
                 learning_rate=options.learning_rate,
                 seed=options.seed,
+                layers=options.layers,
                 model_name=ORIGIN,
             ),
             held_out=held_out,
-            layers=options.layers,
             overwrite=options.overwrite,
             progress=advance,
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.files import read_json_object
-from stethoscope.checkpoints.hub import HUB_ID
+from stethoscope.checkpoints.hub import require_hub_id
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
@@ -23,7 +23,7 @@ from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import ATTRIBUTION, FEWEST_BLOCKS, GENERAL, HELD_OUT, OTHERS, SCALPEL_ARMS, LossText, Recipe
-from stethoscope.saes.open import SAEFolder, check_fit, check_source, open_saes
+from stethoscope.saes.open import SAEFolder, check_fit, open_saes
 from stethoscope.text.documents import Document, read_documents
 
 
@@ -89,25 +89,21 @@ class Check:
 
     def table(self) -> list[list[str]]:
         """What was found, one row each, with a header row."""
-        rows = [["what", "found"]]
-        if self.base:
-            rows.append(["base", f"{self.base.layers} layers of width {self.base.hidden_size}"])
-        if self.task_vector:
-            rows.append(["task vector", f"{len(self.task_vector.names)} tensors"])
-        if self.saes:
-            rows.append(["SAEs", f"for {len(self.saes)} layers"])
-        rows += [[f"{name} text", f"{len(documents)} documents"] for name, documents in self.texts.items()]
-        rows += [[what, f"{name}: on the hub, not looked at"] for what, name in self.unseen.items()]
-        if edit := self.edit:
-            rows += [
-                ["edited checkpoint", f"changes {edit.tensors} tensors ({edit.bytes_changed / 1e6:,.1f} MB)"],
-                ["writing it", f"{edit.bytes_written / 1e9:,.2f} GB in about {edit.seconds:.0f} s"],
-                ["disk", f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free"],
-                *(["warning", text] for text in edit.warnings),
-            ]
-        if self.tasks:
-            rows += [["tasks", ", ".join(self.tasks)], ["control tasks", ", ".join(self.control_tasks) or "none"]]
-        return rows
+        base, change, edit, tasks = self.base, self.task_vector, self.edit, self.tasks
+        found = {
+            "base": base and f"{base.layers} layers of width {base.hidden_size}",
+            "task vector": change and f"{len(change.names)} tensors",
+            "SAEs": self.saes and f"for {len(self.saes)} layers",
+            **{f"{name} text": f"{len(documents)} documents" for name, documents in self.texts.items()},
+            **{what: f"{name}: on the hub, not looked at" for what, name in self.unseen.items()},
+            "edited checkpoint": edit and f"changes {edit.tensors} tensors ({edit.bytes_changed / 1e6:,.1f} MB)",
+            "writing it": edit and f"{edit.bytes_written / 1e9:,.2f} GB in about {edit.seconds:.0f} s",
+            "disk": edit and f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free",
+            "warning": edit and "; ".join(edit.warnings),
+            "tasks": ", ".join(tasks),
+            "control tasks": tasks and (", ".join(self.control_tasks) or "none"),
+        }
+        return [["what", "found"], *([what, str(text)] for what, text in found.items() if text)]
 
 
 def check_recipe(recipe: Recipe, folder: Path, *, offline: bool = False) -> Check:
@@ -173,16 +169,13 @@ def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub
     for name in ("base", "tuned") if offline else ():
         source = getattr(recipe, name)
         if not Path(source).is_absolute():  # local paths are absolute once a recipe is read
-            if not HUB_ID.fullmatch(source):
-                found.problems.append(
-                    f"there is no folder `{source}`\n    hint: give a folder, or a hub id like `owner/name`"
-                )
+            found.attempt(require_hub_id, source)
             found.unseen[name] = source
     if "base" not in found.unseen:
         found.base = found.attempt(open_checkpoint, recipe.base, headers_only=headers_only)
     if found.base and "tuned" not in found.unseen:
         found.task_vector = found.attempt(open_task_vector, found.base, recipe.tuned, headers_only=headers_only)
-    found.saes = found.attempt(check_source if headers_only else open_saes, recipe.saes, sae_id=recipe.sae_id) or {}
+    found.saes = found.attempt(open_saes, recipe.saes, recipe.sae_id, local=headers_only) or {}
     if not found.saes and not Path(recipe.saes).is_absolute():
         found.unseen["saes"] = recipe.saes
     _check_saes(found, recipe)
@@ -213,15 +206,7 @@ def _check_saes(found: Check, recipe: Recipe) -> None:
     if saes and recipe.select.k is not None and recipe.select.k > len(saes):
         found.problems.append(f"select.k is `{recipe.select.k}`, but there are SAEs for {len(saes)} layers only")
     if base and saes:
-        heads = base.entries.get("layers.0.self_attn.o_proj.weight")
-        found.attempt(
-            check_fit,
-            saes,
-            hidden_size=base.hidden_size,
-            num_layers=base.layers,
-            model_name=recipe.base,
-            attn_width=heads.shape[1] if heads else None,
-        )
+        found.attempt(check_fit, saes, base)
         if projected and found.task_vector:
             found.attempt(residual_axes, found.task_vector, saes, base.hidden_size)
 

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes
-from stethoscope.checkpoints.checkpoint import Checkpoint
-from stethoscope.checkpoints.hashing import fingerprint
+from stethoscope.checkpoints.checkpoint import Checkpoint, fingerprint
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.filter import STRENGTHS, TARGET, FilteredChange, write_filters
@@ -31,7 +30,7 @@ from stethoscope.models.load import find_device, load_model, load_tokenizer
 from stethoscope.results.keeping import BASE, EDIT, SCALED, TUNED, Keeping, Measured, Variant
 from stethoscope.run import Reporter, Silent
 from stethoscope.text.documents import Document, documents_hash
-from stethoscope.text.tokens import TokenBatch, batches, counted_tokens, tokenize
+from stethoscope.text.tokens import TokenBatch, batches, counted_tokens, prompt_lengths, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,6 +47,7 @@ class Wanted:
 
     Attributes:
         keep: documents that use the fine-tune's skill.
+        prompts: text that precedes each document to keep; it is read, and its own loss does not count.
         protect: name -> documents on which the model should stay as it is.
         weights: name -> weight of a protected text, 1 if not given.
         strength: of the filter; chosen if None.
@@ -59,6 +59,7 @@ class Wanted:
 
     keep: Sequence[Document]
     protect: Mapping[str, Sequence[Document]]
+    prompts: Sequence[str] = ()
     weights: Mapping[str, float] = field(default_factory=dict)
     strength: float | None = None
     share: float = 0.95
@@ -68,8 +69,11 @@ class Wanted:
 
     @property
     def texts(self) -> dict[str, Sequence[Document]]:
-        """The text to keep, then those to protect."""
-        return {TARGET: self.keep, **self.protect}
+        """The text to keep, behind its prompts, then those to protect."""
+        keep = self.keep
+        if self.prompts:
+            keep = [f"{prompt}{document}" for prompt, document in zip(self.prompts, keep, strict=True)]
+        return {TARGET: keep, **self.protect}
 
     def plan(self, transform: FilteredChange | None = None, coefficient: float = 1.0) -> EditPlan:
         """The edit: the task vector transformed, times a coefficient; vision towers stay the base's."""
@@ -177,12 +181,20 @@ def _check(wanted: Wanted) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Part:
+    """Documents whose loss is measured: token ids, and the first token of each that counts."""
+
+    rows: list[list[int]]
+    starts: list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Texts:
-    """Every text, tokenised and divided: batches for the moments, and rows to choose by and to measure."""
+    """Every text, tokenised and divided: batches for the moments, and documents to choose by and to measure."""
 
     moments: dict[str, list[TokenBatch]]
-    chosen_by: dict[str, list[list[int]]]
-    measured: dict[str, list[list[int]]]
+    chosen_by: dict[str, _Part]
+    measured: dict[str, _Part]
     documents: dict[str, tuple[int, int, int]]
 
     @classmethod
@@ -191,14 +203,24 @@ class _Texts:
         for name, documents in wanted.texts.items():
             rows = tokenize(documents, tokenizer, max_tokens=wanted.max_tokens)
             enough = int(np.searchsorted(np.cumsum([len(row) for row in rows]), wanted.tokens)) + 1
-            rows, documents = rows[: max(enough, FEWEST)], documents[: max(enough, FEWEST)]
-            counted = counted_tokens(documents, tokenizer, max_tokens=wanted.max_tokens)
-            parts = [[i for i in range(len(rows)) if i % 5 in part] for part in ((0, 1, 2), (3,), (4,))]
-            made, chosen, held = parts
-            inside = [rows[i] for i in made], [counted[i] for i in made]
-            moments[name] = list(batches(inside[0], tokenizer, batch_tokens=BATCH_TOKENS, counted=inside[1]))
-            chosen_by[name], measured[name] = [rows[i] for i in chosen], [rows[i] for i in held]
-            numbers[name] = (len(made), len(chosen), len(held))
+            rows = rows[: max(enough, FEWEST)]
+            counted = counted_tokens(documents[: len(rows)], tokenizer, max_tokens=wanted.max_tokens)
+            starts = None
+            if name == TARGET and wanted.prompts:
+                prompts = tokenize(wanted.prompts[: len(rows)], tokenizer, max_tokens=wanted.max_tokens)
+                starts = prompt_lengths(rows, prompts)
+            places = [[i for i in range(len(rows)) if i % 5 in part] for part in ((0, 1, 2), (3,), (4,))]
+            made = places[0]
+            moments[name] = list(
+                batches(
+                    [rows[i] for i in made], tokenizer, batch_tokens=BATCH_TOKENS, counted=[counted[i] for i in made]
+                )
+            )
+            chosen_by[name], measured[name] = (
+                _Part(rows=[rows[i] for i in part], starts=[starts[i] for i in part] if starts else None)
+                for part in places[1:]
+            )
+            numbers[name] = (len(made), len(places[1]), len(places[2]))
         return cls(moments=moments, chosen_by=chosen_by, measured=measured, documents=numbers)
 
 
@@ -243,9 +265,9 @@ class _Judge:
             for name in plans
         }
 
-    def _losses(self, plan: EditPlan | None, texts: Mapping[str, list[list[int]]]) -> dict[str, PerDocument]:
+    def _losses(self, plan: EditPlan | None, texts: Mapping[str, _Part]) -> dict[str, PerDocument]:
         with applied(self.model, self.task_vector, plan) if plan else nullcontext():
-            return {name: document_losses(self.model, rows) for name, rows in texts.items()}
+            return {name: document_losses(self.model, part.rows, starts=part.starts) for name, part in texts.items()}
 
 
 def _measured(values: NDArray[np.float64] | None) -> Measured:

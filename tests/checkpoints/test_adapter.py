@@ -56,7 +56,7 @@ def test_agrees_with_peft(case, llama, tmp_path):
     assert change.names
     for name in base:
         if name in change.names:
-            tuned = change.tuned(name)
+            tuned = change.edited(name, 1.0)
             torch.testing.assert_close(tuned, merged[name], rtol=1e-5, atol=1e-6)
             assert not torch.equal(tuned, base[name])
             torch.testing.assert_close(base[name] + change.delta(name), merged[name], rtol=1e-5, atol=1e-6)
@@ -132,9 +132,8 @@ def test_adapters_that_do_not_fit(fault, saved):
 def test_not_a_number_is_named(saved):
     reweigh(lambda w: w[Q + "lora_A.weight"].fill_(float("nan")))(saved / "adapter")
     change = opened(saved)
-    for read in (change.delta, change.tuned):
-        with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj.*NaN"):
-            read("layers.0.self_attn.q_proj.weight")
+    with pytest.raises(CheckpointError, match=r"layers\.0\.self_attn\.q_proj.*NaN"):
+        change.edited("layers.0.self_attn.q_proj.weight", 1.0)
 
 
 def test_an_adapter_is_no_base(saved):

@@ -39,7 +39,7 @@ def test_difference_energy_and_tuned(pair):
         stored = change.base.entries[name].stored
         delta = tuned[stored].float() - base[stored].float()
         assert torch.equal(change.delta(name), delta)
-        assert torch.equal(change.tuned(name), tuned[stored])
+        assert torch.equal(change.edited(name, 1.0), tuned[stored])
         assert change.energy(name) == pytest.approx(float(delta.double().square().sum()))
     by_layer = change.energy_by_layer()
     expected = sum(change.energy(name) for name in change.names if change.base.entries[name].layer == 2)
@@ -59,7 +59,7 @@ def test_another_dtype_is_cast_once(dtype, pair):
     rewrite(pair[1], lambda w: w.update({name: tensor.to(dtype) * 1.001 for name, tensor in w.items()}))
     change = change_of(pair)
     tuned = load_file(pair[1] / WEIGHTS)["model." + UP]
-    assert torch.equal(change.tuned(UP), tuned.bfloat16())
+    assert torch.equal(change.edited(UP, 1.0), tuned.bfloat16())
     assert change.raw(UP) is None
 
 
@@ -67,14 +67,13 @@ def test_values_that_the_base_dtype_cannot_hold(pair):
     rewrite(pair[0], lambda w: w.update({name: tensor.half() for name, tensor in w.items()}))
     rewrite(pair[1], lambda w: w.update({name: tensor.float() + 1e6 for name, tensor in w.items()}))
     with pytest.raises(CheckpointError, match="cannot hold"):
-        change_of(pair).tuned(UP)
+        change_of(pair).edited(UP, 1.0)
     with pytest.raises(CheckpointError, match="leaves the range"):
         change_of(pair).edited(UP, 0.9)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("side", [0, 1])
-def test_not_finite_is_named(value, side, pair):
+@pytest.mark.parametrize(("side", "value"), [(0, float("nan")), (1, float("inf")), (1, -float("inf"))])
+def test_not_finite_is_named(side, value, pair):
     rewrite(pair[side], lambda w: w["model." + UP].__setitem__((3, 3), value))
     change = change_of(pair)
     with pytest.raises(CheckpointError, match=rf"{UP}.*{('base', 'tuned')[side]}.*NaN or infinity"):
@@ -119,6 +118,6 @@ def test_integers_have_no_difference_but_can_be_copied(pair):
     for folder in pair:
         rewrite(folder, lambda w: w.update({"model." + UP: torch.ones(32, 16, dtype=torch.int8)}))
     change = change_of(pair)
-    assert change.tuned(UP).dtype == torch.int8
+    assert change.edited(UP, 1.0).dtype == torch.int8
     with pytest.raises(CheckpointError, match="I8"):
         change.delta(UP)

@@ -48,7 +48,7 @@ def test_edits_nest(model, change):
     with applied(model, change, EditPlan.for_layers([0])):
         with applied(model, change, EditPlan.for_layers([0, 1], coefficient=0.5)):
             pass
-        assert torch.equal(model.model.layers[0].mlp.up_proj.weight, change.tuned(UP.format(0)))
+        assert torch.equal(model.model.layers[0].mlp.up_proj.weight, change.edited(UP.format(0), 1.0))
 
 
 def test_prepared_once_entered_often(model, change, monkeypatch):
@@ -65,7 +65,7 @@ def test_prepared_once_entered_often(model, change, monkeypatch):
 def test_a_model_in_another_dtype(pair, change):
     model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
     with applied(model, change, EditPlan.for_layers([1])):
-        assert torch.equal(model.model.layers[1].mlp.up_proj.weight, change.tuned(UP.format(1)).float())
+        assert torch.equal(model.model.layers[1].mlp.up_proj.weight, change.edited(UP.format(1), 1.0).float())
 
 
 def test_a_model_that_does_not_fit(change):

@@ -52,7 +52,7 @@ def test_two_runs_are_the_same_files_as_the_preview_says(kind, base, change, tmp
 def test_a_transform_may_leave_a_tensor_exact(base, change, tmp_path):
     edit = write_edit(base, change, EditPlan.for_layers([1], transform=Kept()), tmp_path / "edited")
     edited, q, up = stored(edit.path), "layers.1.self_attn.q_proj.weight", "layers.1.mlp.up_proj.weight"
-    assert torch.equal(edited["model." + q], change.tuned(q))
+    assert torch.equal(edited["model." + q], change.edited(q, 1.0))
     assert torch.equal(edited["model." + up], change.edited(up, 0.5))
     assert edit.manifest["plan"]["transform"] == {"kind": "kept"}
     assert edit.manifest["mergekit"] is None

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sae_lens
 import torch
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.loading import pretrained_sae_loaders as loaders
@@ -19,9 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.layouts import read_folder
-from stethoscope.saes.layouts.base import SAEFolder
-from stethoscope.saes.open import load_sae
+from stethoscope.saes.open import SAEFolder, load_sae, read_folder
 
 D, W, K = 12, 40, 5
 Weights = dict[str, Tensor]
@@ -90,49 +87,69 @@ def write(path: Path, tensors: Weights, config: dict[str, Any] | None = None, na
     return path.parent
 
 
-def sae_lens_case(root: Path, config: dict[str, Any], tensors: Weights, **formulas: Any) -> Case:
-    """SAELens' own layout; its reading on disk is the oracle unless the case names another or none."""
-    path = write(root / "layer_3" / "sae_weights.safetensors", tensors, {"d_in": D, "d_sae": W, **config})
-    known = {"place": (3, "resid_post", None), "architecture": config["architecture"]}
-    known["loader"] = lambda: loaders.sae_lens_disk_loader(path, cfg_overrides={"dtype": "float32"})
-    return Case(path=path, **{**known, **formulas})
-
-
 def six(architecture: str, hook: str = "blocks.3.hook_resid_post", *, centre: bool = True, **config: Any) -> dict:
-    about = {"sae_lens_version": sae_lens.__version__, "hook_name": hook, "model_name": "tiny"}
+    about = {"sae_lens_version": "6.0.0", "hook_name": hook, "model_name": "tiny"}
     given = {"architecture": architecture, "apply_b_dec_to_input": centre, "metadata": about}
     return {"dtype": "float32", "device": "cpu", "normalize_activations": "none", **given, **config}
 
 
-def flat(hook: str = "blocks.3.hook_resid_post", **config: Any) -> dict[str, Any]:
+def flat(**config: Any) -> dict[str, Any]:
     """A configuration of versions 3 to 5, with entries that are ignored today."""
+    hook = {} if "hook_point" in config else {"hook_name": "blocks.3.hook_resid_post"}
     return {
-        "model_name": "tiny", "hook_name": hook, "hook_layer": 3, "hook_head_index": None, "dtype": "torch.float32",
+        "model_name": "tiny", "hook_layer": 3, "hook_head_index": None, "dtype": "torch.float32",
         "device": "cuda", "context_size": 128, "prepend_bos": True, "dataset_trust_remote_code": True,
         "activation_fn_str": "relu", "finetuning_scaling_factor": False, "normalize_activations": "none",
-        "architecture": "standard", **config,
+        "architecture": "standard", **hook, **config,
     }  # fmt: skip
 
 
-def standard(root: Path) -> Case:
-    w = weights(threshold=False)
-    return sae_lens_case(root, six("standard"), w, **formula(w, relu))
-
-
-def jumprelu(root: Path) -> Case:
-    w = weights()
-    config, place = six("jumprelu", "model.layers.3", centre=False), (3, "resid_post", "output")
-    return sae_lens_case(root, config, w, place=place, **formula(w, jump(w["threshold"]), centre=False))
-
-
-def gated(root: Path) -> Case:
-    w = {"W_enc": random(D, W, scale=0.4), "W_dec": random(W, D), "b_dec": random(D)}
+def sae_lens(root: Path, kind: str) -> Case:
+    """SAELens' own layout; its reading on disk is the oracle where it is right."""
+    w, factor = weights(), 1 + random(W).abs()
+    bare = {name: value for name, value in w.items() if name != "threshold"}
+    norms, cut, ones = w["W_dec"].norm(dim=1), jump(w["threshold"]), {"scaling_factor": torch.ones(W)}
     gates = {"b_gate": random(W), "b_mag": random(W), "r_mag": random(W, scale=0.2)}
+    ungated = {name: value for name, value in bare.items() if name != "b_enc"}
 
     def gate(z: Tensor) -> Tensor:
         return relu(z * gates["r_mag"].exp() + gates["b_mag"]) * (z + gates["b_gate"] > 0)
 
-    return sae_lens_case(root, six("gated"), w | gates, **formula(w, gate))
+    # configuration, what is stored, the formulas, and what is not as usual
+    config, stored, formulas, other = {
+        "standard": (six("standard"), bare, formula(w, relu), {}),
+        "jumprelu": (
+            six("jumprelu", "model.layers.3", centre=False), w, formula(w, cut, centre=False),
+            {"place": (3, "resid_post", "output")},
+        ),
+        "gated": (six("gated"), ungated | gates, formula(ungated, gate), {}),
+        "topk": (
+            six("topk", k=K, rescale_acts_by_decoder_norm=True), bare,
+            formula(w, lambda z: top(z * norms), norms=norms), {},
+        ),
+        "jumprelu_transcoder": (
+            six("jumprelu_transcoder", "blocks.3.mlp.hook_in", centre=False, d_out=D), w, formula(w, cut, centre=False),
+            {"place": (3, "mlp_in", None)},
+        ),
+        "flat jumprelu": (
+            flat(architecture="jumprelu", model_from_pretrained_kwargs={"center_writing_weights": False}), w | ones,
+            formula(w, cut), {},
+        ),
+        # fine-tuned factors multiply features before they are decoded; SAELens 6 refuses the file
+        "flat standard": (
+            flat(apply_b_dec_to_input=False, finetuning_scaling_factor=True),
+            bare | {"scaling_factor": factor}, formula(w, relu, centre=False, norms=1 / factor), {"loader": None},
+        ),
+        # TopK as an activation function, on all heads side by side; SAELens would reshape [tokens, heads, width]
+        "flat topk of heads": (
+            flat(activation_fn_kwargs={"k": K}, activation_fn_str="topk", hook_point="blocks.3.attn.hook_z"),
+            bare | ones, formula(w, top), {"architecture": "topk", "place": (3, "attn_z", None), "loader": None},
+        ),
+    }[kind]  # fmt: skip
+    path = write(root / "layer_3" / "sae_weights.safetensors", stored, {"d_in": D, "d_sae": W, **config})
+    known = {"place": (3, "resid_post", None), "architecture": config["architecture"]}
+    known["loader"] = lambda: loaders.sae_lens_disk_loader(path, cfg_overrides={"dtype": "float32"})
+    return Case(path=path, **formulas, **known | other)
 
 
 def topk_layer_norm(root: Path) -> Case:
@@ -148,14 +165,12 @@ def topk_layer_norm(root: Path) -> Case:
     def decode(f: Tensor) -> Tensor:
         return inner["decode"](f) * seen[-1].std(-1, keepdim=True) + seen[-1].mean(-1, keepdim=True)
 
-    return sae_lens_case(root, six("topk", k=K, normalize_activations="layer_norm"), w, encode=encode, decode=decode)
-
-
-def topk_rescaled(root: Path) -> Case:
-    w = weights(threshold=False)
-    norms = w["W_dec"].norm(dim=1)
-    config = six("topk", k=K, rescale_acts_by_decoder_norm=True)
-    return sae_lens_case(root, config, w, **formula(w, lambda z: top(z * norms), norms=norms))
+    config = six("topk", k=K, normalize_activations="layer_norm")
+    path = write(root / "layer_3" / "sae_weights.safetensors", w, {"d_in": D, "d_sae": W, **config})
+    return Case(
+        path=path, place=(3, "resid_post", None), architecture="topk", encode=encode, decode=decode,
+        loader=lambda: loaders.sae_lens_disk_loader(path, cfg_overrides={"dtype": "float32"}),
+    )  # fmt: skip
 
 
 def batchtopk_in_training(root: Path) -> Case:
@@ -175,40 +190,6 @@ def batchtopk_in_training(root: Path) -> Case:
         path=root / "saved", place=(3, "mlp_out", "mlp.output"), architecture="batchtopk",
         loader=lambda: loaders.sae_lens_disk_loader(root / "inference"),
         **formula(w, lambda z: jump(1.5)(z * norms), norms=norms),
-    )  # fmt: skip
-
-
-def jumprelu_transcoder(root: Path) -> Case:
-    w = weights()
-    config = six("jumprelu_transcoder", "blocks.3.mlp.hook_in", centre=False, d_out=D)
-    return sae_lens_case(
-        root, config, w, place=(3, "mlp_in", None), **formula(w, jump(w["threshold"]), centre=False)
-    )  # fmt: skip
-
-
-def flat_jumprelu(root: Path) -> Case:
-    w = weights()
-    config = flat(architecture="jumprelu", model_from_pretrained_kwargs={"center_writing_weights": False})
-    return sae_lens_case(root, config, {**w, "scaling_factor": torch.ones(W)}, **formula(w, jump(w["threshold"])))
-
-
-def flat_scaled(root: Path) -> Case:
-    """Fine-tuned factors multiply features before they are decoded; SAELens 6 refuses the file."""
-    w = weights(threshold=False)
-    factor = 1 + random(W).abs()
-    config = flat(hook_point="unused", apply_b_dec_to_input=False, finetuning_scaling_factor=True)
-    formulas = formula(w, relu, centre=False, norms=1 / factor)
-    return sae_lens_case(root, config, {**w, "scaling_factor": factor}, loader=None, **formulas)
-
-
-def flat_topk_of_heads(root: Path) -> Case:
-    """TopK as an activation function, on all heads side by side; SAELens would reshape [tokens, heads, width]."""
-    w = weights(threshold=False)
-    config = flat(activation_fn_kwargs={"k": K}, activation_fn_str="topk", hook_point="blocks.3.attn.hook_z")
-    del config["hook_name"]
-    return sae_lens_case(
-        root, config, {**w, "scaling_factor": torch.ones(W)}, architecture="topk", place=(3, "attn_z", None),
-        loader=None, **formula(w, top),
     )  # fmt: skip
 
 
@@ -356,21 +337,18 @@ def qwen_scope(root: Path) -> Case:
     )  # fmt: skip
 
 
+SAE_LENS = (
+    "standard", "jumprelu", "gated", "topk", "jumprelu_transcoder", "flat jumprelu", "flat standard",
+    "flat topk of heads",
+)  # fmt: skip
 DICTIONARIES = (
     "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "JumpReluAutoEncoder", "AutoEncoderTopK", "BatchTopKSAE",
     "MatryoshkaBatchTopKSAE",
 )  # fmt: skip
 CASES: dict[str, Callable[[Path], Case]] = {
-    "sae_lens 6, standard": standard,
-    "sae_lens 6, jumprelu": jumprelu,
-    "sae_lens 6, gated": gated,
-    "sae_lens 6, topk in a layer norm": topk_layer_norm,
-    "sae_lens 6, topk rescaled by decoder norms": topk_rescaled,
-    "sae_lens 6, batchtopk as its trainer saves it": batchtopk_in_training,
-    "sae_lens 6, jumprelu transcoder": jumprelu_transcoder,
-    "sae_lens 3-5, jumprelu": flat_jumprelu,
-    "sae_lens 3-5, standard with scaling factors": flat_scaled,
-    "sae_lens 3-5, topk of heads": flat_topk_of_heads,
+    **{f"sae_lens, {kind}": partial(sae_lens, kind=kind) for kind in SAE_LENS},
+    "sae_lens, topk in a layer norm": topk_layer_norm,
+    "sae_lens, batchtopk as its trainer saves it": batchtopk_in_training,
     "sparsify, topk of an MLP": sparsify,
     "sparsify, topk of a block": partial(sparsify, folder="layers.5", num_latents=0),
     "sparsify, topk transcoder": partial(sparsify, transcode=True),
@@ -430,6 +408,8 @@ def test_a_layout_encodes_and_decodes_as_its_makers_meant(name, tmp_path):
     folder = read_folder(case.path)
     assert (folder.layer, folder.site, folder.tap) == case.place
     assert (folder.architecture, folder.d_in, folder.width) == (case.architecture, D, W)
+    assert folder.transcoder == ("transcoder" in name)
+    assert (load_sae(folder).cfg.metadata.hook_name_out is not None) == folder.transcoder
     for what, difference in differences(case, folder, tmp_path).items():
         assert difference < 2e-5, f"{what}: {difference}"
 
@@ -443,19 +423,11 @@ def test_a_transcoders_linear_skip_lies_the_right_way(tmp_path):
 
 
 def test_a_module_that_sae_lens_noted_is_believed_over_its_own_name(tmp_path):
-    case = jumprelu_transcoder(tmp_path)
+    case = sae_lens(tmp_path, "jumprelu_transcoder")
     names = {"hook_name": "blocks.3.hook_mlp_in", "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output"}
-    change(case.path / "cfg.json", "metadata", **names)
+    change("cfg.json", "metadata", **names)(case.path)
     folder = read_folder(case.path)
     assert (folder.layer, folder.site, folder.tap) == (3, "mlp_in", "pre_feedforward_layernorm.output")
-
-
-def test_transcoders_say_so(tmp_path):
-    torch.manual_seed(0)
-    for name, make in CASES.items():
-        folder = read_folder(make(tmp_path / name.replace(" ", "_")).path)
-        assert folder.transcoder == ("transcoder" in name)
-        assert (load_sae(folder).cfg.metadata.hook_name_out is not None) == folder.transcoder
 
 
 def test_a_release_says_the_factor_that_a_configuration_lacks(tmp_path):
@@ -481,45 +453,47 @@ def test_half_precision_is_widened_before_it_is_folded(tmp_path):
     assert load_sae(read_folder(case.path), torch.bfloat16).W_dec.dtype == torch.bfloat16
 
 
+def change(file: str, table: str | None, **values: object) -> Callable[[Path], None]:
+    """Set values in a table of a folder's configuration, or at its top."""
+
+    def spoil(path: Path) -> None:
+        config = json.loads((path / file).read_text())
+        (config[table] if table else config).update(values)
+        (path / file).write_text(json.dumps(config))
+
+    return spoil
+
+
+trainer = partial(change, "config.json", "trainer")
+auto = partial(dictionary, kind="AutoEncoder")
+flat_configurations: list[tuple[dict[str, Any], str]] = [
+    ({"activation_fn_str": "tanh-relu"}, "activation function `tanh-relu`"),
+    ({"hook_head_index": 3}, "one attention head"),
+    ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "centred residual stream"),
+    ({"normalize_activations": True}, "does not say the scale"),
+    ({"hook_name": "blocks.3.hook_mlp_in"}, "`blocks.3.hook_mlp_in`"),  # before the norm: no module reads it
+]
 REFUSED: dict[str, tuple[Callable[[Path], Case], Callable[[Path], object], str]] = {
-    "sparsify groupmax": (
-        partial(sparsify, activation="groupmax"), lambda _path: None, "activation function `groupmax`",
-    ),
-    "sparsify signed": (partial(sparsify, signed=True), lambda _path: None, "`signed` is not supported"),
+    "sparsify groupmax": (sparsify, change("cfg.json", None, activation="groupmax"), "activation function `groupmax`"),
+    "sparsify signed": (sparsify, change("cfg.json", None, signed=True), "`signed` is not supported"),
     "a cut archive": (gemma_scope_1, lambda path: (path / "params.npz").write_bytes(b"PK\x03\x04"), "is damaged"),
     "no pickles": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: torch.save({"encoder.weight": Path("x")}, path / "ae.pt"),
-        "holds more than tensors",
+        auto, lambda path: torch.save({"encoder.weight": Path("x")}, path / "ae.pt"), "holds more than tensors",
     ),
     "a lying trainer": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", dict_size=7),
-        "`encoder.weight` should have shape (7, 12), the file has (40, 12)",
+        auto, trainer(dict_size=7), "`encoder.weight` should have shape (7, 12), the file has (40, 12)",
     ),
-    "a class of its own": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", dict_class="CrossCoder"),
-        "the class `CrossCoder` is not supported",
-    ),
-    "another site": (
-        partial(dictionary, kind="AutoEncoder"),
-        lambda path: change(path / "config.json", "trainer", submodule_name="embed_layer_4"),
-        "`blocks.4.hook_embed`",
-    ),
+    "a class of its own": (auto, trainer(dict_class="CrossCoder"), "the class `CrossCoder` is not supported"),
+    "another site": (auto, trainer(submodule_name="embed_layer_4"), "`blocks.4.hook_embed`"),
     "no norm": (
-        llama_scope,
-        lambda path: change(path / "hyperparams.json", "dataset_average_activation_norm", **{"in": None}),
+        llama_scope, change("hyperparams.json", "dataset_average_activation_norm", **{"in": None}),
         "`average norm` is `None`",
     ),
+    **{
+        f"flat, {said}": (partial(sae_lens, kind="flat standard"), change("cfg.json", None, **config), said)
+        for config, said in flat_configurations
+    },
 }  # fmt: skip
-
-
-def change(path: Path, table: str | None, **values: object) -> None:
-    """Set values in a table of a configuration, or at its top."""
-    config = json.loads(path.read_text())
-    (config[table] if table else config).update(values)
-    path.write_text(json.dumps(config))
 
 
 def refusal(path: Path) -> str:
@@ -534,22 +508,6 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(name, tmp_path):
     path = make(tmp_path).path
     spoil(path)
     assert said in refusal(path)
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        ({"activation_fn_str": "tanh-relu"}, "activation function `tanh-relu`"),
-        ({"hook_head_index": 3}, "one attention head"),
-        ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "centred residual stream"),
-        ({"normalize_activations": True}, "does not say the scale"),
-        ({"hook_name": "blocks.3.hook_mlp_in"}, "`blocks.3.hook_mlp_in`"),  # before the norm: no module reads it
-    ],
-)
-def test_flat_configurations_that_mean_something_else_are_refused(config, said, tmp_path):
-    case = flat_scaled(tmp_path)
-    change(case.path / "cfg.json", None, **config)
-    assert said in refusal(case.path)
 
 
 def test_gemma_scope_must_say_where_it_reads(tmp_path):

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,19 +13,19 @@ from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from world import contents, exact_sae, write_lines
+from world import contents, exact_sae, random_sae, write_lines
 
 from stethoscope.cli import main
 from stethoscope.errors import SAEError
 from stethoscope.saes.activations import ActivationStream
-from stethoscope.saes.health import HealthSums, health_rows, measure_health
-from stethoscope.saes.open import check_fit, load_sae, open_saes
+from stethoscope.saes.health import health_rows, measure_health
+from stethoscope.saes.open import load_sae, open_saes
 from stethoscope.saes.train import FastBatchTopK, TrainingSettings, hold_out, train_saes
 
 Llama = Callable[..., LlamaForCausalLM]
 DOCUMENTS = [f"{n} cats and {n * n % 97} dogs met at house {n % 13} in the year {1900 + n}." for n in range(120)]
 FEW = DOCUMENTS[:12]  # over a dozen passes
-SHORT = TrainingSettings(width=16, k=4, tokens=3072, batch=128, buffer=512)
+SHORT = TrainingSettings(width=16, k=4, tokens=3072, batch=128, buffer=512, layers=[0, 2], site="mlp_out")
 SETTINGS = TrainingSettings(width=64, k=8, tokens=16384, batch=256, buffer=1024)
 
 
@@ -57,7 +56,8 @@ def test_trained_saes_explain_held_out_text(trained):
 
 def test_saved_saes_are_jumprelu_in_sae_lens_layout(trained):
     saes = open_saes(trained, sae_id="layer_{layer}")
-    check_fit(saes, hidden_size=32, num_layers=3)
+    assert list(saes) == [0, 1, 2]
+    assert (saes[1].site, saes[1].d_in, saes[1].model_name) == ("resid_post", 32, None)
     assert saes[1].architecture == "jumprelu"
     sae = load_sae(saes[1])
     stored = load_file(trained / "layer_1" / "sae_weights.safetensors")
@@ -84,7 +84,7 @@ def train(llama, tokenizer) -> Callable[..., list[int]]:
             if tokens == stop_at:
                 raise KeyboardInterrupt
 
-        options = {"settings": SHORT, "layers": [0, 2], "site": "mlp_out", "checkpoint_seconds": 0.0, **changed}
+        options = {"settings": SHORT, "checkpoint_seconds": 0.0, **changed}
         options |= {"held_out": {"some": DOCUMENTS[90:]}, "progress": progress}
         with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
             train_saes(model, tokenizer, documents, out, **options)
@@ -94,10 +94,16 @@ def train(llama, tokenizer) -> Callable[..., list[int]]:
 
 
 def test_a_training_that_was_stopped_again_and_again_gives_the_same_bytes(train, tmp_path):
+    """One checkpoint is kept, and a half one of a process that was killed does not count."""
+    checkpoints = tmp_path / "stopped.training"
     train(tmp_path / "whole", checkpoint_seconds=1e9)
     for stop_at in (128, 256, 1408, 2944):
         done = train(tmp_path / "stopped", stop_at=stop_at)
         assert not (tmp_path / "stopped").exists()
+        assert len(list(checkpoints.glob("*"))) == (stop_at > 128)
+        half = checkpoints / ".step_99.abc.partial"
+        half.mkdir(parents=True, exist_ok=True)
+        (half / "training.json").write_text("{")
     # the step that was interrupted had not been saved
     assert done[0] == 1408 - 128
     assert train(tmp_path / "stopped")[0] == 2944 - 128
@@ -105,22 +111,11 @@ def test_a_training_that_was_stopped_again_and_again_gives_the_same_bytes(train,
     assert {path.name for path in tmp_path.iterdir()} == {"stopped", "whole"}
 
 
-def test_one_checkpoint_is_kept_and_half_ones_do_not_count(train, tmp_path):
-    train(tmp_path / "saes", stop_at=1024)
-    checkpoints = tmp_path / "saes.training"
-    assert [path.name for path in checkpoints.iterdir()] == ["step_7"]
-    half = checkpoints / ".step_8.abc.partial"
-    half.mkdir()
-    (half / "training.json").write_text("{")
-    train(tmp_path / "saes", stop_at=1280)
-    assert [path.name for path in checkpoints.iterdir()] == ["step_9"]
-
-
 def test_other_settings_text_or_model_are_refused_by_name(train, llama, tmp_path):
     train(tmp_path / "saes", stop_at=512)
     kept = contents(tmp_path / "saes.training")
     with pytest.raises(SAEError, match="checkpoints of another training") as caught:
-        train(tmp_path / "saes", settings=replace(SHORT, k=5, seed=1), layers=[0])
+        train(tmp_path / "saes", settings=replace(SHORT, k=5, seed=1, layers=[0]))
     assert sorted(caught.value.problems) == [
         "k was `4`, now it is `5`",
         "layers was `[0, 2]`, now it is `[0]`",
@@ -138,28 +133,12 @@ def test_other_settings_text_or_model_are_refused_by_name(train, llama, tmp_path
     assert contents(tmp_path / "saes.training") == kept
 
 
-def test_a_stream_goes_on_from_any_place(llama, tokenizer):
-    stream = ActivationStream(llama(layers=3), tokenizer, [0, 1])
-    rows = stream.tokenize(FEW)
-    options = {"batch": 100, "buffer": 330, "seed": 3}
-    whole = list(islice(stream.shuffled(rows, **options), 25))
-    assert any(position.rest for _, position in whole)
-    assert whole[-1][1].taken > 2 * len(rows)
-    for place in (0, 1, 2, 3, 4, 11, 20):
-        rest = stream.shuffled(rows, start=whole[place][1], **options)
-        for (batch, position), (again, there) in zip(whole[place + 1 :], rest, strict=False):
-            assert position.taken == there.taken
-            assert all(torch.equal(batch[name], again[name]) for name in batch)
-
-
 def test_what_cannot_be_trained_is_refused_at_once(train, tmp_path):
     with pytest.raises(SAEError) as caught:
-        TrainingSettings(width=4, k=8, tokens=0, max_tokens=1)
-    assert [problem.split()[0] for problem in caught.value.problems] == ["tokens", "k", "max_tokens"]
-    with pytest.raises(SAEError, match="no site `resid`"):
-        train(tmp_path / "saes", site="resid")
+        TrainingSettings(width=4, k=8, tokens=0, max_tokens=1, site="resid")
+    assert [problem.split()[0] for problem in caught.value.problems] == ["tokens", "k", "max_tokens", "there"]
     with pytest.raises(SAEError) as caught:
-        train(tmp_path / "saes", layers=[0, 3, 7])
+        train(tmp_path / "saes", settings=replace(SHORT, layers=[0, 3, 7]))
     assert caught.value.problems == ("layer 3", "layer 7")
     with pytest.raises(SAEError, match="only one token"):
         train(tmp_path / "saes", documents=["a", "b"])
@@ -225,33 +204,27 @@ def test_an_exact_sae_explains_everything(llama, tokenizer):
 def test_the_stream_reads_each_layer_without_first_and_special_tokens(llama, tokenizer):
     model, documents = llama(layers=2), ["abcd</s>efg", "hi"]
     stream = ActivationStream(model, tokenizer, [0, 1], batch_tokens=4)
-    heard = {0: [], 1: []}  # type: dict[int, list[torch.Tensor]]
-    for part in stream.outputs(stream.tokenize(documents)):
-        for layer in heard:
-            heard[layer].append(part[stream.hooks[layer]])
-    states = []
-    for document in documents:
-        out = model.model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True)
-        states.append(out.hidden_states[1][0])
-    assert torch.allclose(torch.cat(heard[0]), torch.cat([states[0][[1, 2, 3, 5, 6, 7]], states[1][1:]]), atol=1e-5)
-    assert not torch.allclose(torch.cat(heard[0]), torch.cat(heard[1]))
+    parts = list(stream.outputs(stream.tokenize(documents)))
+    first, second = (torch.cat([part[stream.hooks[layer]] for part in parts]) for layer in (0, 1))
+    states = [
+        model.model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True).hidden_states[1][0]
+        for document in documents
+    ]
+    assert torch.allclose(first, torch.cat([states[0][[1, 2, 3, 5, 6, 7]], states[1][1:]]), atol=1e-5)
+    assert not torch.allclose(first, second)
 
 
-def test_health_merges_in_any_grouping():
-    torch.manual_seed(0)
-    hidden, features = torch.randn(60, 8), torch.randn(60, 16).relu()
-    features[:, 3] = 0
-    decoded = hidden + 0.1 * torch.randn(60, 8)
-    whole = HealthSums.of(hidden, features, decoded).health()
-    parts = [HealthSums.of(hidden[a:b], features[a:b], decoded[a:b]) for a, b in ((0, 7), (7, 50), (50, 60))]
+def test_health_merges_in_any_grouping_and_of_nothing_is_undefined():
+    sae, hidden = random_sae(d=8, width=16), torch.randn(60, 8)
+    sae.b_enc.data[3] = -1e6
+    whole = measure_health(sae, hidden).health()
+    parts = [measure_health(sae, hidden[a:b], chunk=5) for a, b in ((0, 7), (7, 50), (50, 60))]
     merged = (parts[0] + (parts[1] + parts[2])).health()
     assert merged.variance_explained == pytest.approx(whole.variance_explained)
     assert (merged.l0, merged.dead, merged.dense) == (whole.l0, whole.dead, whole.dense)
-    assert whole.dead == 1 / 16
-    assert whole.variance_explained == pytest.approx(0.99, abs=0.01)
-
-
-def test_health_of_nothing_is_undefined_not_zero():
-    none = HealthSums.of(torch.zeros(0, 4), torch.zeros(0, 8), torch.zeros(0, 4)).health()
-    assert none.variance_explained is None
-    assert none.l0 is None
+    features = sae.encode(hidden)
+    assert whole.dead == float((features == 0).all(0).float().mean()) >= 1 / 16
+    residual, variance = hidden - sae.decode(features), hidden - hidden.mean(0)
+    assert whole.variance_explained == pytest.approx(1 - float(residual.square().sum() / variance.square().sum()))
+    none = measure_health(sae, hidden[:0]).health()
+    assert (none.variance_explained, none.l0) == (None, None)

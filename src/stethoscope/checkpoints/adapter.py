@@ -15,9 +15,8 @@ from typing import Any
 
 from jaxtyping import Float
 
-from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint, same_bytes
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
-from stethoscope.checkpoints.hashing import same_bytes
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
 from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite, require_float, row_chunks
@@ -45,7 +44,7 @@ MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraFactors:
-    """A low-rank change: scaling * B A, transposed where the module stores its weight as (in, out).
+    """A low-rank change: scaling * B A; transposed, where the module stores its weight as (in, out).
 
     Attributes:
         A, B: float32.
@@ -55,7 +54,6 @@ class LoraFactors:
     A: Float[torch.Tensor, "rank d_in"]
     B: Float[torch.Tensor, "d_out rank"]
     scaling: float
-    transposed: bool
     magnitude: Float[torch.Tensor, " d_out"] | None
 
 
@@ -110,7 +108,6 @@ class AdapterTaskVector(TaskVector):
             A=read["A"],
             B=read["B"],
             scaling=change.scaling,
-            transposed=change.transposed,
             magnitude=read["magnitude"].flatten() if "magnitude" in read else None,
         )
 
@@ -137,7 +134,7 @@ class AdapterTaskVector(TaskVector):
             yield 0, 1, self.base.read_rows(entry.name, 0, 1).float(), bias
             return
         A, B = factors.A.double(), factors.B.double()
-        left, right = (A.T, B.T) if factors.transposed else (B, A)
+        left, right = (A.T, B.T) if change.transposed else (B, A)
 
         def product(start: int, stop: int) -> Float[torch.Tensor, "rows columns"]:
             return (left[start:stop] @ right).mul_(change.scaling).float()
@@ -147,7 +144,7 @@ class AdapterTaskVector(TaskVector):
             squares = torch.zeros(len(B), dtype=torch.float64)
             for start, stop in row_chunks(entry):
                 moved = self.base.read_rows(entry.name, start, stop).double() + product(start, stop)
-                if factors.transposed:
+                if change.transposed:
                     squares += moved.square().sum(0)
                 else:
                     squares[start:stop] = moved.square().sum(1)
@@ -155,24 +152,52 @@ class AdapterTaskVector(TaskVector):
         for start, stop in row_chunks(entry):
             base, delta = self.base.read_rows(entry.name, start, stop).float(), product(start, stop)
             if scale is not None:
-                by = scale[None, :] if factors.transposed else scale[start:stop, None]
+                by = scale[None, :] if change.transposed else scale[start:stop, None]
                 delta = (by * (base.double() + delta)).float() - base
             yield start, stop, base, delta
 
     def _match(self) -> dict[str, Change]:
         """Adapter keys -> base tensors; raises with every key that fits none."""
         problems = self._check_config()
-        understood = not problems
+        understood, entries = not problems, self.base.entries
         modules: dict[str, dict[str, str]] = {}
-        for key in self.store.entries:
-            module, part = _split_key(key)
-            modules.setdefault(module, {})[part] = key
+        for stored in self.store.entries:
+            module, part = _split_key(stored)
+            modules.setdefault(module, {})[part] = stored
         changes: dict[str, Change] = {}
         for module, parts in modules.items():
-            if "whole" in parts:
-                self._match_whole(module, parts["whole"], changes, problems)
+            whole = parts.get("whole")
+            key = whole or parts.get("A")
+            if key is None or not (whole or "B" in parts):
+                problems.append(f"`{module}` has {' and '.join(sorted(parts))} but not both of A and B")
+                continue
+            name = parse_name(module if whole else f"{module}.weight").canonical
+            entry = entries.get(name)
+            if entry is None:
+                if not (name == "lm_head.weight" and whole and self._head_is_embedding(whole)):
+                    problems.append(f"`{key}` fits no tensor of `{self.base.source}`")
+            elif whole:
+                if entry.shape != (shape := self.store.entries[whole].shape):
+                    problems.append(f"`{whole}` is {list(shape)}, the base's `{entry.stored}` {list(entry.shape)}")
+                changes[name] = Change(module=module, parts=parts)
             elif understood:
-                self._match_factors(module, parts, changes, problems)
+                A, B = (self.store.entries[parts[part]].shape for part in "AB")
+                embedding = any(".lora_embedding_" in key for key in parts.values())
+                transposed = embedding or bool(self.config.get("fan_in_fan_out"))
+                made = (B[0], A[-1])[:: -1 if transposed else 1] if len(A) == len(B) == 2 and B[1] == A[0] else None
+                if made != entry.shape:
+                    product = f"B {list(B)} times A {list(A)}"
+                    problems.append(f"`{module}`: {product} does not make the base's {list(entry.shape)}")
+                    continue
+                bias, scaling, dora = parts.pop("bias", None), self._scaling(module, A[0]), self.config.get("use_dora")
+                if bool(dora) != ("magnitude" in parts):
+                    problems.append(f"`{module}`: use_dora is {dora}, its magnitude vector says otherwise")
+                changes[name] = Change(module=module, parts=parts, transposed=transposed, scaling=scaling)
+                if bias is not None:
+                    name = parse_name(f"{module}.bias").canonical
+                    if name not in entries:
+                        problems.append(f"`{bias}` adds a bias that `{self.base.source}` does not have")
+                    changes[name] = Change(module=module, parts={"bias": bias}, scaling=scaling)
         if problems:
             raise CheckpointError(
                 f"the adapter `{self.source}` does not fit `{self.base.source}`",
@@ -181,48 +206,6 @@ class AdapterTaskVector(TaskVector):
                 "and pass the merged checkpoint",
             )
         return changes
-
-    def _match_whole(self, module: str, key: str, changes: dict[str, Change], problems: list[str]) -> None:
-        name = parse_name(module).canonical
-        entry, shape = self.base.entries.get(name), self.store.entries[key].shape
-        if name == "lm_head.weight" and entry is None and self._head_is_embedding(key):
-            return
-        if entry is None:
-            problems.append(f"`{key}` fits no tensor of `{self.base.source}`")
-        elif entry.shape != shape:
-            problems.append(f"`{key}` is {list(shape)}, the base's `{entry.stored}` {list(entry.shape)}")
-        else:
-            changes[name] = Change(module=module, parts={"whole": key})
-
-    def _match_factors(
-        self, module: str, parts: dict[str, str], changes: dict[str, Change], problems: list[str]
-    ) -> None:
-        if not {"A", "B"} <= set(parts):
-            problems.append(f"`{module}` has {' and '.join(sorted(parts))} but not both of A and B")
-            return
-        name = parse_name(f"{module}.weight").canonical
-        entry = self.base.entries.get(name)
-        if entry is None:
-            problems.append(f"`{parts['A']}` fits no tensor of `{self.base.source}`")
-            return
-        A, B = (self.store.entries[parts[part]].shape for part in "AB")
-        embedding = any(".lora_embedding_" in key for key in parts.values())
-        transposed = embedding or bool(self.config.get("fan_in_fan_out"))
-        made = (B[0], A[-1])[:: -1 if transposed else 1] if len(A) == len(B) == 2 and B[1] == A[0] else None
-        if made != entry.shape:
-            problems.append(f"`{module}`: B {list(B)} times A {list(A)} does not make the base's {list(entry.shape)}")
-            return
-        scaling = self._scaling(module, rank=A[0])
-        weight = {part: key for part, key in parts.items() if part != "bias"}
-        dora = bool(self.config.get("use_dora"))
-        if dora != ("magnitude" in weight):
-            problems.append(f"`{module}`: use_dora is {dora}, its magnitude vector says otherwise")
-        changes[name] = Change(module=module, parts=weight, transposed=transposed, scaling=scaling)
-        if "bias" in parts:
-            bias = parse_name(f"{module}.bias").canonical
-            if bias not in self.base.entries:
-                problems.append(f"`{parts['bias']}` adds a bias that `{self.base.source}` does not have")
-            changes[bias] = Change(module=module, parts={"bias": parts["bias"]}, scaling=scaling)
 
     def _check_config(self) -> list[str]:
         problems = []
@@ -237,7 +220,7 @@ class AdapterTaskVector(TaskVector):
         alphas |= patterns if isinstance(patterns, dict) else {"": patterns}
         return problems + [f"its alpha `{key}` is {value!r}" for key, value in alphas.items() if not _is_number(value)]
 
-    def _scaling(self, module: str, *, rank: int) -> float:
+    def _scaling(self, module: str, rank: int) -> float:
         alpha = self.config.get("lora_alpha", 8)
         for pattern, value in (self.config.get("alpha_pattern") or {}).items():
             # PEFT's own rule: a pattern is matched at the end of the module's name

@@ -9,12 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
 from jaxtyping import Shaped
 
+from stethoscope.artifacts import canonical_json
 from stethoscope.checkpoints.header import DTYPES, Entry
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
+ALGORITHM = "blake3"  # of every hash of a tensor, as strong as SHA-256 and fast enough to hide behind a copy
 PIECE = 1 << 20  # bytes read, hashed and written at a time: what stays in a core's cache
 
 
@@ -26,8 +29,6 @@ def torch_dtype(stored: str) -> torch.dtype:
 
 class Checkpoint:
     """A model's weights on disk: a mapping from canonical name to tensor that holds no file open.
-
-    Opened with `open_checkpoint`.
 
     Attributes:
         path: the folder.
@@ -50,9 +51,6 @@ class Checkpoint:
         self.files = tuple(sorted({entry.file for entry in entries.values()}))
         self.layers = 1 + max((e.layer for e in entries.values() if e.layer is not None), default=-1)
         self.hidden_size = int(config_value(config, "hidden_size", "n_embd", "d_model") or 0)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self.read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -91,6 +89,8 @@ class Checkpoint:
         """The tensor in its stored dtype and shape, in memory of its own."""
         entry = self.entry(name)
         return self.read_rows(name, 0, entry.rows).reshape(entry.shape)
+
+    __getitem__ = read
 
     def read_rows(
         self, name: str, start: int, stop: int, *, buffer: torch.Tensor | None = None
@@ -146,3 +146,41 @@ def config_value(config: Mapping[str, Any], *keys: str) -> Any:
                 if table.get(key) is not None:
                     return table[key]
     return None
+
+
+def hash_tensor(checkpoint: Checkpoint, entry: Entry) -> str:
+    """The hash of a tensor's bytes as stored, read in pieces."""
+    digest = blake3()
+    for piece in checkpoint.pieces(entry):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    """Whether two of a checkpoint's tensors have the same dtype, shape and bytes; False if one is not there."""
+    first, second = checkpoint.entries.get(one), checkpoint.entries.get(two)
+    if first is None or second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    return hash_tensor(checkpoint, first) == hash_tensor(checkpoint, second)
+
+
+def fingerprint(checkpoint: Checkpoint, *, without: frozenset[str] = frozenset()) -> str:
+    """One hash of a checkpoint's names, shapes and dtypes and of the ends and the middle of every tensor.
+
+    It tells checkpoints apart in a few thousand small reads, independently of layout and sharding. It does not
+    prove that two are equal; hashes of whole tensors do.
+
+    Args:
+        without: canonical names of tensors whose contents do not count.
+    """
+    digest = blake3()
+    for name, entry in sorted(checkpoint.entries.items()):
+        digest.update(canonical_json([name, entry.dtype, list(entry.shape)]).encode())
+        if name in without:
+            continue
+        starts = {entry.start, entry.start + (entry.nbytes // 2), max(entry.start, entry.end - 4096)}
+        for start in sorted(starts):
+            sample = memoryview(bytearray(min(4096, entry.end - start)))
+            checkpoint.read_into(entry, start, sample)
+            digest.update(sample)
+    return digest.hexdigest()

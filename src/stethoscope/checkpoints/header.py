@@ -44,7 +44,7 @@ DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor of a weight file.
 
@@ -80,11 +80,8 @@ class Entry:
 
 def make_entry(stored: str, file: str, dtype: str, shape: Sequence[int], start: int, end: int) -> Entry:
     """The entry of a file's tensor, its name understood."""
-    name = parse_name(stored)
-    return Entry(
-        name=name.canonical, stored=stored, layer=name.layer, kind=name.kind,
-        file=file, dtype=dtype, shape=tuple(shape), start=start, end=end,
-    )  # fmt: skip
+    name, layer, kind = parse_name(stored)
+    return Entry(name, stored, layer, kind, file, dtype, tuple(shape), start, end)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -95,13 +92,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            first = file.read(8)
-            if size == 0:
-                raise _damaged(path, ["the file is empty"])
-            if len(first) < 8:
-                raise _damaged(path, [f"the file has {size} bytes, too few for a header"])
-            length = int.from_bytes(first, "little")
+            size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
+            if size < 8:
+                few = f"the file has {size} bytes, too few for a header"
+                raise _damaged(path, [few if size else "the file is empty"])
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise _damaged(path, [f"it announces a header of {length:,} bytes in a file of {size:,}"])
             text = file.read(length)

@@ -18,8 +18,7 @@ def from_hub(repository: str, revision: str | None, *, weights: bool = True) -> 
     Args:
         weights: fetch the safetensors too, not only config and tokenizer.
     """
-    if not HUB_ID.fullmatch(repository):
-        raise CheckpointError(f"there is no folder `{repository}`", hint="give a folder, or a hub id like `owner/name`")
+    require_hub_id(repository)
     from huggingface_hub import snapshot_download
 
     download: Callable[..., str] = snapshot_download
@@ -51,6 +50,12 @@ def headers_from_hub(repository: str, revision: str | None) -> dict[str, dict[st
         }
         for file, about in found.files_metadata.items()
     }
+
+
+def require_hub_id(source: str) -> None:
+    """Refuse a name that is no folder and cannot be a repository's."""
+    if not HUB_ID.fullmatch(source):
+        raise CheckpointError(f"there is no folder `{source}`", hint="give a folder, or a hub id like `owner/name`")
 
 
 @contextmanager

@@ -5,9 +5,8 @@ of the decoder, what holds its blocks, what a block is made of. Nothing is match
 name the tables do not know keeps its own spelling and is of kind "other". Pure functions; imports no tensor library.
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 Kind = Literal["attention", "mlp", "norm", "embedding", "head", "vision", "buffer", "other"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -67,8 +66,7 @@ BUFFERS: frozenset[tuple[str, ...]] = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TensorName:
+class TensorName(NamedTuple):
     """What a stored name means: its canonical spelling, its decoder layer (None outside the blocks), its kind."""
 
     canonical: str

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint, config_value
+from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, same_bytes
 from stethoscope.checkpoints.files import read_json_object, weight_files
-from stethoscope.checkpoints.hashing import same_bytes
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.task_vector import TaskVector

@@ -73,13 +73,9 @@ class TaskVector:
         return self._assemble(name, self.delta_chunks(name), torch.float32)
 
     def edited(self, name: str, coefficient: float) -> Shaped[torch.Tensor, "..."]:
-        """base + coefficient * change in the base's dtype; at 1 exactly `tuned`."""
+        """base + coefficient * change in the base's dtype; at 1 tuned's very bytes where the dtypes agree."""
         dtype = torch_dtype(self._entry(name).dtype)
         return self._assemble(name, self.edited_chunks(name, coefficient), dtype)
-
-    def tuned(self, name: str) -> Shaped[torch.Tensor, "..."]:
-        """The tuned tensor in the base's dtype: its very bytes where the dtypes agree, else cast once."""
-        return self.edited(name, 1.0)
 
     def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
         """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""

@@ -5,7 +5,6 @@ Nothing heavy is imported before a command needs it.
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -13,11 +12,10 @@ from typing import Annotated
 import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, warn
-from stethoscope.cli.options import for_this_command
+from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
-from stethoscope.cli.saes import train_saes
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, stage_command
-from stethoscope.cli.weights import apply, edit, push, undo, verify
+from stethoscope.cli.weights import apply, edit, push, train_saes, undo, verify
 from stethoscope.errors import StethoscopeError
 from stethoscope.stages import STAGES
 
@@ -68,8 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     argv = sys.argv[1:] if arguments is None else arguments
     try:
         # Typer hands back an exit code in place of Ctrl-C; a command that ends well gives None.
-        with for_this_command:
-            code = app(argv, prog_name="stethoscope", standalone_mode=False)
+        code = app(argv, prog_name="stethoscope", standalone_mode=False)
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         if code:
@@ -90,9 +87,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # what typer raises for a wrong command, from a private module
             raise
         about = getattr(getattr(error, "ctx", None), "command_path", "stethoscope")
-        said, _, near = error.format_message().partition(" (Possible options: ")
-        said = re.sub(r"'([^']*)'|(--[\w-]+)", r"`\1\2`", said).rstrip(".")
-        if near:
-            said += f"; did you mean {' or '.join(f'`{name}`' for name in near.rstrip(')').split(', '))}?"
+        said = error.format_message().replace("'", "`").rstrip(".")
         warn(f"error: {said[:1].lower()}{said[1:]}\n\nhint: `{about} --help` lists what there is")
         sys.exit(USER_ERROR)
+    finally:
+        hush(False)

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,8 @@ def _lines(title: str, start: float) -> Callable[[int, int], None]:
         nonlocal last
         now = time.perf_counter()
         if now - last >= LINE_SECONDS and 0 < done < total:
-            last, left = now, (now - start) * (total - done) / done
-            minutes = f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
-            about = f"{left:.0f} s" if left < 90 else minutes
-            warn(f"{title:<34} {now - start:6.1f} s, {done / total:.0%}, about {about} left")
+            last, left = now, round((now - start) * (total - done) / done)
+            warn(f"{title:<34} {now - start:6.1f} s, {done / total:.0%}, about {timedelta(seconds=left)} left")
 
     return advance
 

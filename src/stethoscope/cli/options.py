@@ -2,9 +2,7 @@
 
 import inspect
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
@@ -18,26 +16,11 @@ from stethoscope.errors import StethoscopeError
 if TYPE_CHECKING:
     from stethoscope.recipe import Recipe
 
-for_this_command = ExitStack()  # closed when the command ends
 
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Suppress warnings of libraries, from `warnings` and from `logging`; errors stay."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            logging.captureWarnings(True)
-            yield
-    finally:
-        logging.captureWarnings(False)
-        logging.disable(before)
-
-
-def _hush(quiet: bool) -> bool:
-    if quiet:
-        for_this_command.enter_context(_without_warnings())
+def hush(quiet: bool) -> bool:
+    """Suppress or show the warnings of libraries, from `warnings` and from `logging`; errors stay."""
+    logging.captureWarnings(quiet)
+    logging.disable(logging.WARNING if quiet else logging.NOTSET)
     return quiet
 
 
@@ -57,7 +40,7 @@ Device = Annotated[
     str | None,
     typer.Option("--device", metavar="cpu|cuda|auto", help="Device of this process; `auto` is a GPU if there is one."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", callback=_hush, help="No progress and no warnings.")]
+Quiet = Annotated[bool, typer.Option("--quiet", callback=hush, help="No progress and no warnings.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 Layers = Annotated[str, typer.Option(help="Layers, such as `3,5-8`, or `all`.")]
 

@@ -1,14 +1,14 @@
-"""Commands on checkpoints alone: edit, apply, undo, verify, push."""
+"""Commands on models alone: edit, apply, undo, verify, push, train-saes."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, conclude, warn
-from stethoscope.cli.options import AsJSON, Device, Quiet, labelled, parse_layers
+from stethoscope.cli.options import AsJSON, Device, Layers, Quiet, Seed, labelled, parse_layers
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
@@ -41,6 +41,10 @@ def edit(
     share: Annotated[float, typer.Option(help="Share of the fine-tune's gain to keep.")] = 0.95,
     tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of each text.")] = 20_000,
     field: Annotated[str, typer.Option(help="Field of the texts' rows that holds a text or a chat.")] = "text",
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="Field with what precedes each text to keep; its loss is not counted."),
+    ] = None,
     device: Device = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report what would be written.")] = False,
     quiet: Quiet = False,
@@ -69,14 +73,27 @@ def edit(
                 "`--coefficient`, `--modules` and `--dry-run` do not go with `--keep`",
                 hint="`--strength` and `--layers` shape a filtered edit",
             )
-        wanted = _wanted(keep, protect or [], chosen, strength=strength, share=share, tokens=tokens, field=field)
-        _keep(open_checkpoint(base), tuned, wanted, out, kind=kind, device=device or "auto", quiet=quiet, as_json=as_json)
+        wanted = _wanted(
+            keep,
+            protect or [],
+            field,
+            prompt,
+            layers=chosen and tuple(chosen),
+            strength=strength,
+            share=share,
+            tokens=tokens,
+        )
+        _keep(
+            open_checkpoint(base), tuned, wanted, out, kind=kind, device=device or "auto", quiet=quiet, as_json=as_json
+        )
         return
     assert chosen is not None
     plan = EditPlan.for_layers(chosen, coefficient=coefficient, modules=modules)
+    reporter = ConsoleReporter(quiet=quiet)
     if dry_run:
         found = check_edit(base, tuned, plan, out, kind=kind)
-        _caution(found.warnings, quiet=quiet)
+        for text in found.warnings:
+            reporter.note(f"warning: {text}")
         if as_json or not found.problems:
             conclude(
                 asdict(found),
@@ -92,9 +109,10 @@ def edit(
             raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
         return
     opened = open_checkpoint(base)
-    with ConsoleReporter(quiet=quiet).stage("Edit") as advance:
+    with reporter.stage("Edit") as advance:
         made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind, progress=advance)
-    _caution(made.warnings, quiet=quiet)
+    for text in made.warnings:
+        reporter.note(f"warning: {text}")
     conclude(
         made.manifest,
         as_json=as_json,
@@ -104,9 +122,7 @@ def edit(
     )
 
 
-def _wanted(
-    keep: Path, protect: Sequence[str], layers: Sequence[int] | None, *, field: str, **settings: Any
-) -> "Wanted":
+def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, **settings: Any) -> "Wanted":
     """The texts of a filtered edit, read; every one that cannot be is named."""
     from stethoscope.keep import Wanted
     from stethoscope.text.documents import read_documents
@@ -130,9 +146,8 @@ def _wanted(
             problems.append(f"the weight `{weight}` of `{path}` is not a number")
     if problems:
         raise StethoscopeError("the texts cannot be used", problems=problems, hint="`--field` names the field to read")
-    target = texts.pop("target")
-    chosen = None if layers is None else tuple(layers)
-    return Wanted(keep=target, protect=texts, weights=weights, layers=chosen, **settings)
+    prompts = read_documents(keep, field=prompt) if prompt else ()
+    return Wanted(keep=texts.pop("target"), prompts=prompts, protect=texts, weights=weights, **settings)
 
 
 def _keep(
@@ -153,7 +168,8 @@ def _keep(
     made, found = keep_skill(
         base, open_task_vector(base, tuned), wanted, out, kind=kind, device=device, reporter=reporter
     )
-    _caution(made.warnings, quiet=quiet)
+    for text in made.warnings:
+        reporter.note(f"warning: {text}")
     conclude(
         found.model_dump(mode="json"),
         as_json=as_json,
@@ -164,11 +180,6 @@ def _keep(
     )
 
 
-def _caution(warnings: Iterable[str], *, quiet: bool) -> None:
-    for text in () if quiet else warnings:
-        warn(f"warning: {text}")
-
-
 def apply(
     patch: PatchFolder,
     base: Annotated[str, typer.Option(help="The checkpoint that the patch was made for.")],
@@ -177,7 +188,7 @@ def apply(
     as_json: AsJSON = False,
 ) -> None:
     """Apply a patch to its base and write the edited checkpoint."""
-    _patched("apply", patch, base, out, quiet=quiet, as_json=as_json)
+    _patched(patch, base, out, undo=False, quiet=quiet, as_json=as_json)
 
 
 def undo(
@@ -188,16 +199,13 @@ def undo(
     as_json: AsJSON = False,
 ) -> None:
     """Restore the base from an edited checkpoint and its patch, bit for bit."""
-    _patched("undo", patch, edited, out, quiet=quiet, as_json=as_json)
+    _patched(patch, edited, out, undo=True, quiet=quiet, as_json=as_json)
 
 
-def _patched(
-    direction: Literal["apply", "undo"], patch: Path, checkpoint: str, out: Path, *, quiet: bool, as_json: bool
-) -> None:
+def _patched(patch: Path, checkpoint: str, out: Path, *, undo: bool, quiet: bool, as_json: bool) -> None:
     from stethoscope.editing.patch import apply_patch
 
-    undo = direction == "undo"
-    with ConsoleReporter(quiet=quiet).stage(f"{direction.capitalize()} the patch") as advance:
+    with ConsoleReporter(quiet=quiet).stage("Undo the patch" if undo else "Apply the patch") as advance:
         path = apply_patch(patch, checkpoint, out, undo=undo, progress=advance)
     made = "The base, bit for bit" if undo else "The edited checkpoint"
     then = "" if undo else command_line("verify", out, "--base", checkpoint)
@@ -257,3 +265,77 @@ def push(
     with reporter.stage("Send"):
         address = publish(folder, repository, private=not public)
     conclude({"commit": address}, as_json=as_json, says=[f"sent to {address}"])
+
+
+def train_saes(
+    base: Annotated[str, typer.Option(help="Model to train SAEs for: a checkpoint folder or a hub id.")],
+    text: Annotated[Path, typer.Option(help="Training text: .jsonl, .parquet, .txt or a saved dataset.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; checkpoints are kept in `OUT.training` meanwhile.")],
+    field: Annotated[str, typer.Option(help="Field that holds the documents.")] = "text",
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[=NAME]", help="Text to measure health on; by default part of the training text."),
+    ] = None,
+    layers: Layers = "all",
+    site: Annotated[str, typer.Option(help="Where in a layer: resid_post, mlp_out, attn_out, ...")] = "resid_post",
+    width: Annotated[int | None, typer.Option(help="Features per SAE; by default four times the hidden size.")] = None,
+    k: Annotated[int, typer.Option(help="Features that fire per token, on average.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Tokens to train on; shorter text is repeated.")] = 1_000_000,
+    batch: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
+    learning_rate: Annotated[float, typer.Option(help="Adam learning rate.")] = 4e-3,
+    max_tokens: Annotated[int, typer.Option(help="Documents are cut to this many tokens.")] = 384,
+    seed: Seed = 0,
+    checkpoint_seconds: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Train an SAE for every layer of a model; the same command resumes a stopped training."""
+    from stethoscope.artifacts import read_json
+    from stethoscope.models.load import load_tokenizer
+    from stethoscope.saes.health import health_rows
+    from stethoscope.saes.train import TrainingSettings, hold_out, load_for_training
+    from stethoscope.saes.train import train_saes as train
+    from stethoscope.text.documents import read_documents
+
+    chosen = None if layers == "all" else parse_layers(layers)
+    documents = read_documents(text, field=field)
+    if held_out:
+        named = {name or Path(path).stem: path for path, name in map(labelled, held_out)}
+        held = {name: read_documents(path, field=field) for name, path in named.items()}
+    else:
+        documents, kept = hold_out(documents)
+        held = {"held out": kept}
+    reporter = ConsoleReporter(quiet=quiet)
+    with reporter.stage("Load the model"):
+        model, tokenizer = load_for_training(base), load_tokenizer(base)
+    with reporter.stage("Train SAEs") as advance:
+        train(
+            model,
+            tokenizer,
+            documents,
+            out,
+            settings=TrainingSettings(
+                width=width or 4 * model.config.get_text_config().hidden_size,
+                k=k,
+                tokens=tokens,
+                batch=batch,
+                learning_rate=learning_rate,
+                max_tokens=max_tokens,
+                seed=seed,
+                layers=chosen,
+                site=site,
+            ),
+            held_out=held,
+            overwrite=overwrite,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=advance,
+        )
+    found = read_json(out / "health.json")
+    conclude(
+        {"out": str(out), **found},
+        as_json=as_json,
+        rows=health_rows(found["layers"]),
+        says=["Variance explained by kind of text; L0, dead and dense features over all of it."],
+        wrote=[out],
+    )

@@ -21,7 +21,7 @@ from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.validation import Layers
 from stethoscope.saes.activations import attention_sinks, on_device
-from stethoscope.saes.health import HealthSums, measure_health
+from stethoscope.saes.health import measure_health
 from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.text.documents import Document
 from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens, tokenize
@@ -236,7 +236,7 @@ def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | N
     """An SAE on a sample, and how far the encoder's activation mass lies from SAELens' own in float32."""
     if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
         # a transcoder has nothing to say of what it reads but features
-        return HealthSums.nothing(encoder.width).health()
+        return SAEHealth(tokens=0, variance_explained=None, l0=None, dead=None, dense=None)
     with on_device(sae, sample.device):
         exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
     fast = BlockSums(encoder.width, sample.device)

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.artifacts import Provenance, new_folder
-from stethoscope.checkpoints.adapter import low_rank
+from stethoscope.checkpoints.adapter import AdapterTaskVector, low_rank
 from stethoscope.checkpoints.checkpoint import torch_dtype
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
@@ -270,8 +270,9 @@ class FilteredChange:
             return stored["change"].float() if stored else torch.zeros_like(delta)
         factors = low_rank(self.task_vector, name)
         assert factors is not None
+        assert isinstance(self.task_vector, AdapterTaskVector)
         product = (factors.B.double() @ A.double()).mul_(factors.scaling).float()
-        return product.T if factors.transposed else product
+        return product.T if self.task_vector.changes[name].transposed else product
 
     def low_rank(self, name: str) -> Float[Tensor, "rank d"] | None:
         """LoRA's new A of a tensor, whose B stays; None for a change that is not stored so."""

@@ -13,8 +13,8 @@ from typing import Any
 from blake3 import blake3
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_json, write_text
+from stethoscope.checkpoints.checkpoint import ALGORITHM, fingerprint
 from stethoscope.checkpoints.files import read_json_object
-from stethoscope.checkpoints.hashing import ALGORITHM, fingerprint
 from stethoscope.checkpoints.header import Entry
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.card import mergekit_recipe, model_card

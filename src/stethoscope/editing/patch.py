@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from stethoscope.checkpoints.checkpoint import Checkpoint
-from stethoscope.checkpoints.hashing import fingerprint
+from stethoscope.checkpoints.checkpoint import Checkpoint, fingerprint
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import named_entries, open_checkpoint

@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 from blake3 import blake3
 
 from stethoscope.artifacts import new_folder
-from stethoscope.checkpoints.checkpoint import Checkpoint
-from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.checkpoint import Checkpoint, hash_tensor
 from stethoscope.checkpoints.header import Entry
 from stethoscope.editing.manifest import describe_tensor
 from stethoscope.errors import CheckpointError

@@ -21,8 +21,7 @@ from blake3 import blake3
 
 from stethoscope.artifacts import write_json
 from stethoscope.checkpoints.adapter import CONFIG, WEIGHTS, AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint
-from stethoscope.checkpoints.hashing import hash_tensor
+from stethoscope.checkpoints.checkpoint import Checkpoint, hash_tensor
 from stethoscope.checkpoints.header import DTYPES, Entry, build_header
 from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, not_finite
 from stethoscope.editing.apply import edited_tensor

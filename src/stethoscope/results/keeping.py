@@ -16,10 +16,10 @@ class Measured(Frozen):
     high: float | None
 
     def shown(self, form: str, scale: int = 1) -> str:
-        """The value and its interval."""
-        if self.value is None:
-            return number(None, form)
-        return f"{number(scale * self.value, form)} {interval(self.low, self.high, form, scale)}"
+        """The value, and its interval in parentheses where it has one."""
+        if self.value is None or self.low == self.high:
+            return number(self.value and scale * self.value, form)
+        return f"{number(scale * self.value, form)} ({interval(self.low, self.high, form, scale)})"
 
 
 class Variant(Frozen):
@@ -69,7 +69,7 @@ class Keeping(Display, Artifact):
             for name, damage in edit.damage.items()
         ]
         kept = edit.kept.shown(".0f", 100)
-        return f"The edit keeps {kept} % of the fine-tune's gain. Loss changes by {', '.join(costs)} nats per token."
+        return f"The edit keeps {kept} % of the fine-tune's gain; loss in nats per token changes by {', '.join(costs)}."
 
     def table(self) -> Rows:
         """A row per model."""

@@ -3,10 +3,9 @@
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +18,8 @@ from stethoscope.text.tokens import batches, tokenize
 SINK_RATIO = 10.0
 
 Activations = dict[str, Float[Tensor, "tokens d_in"]]
+# In a stream of batches: documents read before the buffer was filled, and batches cut from it since.
+Position = tuple[int, int]
 
 
 class ActivationStream:
@@ -53,59 +54,34 @@ class ActivationStream:
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[Activations]:
         """Activations by hook name, one batch of documents at a time; tokens are aligned between layers."""
         for batch in batches(rows, self.tokenizer, batch_tokens=self.batch_tokens):
-            heard = read_activations(self.model, self.points, batch.input_ids)
-            keep = batch.countable & ~attention_sinks(heard.values(), batch.attention_mask)
+            found = read_activations(self.model, self.points, batch.input_ids)
+            keep = batch.countable & ~attention_sinks(found.values(), batch.attention_mask)
             keep[:, 0] = False
-            yield {name: hidden[keep.to(hidden.device)] for name, hidden in heard.items()}
+            yield {name: hidden[keep.to(hidden.device)] for name, hidden in found.items()}
 
     def shuffled(
-        self,
-        rows: Sequence[Sequence[int]],
-        *,
-        batch: int,
-        buffer: int,
-        seed: int,
-        start: "StreamPosition | None" = None,
-    ) -> Iterator[tuple[Activations, "StreamPosition"]]:
-        """Endless batches of single tokens, mixed over at least ``buffer`` tokens of shuffled documents.
+        self, rows: Sequence[Sequence[int]], *, batch: int, buffer: int, seed: int, start: Position = (0, 0)
+    ) -> Iterator[tuple[Activations, Position]]:
+        """Endless batches of single tokens, mixed over ``buffer`` tokens or more of shuffled documents.
 
-        ``start`` is a position of an earlier stream of the same rows and settings. Yields batch and position after it.
+        Yields each batch with the position after it; given as ``start``, the stream goes on from there. What is left
+        of a buffer, fewer tokens than a batch, is not used.
         """
-        generator = torch.Generator().manual_seed(seed)
-        at = start or StreamPosition(shuffle=generator.get_state())
-        documents = _endless(rows, seed, at.taken)
+        taken, given = start
+        documents = _endless(rows, seed, taken)
         while True:
-            held, fill = len(next(iter(at.rest.values()), ())), []
-            while held < max(buffer, batch):
+            held, fill = 0, []
+            while held < max(buffer, 2 * batch):
                 fill.append(next(documents))
                 held += len(fill[-1])
-            parts = [*([at.rest] if at.rest else ()), *self.outputs(fill)]
-            packed = {name: torch.cat([part[name].to(self.model.device) for part in parts]) for name in parts[0]}
-            generator.set_state(at.shuffle)
-            order = torch.randperm(len(next(iter(packed.values()))), generator=generator).to(self.model.device)
-            *cuts, rest = order.tensor_split(tuple(range(batch, len(order) + 1, batch)))
-            for given, chosen in enumerate(cuts, 1):
-                if given > at.given:
-                    yield {name: values[chosen] for name, values in packed.items()}, replace(at, given=given)
-            left = {name: values[rest] for name, values in packed.items()}
-            at = StreamPosition(shuffle=generator.get_state(), taken=at.taken + len(fill), rest=left)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamPosition:
-    """Position in a stream of shuffled batches: its state when it last filled its buffer, and batches since.
-
-    Attributes:
-        shuffle: state of the generator that mixes the buffer.
-        taken: documents read before, over all passes.
-        rest: tokens left over from the buffer before, fewer than a batch.
-        given: batches cut from the buffer since.
-    """
-
-    shuffle: UInt8[Tensor, " bytes"]
-    taken: int = 0
-    rest: Activations = field(default_factory=dict)
-    given: int = 0
+            parts = list(self.outputs(fill))
+            packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            count = len(next(iter(packed.values())))
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + taken))
+            for place in range(given, count // batch):
+                chosen = order[place * batch : (place + 1) * batch].to(self.model.device)
+                yield {name: values[chosen] for name, values in packed.items()}, (taken, place + 1)
+            taken, given = taken + len(fill), 0
 
 
 def _endless(rows: Sequence[Sequence[int]], seed: int, taken: int) -> Iterator[Sequence[int]]:
@@ -133,9 +109,9 @@ def attention_sinks(
     layers: Iterable[Float[Tensor, "rows tokens d_in"]], attention_mask: Bool[Tensor, "rows tokens"]
 ) -> Bool[Tensor, "rows tokens"]:
     """True at attention sinks: norms far above their own document's median in any layer."""
-    loud = torch.zeros_like(attention_mask)
+    sinks = torch.zeros_like(attention_mask)
     for hidden in layers:
         norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).cpu()
         median = norms.masked_fill(~attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
-        loud |= norms > SINK_RATIO * median
-    return loud
+        sinks |= norms > SINK_RATIO * median
+    return sinks

@@ -34,29 +34,6 @@ class HealthSums:
     fired: Int[Tensor, " width"]
     mass: Float[Tensor, " width"]
 
-    @classmethod
-    def of(
-        cls,
-        hidden: Float[Tensor, "tokens d_in"],
-        features: Float[Tensor, "tokens width"],
-        decoded: Float[Tensor, "tokens d_in"],
-    ) -> "HealthSums":
-        """The sums of activations, what the SAE encoded them to, and what it decoded that to."""
-        wide = hidden.double()
-        return cls(
-            tokens=len(wide),
-            total=wide.sum(0),
-            square=float(wide.square().sum()),
-            residual=float((wide - decoded.double()).square().sum()),
-            fired=(features > 0).sum(0),
-            mass=features.double().sum(0),
-        )
-
-    @classmethod
-    def nothing(cls, width: int) -> "HealthSums":
-        """The sums of no tokens."""
-        return cls.of(torch.zeros(0, 1), torch.zeros(0, width), torch.zeros(0, 1))
-
     def __add__(self, other: "HealthSums") -> "HealthSums":
         return HealthSums(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
 
@@ -77,11 +54,19 @@ class HealthSums:
 
 @torch.no_grad()
 def measure_health(sae: Any, hidden: Float[Tensor, "tokens d_in"], *, chunk: int = 4096) -> HealthSums:
-    """Encode and decode activations with an SAE, in chunks of tokens, and sum up what it made of them."""
+    """Encode and decode activations with an SAE, in chunks of tokens, and sum up how well it does."""
 
     def measure(part: Float[Tensor, "chunk d_in"]) -> HealthSums:
         values = part.to(sae.W_enc.dtype)
-        return HealthSums.of(values, features := sae.encode(values), sae.decode(features))
+        features, wide = sae.encode(values), values.double()
+        return HealthSums(
+            tokens=len(wide),
+            total=wide.sum(0),
+            square=float(wide.square().sum()),
+            residual=float((wide - sae.decode(features).double()).square().sum()),
+            fired=(features > 0).sum(0),
+            mass=features.double().sum(0),
+        )
 
     return reduce(add, map(measure, hidden.split(chunk)))
 

@@ -1,0 +1,121 @@
+"""`edit --keep --protect`: an edit from two models and two texts, chosen and measured by itself."""
+
+import json
+import shutil
+
+import pytest
+from world import planted_documents, contents, write_lines
+
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.cli import main
+from stethoscope.editing.verify import verify
+from stethoscope.errors import StethoscopeError
+from stethoscope.keep import Wanted, keep_skill
+from stethoscope.results.keeping import Keeping
+
+
+@pytest.fixture(scope="module")
+def folder(planted, tokenizer, tmp_path_factory):
+    """Base and tuned of a planted skill, with texts that nothing was trained on."""
+    folder = tmp_path_factory.mktemp("keep")
+    shutil.copytree(planted.task_vector.base.path, folder / "base")
+    shutil.copytree(planted.task_vector.store.path, folder / "tuned")
+    tokenizer.save_pretrained(folder / "base")
+    for name, kind in (("sums", "target"), ("words", "control"), ("more", "control")):
+        seed = {"sums": 5, "words": 6, "more": 7}[name]
+        write_lines(folder / f"{name}.jsonl", ({"text": text} for text in planted_documents(kind, 80, seed)))
+    return folder
+
+
+def edit(folder, out, *options):
+    given = {"--base": folder / "base", "--tuned": folder / "tuned", "--out": out}
+    main(["edit", *(str(part) for pair in given.items() for part in pair), *map(str, options)])
+
+
+def test_it_keeps_the_gain_and_leaves_protected_text_nearer_to_the_base(folder, tmp_path, capsys):
+    texts = ["--keep", folder / "sums.jsonl", "--protect", folder / "words.jsonl"]
+    edit(folder, tmp_path / "out", *texts, "--protect", f"{folder / 'more.jsonl'}=0.5", "--json")
+    found = Keeping.model_validate_json(capsys.readouterr().out)
+    filtered, tuned = found.variants["filtered"], found.variants["tuned"]
+    assert tuned.gain.low > 0
+    assert filtered.kept.value > 0.85
+    for text in ("words", "more"):
+        assert abs(filtered.damage[text].value) < abs(tuned.damage[text].value)
+        assert filtered.damage[text].low <= filtered.damage[text].value <= filtered.damage[text].high
+    assert found.variants["base"].damage["words"].value == 0
+    assert verify(tmp_path / "out", base=open_checkpoint(folder / "base")).ok
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["plan"]["transform"]["weights"] == {"words": 1.0, "more": 0.5}
+    assert not [path for path in tmp_path.iterdir() if path.name != "out"]
+
+
+def test_strength_layers_and_kind_are_the_users(folder, tmp_path, capsys):
+    texts = ["--keep", folder / "sums.jsonl", "--protect", folder / "words.jsonl"]
+    edit(folder, tmp_path / "patch", *texts, "--strength", "0", "--layers", "1,4", "--kind", "patch", "--quiet")
+    shown = capsys.readouterr().out
+    assert "strength 0" in shown
+    main(["apply", str(tmp_path / "patch"), "--base", str(folder / "base"), "--out", str(tmp_path / "edited")])
+    main(["undo", str(tmp_path / "patch"), "--edited", str(tmp_path / "edited"), "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "base/model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "edited" / "manifest.json").read_text())["layers"] == [1, 4]
+
+
+def test_a_prompt_is_read_and_its_loss_does_not_count(folder, tmp_path):
+    base = open_checkpoint(folder / "base")
+    change = open_task_vector(base, folder / "tuned")
+    sums, words = planted_documents("target", 40, 8), planted_documents("control", 40, 9)
+    gains = []
+    for prompts in ((), words):
+        wanted = Wanted(
+            keep=sums, prompts=prompts, protect={"words": planted_documents("control", 40, 10)}, strength=1.0
+        )
+        out = tmp_path / f"out-{len(prompts)}"
+        gains.append(keep_skill(base, change, wanted, out)[1].variants["tuned"].gain.value)
+    assert min(gains) > 0
+    assert gains[0] != gains[1]
+
+
+def test_two_runs_write_the_same_bytes(folder, tmp_path):
+    for name in "ab":
+        edit(
+            folder, tmp_path / name, "--keep", folder / "sums.jsonl", "--protect", folder / "words.jsonl", "--quiet",
+            "--strength", "1",
+        )  # fmt: skip
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("options", "problems"),
+    [
+        ([], 0),
+        (["--protect", "words.jsonl", "--layers", "1"], 0),
+        (["--keep", "sums.jsonl"], 1),
+        (["--keep", "missing.jsonl", "--protect", "words.jsonl=heavy"], 2),
+        (["--keep", "sums.jsonl", "--protect", "sums.jsonl"], 1),
+        (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--protect", "words.jsonl"], 1),
+        (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--share", "1.5"], 1),
+        (["--keep", "few.jsonl", "--protect", "words.jsonl"], 1),
+        (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--kind", "adapter"], 1),
+        (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--coefficient", "2"], 0),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(folder, tmp_path, capsys, options, problems):
+    write_lines(folder / "few.jsonl", [{"text": "1+1=2"}])
+    options = [str(folder / option) if ".jsonl" in option else option for option in options]
+    with pytest.raises(SystemExit) as stopped:
+        edit(folder, tmp_path / "out", *options)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n  - ") == problems
+    assert "hint:" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_gain_is_no_evidence(folder, tmp_path):
+    base = open_checkpoint(folder / "base")
+    wanted = Wanted(keep=planted_documents("control", 20, 1), protect={"sums": planted_documents("target", 20, 2)})
+    _, found = keep_skill(base, open_task_vector(base, folder / "base"), wanted, tmp_path / "out")
+    assert found.variants["filtered"].kept.value is None
+    assert "No evidence" in found.verdict
+    with pytest.raises(StethoscopeError):
+        keep_skill(base, open_task_vector(base, folder / "tuned"), wanted, tmp_path / "out")
