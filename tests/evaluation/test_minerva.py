@@ -10,7 +10,7 @@ from lm_eval.tasks.minerva_math import utils as harness
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.run import evaluate, load_tasks
-from stethoscope.evaluation.tasks import SUBJECTS
+from stethoscope.evaluation.tasks import SUBJECTS, prompts_hash
 
 DATA = Path(__file__).parent / "data" / "math"
 
@@ -35,6 +35,13 @@ def test_seven_tasks_with_the_harness_prompts(tasks):
         prompt, settings = task.instances[0].args
         assert prompt == "\n\n".join([*shots, harness.doc_to_text(doc)])
         assert settings == {"until": ["Problem:"], "do_sample": False, "temperature": 0.0}
+
+
+def test_the_hash_of_the_prompts_does_not_change_from_process_to_process(tasks):
+    again = load_tasks(["minerva_math"], data=DATA)  # its functions lie elsewhere in memory
+    first, second = ({name: prompts_hash(task, 2, 0) for name, task in found.items()} for found in (tasks, again))
+    assert first == second
+    assert prompts_hash(tasks["minerva_math_geometry"], 3, 0) not in first.values()
 
 
 def test_gold_answers_score_in_both_metrics(tasks):
