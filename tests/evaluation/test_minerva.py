@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 from lm_eval.tasks.minerva_math import utils as harness
@@ -38,10 +39,11 @@ def test_seven_tasks_with_the_harness_prompts(tasks):
 
 
 def test_the_hash_of_the_prompts_does_not_change_from_process_to_process(tasks):
-    again = load_tasks(["minerva_math"], data=DATA)  # its functions lie elsewhere in memory
-    first, second = ({name: prompts_hash(task, 2, 0) for name, task in found.items()} for found in (tasks, again))
-    assert first == second
-    assert prompts_hash(tasks["minerva_math_geometry"], 3, 0) not in first.values()
+    task = tasks["minerva_math_geometry"]
+    before, shown = prompts_hash(task, 2, 0), task.config.fewshot_config
+    function = shown.process_docs  # as another process has it: elsewhere in memory
+    shown.process_docs = FunctionType(function.__code__, function.__globals__, function.__name__)
+    assert prompts_hash(task, 2, 0) == before != prompts_hash(task, 3, 0)
 
 
 def test_gold_answers_score_in_both_metrics(tasks):

@@ -40,7 +40,7 @@ def task_verdict(
     difference: PairedDifference, bound: NonInferiority, p_adjusted: float | None, a: str, b: str, alpha: float
 ) -> str:
     """One sentence on one task: do the arms differ, and is a loss of the margin ruled out."""
-    differs = difference.clear if p_adjusted is None else p_adjusted < alpha
+    differs = difference.above or difference.below if p_adjusted is None else p_adjusted < alpha
     p = "" if p_adjusted is None else f", adjusted p = {p_value(p_adjusted)}"
     gain = f"({points(difference.difference)} points{p})"
     if not differs:
