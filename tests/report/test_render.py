@@ -14,8 +14,8 @@ from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosi
 from stethoscope.artifacts import Provenance
 from stethoscope.display import points, short_names
 from stethoscope.errors import StethoscopeError
-from stethoscope.report import layer_profile, render_report, trade_off, wording
-from stethoscope.report.charts import energy_by_layer, energy_curves, gain_split, profile_rows
+from stethoscope.report import render_report, wording
+from stethoscope.report.charts import energy_curves, gain_split
 from stethoscope.report.render import _ticks, _typeset
 from stethoscope.report.wording import answers
 from stethoscope.results.comparison import Comparison
@@ -259,21 +259,21 @@ def test_missing_and_foreign_results_are_named(run_folder, name):
 
 
 def test_charts_take_saved_results_and_objects_alike(run_folder, results):
-    saved = layer_profile(Diagnosis.load(run_folder), Selection.load(run_folder))
-    assert saved.to_dict() == layer_profile(results.diagnosis, results.selection).to_dict()
-    again = trade_off(Comparison.load(run_folder / "comparison.json"))
-    assert again.to_dict() == trade_off(results.comparison).to_dict()
+    saved = Diagnosis.load(run_folder).plot(Selection.load(run_folder))
+    assert saved.to_dict() == results.diagnosis.plot(results.selection).to_dict()
+    again = Comparison.load(run_folder / "comparison.json").plot()
+    assert again.to_dict() == results.comparison.plot().to_dict()
 
 
 def test_charts_save_as_pictures(tmp_path, results):
-    layer_profile(results.diagnosis, results.selection).save(tmp_path / "profile.svg")
-    trade_off(results.comparison).save(tmp_path / "trade_off.png")
+    results.diagnosis.plot(results.selection).save(tmp_path / "profile.svg")
+    results.comparison.plot().save(tmp_path / "trade_off.png")
     assert "excess over chance" in (tmp_path / "profile.svg").read_text()
     assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_null_band_is_two_deviations_of_the_null(results):
-    rows = profile_rows(results.diagnosis, results.selection)
+    rows = results.diagnosis.plot(results.selection).to_dict()["datasets"]["layers"]
     assert rows[3]["null_high"] == pytest.approx(2 * 0.008)
     assert [row["layer"] for row in rows if row["kind"] == "selected"] == list(results.selection.layers)
     assert rows[-1]["kind"] == "excluded"
@@ -281,20 +281,20 @@ def test_the_null_band_is_two_deviations_of_the_null(results):
 
 def test_without_control_losses_the_gains_are_drawn():
     arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), "mine": (0.05, 0.0)}
-    chart = trade_off(make_comparison(arms=arms, subjects=ONE, items=40, loss=False)).to_dict()
+    chart = make_comparison(arms=arms, subjects=ONE, items=40, loss=False).plot().to_dict()
     assert [row["arm"] for row in chart["datasets"]["arms"]] == ["selected", "mine"]
     assert "cost" not in json.dumps(chart["layer"])
 
 
 def test_many_random_sets_are_named_once():
     arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), **{f"random_layers_{i}": (0.03, 0.03) for i in range(5)}}
-    rows = trade_off(make_comparison(arms=arms, subjects=ONE, items=40)).to_dict()["datasets"]["arms"]
+    rows = make_comparison(arms=arms, subjects=ONE, items=40).plot().to_dict()["datasets"]["arms"]
     assert [row["label"] for row in rows if row["arm"].startswith("random")].count("") == 4
 
 
 def test_a_far_fine_tune_does_not_hide_the_edits(page, results):
     assert set(page.data()["charts"]) == {"profile", "trade-off", "near", "split-chart"}
-    near = trade_off(results.comparison, without=["tuned"]).to_dict()["datasets"]["arms"]
+    near = results.comparison.plot(without=["tuned"]).to_dict()["datasets"]["arms"]
     assert [row["arm"] for row in near] == ["base", "selected", "random_layers_1", "random_layers_2", "projected"]
 
 
@@ -363,7 +363,7 @@ def test_energy_curves_hold_every_layer_and_chance():
     assert [row["features"] for row in mine] == list(made.layers[1].curve.features)
     assert mine[-1]["kept"] == pytest.approx(100)
     assert {row["layer"] for row in rows if row["selected"]} == {1}
-    dots = energy_by_layer(made, [1]).to_dict()["datasets"]["layers"]
+    dots = made.plot().to_dict()["datasets"]["layers"]
     assert [dot["kept"] for dot in dots] == pytest.approx([100 * layer.kept.share for layer in made.layers])
 
 

@@ -163,7 +163,7 @@ class Outcomes(Display):
         """
         import altair as alt
 
-        from stethoscope.report.style import COLOURS, configured, tips, title
+        from stethoscope.charts.style import COLOURS, configured, tips, title
 
         table = self.accuracy(metric)
         bounds = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]

@@ -15,11 +15,10 @@ import yaml
 from markupsafe import Markup, escape
 
 from stethoscope.artifacts import Artifact, read_json, write_text
+from stethoscope.charts.style import COLOURS, DARK, FONT
 from stethoscope.display import NONE, Rows, number, numeric, percent, table_of
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import charts, wording
-from stethoscope.report.style import COLOURS, DARK, FONT
-from stethoscope.report.trade import is_crowded, trade_off
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
 from stethoscope.results.comparison_tables import by_task, contrast_rows, gain_rows
@@ -30,6 +29,7 @@ from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
 
+CORNER = 0.3  # share of the trade-off's width that is too narrow to tell several arms apart
 PAGES = "https://www.neuronpedia.org/"  # a saved link that leads elsewhere is not shown
 
 
@@ -60,11 +60,11 @@ def render_report(run_dir: Path) -> Path:
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
 
     pictures: dict[str, Any] = {
-        "profile": charts.layer_profile(diagnosis, selection),
-        "trade-off": trade_off(comparison),
-        "near": trade_off(comparison, without=["tuned"]) if is_crowded(comparison) else None,
+        "profile": diagnosis.plot(selection),
+        "trade-off": comparison.plot(),
+        "near": comparison.plot(without=["tuned"]) if _is_crowded(comparison) else None,
         "split-chart": charts.gain_split(comparison),
-        "energy": charts.energy_by_layer(geometry, selection.layers) if geometry else None,
+        "energy": geometry.plot(selection) if geometry else None,
         "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
         "front": charts.calibration_front(calibration) if calibration else None,
     }
@@ -128,6 +128,13 @@ def _fill(data: dict[str, Any], **values: Any) -> str:
     return environment.get_template("report.html.jinja").render(
         **values, data=data, style=Markup(_style()), scripts=list(map(Markup, scripts)), policy=_policy(scripts)
     )
+
+
+def _is_crowded(comparison: Comparison) -> bool:
+    """Whether the edits lie in a corner of the trade-off's chart because the whole fine-tune is far away."""
+    costs = {c.b: abs(c.loss.difference) for arm in comparison.arms if (c := comparison.find(arm)) and c.loss}
+    edits = [cost for arm, cost in costs.items() if arm != "tuned"]
+    return len(edits) > 1 and max(edits) < CORNER * max(costs.values())
 
 
 def _feature_row(feature: FeatureDifference) -> list[str]:

@@ -310,9 +310,21 @@ class Comparison(Display):
             without: arms to leave out: the whole fine-tune is often so far away that the edits cannot be told apart.
             width: of the plotting area in pixels.
         """
-        from stethoscope.report.trade import trade_off
+        from stethoscope.charts.trade import trade_off
 
-        return trade_off(self, without=without, width=width)
+        rows = []
+        for contrast in (c for arm in self.arms if arm not in without and (c := self.find(arm))):
+            gain, cost = contrast.pooled, contrast.loss
+            rows.append({
+                "arm": contrast.b,
+                "gain": 100 * gain.difference,
+                "gain_low": None if gain.low is None else 100 * gain.low,
+                "gain_high": None if gain.high is None else 100 * gain.high,
+                "cost": cost.difference if cost else None,
+                "cost_low": cost.low if cost else None,
+                "cost_high": cost.high if cost else None,
+            })  # fmt: skip
+        return trade_off(rows, self.baseline, width=width)
 
     def table(self) -> Rows:
         """A row per contrast: the gain over all tasks of the family, and what it costs on control text."""
