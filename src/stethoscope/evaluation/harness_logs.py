@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stethoscope.artifacts import sha256_bytes, write_text
+from stethoscope.display import first_of
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.outcomes import SOURCE, Outcomes, few
+from stethoscope.evaluation.outcomes import SOURCE, Outcomes
 from stethoscope.text.documents import json_lines
 
 if TYPE_CHECKING:
@@ -48,15 +49,14 @@ def to_rows(
     """
     rows: dict[int, dict[str, Any]] = {}
     for sample in samples:
-        item = sample["doc_id"]
-        first = item not in rows
-        if first:
+        item, own = sample["doc_id"], ""
+        if item in rows:  # the harness names the first filter's metrics plainly, the others' with the filter's name
+            own = f",{sample['filter']}"
+        else:
             rows[item] = {"arm": arm, "task": task, **_describe(sample, extract, generation)}
         for metric in sample["metrics"]:
-            # as the harness names results: the first filter's metric plainly, the others' with the filter's name
             value = sample[metric]
-            name = metric if first else f"{metric},{sample['filter']}"
-            rows[item][name] = float(value) if isinstance(value, (int, float)) else None
+            rows[item][metric + own] = float(value) if isinstance(value, (int, float)) else None
     frame = pd.DataFrame(list(rows.values()))
     return frame.astype({"extracted": "boolean", "truncated": "boolean", "generated_tokens": "Int64"})
 
@@ -127,7 +127,7 @@ def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcom
     one, two = frames
     shared = set(one["key"]) & set(two["key"])
     missing = [
-        f"task `{task}`: `{lacking}` lacks {len(rows)} of `{other}`'s items ({few(sorted(rows['item']))})"
+        f"task `{task}`: `{lacking}` lacks {len(rows)} of `{other}`'s items ({first_of(sorted(rows['item']), 5)})"
         for lacking, other, frame in ((a.arms[0], b.arms[0], two), (b.arms[0], a.arms[0], one))
         for task, rows in frame[~frame["key"].isin(shared)].groupby("task", sort=False)
     ]

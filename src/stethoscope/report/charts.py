@@ -1,6 +1,6 @@
 """The charts that only the report shows: energy by features, gains by cause, calibration, validation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
@@ -10,7 +10,7 @@ from stethoscope.charts.style import COLOURS, axis, drawn, kinds, rule, tips, wh
 from stethoscope.display import listed
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import CAUSES, Comparison, flipped
-from stethoscope.results.validation import KINDS, ScoreValidation, SetEffect
+from stethoscope.results.validation import KINDS, ScoreValidation
 
 _CAUSES = {"correctness": "selected", "format": "tuned", "truncation": "projected"}
 _RANDOM = "random sets of as many layers"
@@ -70,8 +70,8 @@ def gain_split(comparison: Comparison, *, width: int = 640) -> alt.LayerChart | 
     ]
     if not rows:
         return None
-    known = {CAUSES[cause]: COLOURS[colour] for cause, colour in _CAUSES.items()}
-    known = {words: colour for words, colour in known.items() if any(row["cause"] == words for row in rows)}
+    there = {row["cause"] for row in rows}
+    known = {CAUSES[cause]: COLOURS[colour] for cause, colour in _CAUSES.items() if CAUSES[cause] in there}
     colours = alt.Scale(domain=list(known), range=list(known.values()))
     bars = (
         alt.Chart(alt.NamedData(name="gains"))
@@ -135,8 +135,12 @@ def validation_plane(validation: ScoreValidation, k: int, *, width: int = 640) -
         k: one of the sizes that were judged.
         width: of the plotting area in pixels.
     """
-    rows = [_set("", _RANDOM, effect) for effect in validation.random[k].equal_size]
-    rows += [_set(name, KINDS[found.kind], found.sets[k].effect) for name, found in validation.scores.items()]
+    sets = [("", _RANDOM, effect) for effect in validation.random[k].equal_size]
+    sets += [(name, KINDS[found.kind], found.sets[k].effect) for name, found in validation.scores.items()]
+    rows: list[dict[str, Any]] = [
+        {"score": name, "kind": kind, "layers": listed(s.layers), "gain": s.target_gain, "cost": s.control_cost}
+        for name, kind, s in sets
+    ]
     _label_apart(rows)
     there = {kind: look for kind, look in _SETS.items() if any(row["kind"] == kind for row in rows)}
     legend = alt.Legend(orient="top", columns=2, labelLimit=300)
@@ -164,16 +168,17 @@ def score_profiles(validation: ScoreValidation, *, picked: str = "", width: int 
         picked: the score shown first; the first of all if not given.
         width: of the plotting area in pixels.
     """
-    truth = next(found for found in validation.scores.values() if found.kind == "truth")
+    true, truth = next((name, found) for name, found in validation.scores.items() if found.kind == "truth")
     judged = {name: found for name, found in validation.scores.items() if found.kind != "truth"}
+    largest = {name: max(map(abs, found.values.values())) or 1.0 for name, found in validation.scores.items()}
     rows = [
         {
             "score": name,
             "kind": KINDS[found.kind],
             "layer": layer,
             "value": value,
-            "share": value / _largest(found.values),
-            "truth": truth.values[layer] / _largest(truth.values),
+            "share": value / largest[name],
+            "truth": truth.values[layer] / largest[true],
             "gain": truth.values[layer],
         }
         for name, found in judged.items()
@@ -193,20 +198,6 @@ def score_profiles(validation: ScoreValidation, *, picked: str = "", width: int 
         width=width,
         height=200,
     )
-
-
-def _set(name: str, kind: str, effect: SetEffect) -> dict[str, Any]:
-    return {
-        "score": name,
-        "kind": kind,
-        "layers": listed(effect.layers),
-        "gain": effect.target_gain,
-        "cost": effect.control_cost,
-    }
-
-
-def _largest(values: Mapping[int, float]) -> float:
-    return max(map(abs, values.values())) or 1.0
 
 
 def _label_apart(rows: Sequence[dict[str, Any]]) -> None:

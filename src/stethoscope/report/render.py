@@ -146,15 +146,10 @@ def _feature_row(feature: FeatureDifference) -> list[str]:
 
 def _health(layer: LayerDiagnosis) -> Rows:
     """An SAE's health, a row per corpus."""
+    forms = {"dead": ".1%", "dense": ".1%", "encoding_error": ".2%"}
     return table_of(
-        {
-            "SAE on": name,
-            "variance explained": number(found.variance_explained, ".2f"),
-            "L0": number(found.l0, ".0f"),
-            "dead": number(found.dead, ".1%"),
-            "dense": number(found.dense, ".1%"),
-            "encoding error": number(found.encoding_error, ".2%"),
-        }
+        {"SAE on": name, "variance explained": number(found.variance_explained, ".2f"), "L0": number(found.l0, ".0f")}
+        | {field.replace("_", " "): number(getattr(found, field), form) for field, form in forms.items()}
         for name, found in layer.health.items()
     )
 
@@ -230,9 +225,9 @@ def _resource(name: str) -> str:
 
 
 def _settings(recipe: str | None) -> dict[str, Any]:
-    """The recipe's top level, for the few lines that name the models; empty if it cannot be read."""
+    """The recipe's top level, for the few lines that name the models."""
     try:
-        value = yaml.safe_load(recipe) if recipe else {}
+        value = yaml.safe_load(recipe or "")
     except yaml.YAMLError as error:
         raise StethoscopeError(f"the run's `recipe.yaml` is not YAML: {error}") from error
     return value if isinstance(value, dict) else {}
