@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FILE = "seen.npy"
 RUNS = (32, 16, 8, 4)  # words, longest first; a text of fewer than four is not judged
-SHOWN = 5  # items named per task
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -94,7 +93,7 @@ def refuse_seen(found: Mapping[str, tuple[int, ...]]) -> None:
     if found:
         raise EvaluationError(
             "the evaluation would test on items that the choice of layers has seen",
-            problems=[f"`{name}`: item {first_of(numbers, SHOWN)}" for name, numbers in found.items()],
+            problems=[f"`{name}`: item {first_of(numbers, 5)}" for name, numbers in found.items()],
             hint="take other text for the diagnosis, or set `evaluate.exploratory: true`: the report will then say so",
         )
 

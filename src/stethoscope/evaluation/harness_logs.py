@@ -94,9 +94,8 @@ def read_results(path: Path, *, arm: str | None = None, source: str | None = Non
     stored = path / "outcomes.parquet" if path.is_dir() else path
     if stored.suffix == ".parquet" and stored.exists():
         if source is not None:
-            raise EvaluationError(
-                f"`{stored}` does not hold the items' fields, so not `{source}`", hint="give the logs of lm_eval"
-            )
+            hint = "give the logs of lm_eval"
+            raise EvaluationError(f"`{stored}` does not hold the items' fields, so not `{source}`", hint=hint)
         return _one_arm(Outcomes.load(stored), stored, arm)
     if path.is_dir():
         logs = _newest_logs(path)
@@ -122,8 +121,8 @@ def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcom
     for outcomes in (a, b):
         frame = outcomes.frame.sort_values(["task", "item"], kind="stable")
         again = frame.groupby(["task", "item_hash"]).cumcount()  # equal items are told apart by their order
-        keys = list(zip(frame["task"], frame["item_hash"], again, strict=True))
-        frames.append(frame.assign(key=pd.Series(keys, index=frame.index)))
+        keys: Any = list(zip(frame["task"], frame["item_hash"], again, strict=True))
+        frames.append(frame.assign(key=keys))
     one, two = frames
     shared = set(one["key"]) & set(two["key"])
     missing = [
@@ -132,17 +131,11 @@ def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcom
         for task, rows in frame[~frame["key"].isin(shared)].groupby("task", sort=False)
     ]
     if missing and not shared_only:
-        raise EvaluationError(
-            "the arms did not answer the same items",
-            problems=missing,
-            hint="`--shared-only` compares what both have; or evaluate again, with one limit and the same data",
-        )
+        hint = "`--shared-only` compares what both have; or evaluate again, with one limit and the same data"
+        raise EvaluationError("the arms did not answer the same items", problems=missing, hint=hint)
     if not shared:
-        raise EvaluationError(
-            "the arms share no item",
-            problems=missing,
-            hint="items are joined on the hash of their content: are these the same task and version?",
-        )
+        hint = "items are joined on the hash of their content: are these the same task and version?"
+        raise EvaluationError("the arms share no item", problems=missing, hint=hint)
     one, two = (frame[frame["key"].isin(shared)] for frame in frames)
     two = two.assign(item=two["key"].map(dict(zip(one["key"], one["item"], strict=True))))
     joined = Outcomes(frame=pd.concat([one, two], ignore_index=True).drop(columns="key"))

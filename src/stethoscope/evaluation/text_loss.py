@@ -110,8 +110,8 @@ def document_costs(
 ) -> dict[str, DocumentCosts]:
     """Loss, and KL(base || arm) of the next-token distributions, on every document, in nats, for all arms in one pass.
 
-    All sets of weights stay in memory and are exchanged within a batch, so the base's distributions are computed
-    once for all arms and never stored. Arguments and errors are as for `document_losses`, whose losses are the same.
+    Weights are exchanged within a batch, so the base's distributions are computed once for all arms and never stored.
+    Arguments and errors are as for `document_losses`, whose losses are the same.
 
     Args:
         model: in the base state, on its device.
