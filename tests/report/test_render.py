@@ -382,10 +382,8 @@ def test_without_target_text_the_questions_are_answered_by_accuracy():
 
 
 def test_arms_are_described_by_their_whole_name_and_not_by_every_layer():
-    said = [
-        wording.describe_arm(arm, None) for arm in ("random_subspace", "random_layers_2", "complement", "projected")
-    ]
-    assert len({*said, wording.describe_arm("projected_energy_matched", None), ""}) == 6
+    arms = ("random_subspace", "random_layers_2", "complement", "projected", "projected_energy_matched")
+    assert len({"", *(wording.describe_arm(arm, None) for arm in arms)}) == 6
     edits = Edits(provenance=Provenance(), plans={"tuned": {"layers": {}, "default": 1.0}}, energy=())
     assert wording.describe_arm("tuned", edits) == "the whole fine-tune: every layer's weight change"
 

@@ -77,7 +77,7 @@ def title(text: str) -> alt.TitleParams:
 
 
 def drawn(
-    *layers: alt.Chart, heading: str, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int, height: int
+    *layers: alt.Chart, heading: str, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int = 640, height: int
 ) -> alt.LayerChart:
     """Layers as one finished chart, ``width`` and ``height`` of its plotting area in pixels."""
     chart = alt.layer(*layers).properties(width=width, height=height, title=title(heading), datasets=data)

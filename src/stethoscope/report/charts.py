@@ -59,7 +59,7 @@ def energy_curves(geometry: Any, selected: Sequence[int] = (), *, width: int = 6
     )
 
 
-def gain_split(comparison: Comparison, *, width: int = 640) -> alt.LayerChart | None:
+def gain_split(comparison: Comparison) -> alt.LayerChart | None:
     """Each arm's change over the baseline on all target items, by cause of failure; None where causes are not known."""
     rows = [
         {"arm": arm, "cause": CAUSES[cause], "points": change.points, "mended": change.gained, "broken": change.lost}
@@ -88,12 +88,11 @@ def gain_split(comparison: Comparison, *, width: int = 640) -> alt.LayerChart | 
         rule("zero", 0.0).encode(x="zero:Q"),
         heading="items mended less items broken, in points",
         data={"gains": rows},
-        width=width,
         height=24 * len({row["arm"] for row in rows}) + 12,
     )
 
 
-def calibration_front(calibration: Calibration, *, width: int = 640) -> alt.LayerChart:
+def calibration_front(calibration: Calibration) -> alt.LayerChart:
     """Every edit that was tried: target gain against control cost, the front as a line, the choice as a diamond."""
     rows = [
         {
@@ -123,7 +122,6 @@ def calibration_front(calibration: Calibration, *, width: int = 640) -> alt.Laye
         points,
         heading=_GAIN,
         data={"edits": rows},
-        width=width,
         height=320,
     )
 
@@ -159,14 +157,13 @@ def validation_plane(validation: ScoreValidation, k: int, *, width: int = 640) -
     return drawn(points, labels, heading=_GAIN, data={"sets": rows}, width=width, height=380)
 
 
-def score_profiles(validation: ScoreValidation, *, picked: str = "", width: int = 640) -> alt.LayerChart:
+def score_profiles(validation: ScoreValidation, *, picked: str = "") -> alt.LayerChart:
     """One score's layers, chosen from a list, beside the true gain of injecting each layer alone.
 
     Scores have units of their own, so each is drawn as a share of its largest layer.
 
     Args:
         picked: the score shown first; the first of all if not given.
-        width: of the plotting area in pixels.
     """
     true, truth = next((name, found) for name, found in validation.scores.items() if found.kind == "truth")
     judged = {name: found for name, found in validation.scores.items() if found.kind != "truth"}
@@ -195,7 +192,6 @@ def score_profiles(validation: ScoreValidation, *, picked: str = "", width: int 
         line.encode(y=y("truth", ".0%")),
         heading="score (bars), true gain (line); shares of the largest",
         data={"scores": rows},
-        width=width,
         height=200,
     )
 
