@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from stethoscope.report import trade_off
 from stethoscope.report.charts import energy_curves, validation_plane
 from stethoscope.results.comparison import Comparison
 from stethoscope.results.validation import ScoreValidation
@@ -62,7 +61,7 @@ def main() -> None:
     # only some of the geometry's fields are kept there
     text = (RESULTS / "scalpel.json").read_text(encoding="utf-8")
     scalpel = json.loads(text, object_hook=lambda fields: SimpleNamespace(**fields))
-    trade_off(demo, without=["tuned"], width=600).save(PICTURES / "trade_off.svg")
+    demo.plot(without=["tuned"], width=600).save(PICTURES / "trade_off.svg")
     validation_plane(validation, 5, width=600).save(PICTURES / "validation.svg")
     energy_curves(scalpel.geometry, scalpel.selection, width=600).save(PICTURES / "energy.svg")
     (PICTURES / "method.svg").write_text(method(), encoding="utf-8")

@@ -44,7 +44,7 @@ def listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
-def first_of(names: Sequence[str], most: int) -> str:
+def first_of(names: Sequence[object], most: int) -> str:
     """At most so many names, and how many more there are."""
     return listed(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

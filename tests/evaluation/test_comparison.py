@@ -197,9 +197,8 @@ def test_arms_with_other_items_prompts_or_documents_are_refused():
 
 def test_accuracy_table():
     made = outcomes(rows("base", "t", [1, 0, 0, 0], extracted=[True, True, False, False]))
-    row = made.accuracy().iloc[0]
     columns = ["n", "correct", "accuracy", "extracted", "accuracy_extracted"]
-    assert row[columns].tolist() == [4, 1, 0.25, 0.5, 0.5]
+    assert made.accuracy().loc[0, columns].tolist() == [4, 1, 0.25, 0.5, 0.5]
 
 
 def test_files_that_are_not_ours_are_refused(tmp_path):

@@ -98,7 +98,7 @@ def test_items_that_one_arm_lacks_are_listed(logs, models, tasks, tmp_path, caps
     few = write_logs(models["edited"], tasks, tmp_path / "few", TASKS, limit=10)
     code, _, err = run_cli(capsys, "compare", logs["base"], few)
     assert code == 2
-    assert "task `sums`: `edited` lacks 6 of `base`'s items (10, 11, 12, 13, 14, ...)" in err
+    assert "task `sums`: `edited` lacks 6 of `base`'s items (10, 11, 12, 13, 14 and 1 more)" in err
     assert "hint: `--shared-only`" in err
     code, out, err = run_cli(capsys, "compare", logs["base"], few, "--shared-only", "--json")
     assert code == 0

@@ -4,13 +4,14 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import FunctionType
 
 import pytest
 from lm_eval.tasks.minerva_math import utils as harness
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.run import evaluate, load_tasks
-from stethoscope.evaluation.tasks import SUBJECTS
+from stethoscope.evaluation.tasks import SUBJECTS, prompts_hash
 
 DATA = Path(__file__).parent / "data" / "math"
 
@@ -35,6 +36,14 @@ def test_seven_tasks_with_the_harness_prompts(tasks):
         prompt, settings = task.instances[0].args
         assert prompt == "\n\n".join([*shots, harness.doc_to_text(doc)])
         assert settings == {"until": ["Problem:"], "do_sample": False, "temperature": 0.0}
+
+
+def test_the_hash_of_the_prompts_does_not_change_from_process_to_process(tasks):
+    task = tasks["minerva_math_geometry"]
+    before, shown = prompts_hash(task, 2, 0), task.config.fewshot_config
+    function = shown.process_docs  # as another process has it: elsewhere in memory
+    shown.process_docs = FunctionType(function.__code__, function.__globals__, function.__name__)
+    assert prompts_hash(task, 2, 0) == before != prompts_hash(task, 3, 0)
 
 
 def test_gold_answers_score_in_both_metrics(tasks):

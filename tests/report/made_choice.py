@@ -50,30 +50,18 @@ def make_calibration() -> Calibration:
     rows = [((), 0.0, 0.0), ((3,), 0.1, 0.01), ((3, 8), 0.2, 0.015), ((3, 8, 9), 0.21, 0.05), ((9,), 0.05, 0.06)]
     points = tuple(
         CalibrationPoint(
-            coefficients=dict.fromkeys(layers, 1.0),
-            threshold=5.0 if layers else None,
-            target_gain=gain,
-            target_error=0.01,
-            control_cost=cost,
-            control_error=0.005,
-            control_increase=cost / 3,
+            coefficients=dict.fromkeys(layers, 1.0), threshold=5.0 if layers else None, target_gain=gain,
+            target_error=0.01, control_cost=cost, control_error=0.005, control_increase=cost / 3,
             on_front=layers != (9,),
         )
         for layers, gain, cost in rows
-    )
+    )  # fmt: skip
     return Calibration(
-        provenance=Provenance(),
-        z={3: 9.0, 8: 7.0, 9: 5.0},
-        budget=0.01,
-        base_loss={"target": 3.0, "control": 3.0},
-        points=points,
-        best=2,
-        choice=2,
-        rule="largest target gain with control loss at most 1 % worse",
-        reason="2 layers of z >= 5.0 at 1 is the best found",
-        forwards=31.0,
+        provenance=Provenance(), z={3: 9.0, 8: 7.0, 9: 5.0}, budget=0.01, base_loss={"target": 3.0, "control": 3.0},
+        points=points, best=2, choice=2, rule="largest target gain with control loss at most 1 % worse",
+        reason="2 layers of z >= 5.0 at 1 is the best found", forwards=31.0,
         seen={"target": "ab" * 32, "control": "cd" * 32},
-    )
+    )  # fmt: skip
 
 
 def make_claim(*, seen: tuple[int, ...] = ()) -> Claim:

@@ -29,52 +29,28 @@ def make_geometry(*, layers: int = 30) -> Geometry:
     for layer in range(layers):
         shares = torch.from_numpy(rng.dirichlet(np.linspace(3, 0.5, WIDTH)))
         energy = TensorEnergy(
-            layer=layer,
-            kind="mlp",
-            energy=10.0,
-            kept=10 * float(shares[:CHOSEN].sum()),
-            chance=CHOSEN / WIDTH,
-            features=10 * rng.normal(0.05, 0.004, 50),
-            bases=10 * rng.normal(0.05, 0.004, 50),
-        )
+            layer=layer, kind="mlp", energy=10.0, kept=10 * float(shares[:CHOSEN].sum()), chance=CHOSEN / WIDTH,
+            features=10 * rng.normal(0.05, 0.004, 50), bases=10 * rng.normal(0.05, 0.004, 50),
+        )  # fmt: skip
         energies.append(energy)
         tensor = TensorGeometry(
-            name=f"layers.{layer}.mlp.down_proj.weight",
-            kind="mlp",
-            writes=True,
-            kept=sum_energies([energy], rng),
-            functional={"target": 0.1, "control": 0.08},
-            functional_chance={"target": 0.05, "control": 0.05},
-            angles=(40.0, 80.0),
-            overlap=0.07,
-            effective_rank=12.5,
-            stable_rank=3.0,
-        )
+            name=f"layers.{layer}.mlp.down_proj.weight", kind="mlp", writes=True, kept=sum_energies([energy], rng),
+            functional={"target": 0.1, "control": 0.08}, functional_chance={"target": 0.05, "control": 0.05},
+            angles=(40.0, 80.0), overlap=0.07, effective_rank=12.5, stable_rank=3.0,
+        )  # fmt: skip
         made.append(
             LayerGeometry(
-                layer=layer,
-                features=CHOSEN,
-                rank=CHOSEN,
-                kept=tensor.kept,
-                unprojected=0.0,
-                functional=tensor.functional,
-                functional_chance=tensor.functional_chance,
+                layer=layer, features=CHOSEN, rank=CHOSEN, kept=tensor.kept, unprojected=0.0,
+                functional=tensor.functional, functional_chance=tensor.functional_chance,
                 curve=energy_curve(shares, torch.arange(WIDTH), FEATURES, WIDTH),
-                written=Written(share=0.06, chance=0.05),
-                tensors=(tensor,),
+                written=Written(share=0.06, chance=0.05), tensors=(tensor,),
             )
-        )
+        )  # fmt: skip
     total = sum_energies(energies, rng)
     return Geometry(
-        provenance=Provenance(),
-        draws=50,
-        leading=16,
-        tokens={"target": 512, "control": 512},
-        layers=tuple(made),
-        kinds={"mlp": total},
-        total=total,
-        verdict=total.verdict,
-    )
+        provenance=Provenance(), draws=50, leading=16, tokens={"target": 512, "control": 512}, layers=tuple(made),
+        kinds={"mlp": total}, total=total, verdict=total.verdict,
+    )  # fmt: skip
 
 
 def make_cuts(**changed: tuple[float, ...]) -> Comparison:

@@ -60,42 +60,23 @@ def make_layer(
     excess = 0.05 + 0.2 * np.exp(-(((layer - 17) / 5) ** 2)) + rng.normal(0, 0.008)
     health = {
         name: SAEHealth(
-            tokens=180_000,
-            variance_explained=0.3 if flag else 0.93 - 0.006 * layer - extra,
-            l0=40 + layer + 60 * extra,
-            dead=0.1,
-            dense=0.02,
+            tokens=180_000, variance_explained=0.3 if flag else 0.93 - 0.006 * layer - extra,
+            l0=40 + layer + 60 * extra, dead=0.1, dense=0.02,
         )
         for name, extra in (("target", 0.03), *((control, 0.0) for control in controls))
-    }
+    }  # fmt: skip
     features = tuple(
         FeatureDifference(
-            feature=100 * layer + i,
-            target_rate=0.4 / (i + 1),
-            control_rate=0.02,
-            target_mass=0.05 / (i + 1),
-            control_mass=0.0005,
+            feature=100 * layer + i, target_rate=0.4 / (i + 1), control_rate=0.02,
+            target_mass=0.05 / (i + 1), control_mass=0.0005,
         )
         for i in range(40)
-    )
+    )  # fmt: skip
     return LayerDiagnosis(
-        layer=layer,
-        score=excess + 0.06,
-        null=0.06,
-        excess=excess,
-        interval=(excess - 0.02, excess + 0.02),
-        z=excess / 0.008,
-        p=1 / 201,
-        p_familywise=1 / 201,
-        rank=layer + 1,
-        stability=0.9,
-        increment=0.001,
-        increment_z=0.5,
-        against=controls[layer % len(controls)],
-        health=health,
-        flag=flag,
-        features=features,
-    )
+        layer=layer, score=excess + 0.06, null=0.06, excess=excess, interval=(excess - 0.02, excess + 0.02),
+        z=excess / 0.008, p=1 / 201, p_familywise=1 / 201, rank=layer + 1, stability=0.9, increment=0.001,
+        increment_z=0.5, against=controls[layer % len(controls)], health=health, flag=flag, features=features,
+    )  # fmt: skip
 
 
 def make_diagnosis(*, layers: int = 30, controls: Sequence[str] = ("control",)) -> Diagnosis:
@@ -140,17 +121,13 @@ def make_evidence(diagnosis: Diagnosis, *, features: int = 8, length: int = 60) 
 
 
 def make_selection(diagnosis: Diagnosis, *, k: int = 5) -> Selection:
-    able = [layer for layer in diagnosis.layers if layer.flag is None]
-    chosen = sorted(layer.layer for layer in sorted(able, key=lambda layer: -layer.excess)[:k])
-    return Selection(
-        provenance=Provenance(inputs={"diagnosis": "ef" * 32}),
-        policy="top_k",
-        layers=tuple(chosen),
-        choices=tuple(
-            LayerChoice(layer=d.layer, chosen=d.layer in chosen, reason=f"excess {d.excess:.3f}")
-            for d in diagnosis.layers
-        ),
+    able = sorted((d for d in diagnosis.layers if d.flag is None), key=lambda d: -d.excess)
+    chosen = sorted(d.layer for d in able[:k])
+    choices = tuple(
+        LayerChoice(layer=d.layer, chosen=d.layer in chosen, reason=f"excess {d.excess:.3f}") for d in diagnosis.layers
     )
+    provenance = Provenance(inputs={"diagnosis": "ef" * 32})
+    return Selection(provenance=provenance, policy="top_k", layers=tuple(chosen), choices=choices)
 
 
 def make_comparison(
@@ -174,21 +151,12 @@ def make_comparison(
             right = luck + rng.normal(0, 0.03, items) < share + (gain if task in subjects else -harm)
             rows += [
                 {
-                    "arm": arm,
-                    "task": task,
-                    "item": i,
-                    "item_hash": f"{task}-{i}",
-                    "prompt_hash": "p",
-                    "exact_match": float(right[i]),
-                    "extracted": bool(right[i] or i % 4),
-                    "truncated": False,
-                    "generated_tokens": 20,
-                    "response": "",
-                    "answer": "",
-                    "target": "",
+                    "arm": arm, "task": task, "item": i, "item_hash": f"{task}-{i}", "prompt_hash": "p",
+                    "exact_match": float(right[i]), "extracted": bool(right[i] or i % 4), "truncated": False,
+                    "generated_tokens": 20, "response": "", "answer": "", "target": "",
                 }
                 for i in range(items)
-            ]
+            ]  # fmt: skip
     tokens = np.full(64, 200)
     documents = rng.normal(3.2, 0.3, 64)
     losses = {

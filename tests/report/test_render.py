@@ -14,13 +14,11 @@ from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosi
 from stethoscope.artifacts import Provenance
 from stethoscope.display import points, short_names
 from stethoscope.errors import StethoscopeError
-from stethoscope.report import layer_profile, render_report, trade_off, wording
-from stethoscope.report.charts import energy_by_layer, energy_curves, gain_split, profile_rows
+from stethoscope.report import render_report, wording
+from stethoscope.report.charts import energy_curves, gain_split
 from stethoscope.report.render import _ticks, _typeset
 from stethoscope.report.wording import answers
-from stethoscope.results.comparison import Comparison
 from stethoscope.results.comparison_tables import gain_rows
-from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.selection import Selection
 
@@ -79,10 +77,10 @@ def test_the_verdict_comes_first_and_everything_is_there(page, results):
 
 
 def test_the_table_holds_accuracy_difference_and_interval(page, results):
-    task = next(t for t in results.comparison.contrast("selected").tasks if t.task == "algebra")
+    task = results.comparison.contrast("selected").task("algebra")
     text = " ".join(page.text.split())
     assert f"{100 * task.accuracy_b:.1f} {100 * task.difference.difference:+.1f}***" in text
-    assert f"{100 * task.difference.low:+.1f} to {100 * task.difference.high:+.1f}" in text
+    assert task.difference.text(scale=100) in text
 
 
 def test_small_samples_are_announced(page, results):
@@ -162,9 +160,6 @@ def test_every_layer_has_its_features(page, results):
     assert set(features) == {str(d.layer) for d in results.diagnosis.layers}
     assert features["17"][0][0] == "1700"
     assert len(features["17"]) == 40
-
-
-def test_the_picked_layer_is_the_strongest_selected(page, results):
     strongest = max(results.selection.layers, key=lambda n: results.diagnosis.layers[n].excess)
     assert page.data()["picked"] == strongest
 
@@ -222,7 +217,7 @@ def test_optional_results_may_be_missing(run_folder):
     assert "to the layer before it" in text
 
 
-def test_edits_say_which_layers_the_arms_change(run_folder, results):
+def test_edits_say_which_layers_the_arms_change_and_the_manifest_is_shown(run_folder, results):
     edits = {
         "schema_version": 1,
         "provenance": Provenance().model_dump(),
@@ -230,14 +225,11 @@ def test_edits_say_which_layers_the_arms_change(run_folder, results):
         "energy": [{"layer": d.layer, "energy": 1.0, "share": 0.02} for d in results.diagnosis.layers],
     }
     (run_folder / "edits.json").write_text(json.dumps(edits))
+    (run_folder / "edited").mkdir()
+    (run_folder / "edited" / "manifest.json").write_text('{"kind": "checkpoint of this test", "tensors": {}}')
     text = Page(render_report(run_folder).read_text(encoding="utf-8")).text
     assert "layers 2, 9" in text
-
-
-def test_the_manifest_is_shown(run_folder):
-    (run_folder / "edited").mkdir()
-    (run_folder / "edited" / "manifest.json").write_text('{"kind": "checkpoint", "tensors": {}}')
-    assert "checkpoint" in Page(render_report(run_folder).read_text(encoding="utf-8")).text
+    assert "checkpoint of this test" in text
 
 
 @pytest.mark.parametrize("name", ["diagnosis.json", "selection.json", "comparison.json"])
@@ -258,22 +250,15 @@ def test_missing_and_foreign_results_are_named(run_folder, name):
     assert not (run_folder / "report.html").exists()
 
 
-def test_charts_take_saved_results_and_objects_alike(run_folder, results):
-    saved = layer_profile(Diagnosis.load(run_folder), Selection.load(run_folder))
-    assert saved.to_dict() == layer_profile(results.diagnosis, results.selection).to_dict()
-    again = trade_off(Comparison.load(run_folder / "comparison.json"))
-    assert again.to_dict() == trade_off(results.comparison).to_dict()
-
-
 def test_charts_save_as_pictures(tmp_path, results):
-    layer_profile(results.diagnosis, results.selection).save(tmp_path / "profile.svg")
-    trade_off(results.comparison).save(tmp_path / "trade_off.png")
+    results.diagnosis.plot(results.selection).save(tmp_path / "profile.svg")
+    results.comparison.plot().save(tmp_path / "trade_off.png")
     assert "excess over chance" in (tmp_path / "profile.svg").read_text()
     assert (tmp_path / "trade_off.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_null_band_is_two_deviations_of_the_null(results):
-    rows = profile_rows(results.diagnosis, results.selection)
+    rows = results.diagnosis.plot(results.selection).to_dict()["datasets"]["layers"]
     assert rows[3]["null_high"] == pytest.approx(2 * 0.008)
     assert [row["layer"] for row in rows if row["kind"] == "selected"] == list(results.selection.layers)
     assert rows[-1]["kind"] == "excluded"
@@ -281,20 +266,17 @@ def test_the_null_band_is_two_deviations_of_the_null(results):
 
 def test_without_control_losses_the_gains_are_drawn():
     arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), "mine": (0.05, 0.0)}
-    chart = trade_off(make_comparison(arms=arms, subjects=ONE, items=40, loss=False)).to_dict()
+    chart = make_comparison(arms=arms, subjects=ONE, items=40, loss=False).plot().to_dict()
     assert [row["arm"] for row in chart["datasets"]["arms"]] == ["selected", "mine"]
     assert "cost" not in json.dumps(chart["layer"])
 
 
-def test_many_random_sets_are_named_once():
+def test_many_random_sets_are_named_once_and_a_far_fine_tune_does_not_hide_the_edits(page, results):
     arms = {"base": (0.0, 0.0), "selected": (0.1, 0.03), **{f"random_layers_{i}": (0.03, 0.03) for i in range(5)}}
-    rows = trade_off(make_comparison(arms=arms, subjects=ONE, items=40)).to_dict()["datasets"]["arms"]
+    rows = make_comparison(arms=arms, subjects=ONE, items=40).plot().to_dict()["datasets"]["arms"]
     assert [row["label"] for row in rows if row["arm"].startswith("random")].count("") == 4
-
-
-def test_a_far_fine_tune_does_not_hide_the_edits(page, results):
     assert set(page.data()["charts"]) == {"profile", "trade-off", "near", "split-chart"}
-    near = trade_off(results.comparison, without=["tuned"]).to_dict()["datasets"]["arms"]
+    near = results.comparison.plot(without=["tuned"]).to_dict()["datasets"]["arms"]
     assert [row["arm"] for row in near] == ["base", "selected", "random_layers_1", "random_layers_2", "projected"]
 
 
@@ -302,11 +284,6 @@ def test_task_names_lose_what_they_share():
     assert short_names(["minerva_math_algebra", "minerva_math_geometry"])["minerva_math_algebra"] == "algebra"
     assert short_names(["algebra"]) == {"algebra": "algebra"}
     assert short_names(["word_sorting", "spell_backward"])["word_sorting"] == "word_sorting"
-
-
-def test_edits_of_every_layer_are_not_listed():
-    edits = Edits(provenance=Provenance(), plans={"tuned": {"layers": {}, "default": 1.0}}, energy=())
-    assert wording.describe_arm("tuned", edits) == "the whole fine-tune: every layer's weight change"
 
 
 def test_backticks_become_code_only_in_pairs():
@@ -363,7 +340,7 @@ def test_energy_curves_hold_every_layer_and_chance():
     assert [row["features"] for row in mine] == list(made.layers[1].curve.features)
     assert mine[-1]["kept"] == pytest.approx(100)
     assert {row["layer"] for row in rows if row["selected"]} == {1}
-    dots = energy_by_layer(made, [1]).to_dict()["datasets"]["layers"]
+    dots = made.plot().to_dict()["datasets"]["layers"]
     assert [dot["kept"] for dot in dots] == pytest.approx([100 * layer.kept.share for layer in made.layers])
 
 
@@ -404,10 +381,11 @@ def test_without_target_text_the_questions_are_answered_by_accuracy():
     assert answers(make_comparison(arms={"base": (0.0, 0.0), "selected": (0.1, 0.0)})) == []
 
 
-def test_arms_are_described_by_their_whole_name():
-    assert wording.describe_arm("random_subspace", None) != wording.describe_arm("random_layers_2", None) != ""
-    assert wording.describe_arm("projected_energy_matched", None) != wording.describe_arm("projected", None)
-    assert wording.describe_arm("complement", None)
+def test_arms_are_described_by_their_whole_name_and_not_by_every_layer():
+    arms = ("random_subspace", "random_layers_2", "complement", "projected", "projected_energy_matched")
+    assert len({"", *(wording.describe_arm(arm, None) for arm in arms)}) == 6
+    edits = Edits(provenance=Provenance(), plans={"tuned": {"layers": {}, "default": 1.0}}, energy=())
+    assert wording.describe_arm("tuned", edits) == "the whole fine-tune: every layer's weight change"
 
 
 def test_gains_are_split_by_cause_and_add_up(page, results):

@@ -9,6 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from stethoscope.display import listed, p_value, points
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.inference import (
     adjust,
@@ -20,8 +21,15 @@ from stethoscope.evaluation.inference import (
     unpaired_z,
 )
 from stethoscope.evaluation.outcomes import SOURCE, Outcomes, PerDocument
-from stethoscope.evaluation.verdict import overall_verdict, task_verdict
-from stethoscope.results.comparison import Comparison, Contrast, Flips, NoiseFloor, PairedDifference, TaskContrast
+from stethoscope.results.comparison import (
+    Comparison,
+    Contrast,
+    Flips,
+    NoiseFloor,
+    NonInferiority,
+    PairedDifference,
+    TaskContrast,
+)
 
 AGAIN = "_again"  # an arm named so is its namesake evaluated a second time
 Costs = Mapping[str, PerDocument]
@@ -86,15 +94,13 @@ def compare(
     for a, b in pairs:
         pair = _Pair(outcomes=outcomes, a=a, b=b, alpha=alpha, seed=seed)
         compared = []
-        for names, in_family in ((tasks, True), (controls, False)):
-            found = [
-                pair.on_task(task, metric or outcomes.metric_of(task), (margins or {}).get(task, margin))
-                for task in names
-            ]
+        for names in (tasks, controls):
+            bounds = {task: (margins or {}).get(task, margin) for task in names}
+            found = [pair.on_task(task, metric or outcomes.metric_of(task), bounds[task]) for task in names]
             adjusted = adjust([f["mcnemar"].p_value if f["mcnemar"] else None for f in found], adjustment)
             for entry, p in zip(found, adjusted, strict=True):
-                verdict = task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
-                compared.append(TaskContrast(**entry, in_family=in_family, p_adjusted=p, verdict=verdict))
+                verdict = _task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
+                compared.append(TaskContrast(**entry, in_family=names is tasks, p_adjusted=p, verdict=verdict))
         significant = [t for t in compared if t.p_adjusted is not None and t.p_adjusted < alpha]
         contrast = Contrast(
             a=a, b=b, tasks=compared, **pair.pooled([t for t in compared if t.in_family]),
@@ -104,7 +110,7 @@ def compare(
             loss=pair.on_text(losses), divergence=pair.on_text(divergences), target_loss=pair.on_text(target_losses),
             verdict="",
         )  # fmt: skip
-        contrasts.append(replace(contrast, verdict=overall_verdict(contrast, margin=margin, alpha=alpha)))
+        contrasts.append(replace(contrast, verdict=_overall_verdict(contrast, margin=margin, alpha=alpha)))
     return Comparison(
         seed=seed, inputs=dict(inputs or {}), baseline=baseline, family=tasks, controls=controls, alpha=alpha,
         margin=margin, adjustment=adjustment, accuracy=_accuracy(outcomes, metric), contrasts=contrasts,
@@ -113,23 +119,16 @@ def compare(
 
 
 def aa_floor(outcomes: Outcomes, arm: str, again: str, *, metric: str | None = None) -> list[NoiseFloor]:
-    """How many items change their result when nothing changed but the run: an arm, and the same evaluated ``again``.
+    """How many items of each task change their result, by ``metric`` as in `compare`, when an arm runs ``again``.
 
-    Greedy decoding is deterministic for a fixed composition of batches, so both runs of one command agree to the item.
-    Another batch size, device or version rounds in another order and may flip items whose two best tokens nearly tie: a
-    difference between arms is to be seen beside that.
-
-    Args:
-        metric: each task's own (`Outcomes.metric_of`) if not given.
-
-    Returns:
-        a floor for each task.
+    Greedy decoding is deterministic for a fixed composition of batches. Another batch size, device or version rounds in
+    another order and may flip items whose two best tokens nearly tie.
     """
     floors = []
     for task in outcomes.tasks:
         one, two = outcomes.rows(arm, task), outcomes.rows(again, task)
         name = metric or outcomes.metric_of(task)
-        changed, n = int((_results(one, name) != _results(two, name)).sum()), len(one)
+        changed, n = int((one[name] != two[name]).sum()), len(one)
         low, high = stats.binomtest(changed, n).proportion_ci(0.95, method="exact")
         kept = bool(one["response"].notna().all() and two["response"].notna().all())
         floors.append(
@@ -158,7 +157,7 @@ class _Pair:
     def on_task(self, task: str, metric: str, margin: float) -> dict[str, Any]:
         """The fields of a `TaskContrast`, without what takes the other tasks."""
         rows_a, rows_b = (self.outcomes.rows(arm, task) for arm in (self.a, self.b))
-        x, y = _results(rows_a, metric), _results(rows_b, metric)
+        x, y = (rows[metric].to_numpy(dtype=np.float64) for rows in (rows_a, rows_b))
         if unscored := [arm for arm, values in ((self.a, x), (self.b, y)) if np.isnan(values).any()]:
             raise EvaluationError(
                 f"task `{task}` has items without `{metric}`",
@@ -196,9 +195,7 @@ class _Pair:
     def pooled(self, family: Sequence[TaskContrast]) -> dict[str, Any]:
         """The tasks of the family as one, items resampled within tasks."""
         rows = {arm: [self.outcomes.rows(arm, t.task) for t in family] for arm in (self.a, self.b)}
-        x, y = (
-            np.concatenate([_results(own, t.metric) for own, t in zip(rows[arm], family, strict=True)]) for arm in rows
-        )
+        x, y = (np.concatenate([r[t.metric] for r, t in zip(own, family, strict=True)]) for own in rows.values())
         known = [labels for own in rows[self.a] if (labels := _sources(own)) is not None]
         sources = np.concatenate(known) if len(known) == len(family) else None
         strata = np.repeat(np.arange(len(family)), [t.n for t in family])
@@ -247,10 +244,6 @@ def _sources(rows: pd.DataFrame) -> NDArray[Any] | None:
     return rows[SOURCE].to_numpy(dtype=np.str_)
 
 
-def _results(rows: pd.DataFrame, metric: str) -> NDArray[np.float64]:
-    return rows[metric].to_numpy(dtype=np.float64)
-
-
 def _flips(rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y: NDArray[np.float64]) -> Flips | None:
     """Items that changed, by what was wrong with the failed response; None where no extraction is recorded."""
     both = pd.concat([rows_a, rows_b])
@@ -266,3 +259,52 @@ def _flips(rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y
 
     reason = "whether responses were cut off is not recorded, so `format` counts those too" if unknown else None
     return Flips(gained=count(rows_a[y > x]), lost=count(rows_b[x > y]), reason=reason)
+
+
+def _overall_verdict(contrast: Contrast, *, margin: float, alpha: float) -> str:
+    """One sentence on a whole contrast: gain or not, over the family; what got worse; what is ruled out; its cost."""
+    a, b, pooled, worsened = contrast.a, contrast.b, contrast.pooled, listed(contrast.worsened)
+    tested = f"{len(contrast.family)} task{'' if len(contrast.family) == 1 else 's'}"
+    better = sum(t.task in contrast.improved for t in contrast.family)
+    differs = contrast.significant(alpha)
+    gain = f"{points(pooled.difference)} points{_in_brackets(pooled, '+.1f', 100)} over {tested}"
+    if better or (differs and pooled.difference > 0):
+        if worsened:
+            words = f"Mixed: `{b}` against `{a}` gains {gain}, but is significantly worse on {worsened}"
+        else:
+            where = f"significantly in {better} of them" if better else "though significantly in no single one"
+            words = f"`{b}` beats `{a}` by {gain}, {where}"
+    elif worsened or (differs and pooled.difference < 0):
+        words = f"`{b}` is worse than `{a}`: {gain}" + (f", significantly on {worsened}" if worsened else "")
+    else:
+        words = f"No evidence of benefit: `{b}` against `{a}` gives {gain}"
+    everywhere = {t.non_inferiority.margin for t in contrast.tasks} <= {margin}
+    bound = f"a loss of {100 * margin:g} points" if everywhere else "a loss of its margin"
+    safe, tasks = len(contrast.not_degraded), len(contrast.tasks)
+    words += f"; {bound} or more is ruled out in {'every task' if safe == tasks else f'{safe} of {tasks} tasks'}"
+    measured = contrast.target_loss, contrast.loss, contrast.divergence
+    for what, change in zip(("target loss", "control loss", "divergence from the base"), measured, strict=True):
+        if change is not None:
+            words += f"; {what} {change.difference:+.3f} nats per token{_in_brackets(change, '+.3f', 1)}"
+    return words + "."
+
+
+def _task_verdict(
+    difference: PairedDifference, bound: NonInferiority, p_adjusted: float | None, a: str, b: str, alpha: float
+) -> str:
+    """One sentence on one task: do the arms differ, and is a loss of the margin ruled out."""
+    differs = difference.above or difference.below if p_adjusted is None else p_adjusted < alpha
+    p = "" if p_adjusted is None else f", adjusted p = {p_value(p_adjusted)}"
+    gain = f"({points(difference.difference)} points{p})"
+    if not differs:
+        words = f"no evidence that `{b}` and `{a}` differ {gain}"
+    else:
+        words = f"`{b}` is {'better' if difference.difference > 0 else 'worse'} than `{a}` {gain}"
+    margin = f"a loss of {100 * bound.margin:g} points or more is"
+    if bound.shown is None:
+        return f"{words}; whether {margin} ruled out is not defined: {bound.reason}."
+    return f"{words}; {margin}{'' if bound.shown else ' not'} ruled out."
+
+
+def _in_brackets(difference: PairedDifference, form: str, scale: int) -> str:
+    return "" if difference.low is None or difference.high is None else f" ({difference.text(form, scale)})"

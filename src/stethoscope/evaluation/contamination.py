@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 FILE = "seen.npy"
 RUNS = (32, 16, 8, 4)  # words, longest first; a text of fewer than four is not judged
-SHOWN = 5  # items named per task
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -68,12 +67,12 @@ class Seen:
         Raises:
             StethoscopeError: the file is missing or damaged.
         """
+        path = folder / FILE
         try:
-            return cls(np.load(folder / FILE, allow_pickle=False))
+            return cls(np.load(path, allow_pickle=False))
         except (OSError, ValueError, EOFError) as error:
-            raise StethoscopeError(
-                f"`{folder / FILE}` cannot be read: {error}", hint="a run writes it when it selects layers"
-            ) from error
+            hint = "a run writes it when it selects layers"
+            raise StethoscopeError(f"`{path}` cannot be read: {error}", hint=hint) from error
 
 
 def seen_items(tasks: "Mapping[str, Task]", seen: Seen, *, limit: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -94,7 +93,7 @@ def refuse_seen(found: Mapping[str, tuple[int, ...]]) -> None:
     if found:
         raise EvaluationError(
             "the evaluation would test on items that the choice of layers has seen",
-            problems=[f"`{name}`: item {first_of([*map(str, numbers)], SHOWN)}" for name, numbers in found.items()],
+            problems=[f"`{name}`: item {first_of(numbers, 5)}" for name, numbers in found.items()],
             hint="take other text for the diagnosis, or set `evaluate.exploratory: true`: the report will then say so",
         )
 

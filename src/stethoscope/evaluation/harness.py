@@ -93,7 +93,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             made = dict(zip(batch, found, strict=True))
             self._generations.update(made)
             if self.journal:
-                _write_journal(self.journal, made)
+                self.journal.parent.mkdir(parents=True, exist_ok=True)
+                with self.journal.open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"key": key, **asdict(one)}) + "\n" for key, one in made.items())
             self.on_items(len(batch))
 
     def _decode(self, prompts: list[list[int]], prefix: Prefix, stops: list[str], limit: int) -> list[Generation]:
@@ -112,10 +114,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             Instance(request_type="generate_until", doc={}, arguments=(context, dict(settings)), idx=i)
             for i, context in enumerate(contexts)
         ]
-        self._raw = {}
-        texts = super().generate_until(requests, disable_tqdm=True)
-        made = []
-        for prompt, text in zip(prompts, texts, strict=True):
+        self._raw, made = {}, []
+        for prompt, text in zip(prompts, super().generate_until(requests, disable_tqdm=True), strict=True):
             end, new = _Stop(self, stops), self._raw[tuple(prompt)]
             count = next((i for i in range(1, len(new) + 1) if end(0, new[:i])), len(new))
             made.append(Generation(response=text, tokens=count, truncated=not end.ended and count == limit))
@@ -148,13 +148,6 @@ def _read_journal(path: Path) -> dict[str, Generation]:
     return {entry.pop("key"): Generation(**entry) for entry in entries}
 
 
-def _write_journal(path: Path, made: Mapping[str, Generation]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"key": key, **asdict(generation)}) + "\n" for key, generation in made.items()]
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(lines)
-
-
 class _Stop:
     """Ends a prompt at an end token or once its new text holds a stop string; ``ended`` has the prompts it ended."""
 
@@ -176,8 +169,7 @@ class _Stop:
 
     def _may_close(self, token: int) -> bool:
         # The token that completes a stop string holds its last character, or a part of it.
-        piece = self.decode([token])
-        # (decoders may drop a leading space)
+        piece = self.decode([token])  # decoders may drop a leading space
         return any(stop[-1] in piece or stop[-1] == " " for stop in self.stops) or "\ufffd" in piece
 
 

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from stethoscope.artifacts import sha256_bytes, write_text
+from stethoscope.display import first_of
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.outcomes import SOURCE, Outcomes, few
+from stethoscope.evaluation.outcomes import SOURCE, Outcomes
 from stethoscope.text.documents import json_lines
 
 if TYPE_CHECKING:
@@ -48,15 +49,14 @@ def to_rows(
     """
     rows: dict[int, dict[str, Any]] = {}
     for sample in samples:
-        item = sample["doc_id"]
-        first = item not in rows
-        if first:
+        item, own = sample["doc_id"], ""
+        if item in rows:  # the harness names the first filter's metrics plainly, the others' with the filter's name
+            own = f",{sample['filter']}"
+        else:
             rows[item] = {"arm": arm, "task": task, **_describe(sample, extract, generation)}
         for metric in sample["metrics"]:
-            # as the harness names results: the first filter's metric plainly, the others' with the filter's name
             value = sample[metric]
-            name = metric if first else f"{metric},{sample['filter']}"
-            rows[item][name] = float(value) if isinstance(value, (int, float)) else None
+            rows[item][metric + own] = float(value) if isinstance(value, (int, float)) else None
     frame = pd.DataFrame(list(rows.values()))
     return frame.astype({"extracted": "boolean", "truncated": "boolean", "generated_tokens": "Int64"})
 
@@ -94,9 +94,8 @@ def read_results(path: Path, *, arm: str | None = None, source: str | None = Non
     stored = path / "outcomes.parquet" if path.is_dir() else path
     if stored.suffix == ".parquet" and stored.exists():
         if source is not None:
-            raise EvaluationError(
-                f"`{stored}` does not hold the items' fields, so not `{source}`", hint="give the logs of lm_eval"
-            )
+            hint = "give the logs of lm_eval"
+            raise EvaluationError(f"`{stored}` does not hold the items' fields, so not `{source}`", hint=hint)
         return _one_arm(Outcomes.load(stored), stored, arm)
     if path.is_dir():
         logs = _newest_logs(path)
@@ -122,27 +121,21 @@ def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcom
     for outcomes in (a, b):
         frame = outcomes.frame.sort_values(["task", "item"], kind="stable")
         again = frame.groupby(["task", "item_hash"]).cumcount()  # equal items are told apart by their order
-        keys = list(zip(frame["task"], frame["item_hash"], again, strict=True))
-        frames.append(frame.assign(key=pd.Series(keys, index=frame.index)))
+        keys: Any = list(zip(frame["task"], frame["item_hash"], again, strict=True))
+        frames.append(frame.assign(key=keys))
     one, two = frames
     shared = set(one["key"]) & set(two["key"])
     missing = [
-        f"task `{task}`: `{lacking}` lacks {len(rows)} of `{other}`'s items ({few(sorted(rows['item']))})"
+        f"task `{task}`: `{lacking}` lacks {len(rows)} of `{other}`'s items ({first_of(sorted(rows['item']), 5)})"
         for lacking, other, frame in ((a.arms[0], b.arms[0], two), (b.arms[0], a.arms[0], one))
         for task, rows in frame[~frame["key"].isin(shared)].groupby("task", sort=False)
     ]
     if missing and not shared_only:
-        raise EvaluationError(
-            "the arms did not answer the same items",
-            problems=missing,
-            hint="`--shared-only` compares what both have; or evaluate again, with one limit and the same data",
-        )
+        hint = "`--shared-only` compares what both have; or evaluate again, with one limit and the same data"
+        raise EvaluationError("the arms did not answer the same items", problems=missing, hint=hint)
     if not shared:
-        raise EvaluationError(
-            "the arms share no item",
-            problems=missing,
-            hint="items are joined on the hash of their content: are these the same task and version?",
-        )
+        hint = "items are joined on the hash of their content: are these the same task and version?"
+        raise EvaluationError("the arms share no item", problems=missing, hint=hint)
     one, two = (frame[frame["key"].isin(shared)] for frame in frames)
     two = two.assign(item=two["key"].map(dict(zip(one["key"], one["item"], strict=True))))
     joined = Outcomes(frame=pd.concat([one, two], ignore_index=True).drop(columns="key"))

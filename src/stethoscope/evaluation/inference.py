@@ -9,7 +9,7 @@ Everywhere ``a`` is the arm compared against and ``b`` the arm under test: a pos
 0.019
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -99,7 +99,7 @@ def paired_difference(
     units = _sum_by_cluster(y - x, *labels)
     if method == "bootstrap":
         ends = _bootstrap(units, confidence, resamples, rng)
-    elif labels == [None, None] and _binary(x, y):
+    elif labels == [None, None] and np.isin([x, y], (0, 1)).all():
         ends = (*_score_interval(int((y < x).sum()), int((y > x).sum()), len(x), confidence), None)
     else:
         raise EvaluationError(
@@ -129,8 +129,8 @@ def ratio_difference(
     if sizes.shape != x.shape or not (sizes > 0).all():
         raise EvaluationError("every unit needs one positive weight")
     units = _Units(y - x, sizes, np.zeros(len(x), np.int64))
-    ends = _bootstrap(units, confidence, resamples, rng)
-    return _difference(len(x), float((y - x).sum() / sizes.sum()), units, confidence, "bootstrap", ends)
+    difference, ends = float((y - x).sum() / sizes.sum()), _bootstrap(units, confidence, resamples, rng)
+    return _difference(len(x), difference, units, confidence, "bootstrap", ends)
 
 
 def non_inferiority(
@@ -151,13 +151,12 @@ def non_inferiority(
     if not margin > 0:
         raise EvaluationError(f"the margin `{margin}` is not positive", hint="0.02 stands for 2 points")
     x, y = _paired(a, b)
-    binary = clusters is None and _binary(x, y)
+    binary = clusters is None and bool(np.isin([x, y], (0, 1)).all())
     method: Literal["bootstrap", "score"] = "score" if binary else "bootstrap"
     found = paired_difference(x, y, confidence=confidence, method=method, rng=rng, clusters=clusters)
-    p_value = None
+    low, p_value = found.low, None
     if binary and margin < 1:
         p_value = float(stats.norm.sf(score_statistic(int((y < x).sum()), int((y > x).sum()), len(x), -margin)))
-    low = found.low
     return NonInferiority(
         n=found.n, margin=margin, difference=found.difference, low=low, p_value=p_value,
         shown=None if low is None else low > -margin, smallest_margin=None if low is None else max(-low, 0.0),
@@ -192,11 +191,15 @@ def adjust(p_values: Sequence[float | None], method: str = "holm") -> list[float
     Args:
         method: ``holm`` (any error at all) or ``bh`` (share of false findings, Benjamini and Hochberg).
     """
-    methods: dict[str, Callable[[Floats], Floats]] = {"holm": _holm, "bh": stats.false_discovery_control}
-    if method not in methods:
-        raise EvaluationError(f"unknown correction `{method}`", hint=f"one of {', '.join(methods)}")
+    if method not in ("holm", "bh"):
+        raise EvaluationError(f"unknown correction `{method}`", hint="one of holm, bh")
     tested = np.array([p for p in p_values if p is not None])
-    corrected = iter(methods[method](tested) if len(tested) else ())
+    if method == "bh" and len(tested):
+        corrected = iter(stats.false_discovery_control(tested))
+    else:
+        order = np.argsort(tested)
+        steps = np.maximum.accumulate(tested[order] * np.arange(len(tested), 0, -1))
+        corrected = iter(np.minimum(steps, 1.0)[np.argsort(order)])
     return [None if p is None else float(next(corrected)) for p in p_values]
 
 
@@ -229,11 +232,6 @@ def _score_interval(worse: int, better: int, n: int, confidence: float) -> tuple
     return end(1), end(-1)
 
 
-def _holm(p: Floats) -> Floats:
-    order = np.argsort(p)
-    return np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)[np.argsort(order)]
-
-
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or not len(x):
@@ -241,10 +239,6 @@ def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         raise EvaluationError("results that are not finite cannot be compared")
     return x, y
-
-
-def _binary(x: Floats, y: Floats) -> bool:
-    return bool(np.isin(np.concatenate([x, y]), (0, 1)).all())
 
 
 def _sum_by_cluster(difference: Floats, clusters: NDArray[Any] | None, strata: NDArray[Any] | None) -> _Units:
@@ -284,21 +278,15 @@ def _bootstrap(units: _Units, confidence: float, resamples: int, rng: np.random.
 def _difference(
     n: int, difference: float, units: _Units, confidence: float, method: str, ends: _Ends
 ) -> PairedDifference:
-    low, high, reason = ends
-    return PairedDifference(
-        n=n, clusters=len(units.sums), difference=difference, low=low, high=high,
-        standard_error=_clustered_error(units), confidence=confidence, method=method, reason=reason,
-    )  # fmt: skip
-
-
-def _clustered_error(units: _Units) -> float | None:
-    """Standard error of sum(sums) / sum(sizes); None where a group has a single unit."""
+    """The standard error is that of sum(sums) / sum(sizes); None where a group has a single unit."""
     variance = 0.0
     for group in np.unique(units.groups):
         sums, sizes = (values[units.groups == group] for values in (units.sums, units.sizes))
-        count = len(sums)
-        if count < 2:
-            return None
-        residual = sums - sizes * sums.sum() / sizes.sum()
-        variance += float((residual**2).sum()) * count / (count - 1)
-    return variance**0.5 / float(units.sizes.sum())
+        residual, count = sums - sizes * sums.sum() / sizes.sum(), len(sums)
+        variance += float((residual**2).sum()) * count / (count - 1) if count > 1 else np.nan
+    low, high, reason = ends
+    return PairedDifference(
+        n=n, clusters=len(units.sums), difference=difference, low=low, high=high,
+        standard_error=None if np.isnan(variance) else float(variance**0.5 / float(units.sizes.sum())),
+        confidence=confidence, method=method, reason=reason,
+    )  # fmt: skip

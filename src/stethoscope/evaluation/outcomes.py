@@ -8,7 +8,7 @@ template), a column ``source`` may say which.
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
 
-from stethoscope.display import Display, Rows, percent, table_of
+from stethoscope.display import Display, Rows, first_of, percent, table_of
 from stethoscope.errors import EvaluationError
 
 SCHEMA = 1
@@ -163,24 +163,24 @@ class Outcomes(Display):
         """
         import altair as alt
 
-        from stethoscope.report.style import COLOURS, configured, tips, title
+        from stethoscope.charts.style import COLOURS, configured, tips, title
 
         table = self.accuracy(metric)
-        bounds = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]
-        table[["low", "high"]] = bounds
+        table[["low", "high"]] = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]
         shares = ["accuracy", "low", "high"]
         table[shares] *= 100
         known = [next((k for k in COLOURS if arm.startswith(k)), "other") for arm in self.arms]
         scale = alt.Scale(domain=self.arms, range=[COLOURS[name] for name in known])
-        arm = {"y": alt.Y("arm:N", sort=None, title=None), "color": alt.Color("arm:N", scale=scale, legend=None)}
+        base = alt.Chart(table).encode(
+            y=alt.Y("arm:N", sort=None, title=None), color=alt.Color("arm:N", scale=scale, legend=None)
+        )
         x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])}
-        base = alt.Chart(table).encode(**arm)
         rule = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("low:Q", **x), x2="high:Q")
         tooltip = tips("task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".1f") for name in shares))
         point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tooltip)
         rows = alt.Row("task:N", sort=self.tasks, title=None, header=alt.Header(labelAngle=0, labelAlign="left"))
-        heading = title("accuracy with its exact 95 % interval")
-        return configured(alt.layer(rule, point).properties(width=width).facet(row=rows).properties(title=heading))
+        chart = alt.layer(rule, point).properties(width=width).facet(row=rows)
+        return configured(chart.properties(title=title("accuracy with its exact 95 % interval")))
 
     @property
     def verdict(self) -> str:
@@ -226,13 +226,8 @@ class Outcomes(Display):
         return cls(frame=table.to_pandas(), provenance=note)
 
 
-def few(numbers: Sequence[int]) -> str:
-    """The first five of some items' numbers."""
-    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-
-
 def _items(numbers: Any) -> str:
-    return f"{len(numbers)} items ({few(list(numbers))})"
+    return f"{len(numbers)} items ({first_of(list(numbers), 5)})"
 
 
 def _exact_interval(correct: float, n: int) -> tuple[float, float]:

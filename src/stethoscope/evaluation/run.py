@@ -5,8 +5,10 @@ Tasks are built once and every arm gets the same prompts. Each finished arm and 
 run goes on where it stopped, inside a task too.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,8 +28,8 @@ from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
+from stethoscope.evaluation.harness_logs import to_rows
 from stethoscope.evaluation.outcomes import Outcomes
-from stethoscope.evaluation.runner import Cell, TaskRunner, set_up_worker
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
@@ -35,6 +38,7 @@ __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 
 Arms = Mapping[str, Callable[[], AbstractContextManager[Any]] | EditPlan | None]
 Progress = Callable[[int, int, str], None]
+Opened = Callable[[Any], AbstractContextManager[LM]]
 
 
 def evaluate(
@@ -67,8 +71,7 @@ def evaluate(
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
         seed: of few-shot sampling.
-        keys: a hash for each arm's state, needed with an ``executor``; arms without one are identified by hashing the
-            model's weights in that state.
+        keys: a hash for each arm's state, needed with an ``executor``; others are told by the model's weights.
         executor: its workers run whole tasks, with equal results; this process does if None.
         progress: called with items done, items in all, and what is running.
 
@@ -99,16 +102,13 @@ def evaluate(
         return weights_hash(loaded())
 
     _check(arms, limit)
-    with quiet_harness():
-        built = load_tasks(tasks, include_path, data=data, seed=seed)
-        settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, built)}
+    build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+    setup = partial(_set_up_worker, arms=arms, build=build, batch_size=batch_size, limit=limit, seed=seed)
+    with quiet_harness(), closing(_TaskRunner(arms, opened, build(), limit, seed)) as runner:
+        settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, runner.tasks)}
         if isinstance(model, PreTrainedModel):
             settings |= {"dtype": str(model.dtype), "model": weights_hash(model)}
-        reload = partial(load_tasks, tasks, include_path, data=data, seed=seed)
-        setup = partial(set_up_worker, arms=arms, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
-        with TaskRunner({arm: partial(opened, state) for arm, state in arms.items()}, built, limit, seed) as runner:
-            states = ((arm, identify(arm)) for arm in arms)
-            return _complete(runner, states, settings, out, progress, executor, setup)
+        return _complete(runner, identify, settings, out, executor, setup, progress)
 
 
 def evaluate_checkpoints(
@@ -135,7 +135,6 @@ def evaluate_checkpoints(
             tokens a response has or whether it was cut off.
         dtype: of the weights; the device's preferred one if not given.
         device: on which ``hf`` computes in this process, see `models.find_device`.
-        executor: its workers run whole tasks by ``hf``, with equal results; this process does if None.
 
     Others and the return value: as for `evaluate`.
 
@@ -163,12 +162,14 @@ def evaluate_checkpoints(
             model = load_model(folder, dtype=dtype, device=where)
             yield SharedPrefixLM(model, load_tokenizer(folder), batch_size=batch_size)
 
-    def identify(folder: Path) -> str:
-        return sha256_files([p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".jinja", ".model"}])
+    def identify(arm: str) -> str:
+        files = folders[arm].iterdir()
+        return sha256_files([p for p in files if p.suffix in {".json", ".safetensors", ".jinja", ".model"}])
 
-    with quiet_harness():
-        built = load_tasks(tasks, include_path, data=data, seed=seed)
-        tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), built) for arm, folder in folders.items()}
+    build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+    setup = partial(_set_up_worker, arms=folders, build=build, batch_size=batch_size, limit=limit, seed=seed)
+    with quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
+        tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), runner.tasks) for arm, folder in folders.items()}
         _check_alike("tokenizers", tokenizers, "the prompts would not be the same tokens: evaluate them apart")
         decoding = {arm: _decoding(folder) for arm, folder in folders.items()}
         _check_alike("decoding settings", decoding, "make `generation_config.json` the same in all of them")
@@ -178,13 +179,7 @@ def evaluate_checkpoints(
             "backend": backend,
             "tokenizer": next(iter(tokenizers.values())),
         }
-        reload = partial(load_tasks, tasks, include_path, data=data, seed=seed)
-        setup = partial(set_up_worker, arms=folders, load_tasks=reload, batch_size=batch_size, limit=limit, seed=seed)
-        with TaskRunner(
-            {arm: partial(opened, folder) for arm, folder in folders.items()}, built, limit, seed
-        ) as runner:
-            states = ((arm, identify(folder)) for arm, folder in folders.items())
-            return _complete(runner, states, settings, out, progress, executor, setup)
+        return _complete(runner, identify, settings, out, executor, setup, progress)
 
 
 def weights_hash(model: torch.nn.Module) -> str:
@@ -196,36 +191,118 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    """One arm on one task, a piece of the work; ``key`` identifies all that decides its outcomes."""
+
+    arm: str
+    task: str
+    key: str
+    stored: Path
+
+    @property
+    def journal(self) -> Path:
+        """Where finished batches are kept until the outcomes are stored."""
+        return self.stored.with_suffix(".jsonl")
+
+
+class _TaskRunner:
+    """Runs arms on tasks by the harness, with one arm's model in memory at a time; in this process, or in a worker.
+
+    Attributes:
+        on_items: called with the number of prompts of each finished batch.
+    """
+
+    def __init__(
+        self, arms: Mapping[str, Any], opened: Opened, tasks: Mapping[str, Task], limit: int | None, seed: int
+    ) -> None:
+        self.arms, self.opened, self.tasks, self.limit, self.seed = arms, opened, tasks, limit, seed
+        self.on_items: Callable[[int], None] = lambda _: None
+        self._arm: str | None = None
+        self._lm: LM | None = None
+        self._state = ExitStack()
+
+    def close(self) -> None:
+        """Leave the arm that is open."""
+        self._arm = self._lm = None
+        self._state.close()
+        gc.collect()  # a model holds cycles, and the next one needs its memory
+
+    def open(self, arm: str) -> LM:
+        """The model that answers for an arm; the arm before is left."""
+        if self._arm != arm:
+            self.close()
+            self._lm = self._state.enter_context(self.opened(self.arms[arm]))
+            self._arm = arm
+        return self._lm
+
+    def run(self, cell: _Cell) -> pd.DataFrame:
+        """One arm on one task, as rows of outcomes."""
+        lm, task = self.open(cell.arm), self.tasks[cell.task]
+        if isinstance(lm, SharedPrefixLM):
+            lm.on_items = self.on_items
+            lm.journal = cell.journal if cell.journal.parent.is_dir() else None
+        task.set_fewshot_seed(seed=self.seed)  # or the second arm would draw other shots than the first
+        with quiet_harness():
+            result = evaluator.evaluate(
+                lm, {"tasks": {cell.task: task}}, limit=self.limit, bootstrap_iters=0, log_samples=True
+            )
+        # Minerva's and its kin's tasks extract inside their scoring function, out of the filters' sight.
+        extract = getattr(task.config.process_results, "__globals__", {}).get("get_unnormalized_answer")
+        known = lm.generation if isinstance(lm, SharedPrefixLM) else None
+        return to_rows(cell.arm, cell.task, result["samples"][cell.task], extract=extract, generation=known)
+
+
+def _set_up_worker(
+    context: WorkerContext,
+    *,
+    arms: Mapping[str, Any],
+    build: Callable[[], Mapping[str, Task]],
+    batch_size: int,
+    limit: int | None,
+    seed: int,
+) -> _TaskRunner:
+    """A worker's runner; ``arms`` are plans for its base, None for the base itself, or folders of checkpoints."""
+
+    @contextmanager
+    def opened(arm: Any) -> Iterator[LM]:
+        with context.state(arm) as (model, tokenizer):
+            yield SharedPrefixLM(model, tokenizer, batch_size=batch_size)
+
+    with quiet_harness():
+        return _TaskRunner(arms, opened, build(), limit, seed)
+
+
 def _complete(
-    runner: TaskRunner,
-    states: Iterator[tuple[str, str]],
+    runner: _TaskRunner,
+    identify: Callable[[str], str],
     settings: dict[str, Any],
     out: Path,
-    progress: Progress | None,
     executor: Executor | None,
-    setup: Callable[[WorkerContext], TaskRunner],
+    setup: Callable[[WorkerContext], _TaskRunner],
+    progress: Progress | None,
 ) -> Outcomes:
     """Every arm on every task; what is stored already is read, the rest is run here or on workers by ``setup``.
 
     Args:
-        states: arms, each with what identifies its weights; an arm is identified when its turn comes.
+        identify: a hash of an arm's weights, called when its turn comes.
     """
     tasks, limit, seed = runner.tasks, runner.limit, runner.seed
-    versions = {name: version(name) for name in ("lm_eval", "transformers", "torch")}
-    settings = {**settings, **versions, "limit": limit, "seed": seed}
+    settings |= {name: version(name) for name in ("lm_eval", "transformers", "torch")} | {"limit": limit, "seed": seed}
     prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
     sizes = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in tasks.items()}
     total, items = len(runner.arms) * sum(sizes.values()), 0
     frames: dict[tuple[str, str], pd.DataFrame] = {}
-    missing: list[Cell] = []
+    missing: list[_Cell] = []
     (out / "parts").mkdir(parents=True, exist_ok=True)  # workers keep their journals there if they see it
 
     def tell(arm: str, task: str) -> None:
         if progress:
             progress(sum(sizes[name] for _, name in frames) + items, total, f"{arm}: {task}")
 
-    def cells() -> Iterator[Cell]:
-        for arm, state in states:
+    def cells() -> Iterator[_Cell]:
+        for arm in runner.arms:
+            state = identify(arm)
             for task in tasks:
                 key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
                 stored = out / "parts" / f"{_safe(arm)}.{_safe(task)}.{key[:16]}.parquet"
@@ -233,7 +310,7 @@ def _complete(
                     frames[arm, task] = Outcomes.load(stored).frame
                     tell(arm, task)
                 else:
-                    missing.append(Cell(arm=arm, task=task, key=key, stored=stored))
+                    missing.append(_Cell(arm=arm, task=task, key=key, stored=stored))
                     yield missing[-1]
 
     def advance(answered: int) -> None:
@@ -242,10 +319,8 @@ def _complete(
         tell(missing[-1].arm, missing[-1].task)
 
     runner.on_items = advance
-    run = (executor or LocalExecutor()).map_pieces(
-        TaskRunner.run, cells(), setup=setup if executor else lambda _: runner
-    )
-    for index, found in run:
+    mapped = executor or LocalExecutor()
+    for index, found in mapped.map_pieces(_TaskRunner.run, cells(), setup=setup if executor else lambda _: runner):
         cell = missing[index]
         if isinstance(found, Failed):
             raise EvaluationError(
@@ -255,9 +330,10 @@ def _complete(
         cell.journal.unlink(missing_ok=True)
         frames[cell.arm, cell.task], items = found, 0
         tell(cell.arm, cell.task)
-    provenance = {**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
-    ordered = [frames[arm, task] for arm in runner.arms for task in tasks]
-    outcomes = Outcomes(frame=pd.concat(ordered, ignore_index=True), provenance=provenance)
+    outcomes = Outcomes(
+        frame=pd.concat([frames[arm, task] for arm in runner.arms for task in tasks], ignore_index=True),
+        provenance={**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")},
+    )
     outcomes.check_comparable()
     outcomes.save(out / "outcomes.parquet")
     return outcomes
@@ -279,7 +355,7 @@ def _check_alike(what: str, found: Mapping[str, str], hint: str) -> None:
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase, tasks: Mapping[str, Task]) -> str:
-    """Identifies a tokenizer by its vocabulary and by what it makes of each task's first item."""
+    """Identifies a tokenizer by its vocabulary and by how it splits each task's first item."""
     first = [str(task.doc_to_text(task.eval_docs[0])) for task in tasks.values()]
     return sha256_bytes(canonical_json([tokenizer.get_vocab(), tokenizer(first)["input_ids"]]).encode())
 

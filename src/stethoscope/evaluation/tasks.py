@@ -35,6 +35,7 @@ SUBJECTS = {
     "minerva_math_prealgebra": "Prealgebra",
     "minerva_math_precalc": "Precalculus",
 }
+_TEXTS = ("problem", "solution")
 _SCHEMA = (
     'one JSON object a line: {"problem": ..., "level": ..., "type": "Number Theory", "solution": "... \\\\boxed{4}"}'
 )
@@ -104,10 +105,15 @@ def load_tasks(
 
 def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
     """Identifies a task by its settings and by every prompt and target as they will be asked."""
+
+    def plain(value: Any) -> str:
+        return getattr(value, "__qualname__", str(value))  # a function's text holds its address
+
     task.set_fewshot_seed(seed=seed)
     task.build_all_requests(limit=limit)
+    settings = {name: value for name, value in task.dump_config().items() if name != "custom_dataset"}
     asked = [[i.args, i.doc] for i in task.instances]
-    return sha256_bytes(json.dumps([task.dump_config(), asked], sort_keys=True, default=str).encode())
+    return sha256_bytes(json.dumps([settings, asked], sort_keys=True, default=plain).encode())
 
 
 @contextmanager
@@ -146,14 +152,22 @@ def _read(data: Path) -> dict[str, list[dict[str, str]]]:
     for path in _files(data):
         for where, row in json_lines(path):
             subject = (_subject(str(row.get("type", ""))) if isinstance(row, dict) else "") or _subject(path.stem)
-            if problem := _problem(row, subject):
-                problems.append(f"`{path.name}` {where}: {problem}")
+            if isinstance(row, ValueError):
+                wrong = f"not JSON ({row})"
+            elif not isinstance(row, dict):
+                wrong = "not an object"
+            elif lacking := [f"`{key}`" for key in _TEXTS if not isinstance(row.get(key), str) or not row[key].strip()]:
+                wrong = f"no text in {' and '.join(lacking)}"
+            elif not subject:
+                wrong = f"the type `{row.get('type')}` is none of MATH's seven subjects"
+            elif "\\boxed" not in row["solution"] and "\\fbox" not in row["solution"]:
+                wrong = "the solution has no `\\boxed{}` answer"
             else:
                 # the hub's columns in the hub's order, which an item's hash depends on
-                level = str(row.get("level", ""))
-                found[subject].append(
-                    {"problem": row["problem"], "level": level, "type": subject, "solution": row["solution"]}
-                )
+                item = {"problem": row["problem"], "level": str(row.get("level", "")), "type": subject}
+                found[subject].append({**item, "solution": row["solution"]})
+                continue
+            problems.append(f"`{path.name}` {where}: {wrong}")
     if problems:
         more = [f"and {len(problems) - 10} more lines"] if len(problems) > 10 else []
         raise EvaluationError(f"`{data}` is not in the MATH schema", problems=[*problems[:10], *more], hint=_SCHEMA)
@@ -176,27 +190,11 @@ def _files(data: Path) -> list[Path]:
     )
 
 
-def _problem(row: Any, subject: str) -> str | None:
-    if isinstance(row, ValueError):
-        return f"not JSON ({row})"
-    if not isinstance(row, dict):
-        return "not an object"
-    if lacking := [key for key in ("problem", "solution") if not isinstance(row.get(key), str) or not row[key].strip()]:
-        return f"no text in {' and '.join(f'`{key}`' for key in lacking)}"
-    if not subject:
-        return f"the type `{row.get('type')}` is none of MATH's seven subjects"
-    if "\\boxed" not in row["solution"] and "\\fbox" not in row["solution"]:
-        return "the solution has no `\\boxed{}` answer"
-    return None
-
-
-def _plain(text: str) -> str:
-    return "".join(c for c in text.removeprefix("minerva_math_").lower().replace("&", "and") if c.isalpha())
-
-
-_BY_NAME = {_plain(name): subject for task, subject in SUBJECTS.items() for name in (task, subject)}
-
-
 def _subject(text: str) -> str:
     """The subject that a type or file name means, or nothing."""
-    return _BY_NAME.get(_plain(text), "")
+
+    def letters(name: str) -> str:
+        return "".join(filter(str.isalpha, name.removeprefix("minerva_math_").lower().replace("&", "and")))
+
+    named = (subject for task, subject in SUBJECTS.items() if letters(text) in (letters(task), letters(subject)))
+    return next(named, "")

@@ -79,9 +79,7 @@ class ArmLosses(NamedTuple):
 def document_losses(
     model: PreTrainedModel, documents: Documents, *, starts: Sequence[int] | None = None, batch_tokens: int = 4096
 ) -> PerDocument:
-    """Next-token loss of every document, in nats.
-
-    The log-softmax is taken in float32 over a few tokens at a time, so the logits of a whole batch never exist.
+    """Next-token loss of every document, in nats, by a float32 log-softmax over a few tokens at a time.
 
     Args:
         model: a causal language model, on its device, in the state to measure.
@@ -96,7 +94,7 @@ def document_losses(
     for batch, ids, _, judged in _batches(documents, starts, batch_tokens):
         found.tokens[batch] = judged.sum(1)
         found.sums[batch] = token_losses(model, run(model, ids), ids, judged).double().sum(1).cpu()
-    _check_finite("control loss", {"": found})
+    _check_finite("control loss", {"of this model": found})
     return found
 
 
@@ -112,8 +110,8 @@ def document_costs(
 ) -> dict[str, DocumentCosts]:
     """Loss, and KL(base || arm) of the next-token distributions, on every document, in nats, for all arms in one pass.
 
-    All sets of weights stay in memory and are exchanged within a batch, so the base's distributions are computed
-    once for all arms and never stored. Arguments and errors are as for `document_losses`, whose losses are the same.
+    Weights are exchanged within a batch, so the base's distributions are computed once for all arms and never stored.
+    Arguments and errors are as for `document_losses`, whose losses are the same.
 
     Args:
         model: in the base state, on its device.
@@ -162,13 +160,8 @@ def _zeros(documents: int) -> PerDocument:
 
 
 def _check_finite(what: str, measured: Mapping[str, PerDocument]) -> None:
-    bad = [name for name, cost in measured.items() if not np.isfinite(cost.sums).all()]
-    if bad:
-        raise EvaluationError(
-            f"the {what} is not finite",
-            problems=[f"arm `{name}`" for name in bad if name],
-            hint="evaluate in bfloat16 or float32, not float16",
-        )
+    if bad := [f"arm `{name}`" for name, cost in measured.items() if not np.isfinite(cost.sums).all()]:
+        raise EvaluationError(f"the {what} is not finite", problems=bad, hint="use bfloat16 or float32, not float16")
 
 
 def _batches(

@@ -15,11 +15,10 @@ import yaml
 from markupsafe import Markup, escape
 
 from stethoscope.artifacts import Artifact, read_json, write_text
+from stethoscope.charts.style import COLOURS, DARK, FONT
 from stethoscope.display import NONE, Rows, number, numeric, percent, table_of
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import charts, wording
-from stethoscope.report.style import COLOURS, DARK, FONT
-from stethoscope.report.trade import is_crowded, trade_off
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
 from stethoscope.results.comparison_tables import by_task, contrast_rows, gain_rows
@@ -30,6 +29,7 @@ from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
 
+CORNER = 0.3  # share of the trade-off's width that is too narrow to tell several arms apart
 PAGES = "https://www.neuronpedia.org/"  # a saved link that leads elsewhere is not shown
 
 
@@ -60,11 +60,11 @@ def render_report(run_dir: Path) -> Path:
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
 
     pictures: dict[str, Any] = {
-        "profile": charts.layer_profile(diagnosis, selection),
-        "trade-off": trade_off(comparison),
-        "near": trade_off(comparison, without=["tuned"]) if is_crowded(comparison) else None,
+        "profile": diagnosis.plot(selection),
+        "trade-off": comparison.plot(),
+        "near": comparison.plot(without=["tuned"]) if _is_crowded(comparison) else None,
         "split-chart": charts.gain_split(comparison),
-        "energy": charts.energy_by_layer(geometry, selection.layers) if geometry else None,
+        "energy": geometry.plot(selection) if geometry else None,
         "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
         "front": charts.calibration_front(calibration) if calibration else None,
     }
@@ -130,6 +130,13 @@ def _fill(data: dict[str, Any], **values: Any) -> str:
     )
 
 
+def _is_crowded(comparison: Comparison) -> bool:
+    """Whether the edits lie in a corner of the trade-off's chart because the whole fine-tune is far away."""
+    costs = {c.b: abs(c.loss.difference) for arm in comparison.arms if (c := comparison.find(arm)) and c.loss}
+    edits = [cost for arm, cost in costs.items() if arm != "tuned"]
+    return len(edits) > 1 and max(edits) < CORNER * max(costs.values())
+
+
 def _feature_row(feature: FeatureDifference) -> list[str]:
     """Feature, firing rates and shares of activation mass in %, and the difference of the shares in points."""
     shares = (feature.target_rate, feature.control_rate, feature.target_mass, feature.control_mass)
@@ -139,15 +146,10 @@ def _feature_row(feature: FeatureDifference) -> list[str]:
 
 def _health(layer: LayerDiagnosis) -> Rows:
     """An SAE's health, a row per corpus."""
+    forms = {"dead": ".1%", "dense": ".1%", "encoding_error": ".2%"}
     return table_of(
-        {
-            "SAE on": name,
-            "variance explained": number(found.variance_explained, ".2f"),
-            "L0": number(found.l0, ".0f"),
-            "dead": number(found.dead, ".1%"),
-            "dense": number(found.dense, ".1%"),
-            "encoding error": number(found.encoding_error, ".2%"),
-        }
+        {"SAE on": name, "variance explained": number(found.variance_explained, ".2f"), "L0": number(found.l0, ".0f")}
+        | {field.replace("_", " "): number(getattr(found, field), form) for field, form in forms.items()}
         for name, found in layer.health.items()
     )
 
@@ -223,9 +225,9 @@ def _resource(name: str) -> str:
 
 
 def _settings(recipe: str | None) -> dict[str, Any]:
-    """The recipe's top level, for the few lines that name the models; empty if it cannot be read."""
+    """The recipe's top level, for the few lines that name the models."""
     try:
-        value = yaml.safe_load(recipe) if recipe else {}
+        value = yaml.safe_load(recipe or "")
     except yaml.YAMLError as error:
         raise StethoscopeError(f"the run's `recipe.yaml` is not YAML: {error}") from error
     return value if isinstance(value, dict) else {}

@@ -143,15 +143,11 @@ class _Gain(NamedTuple):
     text: str
 
 
-def _accuracy(contrast: Contrast) -> _Gain:
-    pooled = contrast.pooled
-    return _Gain(pooled.difference, pooled.above, pooled.below, _points(pooled))
-
-
-def _gained(contrast: Contrast) -> _Gain:
-    """The fall of loss on held-out target text where that was measured, else the rise of accuracy."""
-    if (loss := contrast.target_loss) is None:
-        return _accuracy(contrast)
+def _gained(contrast: Contrast, *, accuracy: bool = False) -> _Gain:
+    """The fall of loss on held-out target text where that was measured, else, or if asked for, the rise of accuracy."""
+    loss, pooled = contrast.target_loss, contrast.pooled
+    if loss is None or accuracy:
+        return _Gain(pooled.difference, pooled.above, pooled.below, _points(pooled))
     text = f"{-loss.difference:+.3f} nats per token"
     if loss.low is not None and loss.high is not None:
         text += f" ({interval(-loss.high, -loss.low, '+.3f')})"
@@ -163,12 +159,13 @@ def answers(comparison: Comparison) -> list[tuple[str, str]]:
 
     Gains are falls of loss on held-out target text where that was measured, else accuracy on the target tasks.
     """
+    weak = "Is the projected edit weak because it is small, because its direction is wrong, or both?"
     asked = {
-        "Is the projected edit weak because it is small, because its direction is wrong, or both?": _why_weak,
-        "Is what was thrown away what worked?": _thrown_away,
-        "Does any hybrid beat raw injection on the trade-off?": _hybrids,
+        weak: _why_weak(comparison),
+        "Is what was thrown away what worked?": _thrown_away(comparison),
+        "Does any hybrid beat raw injection on the trade-off?": _hybrids(comparison),
     }
-    return [(question, found) for question, answer in asked.items() if (found := answer(comparison))]
+    return [(question, answer) for question, answer in asked.items() if answer]
 
 
 def _gain(comparison: Comparison, b: str, a: str | None = None) -> _Gain | None:
@@ -191,17 +188,12 @@ def _why_weak(comparison: Comparison) -> str | None:
     mended = _gain(comparison, "projected_energy_matched", "projected")
     if matched is None or still is None or mended is None:
         return f"{weak}. The arm `projected_energy_matched` would tell which."
-    reason = {
-        (True, False): "Because it is small",
-        (False, True): "Because its direction is wrong",
-        (True, True): "Both",
-        (False, False): "Undecided",
-    }[mended.above, still.above]
-    share = f"{matched.value / raw.value:.0%}"
-    text = f"{reason}. {weak}; at the raw edit's norm it gains {matched.text}, {share} of raw."
+    size, direction = mended.above, still.above
+    one = "Because it is small" if size else "Because its direction is wrong" if direction else "Undecided"
+    reason = "Both" if size and direction else one
+    text = f"{reason}. {weak}; at the raw edit's norm it gains {matched.text}, {matched.value / raw.value:.0%} of raw."
     if chance := _gain(comparison, "random_subspace_energy_matched"):
-        share = f"{chance.value / raw.value:.0%}"
-        text += f" As many random directions at that norm give {share} ({chance.text})."
+        text += f" As many random directions at that norm give {chance.value / raw.value:.0%} ({chance.text})."
     return text
 
 
@@ -216,8 +208,7 @@ def _thrown_away(comparison: Comparison) -> str | None:
         return None
     if not raw.above:
         return _no_raw_gain(raw)
-    part = f"{rest.value / raw.value:.0%}"
-    share = f"without the features' directions the edit gains {rest.text}, {part} of raw"
+    share = f"without the features' directions the edit gains {rest.text}, {rest.value / raw.value:.0%} of raw"
     if not rest.above:
         return f"No: {share}."
     if less.above:
@@ -231,7 +222,7 @@ def _hybrids(comparison: Comparison) -> str | None:
         contrast = comparison.find("selected", arm)  # raw over the hybrid
         if contrast is None:
             continue
-        gain, right, cost = _gained(contrast), _accuracy(contrast), contrast.loss
+        gain, right, cost = _gained(contrast), _gained(contrast, accuracy=True), contrast.loss
         up, down = gain.above or right.above, gain.below or right.below
         dearer, cheaper = bool(cost and cost.below), bool(cost and cost.above)  # is the hybrid, in control loss
         if up and down:
@@ -244,10 +235,7 @@ def _hybrids(comparison: Comparison) -> str | None:
             verdict = "trades gain against cost"
         else:
             verdict = "is not clearly better or worse"
-        paid = [f"{gain.text} of gain"]
-        if contrast.target_loss:
-            paid.append(f"{right.text} of accuracy")
-        if cost:
-            paid.append(f"{cost.difference:+.3f} nats per token of control loss")
-        found.append(f"`{arm}` {verdict}: raw injection is ahead of it by {', '.join(paid)}")
+        paid = [f"{gain.text} of gain", *([f"{right.text} of accuracy"] if contrast.target_loss else [])]
+        paid += [f"{cost.difference:+.3f} nats per token of control loss"] if cost else []
+        found.append(f"`{arm}` {verdict}: raw injection is ahead of it by {listed(paid)}")
     return "; ".join(found) + "." if found else None

@@ -62,11 +62,6 @@ class PairedDifference:
         """Whether the whole interval lies below 0."""
         return self.high is not None and self.high < 0
 
-    @property
-    def clear(self) -> bool:
-        """Whether the interval exists and leaves out 0."""
-        return self.above or self.below
-
     def text(self, form: str = "+.1f", scale: int = 1) -> str:
         """The interval as text; ``-`` without one."""
         return interval(self.low, self.high, form, scale)
@@ -189,19 +184,14 @@ class Contrast:
 
     def significant(self, alpha: float) -> bool:
         """Whether the arms differ over the family: by McNemar's test, or by the interval where there is none."""
-        return self.pooled.clear if self.pooled_mcnemar is None else self.pooled_mcnemar.p_value < alpha
+        test, pooled = self.pooled_mcnemar, self.pooled
+        return test.p_value < alpha if test else pooled.above or pooled.below
 
     def summary(self) -> dict[str, Any]:
         """The verdict and each task's accuracies in plain values, as a model's card has them."""
         tasks = [
-            {
-                "task": t.task,
-                "metric": t.metric,
-                "items": t.n,
-                "baseline": t.accuracy_a,
-                "accuracy": t.accuracy_b,
-                "p_adjusted": t.p_adjusted,
-            }
+            {"task": t.task, "metric": t.metric, "items": t.n, "baseline": t.accuracy_a, "accuracy": t.accuracy_b}
+            | {"p_adjusted": t.p_adjusted}
             for t in self.tasks
         ]
         return {"verdict": self.verdict, "baseline": self.a, "tasks": tasks}
@@ -209,13 +199,10 @@ class Contrast:
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseFloor:
-    """One arm evaluated twice: items whose result changed though nothing else did.
+    """One arm evaluated twice: of ``n`` items, those whose result ``changed`` though nothing else did.
 
-    Attributes:
-        n: items that both runs answered.
-        changed: items whose result differs between the runs.
-        share: changed / n, with an exact (Clopper-Pearson) interval from ``low`` to ``high``.
-        responses: items whose response differs, right or wrong; ``None`` where responses were not kept.
+    The share has an exact (Clopper-Pearson) interval from ``low`` to ``high``. ``responses`` counts the items whose
+    response differs, right or wrong; ``None`` where responses were not kept.
     """
 
     task: str
@@ -258,8 +245,7 @@ class Comparison(Display):
 
     def find(self, b: str, a: str | None = None) -> Contrast | None:
         """Arm ``b`` against arm ``a`` (the baseline if not given), None if they were not compared."""
-        wanted = (a or self.baseline, b)
-        return next((found for found in self.contrasts if (found.a, found.b) == wanted), None)
+        return next((c for c in self.contrasts if (c.a, c.b) == (a or self.baseline, b)), None)
 
     def contrast(self, b: str, a: str | None = None) -> Contrast:
         """As `find`; an EvaluationError if they were not compared."""
@@ -271,30 +257,20 @@ class Comparison(Display):
         """A pandas frame with a row per contrast and task, and one with task ``pooled`` per contrast."""
         import pandas as pd
 
-        rows = []
+        rows: list[dict[str, Any]] = []
         for contrast in self.contrasts:
             arms, pooled, whole = {"a": contrast.a, "b": contrast.b}, contrast.pooled, contrast.pooled_mcnemar
             for t in contrast.tasks:
-                rows.append(
-                    {
-                        **arms,
-                        "task": t.task,
-                        "in_family": t.in_family,
-                        "n": t.n,
-                        "accuracy_a": t.accuracy_a,
-                        "accuracy_b": t.accuracy_b,
-                        **_interval(t.difference),
-                        "z": t.unpaired.statistic if t.unpaired else None,
-                        "p_unpaired": t.unpaired.p_value if t.unpaired else None,
-                        "only_a": t.mcnemar.b if t.mcnemar else None,
-                        "only_b": t.mcnemar.c if t.mcnemar else None,
-                        "p_mcnemar": t.mcnemar.p_value if t.mcnemar else None,
-                        "p_adjusted": t.p_adjusted,
-                        "non_inferior": t.non_inferiority.shown,
-                        "smallest_margin": t.non_inferiority.smallest_margin,
-                        "smallest_detectable_gain": t.smallest_detectable_gain,
-                    }
-                )
+                z, test, bound = t.unpaired, t.mcnemar, t.non_inferiority
+                rows.append({
+                    **arms, "task": t.task, "in_family": t.in_family, "n": t.n,
+                    "accuracy_a": t.accuracy_a, "accuracy_b": t.accuracy_b, **_interval(t.difference),
+                    "z": z.statistic if z else None, "p_unpaired": z.p_value if z else None,
+                    "only_a": test.b if test else None, "only_b": test.c if test else None,
+                    "p_mcnemar": test.p_value if test else None, "p_adjusted": t.p_adjusted,
+                    "non_inferior": bound.shown, "smallest_margin": bound.smallest_margin,
+                    "smallest_detectable_gain": t.smallest_detectable_gain,
+                })  # fmt: skip
             p = {"p_mcnemar": whole.p_value if whole else None}
             rows.append({**arms, "task": "pooled", "in_family": True, "n": pooled.n, **_interval(pooled), **p})
         return pd.DataFrame(rows)
@@ -324,8 +300,8 @@ class Comparison(Display):
     @property
     def verdict(self) -> str:
         """The sentence on the ``selected`` arm against the baseline, or on the first contrast if there is none."""
-        chosen = [c for c in self.contrasts if (c.a, c.b) == (self.baseline, "selected")] or self.contrasts
-        return chosen[0].verdict if chosen else "Nothing was compared."
+        chosen = self.find("selected") or next(iter(self.contrasts), None)
+        return chosen.verdict if chosen else "Nothing was compared."
 
     def plot(self, *, without: Sequence[str] = (), width: int = 640) -> Any:
         """The trade-off, an Altair chart: what each arm gains on the target tasks against what it costs.
@@ -334,18 +310,27 @@ class Comparison(Display):
             without: arms to leave out: the whole fine-tune is often so far away that the edits cannot be told apart.
             width: of the plotting area in pixels.
         """
-        from stethoscope.report.trade import trade_off
+        from stethoscope.charts.trade import trade_off
 
-        return trade_off(self, without=without, width=width)
+        rows = []
+        for contrast in (c for arm in self.arms if arm not in without and (c := self.find(arm))):
+            gain, cost = contrast.pooled, contrast.loss
+            rows.append({
+                "arm": contrast.b,
+                "gain": 100 * gain.difference,
+                "gain_low": None if gain.low is None else 100 * gain.low,
+                "gain_high": None if gain.high is None else 100 * gain.high,
+                "cost": cost.difference if cost else None,
+                "cost_low": cost.low if cost else None,
+                "cost_high": cost.high if cost else None,
+            })  # fmt: skip
+        return trade_off(rows, self.baseline, width=width)
 
     def table(self) -> Rows:
         """A row per contrast: the gain over all tasks of the family, and what it costs on control text."""
         return table_of(
-            {
-                "from": c.a,
-                "to": c.b,
-                "items": str(c.pooled.n),
-                "gain, points": points(c.pooled.difference),
+            {"from": c.a, "to": c.b, "items": str(c.pooled.n), "gain, points": points(c.pooled.difference)}
+            | {
                 "interval": c.pooled.text(scale=100),
                 "p exact": p_value(c.pooled_mcnemar.p_value if c.pooled_mcnemar else None),
                 "control loss, nats per token": number(c.loss.difference if c.loss else None, "+.4f"),

@@ -1,7 +1,6 @@
 """The tables of a comparison, for the command line and the report: accuracy, tests, and where a change comes from."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from stethoscope.display import NONE, Rows, number, p_value, percent, points, short_names, table_of
@@ -33,7 +32,7 @@ class Line:
 
     name: str
     items: str
-    cells: list[Cell] = field(default_factory=list)
+    cells: list[Cell]
     kind: str = ""
 
 
@@ -41,65 +40,60 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
     """What was measured -> its rows: accuracy on target tasks and on all their items, on controls, change of loss."""
     rows = {(row["task"], row["arm"]): row for row in comparison.accuracy}
     names = short_names([*comparison.family, *comparison.controls])
+    contrasts = {arm: comparison.find(arm) for arm in comparison.arms}
 
-    def line(name: str, tasks: list[str], found: Callable[[Contrast], tuple[Any, Any]], kind: str = "") -> Line:
+    def accuracy(name: str, tasks: list[str], whole: bool = False) -> Line:
         cells, sizes = [], set()
-        for arm in comparison.arms:
+        for arm, contrast in contrasts.items():
             mine = [rows[task, arm] for task in tasks if (task, arm) in rows]
             total = sum(row["n"] for row in mine)
             sizes |= {total} if total else set()
-            share = sum(row["n"] * row["accuracy"] for row in mine) / total if total else None
-            contrast = comparison.find(arm)
-            difference, p = found(contrast) if contrast else (None, None)
-            cells.append(_cell(percent(share), difference, p, comparison.alpha))
-        return Line(name=name, items="/".join(map(str, sorted(sizes))), cells=cells, kind=kind)
+            value = percent(sum(row["n"] * row["accuracy"] for row in mine) / total if total else None)
+            tested = contrast.task(tasks[0]) if contrast and not whole else None
+            if contrast and whole:
+                test = contrast.pooled_mcnemar
+                cells.append(_cell(value, contrast.pooled, test.p_value if test else None, comparison.alpha))
+            elif tested:
+                cells.append(_cell(value, tested.difference, tested.p_adjusted, comparison.alpha))
+            else:
+                cells.append(Cell(value=value))
+        return Line(name=name, items="/".join(map(str, sorted(sizes))), cells=cells, kind="total" if whole else "")
 
-    def of_task(task: str) -> Line:
-        def found(contrast: Contrast) -> tuple[Any, Any]:
-            t = contrast.task(task)
-            return (t.difference, t.p_adjusted) if t else (None, None)
+    def loss(name: str, losses: list[PairedDifference | None]) -> Line:
+        cells = [
+            Cell(
+                value=number(loss.difference, "+.3f"),
+                interval=loss.text("+.3f"),
+                kind="worse" if loss.above else "better" if loss.below else "",
+            )
+            if loss
+            else Cell(value="0" if arm == comparison.baseline else NONE)
+            for arm, loss in zip(contrasts, losses, strict=True)
+        ]
+        documents = sorted({str(loss.n) for loss in losses if loss})
+        return Line(name=name, items="/".join(documents), cells=cells, kind="loss")
 
-        return line(names[task], [task], found)
-
-    def pooled(contrast: Contrast) -> tuple[Any, Any]:
-        return contrast.pooled, contrast.pooled_mcnemar.p_value if contrast.pooled_mcnemar else None
-
+    losses = {
+        "loss on held-out target text": [c.target_loss if c else None for c in contrasts.values()],
+        "loss on control text": [c.loss if c else None for c in contrasts.values()],
+    }
+    whole = accuracy(WHOLE, comparison.family, whole=True)
     groups = {
-        "Target: accuracy, %": [*map(of_task, comparison.family), line(WHOLE, comparison.family, pooled, "total")],
-        "Control: accuracy, %": list(map(of_task, comparison.controls)),
-        "Change of loss, nats per token": [
-            *_loss_line(comparison, "loss on held-out target text", lambda contrast: contrast.target_loss),
-            *_loss_line(comparison, "loss on control text", lambda contrast: contrast.loss),
-        ],
+        "Target: accuracy, %": [*(accuracy(names[task], [task]) for task in comparison.family), whole],
+        "Control: accuracy, %": [accuracy(names[task], [task]) for task in comparison.controls],
+        "Change of loss, nats per token": [loss(name, found) for name, found in losses.items() if any(found)],
     }
     return {title: lines for title, lines in groups.items() if lines}
 
 
-def _cell(value: str, difference: PairedDifference | None, p: float | None, alpha: float) -> Cell:
-    if difference is None:
-        return Cell(value=value)
+def _cell(value: str, difference: PairedDifference, p: float | None, alpha: float) -> Cell:
     return Cell(
         value=value,
         change=points(difference.difference),
-        interval=_interval(difference),
+        interval=difference.text(scale=100),
         stars="" if p is None else "*" * sum(p < level for level in (0.05, 0.01, 0.001)),
         kind=("better" if difference.difference > 0 else "worse") if p is not None and p < alpha else "",
     )
-
-
-def _loss_line(comparison: Comparison, name: str, loss_of: Callable[[Contrast], PairedDifference | None]) -> list[Line]:
-    losses = {arm: loss_of(contrast) if (contrast := comparison.find(arm)) else None for arm in comparison.arms}
-    if not any(losses.values()):
-        return []
-    cells = []
-    for arm, loss in losses.items():
-        if loss is None:
-            cells.append(Cell(value="0" if arm == comparison.baseline else NONE))
-        else:
-            kind = "worse" if loss.above else "better" if loss.below else ""
-            cells.append(Cell(value=number(loss.difference, "+.3f"), interval=loss.text("+.3f"), kind=kind))
-    documents = sorted({str(loss.n) for loss in losses.values() if loss})
-    return [Line(name=name, items="/".join(documents), cells=cells, kind="loss")]
 
 
 def accuracy_table(comparison: Comparison) -> Rows:
@@ -161,14 +155,10 @@ def contrast_rows(contrast: Contrast) -> Rows:
 def _change(difference: PairedDifference, test: Any) -> dict[str, str]:
     return {
         "change": points(difference.difference),
-        f"{100 * difference.confidence:g} % interval": _interval(difference),
+        f"{100 * difference.confidence:g} % interval": difference.text(scale=100),
         "lost : gained": f"{test.b} : {test.c}" if test else NONE,
         "p exact": p_value(test.p_value if test else None),
     }
-
-
-def _interval(difference: PairedDifference) -> str:
-    return difference.text(scale=100)
 
 
 def gain_rows(contrast: Contrast) -> Rows:
@@ -182,16 +172,10 @@ def gain_rows(contrast: Contrast) -> Rows:
     for name, tasks in parts.items():
         changes = {words: flipped(tasks, cause) for cause, words in CAUSES.items()}
         counted = [change for change in changes.values() if change]
-        cells: Mapping[str, str] = {
-            words: f"+{change.gained} -{change.lost}" if change else NONE for words, change in changes.items()
-        }
         rows.append(
-            {
-                f"mended and broken by {contrast.b}": name,
-                **cells,
-                "net items": f"{sum(change.net for change in counted):+d}",
-                "points": f"{sum(change.points for change in counted):+.1f}",
-            }
+            {f"mended and broken by {contrast.b}": name}
+            | {words: f"+{change.gained} -{change.lost}" if change else NONE for words, change in changes.items()}
+            | {"net items": f"{sum(c.net for c in counted):+d}", "points": f"{sum(c.points for c in counted):+.1f}"}
         )
     return table_of(rows)
 
@@ -213,9 +197,6 @@ def notes(contrast: Contrast) -> list[str]:
         reasons = t.reasons | {name: result.reason for name, result in results.items() if result and result.reason}
         for name, reason in reasons.items():
             found.setdefault(f"{name.replace('_', ' ')}: {reason}", []).append(t.task)
-    everywhere = len(contrast.tasks)
-    lines = [
-        f"{'every task' if len(tasks) == everywhere > 1 else ', '.join(tasks)}: {reason}"
-        for reason, tasks in found.items()
-    ]
+    whole = len(contrast.tasks)
+    lines = [f"{'every task' if len(tasks) == whole > 1 else ', '.join(tasks)}: {why}" for why, tasks in found.items()]
     return [*lines, *([f"{WHOLE}: interval: {contrast.pooled.reason}"] if contrast.pooled.reason else [])]

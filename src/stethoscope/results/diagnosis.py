@@ -181,9 +181,33 @@ class Diagnosis(Display, Artifact):
             selection: a `Selection`, whose layers are marked.
             width: of the plotting area in pixels.
         """
-        from stethoscope.report.charts import layer_profile
+        from stethoscope.charts.layers import layer_profile
 
-        return layer_profile(self, selection, width=width)
+        chosen = selection.layers if selection else ()
+        rows = [
+            {
+                "layer": layer.layer,
+                "left": layer.layer - 0.5,
+                "right": layer.layer + 0.5,
+                "kind": "selected" if layer.layer in chosen else "excluded" if layer.flag else "not selected",
+                "excess": layer.excess,
+                "low": layer.interval[0],
+                "high": layer.interval[1],
+                "null_low": -2 * layer.null_deviation,
+                "null_high": 2 * layer.null_deviation,
+                "z": layer.z,
+                "p_familywise": layer.p_familywise,
+                "against": layer.against,
+                # by number: in a field's name, dots and brackets of a corpus' name would mean something to Vega
+                **{
+                    f"{short}_{i}": getattr(layer.health[name], field) if name in layer.health else None
+                    for short, field in (("explained", "variance_explained"), ("l0", "l0"))
+                    for i, name in enumerate(self.corpora)
+                },
+            }
+            for layer in self.layers
+        ]
+        return layer_profile(rows, list(self.corpora), self.score, width=width)
 
     def table(self, *, full: bool = False) -> Rows:
         """A row per layer, of several corpora with a number each.

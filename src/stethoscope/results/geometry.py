@@ -163,9 +163,20 @@ class Geometry(Display, Artifact):
             selection: a `Selection`, whose layers are marked.
             width: of the plotting area in pixels.
         """
-        from stethoscope.report.charts import energy_by_layer
+        from stethoscope.charts.layers import energy_by_layer
 
-        return energy_by_layer(self, selection.layers if selection else (), width=width)
+        rows = [
+            {
+                "layer": layer.layer,
+                "kept": 100 * layer.kept.share,
+                "chance": 100 * layer.kept.chance,
+                "low": 100 * layer.kept.random_features.low,
+                "high": 100 * layer.kept.random_features.high,
+                "selected": bool(selection) and layer.layer in selection.layers,
+            }
+            for layer in self.layers
+        ]
+        return energy_by_layer(rows, width=width)
 
     def table(self) -> Rows:
         """A row per layer, per kind of module and for all; shares in percent, ``functional`` by corpus."""

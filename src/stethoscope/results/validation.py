@@ -58,11 +58,11 @@ class Beaten(Frozen):
         return f"{100 * self.share:.0f} % ({interval(self.low, self.high, '.0f', 100)})"
 
     @classmethod
-    def of(cls, worth: float, others: Sequence[float]) -> "Beaten":
-        """From what a set and each random one is worth."""
+    def of(cls, own: float, others: Sequence[float]) -> "Beaten":
+        """From the trade-off of a set and of each random one."""
         from scipy.stats import binomtest
 
-        count = sum(worth > other for other in others)
+        count = sum(own > other for other in others)
         interval = binomtest(count, len(others)).proportion_ci(0.95)
         return cls(share=count / len(others), low=float(interval.low), high=float(interval.high))
 
@@ -130,39 +130,35 @@ class ScoreValidation(Artifact):
 
     def table(self, k: int) -> Rows:
         """A row per score, best trade-off of its k layers first."""
-        rows = []
-        for name, found in sorted(self.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off):
-            best = found.sets[k]
-            rows.append(
-                {
-                    "score": name,
-                    "kind": KINDS[found.kind],
-                    "correlation with gain": found.gain.text,
-                    "with gain less cost": found.trade_off.text,
-                    f"best {k} layers": listed(best.effect.layers),
-                    "gain": f"{best.effect.target_gain:+.3f}",
-                    "cost": f"{best.effect.control_cost:+.3f}",
-                    "shared with the truth": f"{100 * best.overlap:.0f} %",
-                    "beats random sets": best.beaten.text,
-                    "beats sets of equal energy": best.beaten_matched.text if best.beaten_matched else NONE,
-                }
-            )
-        return table_of(rows)
+        ranked = sorted(self.scores.items(), key=lambda item: -item[1].sets[k].effect.trade_off)
+        return table_of(
+            {
+                "score": name,
+                "kind": KINDS[found.kind],
+                "correlation with gain": found.gain.text,
+                "with gain less cost": found.trade_off.text,
+                f"best {k} layers": listed(best.effect.layers),
+                "gain": f"{best.effect.target_gain:+.3f}",
+                "cost": f"{best.effect.control_cost:+.3f}",
+                "shared with the truth": f"{100 * best.overlap:.0f} %",
+                "beats random sets": best.beaten.text,
+                "beats sets of equal energy": best.beaten_matched.text if best.beaten_matched else NONE,
+            }
+            for name, found in ranked
+            for best in [found.sets[k]]
+        )
 
     def verdict(self, score: str, k: int) -> str:
         """One sentence on a score's best k layers."""
-        chosen = self.scores[score].sets[k]
-        best = max(
-            (name for name, found in self.scores.items() if found.kind != "truth"),
-            key=lambda name: self.scores[name].sets[k].effect.trade_off,
-        )
-        found = "chooses" if chosen.beaten.low > 0.5 else "does not choose clearly"
+        sets = {name: found.sets[k] for name, found in self.scores.items()}
+        chosen, share = sets[score], sets[score].beaten
+        rivals = [name for name, found in self.scores.items() if found.kind != "truth"]
+        best = max(rivals, key=lambda name: sets[name].effect.trade_off)
         sentence = (
-            f"`{score}` {found} better than chance: its best {k} layers beat {100 * chosen.beaten.share:.0f} %"
-            f" of random sets (95 % interval {100 * chosen.beaten.low:.0f} to {100 * chosen.beaten.high:.0f} %),"
-            f" worth {chosen.effect.trade_off:+.3f} nats per token"
+            f"`{score}` {'chooses' if share.low > 0.5 else 'does not choose clearly'} better than chance: its best {k}"
+            f" layers beat {100 * share.share:.0f} % of random sets (95 % interval {100 * share.low:.0f} to"
+            f" {100 * share.high:.0f} %), worth {chosen.effect.trade_off:+.3f} nats per token"
         )
         if best == score:
             return f"{sentence}; no other score does better."
-        worth = self.scores[best].sets[k].effect.trade_off
-        return f"{sentence}; `{best}` would have chosen layers worth {worth:+.3f}."
+        return f"{sentence}; `{best}` would have chosen layers worth {sets[best].effect.trade_off:+.3f}."

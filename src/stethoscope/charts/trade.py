@@ -1,12 +1,11 @@
 """The trade-off: what each arm gains on the target tasks against what it costs on control text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import altair as alt
 
-from stethoscope.report.style import COLOURS, axis, drawn, rule, tips, y_axis
-from stethoscope.results.comparison import Comparison, Contrast, is_random
+from stethoscope.charts.style import COLOURS, axis, drawn, rule, tips, y_axis
 
 # What an arm's name begins with -> its colour and shape.
 _ARMS = {
@@ -19,56 +18,26 @@ _GAIN = "mean gain on the target tasks over the baseline, in points"
 _COST = "control loss, change in nats per token (right is worse)"
 
 _FEW_RANDOM = 4  # more random sets than this are named as a group
-_CORNER = 0.3  # share of the chart's width that is too narrow to tell several arms apart
 _WIDTHS = (295, 640, 950)  # pixels at which labels should not cover each other
 _HEIGHT = 360
 
 
-def trade_off(comparison: Comparison, *, without: Sequence[str] = (), width: int = 640) -> alt.LayerChart:
-    """Mean target gain of each arm over the baseline against what it costs on control text, with intervals.
-
-    Without control losses the gains alone are drawn.
+def trade_off(rows: Sequence[Mapping[str, Any]], baseline: str, *, width: int) -> alt.LayerChart:
+    """Target gain of each arm over the baseline against what it costs on control text; see `Comparison.plot`.
 
     Args:
-        without: arms to leave out: ``tuned`` is often so far from the edits that they cannot be told apart.
-        width: of the plotting area in pixels.
+        rows: by arm the gain in points and the cost in nats per token, each with its interval; None is not known.
+            Without any cost the gains alone are drawn.
     """
-    found = [c for arm in comparison.arms if arm not in without and (c := comparison.find(arm))]
-    return _plane(comparison.baseline, found, width) if any(c.loss for c in found) else _gains(found, width)
+    looks = [next((v for k, v in _ARMS.items() if row["arm"].startswith(k)), ("edit", "triangle-up")) for row in rows]
+    drawn_rows = [{**row, "colour": COLOURS[c], "shape": shape} for row, (c, shape) in zip(rows, looks, strict=True)]
+    priced = [row for row in drawn_rows if row["cost"] is not None]
+    return _plane(baseline, priced, width) if priced else _gains(drawn_rows, width)
 
 
-def is_crowded(comparison: Comparison) -> bool:
-    """Whether the edits lie in a corner of the chart because the whole fine-tune is far away."""
-    costs = {c.b: abs(c.loss.difference) for arm in comparison.arms if (c := comparison.find(arm)) and c.loss}
-    edits = [cost for arm, cost in costs.items() if arm != "tuned"]
-    return len(edits) > 1 and max(edits) < _CORNER * max(costs.values())
-
-
-def _rows(contrasts: Sequence[Contrast]) -> list[dict[str, Any]]:
-    """A row per arm, gains in points and costs in nats per token."""
-    rows = []
-    for contrast in contrasts:
-        gain, cost = contrast.pooled, contrast.loss
-        colour, shape = next((v for k, v in _ARMS.items() if contrast.b.startswith(k)), ("edit", "triangle-up"))
-        rows.append(
-            {
-                "arm": contrast.b,
-                "gain": 100 * gain.difference,
-                "gain_low": None if gain.low is None else 100 * gain.low,
-                "gain_high": None if gain.high is None else 100 * gain.high,
-                "cost": cost.difference if cost else None,
-                "cost_low": cost.low if cost else None,
-                "cost_high": cost.high if cost else None,
-                "colour": COLOURS[colour],
-                "shape": shape,
-            }
-        )
-    return rows
-
-
-def _plane(baseline: str, contrasts: Sequence[Contrast], width: int) -> alt.LayerChart:
+def _plane(baseline: str, arms: Sequence[dict[str, Any]], width: int) -> alt.LayerChart:
     here = {"arm": baseline, "gain": 0.0, "cost": 0.0, "colour": COLOURS["ink"], "shape": "circle"}
-    rows = [here, *(row for row in _rows(contrasts) if row["cost"] is not None)]
+    rows = [here, *arms]
     domains = {name: _reach([row.get(f"{name}{end}") for row in rows for end in ("", "_low", "_high")])
                for name in ("gain", "cost")}  # fmt: skip
     _place_labels(rows, domains["cost"], domains["gain"])
@@ -103,8 +72,7 @@ def _plane(baseline: str, contrasts: Sequence[Contrast], width: int) -> alt.Laye
     )
 
 
-def _gains(contrasts: Sequence[Contrast], width: int) -> alt.LayerChart:
-    rows = _rows(contrasts)
+def _gains(rows: Sequence[dict[str, Any]], width: int) -> alt.LayerChart:
     base = alt.Chart(alt.NamedData(name="arms")).encode(
         y=alt.Y("arm:N", sort=None, title=None), color=alt.Color("colour:N", scale=None)
     )
@@ -146,7 +114,7 @@ def _place_labels(rows: list[dict[str, Any]], x_domain: Sequence[float], y_domai
     shares = [(row["cost"] - x_domain[0]) / (x_domain[1] - x_domain[0]) for row in rows]
     heights = [_HEIGHT * (y_domain[1] - row["gain"]) / (y_domain[1] - y_domain[0]) for row in rows]
     taken: list[Box] = [(x, -6, 6, y - 6, y + 6) for x, y in zip(shares, heights, strict=True)]
-    random = [row for row in rows if is_random(row["arm"])]
+    random = [row for row in rows if row["arm"].startswith("random_layers")]
     for row in rows:
         row.update(label=row["arm"], align="left", dx=0, dy=0)
     if len(random) > _FEW_RANDOM:

@@ -62,13 +62,22 @@ def when(field: str, value: Any, otherwise: Any) -> Any:
     return alt.condition(f"datum.{field}", alt.value(value), alt.value(otherwise))
 
 
+def kinds(looks: Mapping[str, tuple[str, str]], **options: Any) -> tuple[alt.Color, alt.Shape]:
+    """Colour and shape by a row's ``kind``, of which ``looks`` has them by name."""
+    colours, shapes = zip(*looks.values(), strict=True)
+    colour = alt.Scale(domain=list(looks), range=[COLOURS[name] for name in colours])
+    return alt.Color("kind:N", scale=colour, **options), alt.Shape(
+        "kind:N", scale=alt.Scale(domain=list(looks), range=list(shapes))
+    )
+
+
 def title(text: str) -> alt.TitleParams:
     """A quiet line above a chart, which says what its y axis is."""
     return alt.TitleParams(text, anchor="start", frame="bounds", fontSize=12, fontWeight="normal", offset=8)
 
 
 def drawn(
-    *layers: alt.Chart, heading: str, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int, height: int
+    *layers: alt.Chart, heading: str, data: Mapping[str, Sequence[Mapping[str, Any]]], width: int = 640, height: int
 ) -> alt.LayerChart:
     """Layers as one finished chart, ``width`` and ``height`` of its plotting area in pixels."""
     chart = alt.layer(*layers).properties(width=width, height=height, title=title(heading), datasets=data)
