@@ -207,7 +207,7 @@ def test_a_finished_stage_is_not_run_again(world, copy, monkeypatch):
     assert copy / "bases.safetensors" in before
     idle = {
         "context": ("load_model", "tokenize"),
-        "diagnosis.listen": ("listen",),
+        "diagnosis.collect": ("collect_activations",),
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
         "evaluation.text_loss": ("document_costs",),

@@ -225,16 +225,16 @@ def test_an_exact_sae_explains_everything(llama, tokenizer):
 def test_the_stream_reads_each_layer_without_first_and_special_tokens(llama, tokenizer):
     model, documents = llama(layers=2), ["abcd</s>efg", "hi"]
     stream = ActivationStream(model, tokenizer, [0, 1], batch_tokens=4)
-    heard = {0: [], 1: []}  # type: dict[int, list[torch.Tensor]]
+    found = {0: [], 1: []}  # type: dict[int, list[torch.Tensor]]
     for part in stream.outputs(stream.tokenize(documents)):
-        for layer in heard:
-            heard[layer].append(part[stream.hooks[layer]])
+        for layer in found:
+            found[layer].append(part[stream.hooks[layer]])
     states = []
     for document in documents:
         out = model.model(**tokenizer(document, return_tensors="pt"), output_hidden_states=True)
         states.append(out.hidden_states[1][0])
-    assert torch.allclose(torch.cat(heard[0]), torch.cat([states[0][[1, 2, 3, 5, 6, 7]], states[1][1:]]), atol=1e-5)
-    assert not torch.allclose(torch.cat(heard[0]), torch.cat(heard[1]))
+    assert torch.allclose(torch.cat(found[0]), torch.cat([states[0][[1, 2, 3, 5, 6, 7]], states[1][1:]]), atol=1e-5)
+    assert not torch.allclose(torch.cat(found[0]), torch.cat(found[1]))
 
 
 def test_health_merges_in_any_grouping():

@@ -53,10 +53,10 @@ class ActivationStream:
     def outputs(self, rows: Sequence[Sequence[int]]) -> Iterator[Activations]:
         """Activations by hook name, one batch of documents at a time; tokens are aligned between layers."""
         for batch in batches(rows, self.tokenizer, batch_tokens=self.batch_tokens):
-            heard = read_activations(self.model, self.points, batch.input_ids)
-            keep = batch.countable & ~attention_sinks(heard.values(), batch.attention_mask)
+            activations = read_activations(self.model, self.points, batch.input_ids)
+            keep = batch.countable & ~attention_sinks(activations.values(), batch.attention_mask)
             keep[:, 0] = False
-            yield {name: hidden[keep.to(hidden.device)] for name, hidden in heard.items()}
+            yield {name: hidden[keep.to(hidden.device)] for name, hidden in activations.items()}
 
     def shuffled(
         self,
@@ -133,9 +133,9 @@ def attention_sinks(
     layers: Iterable[Float[Tensor, "rows tokens d_in"]], attention_mask: Bool[Tensor, "rows tokens"]
 ) -> Bool[Tensor, "rows tokens"]:
     """True at attention sinks: norms far above their own document's median in any layer."""
-    loud = torch.zeros_like(attention_mask)
+    sinks = torch.zeros_like(attention_mask)
     for hidden in layers:
         norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).cpu()
         median = norms.masked_fill(~attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
-        loud |= norms > SINK_RATIO * median
-    return loud
+        sinks |= norms > SINK_RATIO * median
+    return sinks

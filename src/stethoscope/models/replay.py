@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stethoscope.losses import replaced_forward, run
 from stethoscope.models.load import decoder_layers
+from stethoscope.models.losses import replaced_forward, run
 
 
 class Recording:
