@@ -195,8 +195,7 @@ def loading(executor: RayExecutor, saes: Any, dtype: torch.dtype) -> None:
 
     def setup(context: WorkerContext) -> Any:
         options = {"saes": saes, "site": "resid_post", "max_tokens": 64, "tokens": "all", "dtype": dtype}
-        collector = Collector(model=context.model, tokenizer=context.tokenizer, **options)
-        return collector.collect(Piece(layers=tuple(saes), documents={0: "one"}))
+        return Collector(context, **options).collect(Piece(layers=tuple(saes), documents={0: "one"}))
 
     list(executor.map_pieces(lambda tool, piece: None, range(executor.workers), setup=setup))
 

@@ -7,9 +7,8 @@ from world import LAYOUTS, exact_sae, make, save_pair
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.models.forward import Recording, replaced_forward, run
 from stethoscope.models.load import decoder_layers, find_device, load_model, room_beside
-from stethoscope.models.losses import replaced_forward, run
-from stethoscope.models.replay import Recording
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import on_device
 

@@ -22,8 +22,7 @@ from transformers import PreTrainedModel
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
-from stethoscope.models.losses import loss_gradient
-from stethoscope.models.replay import Recording
+from stethoscope.models.forward import Recording, loss_gradient
 from stethoscope.models.sites import HookPoint, hook_point, read_activations, record_activations
 from stethoscope.saes.activations import attention_sinks, on_device
 from stethoscope.text.tokens import TokenBatch

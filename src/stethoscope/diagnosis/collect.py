@@ -7,9 +7,9 @@ The work is cut into blocks of documents. A block is forwarded by itself: its su
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from stethoscope.diagnosis.encoding import PLAIN, BlockSums, Encoder
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import SAEError, StethoscopeError
-from stethoscope.executor import Executor, Failed, LocalExecutor
+from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
 from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.validation import Layers
@@ -97,25 +97,18 @@ def collect_activations(
         StethoscopeError: documents that cannot be processed, by name; a corpus has no token to count.
     """
     dtype = dtype or (torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
-    options: dict[str, Any] = {
-        "saes": saes,
-        "site": site,
-        "max_tokens": max_tokens,
-        "tokens": tokens,
-        "dtype": dtype,
-        "health_tokens": health_tokens,
-    }
-    own = Collector(model=model, tokenizer=tokenizer, **options)
-    samples = {name: own.first_documents(name, some) for name, some in corpora.items()}
-    executor = executor or LocalExecutor(model=model, tokenizer=tokenizer)
-
-    def run(pieces: Iterable[Piece]) -> Iterator[tuple[int, Collected | Failed]]:
-        return executor.map_pieces(
-            Collector.collect,
-            pieces,
-            setup=lambda worker: Collector(model=worker.model, tokenizer=worker.tokenizer, **options),
-        )
-
+    collector = partial(
+        Collector,
+        saes=saes,
+        site=site,
+        max_tokens=max_tokens,
+        tokens=tokens,
+        dtype=dtype,
+        health_tokens=health_tokens,
+    )
+    here = LocalExecutor(model=model, tokenizer=tokenizer)
+    samples = {name: collector(here).first_documents(name, some) for name, some in corpora.items()}
+    run = partial((executor or here).map_pieces, Collector.collect, setup=collector)
     widths = {layer: shape(sae)[1] for layer, sae in saes.items()}
     groups = layer_groups({layer: _encoder_bytes(sae, dtype) for layer, sae in saes.items()}, memory)
     numbers = {name: range(-(-len(some) // block_size)) for name, some in corpora.items()}
@@ -155,8 +148,13 @@ def collect_activations(
                 break
         for block, failure in crashed.items():
             found[block.corpus].broken.update(_crashing(run, block, piece(block), failure))
-        if not skip_broken:
-            _refuse_broken(found)
+        broken = [f"document {n} of `{name}`: {why}" for name, one in found.items() for n, why in one.broken.items()]
+        if broken and not skip_broken:
+            raise StethoscopeError(
+                "some documents cannot be processed",
+                problems=broken,
+                hint="mend them, or leave them out with `diagnose: {skip_broken: true}` in the recipe",
+            )
     return {
         name: _finished(name, one, sorted({b.number for b, places in collected.items() if b.corpus == name and places}))
         for name, one in found.items()
@@ -200,11 +198,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """The work on a block: its documents by place in the corpus.
-
-    Attributes:
-        samples: of every corpus, on which the health of the layers' SAEs is measured, too; none if empty.
-    """
+    """The work on a block: its documents by place, and samples of all corpora to measure SAE health on, if any."""
 
     layers: Layers
     documents: Mapping[int, Document]
@@ -213,13 +207,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """The result of a `Piece`.
-
-    Attributes:
-        statistics: of the documents at ``places``, which could be processed; None if there are none.
-        broken: the documents that could not, and why.
-        health: without what takes all tokens of a corpus to know.
-    """
+    """The result of a `Piece`: statistics of the documents at ``places``; why others are broken; health on samples."""
 
     statistics: FeatureStatistics | None
     places: frozenset[int]
@@ -239,16 +227,6 @@ def _crashing(run: Callable[..., Any], block: Block, piece: Piece, failure: Fail
     )
 
 
-def _refuse_broken(found: Mapping[str, CollectedActivations]) -> None:
-    problems = [f"document {n} of `{name}`: {why}" for name, one in found.items() for n, why in one.broken.items()]
-    if problems:
-        raise StethoscopeError(
-            "some documents cannot be processed",
-            problems=problems,
-            hint="mend them, or leave them out with `diagnose: {skip_broken: true}` in the recipe",
-        )
-
-
 def _finished(name: str, one: CollectedActivations, kept: Sequence[int]) -> CollectedActivations:
     """The result on a corpus, with the blocks that have documents."""
     statistics = one.statistics
@@ -266,12 +244,11 @@ def _nothing_to_count(name: str) -> StethoscopeError:
     )
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Collector:
-    """A model with the SAEs of its layers, and the options of `collect_activations`."""
+    """A worker's model with the SAEs of its layers; the options are those of `collect_activations`."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    worker: WorkerContext | LocalExecutor
     saes: SAEs
     site: str
     max_tokens: int
@@ -283,10 +260,11 @@ class Collector:
     @cached_property
     def points(self) -> dict[int, HookPoint]:
         """Where the SAEs read, in order of depth; those given as folders say so themselves."""
-        return {
-            layer: hook_point(self.model, layer, *((sae.site, sae.tap) if isinstance(sae, SAEFolder) else (self.site,)))
-            for layer, sae in sorted(self.saes.items())
-        }
+        points = {}
+        for layer, sae in sorted(self.saes.items()):
+            site, tap = (sae.site, sae.tap) if isinstance(sae, SAEFolder) else (self.site, None)
+            points[layer] = hook_point(self.worker.model, layer, site, tap)
+        return points
 
     def load(self, layer: int) -> SAE:
         """A layer's SAE."""
@@ -301,12 +279,14 @@ class Collector:
         """
         if not documents:
             return
-        rows = tokenize(documents, self.tokenizer, max_tokens=self.max_tokens)
-        counted = counted_tokens(documents, self.tokenizer, max_tokens=self.max_tokens, tokens=self.tokens)
-        for batch in batches(rows, self.tokenizer, counted=counted):
-            hidden = read_activations(self.model, self.points, batch.input_ids)
+        rows = tokenize(documents, self.worker.tokenizer, max_tokens=self.max_tokens)
+        for batch in batches(rows, self.worker.tokenizer, counted=self._counted(documents)):
+            hidden = read_activations(self.worker.model, self.points, batch.input_ids)
             sinks = attention_sinks(hidden.values(), batch.attention_mask)
-            yield batch, hidden, (batch.countable & ~sinks).to(self.model.device)
+            yield batch, hidden, (batch.countable & ~sinks).to(self.worker.model.device)
+
+    def _counted(self, documents: Sequence[Document]) -> list[list[bool]]:
+        return counted_tokens(documents, self.worker.tokenizer, max_tokens=self.max_tokens, tokens=self.tokens)
 
     def first_documents(self, name: str, documents: Sequence[Document]) -> list[Document]:
         """The first documents of a corpus that hold enough tokens for SAE health, without those that cannot be read.
@@ -319,12 +299,12 @@ class Collector:
         refused = _nothing_to_count(name)
         for document in documents:
             try:
-                (row,) = counted_tokens([document], self.tokenizer, max_tokens=self.max_tokens, tokens=self.tokens)
+                (counted,) = self._counted([document])
             except Exception as error:  # its block names it
                 refused = error if isinstance(error, StethoscopeError) else refused
                 continue
             found.append(document)
-            held += sum(row)
+            held += sum(counted)
             if held >= max(self.health_tokens, 1):
                 return found if self.health_tokens else []
         if not held:
@@ -360,7 +340,7 @@ class Collector:
             self.encoders = {}  # before the next are loaded
             for layer in piece.layers:
                 sae = self.load(layer)
-                self.encoders[layer] = Encoder(sae, dtype=self.dtype, device=self.model.device)
+                self.encoders[layer] = Encoder(sae, dtype=self.dtype, device=self.worker.model.device)
                 for name, found in samples.items():
                     health[name][layer] = _health(sae, self.encoders[layer], found.get(layer))
         return health
@@ -368,7 +348,7 @@ class Collector:
     def _sums(self, documents: Mapping[int, Document]) -> FeatureStatistics | None:
         if not documents:
             return None
-        sums = {layer: BlockSums(encoder.width, self.model.device) for layer, encoder in self.encoders.items()}
+        sums = {layer: BlockSums(encoder.width, self.worker.model.device) for layer, encoder in self.encoders.items()}
         for batch, hidden, counted in self.read(list(documents.values())):
             for layer, encoder in self.encoders.items():
                 sums[layer].sinks += int(batch.countable.sum() - counted.sum())

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis.collect import Collector, SAEs, layer_groups, shape
+from stethoscope.executor import LocalExecutor
 from stethoscope.models.load import decoder_layers
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.evidence import Context, Evidence, FeatureEvidence, LayerEvidence
@@ -76,7 +77,8 @@ def gather_evidence(
     """
     chosen = {found.layer: [f.feature for f in found.features[:features]] for found in diagnosis.layers}
     searched = {name: list(some[:documents]) for name, some in corpora.items()}
-    reader = Collector(model=model, tokenizer=tokenizer, saes=saes, site=site, max_tokens=max_tokens, tokens=tokens)
+    here = LocalExecutor(model=model, tokenizer=tokenizer)
+    reader = Collector(here, saes=saes, site=site, max_tokens=max_tokens, tokens=tokens)
     groups = layer_groups({layer: _bytes(saes[layer]) for layer, wanted in chosen.items() if wanted}, memory)
     total, done = len(groups) * sum(map(len, searched.values())), 0
     shown: dict[int, tuple[FeatureEvidence, ...]] = dict.fromkeys(chosen, ())
@@ -114,9 +116,9 @@ def _bytes(sae: SAE | SAEFolder) -> int:
 
 def _prepare(reader: Collector, layer: int, features: list[int]) -> tuple[Encode, list[dict[str, Any]]]:
     """A function that encodes some features of a layer's SAE, and what each promotes and its page."""
-    sae, source, model = reader.load(layer), reader.saes[layer], reader.model
+    sae, source, model = reader.load(layer), reader.saes[layer], reader.worker.model
     site, known = (source.site, source.overrides) if isinstance(source, SAEFolder) else (reader.site, {})
-    promotes = _promotes(model, reader.tokenizer, sae.W_dec[features]) if site in RESIDUAL_SITES else None
+    promotes = _promotes(model, reader.worker.tokenizer, sae.W_dec[features]) if site in RESIDUAL_SITES else None
     name = known.get("neuronpedia_id") or sae.cfg.metadata.neuronpedia_id
     alone = sae.cfg.architecture() in SEPARABLE
     encoder = (_narrowed(sae, features) if alone else sae).to(device=str(model.device))

@@ -26,8 +26,8 @@ from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.editing.apply import STACKED, Swap, live_tensors, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
+from stethoscope.models.forward import loss_gradient, run
 from stethoscope.models.load import decoder_layers
-from stethoscope.models.losses import loss_gradient, run
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.results.validation import Kind
 from stethoscope.saes.activations import attention_sinks, on_device

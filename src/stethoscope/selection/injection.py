@@ -19,9 +19,8 @@ from stethoscope.diagnosis.attribution import own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
+from stethoscope.models.forward import Recording, token_losses
 from stethoscope.models.load import decoder_layers
-from stethoscope.models.losses import token_losses
-from stethoscope.models.replay import Recording
 from stethoscope.models.sites import hook_point
 from stethoscope.text.tokens import TokenBatch
 
