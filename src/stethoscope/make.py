@@ -60,7 +60,6 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     save_statistics(context.folder / "statistics.safetensors", {n: one.statistics for n, one in collected.items()})
     return diagnose(
         collected,
-        documents={name: len(documents) for name, documents in texts.items()},
         provenance=provenance,
         score=recipe.score,
         attribution=attribution,

@@ -70,9 +70,7 @@ def gather(model, tokenizer):
     def gathered(saes, *, target=TARGET, control=CONTROL, **options) -> Evidence:
         texts = {"target": target, "control": control}
         collected = collect_activations(model, tokenizer, saes, texts, block_size=1)
-        diagnosis = diagnose(
-            collected, documents={"target": 7, "control": 4}, provenance=Provenance(), permutations=5, resamples=5
-        )
+        diagnosis = diagnose(collected, permutations=5, resamples=5)
         return gather_evidence(model, tokenizer, saes, texts, diagnosis, provenance=Provenance(), **options)
 
     return gathered

@@ -150,8 +150,8 @@ def diagnosed(target, *controls, explained=HEALTHY, seed=0, **options):
             for layer, value in values.items()
         }
         if name != "same form" or len(controls) > 1:
-            collected[name] = CollectedActivations(statistics=statistics, health=health)
-    return diagnose(collected, documents=dict.fromkeys(collected, 40), provenance=Provenance(seed=seed), **options)
+            collected[name] = CollectedActivations(statistics=statistics, documents=40, health=health)
+    return diagnose(collected, provenance=Provenance(seed=seed), **options)
 
 
 def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
@@ -192,8 +192,4 @@ def test_a_layer_has_to_stand_out_against_every_control():
     assert made.layers[1].against == "same form"
     assert diagnosed(target, control).layers[1].p_familywise < 0.05
     with pytest.raises(StethoscopeError, match="no control"):
-        diagnose(
-            {"target": CollectedActivations(statistics=target, health={})},
-            documents={"target": 40},
-            provenance=Provenance(),
-        )
+        diagnose({"target": CollectedActivations(statistics=target, documents=40)})

@@ -47,12 +47,14 @@ class CollectedActivations:
     """What was collected on one corpus: feature statistics, and each SAE's health.
 
     Attributes:
+        documents: their number, without those that are broken.
         health: by layer; variance explained and encoding error are measured on a sample, the rest on all tokens.
         broken: the documents that were left out because they cannot be processed, by place in the corpus, and why.
     """
 
     statistics: FeatureStatistics
-    health: dict[int, SAEHealth]
+    documents: int
+    health: dict[int, SAEHealth] = field(default_factory=dict)
     broken: dict[int, str] = field(default_factory=dict)
 
 
@@ -113,8 +115,8 @@ def collect_activations(
     groups = layer_groups({layer: _encoder_bytes(sae, dtype) for layer, sae in saes.items()}, memory)
     numbers = {name: range(-(-len(some) // block_size)) for name, some in corpora.items()}
     found = {
-        name: CollectedActivations(statistics=FeatureStatistics.zeros(widths, len(some)), health={})
-        for name, some in numbers.items()
+        name: CollectedActivations(statistics=FeatureStatistics.zeros(widths, len(numbers[name])), documents=len(some))
+        for name, some in corpora.items()
     }
     blocks = [Block(layers, name, n) for layers in groups for name, some in numbers.items() for n in some]
     collected: dict[Block, frozenset[int]] = {}  # the documents whose sums are there
@@ -235,7 +237,8 @@ def _finished(name: str, one: CollectedActivations, kept: Sequence[int]) -> Coll
     if len(kept) < statistics.blocks:
         statistics = statistics.regroup([np.array([number]) for number in kept])
     health = {n: one.health[n].on(layer.rate, int(layer.tokens.sum())) for n, layer in statistics.layers.items()}
-    return CollectedActivations(statistics=statistics, health=health, broken=dict(sorted(one.broken.items())))
+    documents, broken = one.documents - len(one.broken), dict(sorted(one.broken.items()))
+    return CollectedActivations(statistics=statistics, documents=documents, health=health, broken=broken)
 
 
 def _nothing_to_count(name: str) -> StethoscopeError:

@@ -23,7 +23,6 @@ LEAST_VARIANCE_EXPLAINED = 0.5
 def diagnose(
     collected: Mapping[str, CollectedActivations],
     *,
-    documents: Mapping[str, int],
     provenance: Provenance | None = None,
     score: str = "mass_shift",
     attribution: Mapping[str, FeatureStatistics] | None = None,
@@ -37,7 +36,6 @@ def diagnose(
     Args:
         collected: by corpus, from `collect_activations`. All corpora but ``target`` are controls, and a layer has to
             stand out against each of them.
-        documents: number of documents of each corpus.
         provenance: what the result is saved with; its seed drives permutations and resamples, and is 0 if None.
         score: a name in ``SCORES``, or ``attribution``.
         attribution: for that score, the features' attribution (`Attribution.features`), on the same corpora.
@@ -82,7 +80,7 @@ def diagnose(
         pair = [collected[name].statistics.layers[layer] for name in ("target", least["against"])]
         features = _features(order[difference[order] > 0].tolist(), *pair)
         layers.append(LayerDiagnosis(layer=layer, **least, health=health, flag=_flag(health), features=features))
-    summaries = {name: _summary(one, documents[name]) for name, one in collected.items()}
+    summaries = {name: _summary(one) for name, one in collected.items()}
     return Diagnosis(
         provenance=provenance,
         score=score,
@@ -124,10 +122,10 @@ def _features(
     )
 
 
-def _summary(collected: CollectedActivations, documents: int) -> CorpusSummary:
+def _summary(collected: CollectedActivations) -> CorpusSummary:
     layers = collected.statistics.layers.values()
     return CorpusSummary(
-        documents=documents - len(collected.broken),
+        documents=collected.documents,
         blocks=collected.statistics.blocks,
         tokens=int(max((layer.tokens + layer.sinks).sum() for layer in layers)),
         sinks=int(max(layer.sinks.sum() for layer in layers)),
