@@ -13,12 +13,6 @@ from stethoscope.errors import SAEError
 from stethoscope.models.sites import hook_point
 from stethoscope.selection.injection import local_effect
 
-D = 32
-
-
-def total(found, layer):
-    return found.explained[layer] + found.unexplained[layer]
-
 
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out"])
 def test_features_and_the_rest_are_the_exact_first_order_effect(planted, edits, site):
@@ -26,7 +20,9 @@ def test_features_and_the_rest_are_the_exact_first_order_effect(planted, edits, 
     found = attribute(planted.model, edits, saes, planted.texts["target"], site=site, block_size=5)
     exact = local_effect(planted.model, edits, planted.texts, site=site)
     for n in range(6):
-        np.testing.assert_allclose(total(found, n), exact.sums["target"][:, n], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(
+            found.explained[n] + found.unexplained[n], exact.sums["target"][:, n], rtol=1e-6, atol=1e-6
+        )
         features = found.features.layers[n]
         assert features.sums.shape == (5, 48)
         assert features.sums.sum() == pytest.approx(found.explained[n].sum())

@@ -13,7 +13,7 @@ from stethoscope.diagnosis.statistics import load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import SINK_RATIO
-from stethoscope.text.tokens import batches, tokenize
+from stethoscope.text.tokens import tokenize
 
 TEXTS = [f"document {i}: " + "abc xyz "[i % 5 :] * (1 + i % 4) for i in range(23)]
 
@@ -94,18 +94,13 @@ def test_blocks_do_not_depend_on_other_blocks_and_survive_the_disk(llama, tokeni
         load_statistics(path)
 
 
-def test_special_tokens_and_padding_do_not_count(tokenizer):
-    (batch,) = batches([[1, 50, 60], [70, 2, 80, 90, 91]], tokenizer)
-    assert batch.documents == (1, 0)
-    assert batch.countable.tolist() == [[True, False, True, True, True], [False, True, True, False, False]]
-    assert batch.attention_mask.sum().item() == 8
-
-
-def test_values_that_are_not_finite_are_refused(collected_by):
+def test_values_that_are_not_finite_and_texts_without_tokens_are_refused(collected_by):
     sae = exact_sae()
     sae.W_enc.data[0, 0] = torch.nan
     with pytest.raises(SAEError, match="layer 1"):
         collected_by(2, {1: sae})
+    with pytest.raises(StethoscopeError, match="no document of `all` has a token to count"):
+        collected_by(2, {1: exact_sae()}, texts=["</s>"] * 3)
 
 
 @pytest.mark.parametrize(

@@ -58,11 +58,11 @@ class Beaten(Frozen):
         return f"{100 * self.share:.0f} % ({interval(self.low, self.high, '.0f', 100)})"
 
     @classmethod
-    def of(cls, worth: float, others: Sequence[float]) -> "Beaten":
-        """From what a set and each random one is worth."""
+    def of(cls, own: float, others: Sequence[float]) -> "Beaten":
+        """From the trade-off of a set and of each random one."""
         from scipy.stats import binomtest
 
-        count = sum(worth > other for other in others)
+        count = sum(own > other for other in others)
         interval = binomtest(count, len(others)).proportion_ci(0.95)
         return cls(share=count / len(others), low=float(interval.low), high=float(interval.high))
 
