@@ -1,8 +1,8 @@
-"""Listening on the workers of a Ray cluster: is the time what its parts say, and does memory stay flat?
+"""Collecting activations on the workers of a Ray cluster: is the time what its parts say, and does memory stay flat?
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py [--documents 256] [--rounds 1] [--parts memory time]
 
-A Llama of 8 layers and SAEs of 4096 features, both with random weights, hear generated text in this process and with
+A Llama of 8 layers and SAEs of 4096 features, both with random weights, read generated text in this process and with
 one and two workers, in turn; every sum is compared. The model of the time is
 
     start + load + work / workers + pieces * handling + finish
@@ -40,8 +40,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stethoscope.artifacts import write_json
-from stethoscope.diagnosis.listen import listen
-from stethoscope.diagnosis.listener import Block, Listener
+from stethoscope.diagnosis.collect import Collector, Piece, collect_activations
+from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.executor import LocalExecutor, RayExecutor, WorkerContext, import_ray, versions
 from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Ray
@@ -54,7 +54,7 @@ BUDGET = 8 << 20  # bytes that documents on their way may take; the corpus has t
 LENGTH = 8192  # bytes of a document of that corpus
 OBJECT_STORE = 400 << 20  # bytes
 NAP = 2.0  # seconds, so long that each worker gets a piece
-LINES = 48  # tokens of it that are heard
+LINES = 48  # tokens of it that are read
 
 
 def make_world(folder: Path) -> None:
@@ -127,15 +127,15 @@ def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
     model, tokenizer, saes = load_model(world / "base"), load_tokenizer(world / "base"), open_saes(world / "saes")
     texts = {"text": make_texts(documents)}
     pieces = -(-documents // BLOCK)
-    hear = partial(listen, model, tokenizer, saes, texts, block_size=BLOCK)
+    collect = partial(collect_activations, model, tokenizer, saes, texts, block_size=BLOCK)
     rows: list[dict[str, Any]] = []
     expected: Any = None
     for number in range(rounds):
         clock = Clocked(model=model, tokenizer=tokenizer)
-        alone, heard = timed(lambda clock=clock: hear(executor=clock))
-        expected = expected or heard
+        alone, collected = timed(lambda clock=clock: collect(executor=clock))
+        expected = expected or collected
         block = clock.result
-        # the first piece loads the encoders and examines the SAEs; all others are blocks
+        # the first piece also loads the encoders and measures the health of the SAEs
         work, finish = sum(clock.seconds[1:]), alone - sum(clock.seconds)
         row: dict[str, Any] = {
             "alone": alone, "work": work, "first": clock.seconds[0], "finish": finish, "workers": {}
@@ -146,10 +146,10 @@ def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
                 load, _ = timed(lambda executor=executor: loading(executor, saes, model.dtype))
                 handling, _ = timed(lambda executor=executor, block=block: echo(executor, block, 64))
             with workers_of(world, workers) as executor:
-                measured, found = timed(lambda executor=executor: hear(executor=executor))
+                measured, found = timed(lambda executor=executor: collect(executor=executor))
             assert same(found, expected), "other sums"
             parts = {"start": start, "load": load, "handling": handling / 64}
-            modelled = start + load + (row["first"] + work) / workers + (pieces + 1) * handling / 64 + finish
+            modelled = start + load + (row["first"] + work) / workers + pieces * handling / 64 + finish
             row["workers"][workers] = {**parts, "modelled": modelled, "measured": measured}
             print(number, workers, {k: round(v, 2) for k, v in row["workers"][workers].items()}, flush=True)
         rows.append(row)
@@ -194,18 +194,15 @@ def loading(executor: RayExecutor, saes: Any, dtype: torch.dtype) -> None:
     """Each worker loads model and SAEs once, side by side."""
 
     def setup(context: WorkerContext) -> Any:
-        options = {"site": "resid_post", "max_tokens": 64, "tokens": "all", "dtype": dtype}
-        listener = Listener(context.model, context.tokenizer, saes=saes, **options)
-        return listener.hear(Block(layers=tuple(saes), documents={0: "one"}))
+        options = {"saes": saes, "site": "resid_post", "max_tokens": 64, "tokens": "all", "dtype": dtype}
+        return Collector(context, **options).collect(Piece(layers=tuple(saes), documents={0: "one"}))
 
     list(executor.map_pieces(lambda tool, piece: None, range(executor.workers), setup=setup))
 
 
 def echo(executor: RayExecutor, block: Any, count: int) -> None:
     """Pieces that come back at once, with as many bytes as a block's statistics have, and are put in place."""
-    from stethoscope.diagnosis.statistics import StatisticsTable
-
-    table = StatisticsTable(count)
+    table = FeatureStatistics.zeros({n: one.sums.shape[1] for n, one in block.statistics.layers.items()}, count)
     for number, found in executor.map_pieces(lambda tool, piece: tool, range(count), setup=lambda context: block):
         table.put(number, found.statistics)
 
@@ -269,8 +266,8 @@ def measure_memory(world: Path) -> dict[str, Any]:
     # many small blocks: what a block leaves behind, its statistics, is counted too
     few, block = {layer: saes[layer] for layer in (0, 1)}, 64
     with workers_of(world, 2) as executor, watched() as seen:
-        seconds, heard = timed(
-            lambda: listen(
+        seconds, collected = timed(
+            lambda: collect_activations(
                 model,
                 tokenizer,
                 few,
@@ -289,7 +286,7 @@ def measure_memory(world: Path) -> dict[str, Any]:
         "documents_of_a_piece_mb": block * LENGTH / 1e6,
         "statistics_mb": sum(
             getattr(layer, name).nbytes / 1e6
-            for layer in heard["text"].statistics.layers.values()
+            for layer in collected["text"].statistics.layers.values()
             for name in ("sums", "fired", "maxima", "tokens", "sinks")
         ),
         "seconds": seconds,

@@ -2,8 +2,9 @@
 
     python benchmarks/scores.py [--base FOLDER] [--pairs 200] [--documents 128]
 
-SmolLM2 listens once to the demo's general text with the demo's SAEs, a block per document; the documents are then
-split in two at random, a third and two thirds, again and again. Results: benchmarks/results/scores.json.
+SmolLM2's activations on the demo's general text are collected once with the demo's SAEs, a block per document. The
+documents are then split in two at random, a third and two thirds, again and again.
+Results: benchmarks/results/scores.json.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from scipy.stats import binomtest
 
 import stethoscope_demo
 from stethoscope.cli import cache_folder
-from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.collect import collect_activations
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.models.load import load_model, load_tokenizer
@@ -33,7 +34,7 @@ def measure(base: Path, pairs: int, documents: int) -> dict[str, Any]:
     """Shares of pairs with any layer significant, adjusted for all layers, per score, with exact intervals."""
     folder = Path(str(stethoscope_demo.__file__)).parent
     texts = read_documents(folder / "data" / "general.jsonl", limit=documents)
-    heard = listen(
+    collected = collect_activations(
         load_model(base), load_tokenizer(base), open_saes(folder / "saes"), {"all": texts}, block_size=1,
         max_tokens=256, health_tokens=0,
     )["all"].statistics  # fmt: skip
@@ -46,9 +47,10 @@ def measure(base: Path, pairs: int, documents: int) -> dict[str, Any]:
                 rng = np.random.default_rng(seed)
                 order = rng.permutation(len(texts))
                 third = len(texts) // 3
-                target = heard.regroup(np.array_split(order[:third], 10))
-                control = heard.regroup(np.array_split(order[third:], 20))
-                judged = assess(target, control, score, increments=increments, permutations=99, resamples=2, rng=rng)
+                target = collected.regroup(np.array_split(order[:third], 10))
+                control = collected.regroup(np.array_split(order[third:], 20))
+                judged = assess(target, control, score, permutations=99, resamples=2, rng=rng)
+                judged = judged.increments() if increments else judged
                 alarms += bool((judged.p_familywise <= LEVEL).any())
             interval = binomtest(alarms, pairs).proportion_ci(0.95)
             key = name + (" increment" if increments else "")
@@ -61,7 +63,7 @@ def measure(base: Path, pairs: int, documents: int) -> dict[str, Any]:
     lengths = sorted(len(text) for text in texts)
     return {
         "level": LEVEL, "pairs": pairs, "documents": len(texts), "characters": [lengths[0], lengths[-1]],
-        "layers": len(heard.layers), "false_alarms": found,
+        "layers": len(collected.layers), "false_alarms": found,
     }  # fmt: skip
 
 

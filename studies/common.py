@@ -49,7 +49,7 @@ def energies(recipe: Recipe) -> dict[int, float]:
 
 
 class Bench:
-    """A vector's base in memory, its texts as tokens, and what was heard on it."""
+    """A vector's base in memory, its texts as tokens, and its diagnosis."""
 
     def __init__(self, vector: str, vectors: Path) -> None:
         self.vector, self.recipe, self.run = vector, recipe_of(vector, vectors), vectors / vector / "run"
@@ -83,7 +83,7 @@ class Bench:
 
     @cached_property
     def chosen(self) -> dict[int, float]:
-        """The selected layers, each at 1; listens first where that is not done."""
+        """The selected layers, each at 1; diagnoses first where that is not done."""
         return dict.fromkeys(
             run_recipe(self.recipe, self.run, until="select", reporter=ConsoleReporter()).selection.layers, 1.0
         )

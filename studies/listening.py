@@ -1,4 +1,4 @@
-"""Study 4a: what breaks the choice. The demo's vector is listened to again, with one thing changed at a time.
+"""Study 4a: what breaks the choice. The demo's vector is diagnosed again, with one thing changed at a time.
 
     python studies/listening.py [--vectors runs/studies] [--only documents noise ...]
 
@@ -147,11 +147,11 @@ def _save_sae(sae: SAE, layer: int, out: Path) -> None:
 def _noised(bench: Bench, texts: list[str], explained: float, out: Path) -> None:
     """Gaussian noise in encoder and decoder, per layer so much that the variance explained falls to this."""
     stream_ = ActivationStream(bench.model, bench.tokenizer, range(bench.base.layers), max_tokens=MAX_TOKENS)
-    heard = next(stream_.outputs(stream_.tokenize(texts)))
+    activations = next(stream_.outputs(stream_.tokenize(texts)))
     generator = torch.Generator().manual_seed(0)
     for layer, folder in open_saes(bench.recipe.saes).items():
         sae = load_sae(folder)
-        hidden = heard[stream_.hooks[layer]].float()
+        hidden = activations[stream_.hooks[layer]].float()
         weights = {"W_enc": sae.W_enc.data.clone(), "W_dec": sae.W_dec.data.clone()}
         noise = {n: torch.randn(w.shape, generator=generator) * w.std() for n, w in weights.items()}
         low, high = 0.0, 4.0
@@ -170,7 +170,7 @@ def _shifted(bench: Bench, source: Callable[[int], int], out: Path) -> None:
         _save_sae(load_sae(saes[source(layer)]), layer, out)
 
 
-def listen_to(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def diagnose_case(case: Case, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """A row: the diagnosis, the choice, and what was said."""
     reporter = ConsoleReporter()
     said: list[str] = []
@@ -227,7 +227,7 @@ if __name__ == "__main__":
     measure(())
     for number, case in enumerate(cases(bench, folder, options.vectors)):
         if (case.name, case.setting) not in done and (not options.only or case.name in options.only):
-            rows.append(listen_to(case, bench.recipe, folder / f"case_{number}"))
+            rows.append(diagnose_case(case, bench.recipe, folder / f"case_{number}"))
             save("listening", rows)
     for row in rows:
         if row.get("best") is not None:

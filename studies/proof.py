@@ -33,7 +33,7 @@ def losses(vector: str, run: Path, named: Mapping[str, str] | None = None) -> It
 
 
 def run_spread(vector: str, vectors: Path) -> None:
-    """The same recipe with one layer from each stretch of the stack; what it shares with the first run is kept."""
+    """The same recipe with one layer from each depth segment; what it shares with the first run is kept."""
     recipe, run, spread = recipe_of(vector, vectors), vectors / vector / "run", vectors / vector / "spread"
     if not spread.exists():
         shutil.copytree(run, spread, ignore=shutil.ignore_patterns("comparison.json"))

@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 PRIMARY, K = "mass_shift", 5
 TARGET, GENERAL = TEXTS
 CONTROL_TASKS = ("stethoscope_word_sorting", "stethoscope_letter_counting")
-STRETCHED = "random, one a stretch"
+ONE_A_SEGMENT = "random, one a stretch"
 Edit = tuple[str, str]  # its kind and name among those calibrated
 
 
@@ -127,12 +127,12 @@ def rank_correlation(one: pd.Series, other: pd.Series) -> float:
 def chances(study: str, chance: str, score: str = PRIMARY, k: int = K) -> dict[str, Beaten]:
     """By vector: the share of a kind of random sets that a score's set beats.
 
-    The set is the score's best `k` in the study `choice`, the best of each of `k` stretches in `spread`.
+    The set is the score's best `k` in the study `choice`, the best of each of `k` depth segments in `spread`.
     """
     found = {}
     for vector in vectors_of(study):
         own = pick(study, vector=vector, set="score", score=score, k=k).worth.item()
-        drawn = pick("spread" if chance == STRETCHED else "choice", vector=vector, set=chance, k=k).worth
+        drawn = pick("spread" if chance == ONE_A_SEGMENT else "choice", vector=vector, set=chance, k=k).worth
         found[vector] = Beaten.of(own, drawn.tolist())
     return found
 
@@ -150,11 +150,11 @@ def nearest(found: Mapping[str, Mapping[str, Beaten]]) -> str:
     return max(lows, key=lambda score: lows[score])
 
 
-def stretches_beat(vector: str, k: int = K) -> float:
-    """The share of random layers that random ones of each stretch beat, on average."""
-    stretched = pick("spread", vector=vector, set=STRETCHED, k=k).worth.to_numpy()
+def segments_beat(vector: str, k: int = K) -> float:
+    """The share of random layers that random ones of each depth segment beat, on average."""
+    segmented = pick("spread", vector=vector, set=ONE_A_SEGMENT, k=k).worth.to_numpy()
     anywhere = pick("choice", vector=vector, set="random, equal size", k=k).worth.to_numpy()
-    return float((stretched[:, None] > anywhere).mean())
+    return float((segmented[:, None] > anywhere).mean())
 
 
 def adjusted(k: int) -> pd.DataFrame:
@@ -277,8 +277,8 @@ def ahead(vector: str, one: Edit, other: Edit | None = None) -> tuple[float, flo
 # 4: what breaks
 
 
-def heard(case: str, setting: str = "120 documents") -> dict[str, Any]:
-    """What listening found in a case, with its `agreement` with the case "as it is" and the `target` and `general`
+def diagnosed(case: str, setting: str = "120 documents") -> dict[str, Any]:
+    """The diagnosis of a case, with its `agreement` with the case "as it is" and the `target` and `general`
     changes of loss that injecting its layers makes.
     """
     (one,) = pick("listening", case=case, setting=setting).to_dict("records")
@@ -324,12 +324,12 @@ def render() -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     formats = (form, percent, beaten, nats, points, said)
     queries = (
-        table, pick, vectors_of, change, rank_correlation, chances, ranked, nearest, stretches_beat, adjusted,
-        correlations, alone, excess, compared, accuracy, tuned, against, price, worths, ahead, heard,
+        table, pick, vectors_of, change, rank_correlation, chances, ranked, nearest, segments_beat, adjusted,
+        correlations, alone, excess, compared, accuracy, tuned, against, price, worths, ahead, diagnosed,
     )  # fmt: skip
     environment.filters.update({one.__name__: one for one in formats}, mean=np.mean)
     environment.globals.update({one.__name__: one for one in (*queries, those)}, combinations=combinations)
-    environment.globals.update(NAMES=NAMES, TARGET=TARGET, GENERAL=GENERAL, STRETCHED=STRETCHED)
+    environment.globals.update(NAMES=NAMES, TARGET=TARGET, GENERAL=GENERAL, ONE_A_SEGMENT=ONE_A_SEGMENT)
     source = (HERE / "RESULTS.md.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render().rstrip() + "\n"
 

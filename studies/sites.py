@@ -3,7 +3,7 @@
     python studies/sites.py --data DIR [--vectors runs/studies] [--tokens 200000]
 
 `--data` holds the public files named in the README beside the demo's SAEs. Trains SAEs as `stethoscope train-saes`
-does, on `resid_post` with another seed and on `mlp_out`, and listens with each to every vector's text, beside the
+does, on `resid_post` with another seed and on `mlp_out`, and diagnoses every vector with each, beside the
 demo's SAEs. What is there is kept. Writes `outcomes/sites.parquet`, a row per set of SAEs, vector, score and layer.
 """
 

@@ -1,4 +1,4 @@
-"""Study 1b: the best layer of each of k stretches of the stack, beside random layers and random ones of each stretch.
+"""Study 1b: the best layer of each of k depth segments, beside random layers and random ones of each depth segment.
 
     python studies/spread.py [--vectors runs/studies] [--only math_0 ...] [--random-sets 100]
 
@@ -15,13 +15,13 @@ from common import JUDGED_ON, NAMES, OUTCOMES, TEXTS, Bench, arguments, resume
 
 from stethoscope.recipe import Select
 from stethoscope.results.diagnosis import Diagnosis
-from stethoscope.selection.policies import select, stretches
+from stethoscope.selection.policies import depth_segments, select
 
 SIZES = (3, 5, 8)
 
 
 def rows(bench: Bench, random_sets: int) -> Iterator[dict[str, Any]]:
-    """Each score's best layer of every stretch, and random ones."""
+    """Each score's best layer of every depth segment, and random ones."""
     choice = pd.read_parquet(OUTCOMES / "choice.parquet").query("vector == @bench.vector")
     alone = choice[choice.set == "alone"]
     depth = [int(layer) for (layer,) in alone.layers]
@@ -30,7 +30,7 @@ def rows(bench: Bench, random_sets: int) -> Iterator[dict[str, Any]]:
     rng = np.random.default_rng(0)
     sets: list[dict[str, Any]] = []
     for k in SIZES:
-        runs = stretches(depth, k)
+        runs = depth_segments(depth, k)
         for score, value in values.items():
             best = [max(run, key=value.__getitem__) for run in runs]
             sets.append({"set": "score", "score": score, "k": k, "layers": best})

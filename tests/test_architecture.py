@@ -24,8 +24,6 @@ ORDER = [
     {"executor"},
     {"editing"},
     {"saes"},
-    {"replay"},
-    {"losses"},
     {"checkpoints", "text", "models", "recipe"},
     {"report"},  # it reads saved values and no room that makes them
     {"results"},
@@ -107,5 +105,5 @@ def test_every_public_name_is_there():
     assert sorted(stethoscope._HOME) == sorted(stethoscope.__all__)
     for name in stethoscope.__all__:
         assert getattr(stethoscope, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute `hear`"):
-        _ = stethoscope.hear
+    with pytest.raises(AttributeError, match="no attribute `collect`"):
+        _ = stethoscope.collect

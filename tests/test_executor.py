@@ -24,8 +24,7 @@ import stethoscope
 from stethoscope import executor as executor_module
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.diagnosis.listen import Listening, layer_groups, listen
-from stethoscope.diagnosis.listener import Block
+from stethoscope.diagnosis.collect import CollectedActivations, Piece, collect_activations, layer_groups
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
@@ -107,19 +106,19 @@ def saes(world):
     return open_saes(world / "saes")
 
 
-def assert_same(ours: dict[str, Listening], theirs: dict[str, Listening]) -> None:
+def assert_same(ours: dict[str, CollectedActivations], theirs: dict[str, CollectedActivations]) -> None:
     assert list(ours) == list(theirs)
-    for name, heard in ours.items():
-        assert heard.health == theirs[name].health
-        assert heard.broken == theirs[name].broken
-        for layer, found in heard.statistics.layers.items():
+    for name, collected in ours.items():
+        assert collected.health == theirs[name].health
+        assert collected.broken == theirs[name].broken
+        for layer, found in collected.statistics.layers.items():
             for array, one in vars(found).items():
                 assert np.array_equal(one, getattr(theirs[name].statistics.layers[layer], array)), (name, layer, array)
 
 
 @pytest.fixture(scope="module")
-def heard(model, tokenizer, saes) -> dict[str, Listening]:
-    found = listen(model, tokenizer, saes, TEXTS, block_size=4)
+def collected(model, tokenizer, saes) -> dict[str, CollectedActivations]:
+    found = collect_activations(model, tokenizer, saes, TEXTS, block_size=4)
     assert found["target"].statistics.layers[2].fired.sum() > 1000
     return found
 
@@ -136,13 +135,13 @@ def kill_a_worker() -> None:
 
 @WORKERS
 def test_statistics_and_health_are_the_same_also_if_a_worker_is_killed(
-    workers_of, workers, model, tokenizer, saes, heard
+    workers_of, workers, model, tokenizer, saes, collected
 ):
     two_encoders = 2 * HIDDEN * 2 * HIDDEN * model.dtype.itemsize
-    assert layer_groups(saes, model.dtype, two_encoders) == ((0, 1), (2, 3))
+    assert layer_groups(dict.fromkeys(saes, two_encoders // 2), two_encoders) == ((0, 1), (2, 3))
     options: dict[str, Any] = {"block_size": 4, "executor": workers_of(workers)}
-    assert_same(listen(model, tokenizer, saes, TEXTS, memory=two_encoders, **options), heard)
-    assert_same(listen(model, tokenizer, saes, TEXTS, memory=two_encoders, block_size=4), heard)
+    assert_same(collect_activations(model, tokenizer, saes, TEXTS, memory=two_encoders, **options), collected)
+    assert_same(collect_activations(model, tokenizer, saes, TEXTS, memory=two_encoders, block_size=4), collected)
     told: list[int] = []
 
     def kill_once(done: int, _: int) -> None:
@@ -150,7 +149,7 @@ def test_statistics_and_health_are_the_same_also_if_a_worker_is_killed(
         if len(told) == 3:
             kill_a_worker()
 
-    assert_same(listen(model, tokenizer, saes, TEXTS, progress=kill_once, **options), heard)
+    assert_same(collect_activations(model, tokenizer, saes, TEXTS, progress=kill_once, **options), collected)
     assert len(told) > 3
 
 
@@ -305,7 +304,7 @@ class Deadly:
 
     def map_pieces(self, task: Any, pieces: Iterable[Any], *, setup: Any) -> Any:
         def deadly(tool: Any, piece: Any) -> Any:
-            if isinstance(piece, Block) and any("deadly" in text for text in piece.documents.values()):
+            if isinstance(piece, Piece) and any("deadly" in text for text in piece.documents.values()):
                 os.kill(os.getpid(), signal.SIGKILL)
             return task(tool, piece)
 
@@ -319,18 +318,20 @@ def test_documents_that_are_broken_or_kill_a_worker_are_named_and_left_out(
     monkeypatch.setattr(executor_module, "ATTEMPTS", 1)
     texts = {"target": list(TEXTS["target"]), "control": TEXTS["control"]}
     texts["target"][5] = ""
-    with pytest.raises(StethoscopeError, match="some documents cannot be heard") as caught:
-        listen(model, tokenizer, saes, texts, block_size=4)
+    with pytest.raises(StethoscopeError, match="some documents cannot be processed") as caught:
+        collect_activations(model, tokenizer, saes, texts, block_size=4)
     assert caught.value.problems == ("document 5 of `target`: some documents have no tokens",)
     assert "skip_broken: true" in str(caught.value)
     texts["target"][9] = "deadly"
     options = {"block_size": 4, "executor": Deadly(workers_of(2))}
-    found = listen(model, tokenizer, saes, texts, skip_broken=True, **options)["target"]
+    found = collect_activations(model, tokenizer, saes, texts, skip_broken=True, **options)["target"]
     assert list(found.broken) == [5, 9]
     assert "1 workers died with it" in found.broken[9]
     blocks = [[n for n in range(i, min(i + 4, 23)) if n not in (5, 9)] for i in range(0, 23, 4)]
     for number, places in enumerate(blocks):
-        alone = listen(model, tokenizer, saes, {"block": [texts["target"][n] for n in places]}, health_tokens=0)
+        alone = collect_activations(
+            model, tokenizer, saes, {"block": [texts["target"][n] for n in places]}, health_tokens=0
+        )
         for layer, found_there in found.statistics.layers.items():
             expected = alone["block"].statistics.layers[layer]
             assert np.array_equal(found_there.sums[number], expected.sums[0])

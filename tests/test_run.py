@@ -137,8 +137,8 @@ def test_every_arm_that_cuts_is_an_ordinary_arm(world, tmp_path):
     losses = TextLoss.load(tmp_path / "run" / "losses" / "held-out-target" / "base")
     assert set(losses.tokens) == {len("52 as it happens")}  # a character is a token
     fewer = Recipe.from_yaml(path, ["validation.documents=24", "validation.random_sets=10"])
-    heard = run_recipe(fewer, tmp_path / "run", until="validate").results["validate"]
-    chosen = heard.scores["mass_shift"].sets[2].effect  # the truth is measured as the arm's loss is
+    validated = run_recipe(fewer, tmp_path / "run", until="validate").results["validate"]
+    chosen = validated.scores["mass_shift"].sets[2].effect  # the truth is measured as the arm's loss is
     assert chosen.layers == tuple(result.selection.layers)
     assert chosen.target_gain == pytest.approx(-comparison.contrast("selected").target_loss.difference, rel=1e-3)
     assert "loss on held-out target text" in {row[0] for row in accuracy_table(comparison)}
@@ -178,8 +178,8 @@ def test_arms_that_make_no_sense_where_every_layer_is_selected_are_left_out(worl
     (note,) = check_recipe(Recipe.from_yaml(everything), tmp_path / "run").notes
     assert all(f"`{arm}`" in note for arm in OTHERS)
     saes = str(write_saes(tmp_path / "saes", layers=LAYERS - 1))
-    heard = changed(world, tmp_path, arms=arms, select={"policy": "top_k", "k": LAYERS - 1}, saes=saes)
-    (note,) = check_recipe(Recipe.from_yaml(heard), tmp_path / "run").notes
+    recipe = changed(world, tmp_path, arms=arms, select={"policy": "top_k", "k": LAYERS - 1}, saes=saes)
+    (note,) = check_recipe(Recipe.from_yaml(recipe), tmp_path / "run").notes
     assert [f"`{arm}`" in note for arm in OTHERS] == [arm in ("bottom_layers", "hybrid") for arm in OTHERS]
 
 
@@ -207,7 +207,7 @@ def test_a_finished_stage_is_not_run_again(world, copy, monkeypatch):
     assert copy / "bases.safetensors" in before
     idle = {
         "context": ("load_model", "tokenize"),
-        "diagnosis.listen": ("listen",),
+        "diagnosis.collect": ("collect_activations",),
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
         "evaluation.text_loss": ("document_costs",),

@@ -16,8 +16,8 @@ SHOWN = ("mass_shift", "lift increment", "top_separation", "attribution", "gradi
 
 
 def method() -> str:
-    """The idea as a picture: layers, what each hears, and where the change goes."""
-    heard = (0.12, 0.2, 0.16, 0.3, 0.74, 0.8, 0.42, 0.36, 0.7, 0.4, 0.26, 0.18)
+    """The idea as a picture: layers, how much each differs, and where the change goes."""
+    shares = (0.12, 0.2, 0.16, 0.3, 0.74, 0.8, 0.42, 0.36, 0.7, 0.4, 0.26, 0.18)
     parts = []
     columns = ((20, "base"), (430, "change: tuned minus base"), (620, "edited"))
     for x, name in columns:
@@ -29,12 +29,12 @@ def method() -> str:
         on = i in CHOSEN
         parts.append(f'<rect x="20" y="{y}" width="100" height="15" rx="3" class="base"/>')
         parts.append(
-            f'<rect x="170" y="{y + 3}" width="{180 * heard[i]:.0f}" height="9" class="{"on" if on else "off"}"/>'
+            f'<rect x="170" y="{y + 3}" width="{180 * shares[i]:.0f}" height="9" class="{"on" if on else "off"}"/>'
         )
         parts.append(f'<rect x="430" y="{y}" width="100" height="15" rx="3" class="{"on" if on else "tau"}"/>')
         parts.append(f'<rect x="620" y="{y}" width="100" height="15" rx="3" class="base"/>')
         if on:
-            for start, end in ((178 + 180 * heard[i], 424), (536, 614)):
+            for start, end in ((178 + 180 * shares[i], 424), (536, 614)):
                 parts.append(f'<path d="M{start:.0f} {y + 7.5}H{end}" class="arrow"/>')
             parts.append(f'<rect x="620" y="{y}" width="100" height="15" rx="3" class="on half"/>')
     parts.append(f'<text x="20" y="{54 + 20 * LAYERS + 14}">layer 0 at the bottom</text>')

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+    from stethoscope.diagnosis.collect import collect_activations
     from stethoscope.diagnosis.diagnose import diagnose
-    from stethoscope.diagnosis.listen import listen
     from stethoscope.editing.apply import applied
     from stethoscope.editing.geometry import measure_geometry
     from stethoscope.editing.plan import EditPlan
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "checkpoints.open": ["open_checkpoint", "open_task_vector"],
     "diagnosis.diagnose": ["diagnose"],
-    "diagnosis.listen": ["listen"],
+    "diagnosis.collect": ["collect_activations"],
     "editing.apply": ["applied"],
     "editing.geometry": ["measure_geometry"],
     "editing.plan": ["EditPlan"],
@@ -53,8 +53,8 @@ _MODULES = {
 _HOME = {name: f"stethoscope.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [  # noqa: RUF022 - in the order in which a run uses them
-    "Recipe", "run_recipe", "open_checkpoint", "open_task_vector", "open_saes", "load_sae", "listen", "diagnose",
-    "Diagnosis", "select", "Selection", "measure_geometry", "Geometry", "EditPlan", "applied", "write_edit",
+    "Recipe", "run_recipe", "open_checkpoint", "open_task_vector", "open_saes", "load_sae", "collect_activations",
+    "diagnose", "Diagnosis", "select", "Selection", "measure_geometry", "Geometry", "EditPlan", "applied", "write_edit",
     "evaluate", "Outcomes", "compare", "Comparison", "render_report", "StethoscopeError",
 ]  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Runs independent pieces of work: in a loop here, or on the workers of a Ray cluster.
 
     with RayExecutor(Ray(workers=4), WorkerContext(base=base, tuned=tuned)) as executor:
-        listen(model, tokenizer, saes, texts, executor=executor)
+        collect_activations(model, tokenizer, saes, texts, executor=executor)
         calibrate(model, edits, texts, z, executor=executor, ...)
 
     for index, result in executor.map_pieces(task, pieces, setup=setup):

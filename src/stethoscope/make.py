@@ -36,15 +36,15 @@ Results = Mapping[str, Any]
 
 def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "Diagnosis":
     """Collect every layer's SAE activations on target and control text, and score the layers."""
+    from stethoscope.diagnosis.collect import collect_activations
     from stethoscope.diagnosis.diagnose import diagnose
-    from stethoscope.diagnosis.listen import listen
     from stethoscope.diagnosis.statistics import save_statistics
 
     recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
     attribution = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
     memory = options.sae_memory or (executor.sae_memory(context.base.nbytes) if executor else None)
-    heard = listen(
+    collected = collect_activations(
         context.model,
         context.tokenizer,
         context.found.saes,
@@ -57,10 +57,9 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         executor=executor,
         progress=progress,
     )
-    save_statistics(context.folder / "statistics.safetensors", {n: h.statistics for n, h in heard.items()})
+    save_statistics(context.folder / "statistics.safetensors", {n: one.statistics for n, one in collected.items()})
     return diagnose(
-        heard,
-        documents={name: len(documents) for name, documents in texts.items()},
+        collected,
         provenance=provenance,
         score=recipe.score,
         attribution=attribution,
@@ -91,7 +90,7 @@ def _attribution(
             coefficient=context.recipe.edit.coefficient,
             block_size=context.recipe.diagnose.block_size,
             progress=lambda done, _, before=before: progress(before + done, total),  # type: ignore[misc]
-        ).statistics()
+        ).features
         before += len(part)
     return found
 

@@ -89,19 +89,19 @@ def test_one_plain_line_a_stage_or_one_bar_on_a_terminal(monkeypatch, capsys):
     seconds = iter(range(0, 10_000, 45))
     with monkeypatch.context() as patched:
         patched.setattr(console.time, "perf_counter", lambda: float(next(seconds)))
-        with ConsoleReporter().stage("Listen") as advance:
+        with ConsoleReporter().stage("Collect") as advance:
             for done in range(1, 5):
                 advance(done, 4)
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[:2] for line in lines] == [["Listen", "90.0"], ["Listen", "225.0"]]
+    assert [line.split()[:2] for line in lines] == [["Collect", "90.0"], ["Collect", "225.0"]]
     assert lines[0].endswith("s, 50%, about 0:01:30 left")
     monkeypatch.setattr(console, "_err", Console(stderr=True, force_terminal=True, width=100))
-    with ConsoleReporter().stage("Listen") as advance:
+    with ConsoleReporter().stage("Collect") as advance:
         advance(1, 4)
     shown = capsys.readouterr().err
     assert "25%" in shown
     assert "-:--:--" in shown  # time left, which one step cannot tell
-    assert "Listen" in shown.splitlines()[-1]
+    assert "Collect" in shown.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_pat
     assert stopped.value.code == 130
     command = shlex.split(capsys.readouterr().err.splitlines()[-1])
     assert command == ["stethoscope", *arguments]
-    monkeypatch.setattr("stethoscope.diagnosis.listen.listen", None)  # it is not done again
+    monkeypatch.setattr("stethoscope.diagnosis.collect.collect_activations", None)  # it is not done again
     main(command[1:])
     shown = capsys.readouterr()
     assert f"wrote {tmp_path / 'a run' / 'report.html'}" in shown.out

@@ -11,9 +11,9 @@ from world import LAYOUTS, make, random_sae
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis import evidence as room
+from stethoscope.diagnosis.collect import collect_activations
 from stethoscope.diagnosis.diagnose import diagnose
 from stethoscope.diagnosis.evidence import gather_evidence
-from stethoscope.diagnosis.listen import listen
 from stethoscope.results.evidence import Evidence, FeatureEvidence
 from stethoscope.saes.open import open_saes
 
@@ -27,7 +27,7 @@ CONTROL = ["nothing of that kind is to be read in here", "nor here", "something 
 
 @pytest.fixture(scope="module")
 def model(llama):
-    """A model whose blocks add nothing: every layer hears the embeddings themselves."""
+    """A model whose blocks add nothing: every layer reads the embeddings themselves."""
     made = llama(layers=3, hidden=64)
     torch.manual_seed(1)
     made.model.embed_tokens.weight.copy_(torch.nn.functional.normalize(torch.randn(259, 64), dim=1))
@@ -50,9 +50,9 @@ def firing(model, fires_on: list[dict[int, float]], promotes: list[int] | None =
         tokens, wanted = list(strengths), torch.tensor(list(strengths.values()))
         direction = torch.linalg.pinv(rows[tokens]) @ (2 * wanted)
         sae.W_enc.data[:, i] = direction
-        heard = rows @ direction
-        heard[tokens] = -torch.inf
-        sae.threshold.data[i] = heard.max().item() + 1e-3
+        others = rows @ direction
+        others[tokens] = -torch.inf
+        sae.threshold.data[i] = others.max().item() + 1e-3
         assert sae.threshold[i] < 2 * wanted.min() - 1e-3
     sae.W_dec.data = rows[promotes].clone() if promotes else torch.eye(64)[: len(fires_on)]
     return sae.requires_grad_(False)
@@ -65,14 +65,12 @@ def on_q(model, tokenizer) -> SAE:
 
 @pytest.fixture
 def gather(model, tokenizer):
-    """Listen, diagnose and gather evidence on two texts."""
+    """Collect, diagnose and gather evidence on two texts."""
 
     def gathered(saes, *, target=TARGET, control=CONTROL, **options) -> Evidence:
         texts = {"target": target, "control": control}
-        heard = listen(model, tokenizer, saes, texts, block_size=1)
-        diagnosis = diagnose(
-            heard, documents={"target": 7, "control": 4}, provenance=Provenance(), permutations=5, resamples=5
-        )
+        collected = collect_activations(model, tokenizer, saes, texts, block_size=1)
+        diagnosis = diagnose(collected, permutations=5, resamples=5)
         return gather_evidence(model, tokenizer, saes, texts, diagnosis, provenance=Provenance(), **options)
 
     return gathered
@@ -128,9 +126,9 @@ def test_what_statistics_leave_out_is_no_evidence(model, tokenizer, gather):
     keep = model.model.embed_tokens.weight[hash_].clone()
     try:
         model.model.embed_tokens.weight[hash_] *= 50  # now an attention sink
-        loud = gather({0: sae}, target=target)
-        assert [found.feature for found in loud.layers[0].features] == [0]
-        assert {c.token for c in only(loud, 0, 0).contexts["target"]} == {"q"}
+        sinks = gather({0: sae}, target=target)
+        assert [found.feature for found in sinks.layers[0].features] == [0]
+        assert {c.token for c in only(sinks, 0, 0).contexts["target"]} == {"q"}
     finally:
         model.model.embed_tokens.weight[hash_] = keep
 
@@ -148,7 +146,7 @@ def test_the_lens_names_the_token_whose_unembedding_the_direction_is(model, toke
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_final_norm_is_what_the_head_reads(layout):
     model = make(layout, dtype=torch.float32)
-    norm, seen = room._final_norm(model), {}
+    norm, seen = room.final_norm(model), {}
     norm.register_forward_hook(lambda _m, _i, out: seen.__setitem__("norm", out))
     model.get_output_embeddings().register_forward_pre_hook(lambda _m, args: seen.__setitem__("head", args[0]))
     model(input_ids=torch.tensor([[3, 4, 5]]))
@@ -165,18 +163,17 @@ def test_some_features_alone_encode_as_among_all(kind, options):
 
 def test_one_forward_feeds_all_layers_though_their_features_compete(model, tokenizer, gather):
     saes = {layer: random_sae("topk", 64, 200) for layer in (0, 1, 2)}
-    tokens = sum(len(tokenizer(text)["input_ids"]) for text in TARGET + CONTROL)
     forwards, made = [], []
     counter = model.model.layers[0].register_forward_pre_hook(lambda _m, _a: forwards.append(1))
-    listen(model, tokenizer, saes, {"target": TARGET, "control": CONTROL}, block_size=1)
-    listening = len(forwards)
+    collect_activations(model, tokenizer, saes, {"target": TARGET, "control": CONTROL}, block_size=1)
+    before = len(forwards)
     for layers_at_once, passes in ((None, 1), (1, 3), (2, 2)):
         forwards.clear()
         seen = []
         memory = layers_at_once and layers_at_once * 2 * 4 * 64 * 200
         made.append(gather(saes, memory=memory, progress=lambda *done, seen=seen: seen.append(done)))
-        assert len(forwards) - listening == 2 * passes  # a batch for each of the corpora
-        assert seen[-1] == (passes * tokens, passes * tokens)
+        assert len(forwards) - before == 2 * passes  # a batch for each of the corpora
+        assert seen[-1] == (passes * 11, passes * 11)
     counter.remove()
     assert made[0] == made[1] == made[2]
     for found in made[0].layers[2].features:
@@ -188,7 +185,7 @@ def test_one_forward_feeds_all_layers_though_their_features_compete(model, token
         np.testing.assert_allclose([c.activation for c in found.contexts["target"]], expected, rtol=1e-4)
 
 
-def test_saes_on_disk_are_heard_like_those_in_memory_and_a_source_with_pages_is_linked(gather, on_q, tmp_path):
+def test_saes_on_disk_are_searched_like_those_in_memory_and_a_source_with_pages_is_linked(gather, on_q, tmp_path):
     plain = only(gather({1: on_q}), 1, 0)
     assert plain.link is None
     on_q.cfg.metadata = SAEMetadata(hook_name="model.layers.1", neuronpedia_id="gemma-2-2b/20-gemmascope-res-16k")

@@ -6,8 +6,8 @@ from scipy.stats import mannwhitneyu
 from world import random_sae
 
 from stethoscope.artifacts import Provenance
+from stethoscope.diagnosis.collect import CollectedActivations, collect_activations
 from stethoscope.diagnosis.diagnose import diagnose
-from stethoscope.diagnosis.listen import Listening, listen
 from stethoscope.diagnosis.scores import SCORES, Blocks, mass_shift, positive_difference
 from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.uncertainty import assess
@@ -48,10 +48,10 @@ def test_every_score_finds_the_planted_layer(name, seed):
 
 def test_increments_find_where_a_cumulative_site_changes():
     rng = np.random.default_rng(1)
-    layers = {n: corpus(rng, planted=3 if n >= 2 else None).layers[3] for n in range(5)}  # heard from layer 2 on
+    layers = {n: corpus(rng, planted=3 if n >= 2 else None).layers[3] for n in range(5)}  # seen from layer 2 on
     target, control = FeatureStatistics(layers=layers), corpus(rng)
     plain = assess(target, control, SCORES["mass_shift"], rng=rng)
-    added = assess(target, control, SCORES["mass_shift"], increments=True, rng=rng)
+    added = plain.increments()
     assert (plain.z[2:] > 6).all()
     assert added.rank[2] == 1
     assert (added.z[[0, 1, 3, 4]] < 4).all()
@@ -59,24 +59,25 @@ def test_increments_find_where_a_cumulative_site_changes():
 
 
 @pytest.fixture(scope="module")
-def documents_heard(llama, tokenizer) -> FeatureStatistics:
-    """A small model listened to on documents of very unequal length, a block each."""
+def by_document(llama, tokenizer) -> FeatureStatistics:
+    """A small model's statistics on documents of very unequal length, a block each."""
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abcdefgh "), size=n)) for n in rng.integers(5, 120, size=90)]
     saes = {layer: random_sae(seed=layer) for layer in range(4)}
-    return listen(llama(layers=4), tokenizer, saes, {"all": texts}, block_size=1, health_tokens=0)["all"].statistics
+    return collect_activations(llama(layers=4), tokenizer, saes, {"all": texts}, block_size=1, health_tokens=0)[
+        "all"
+    ].statistics
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_null_pairs_are_significant_no_more_often_than_the_level_says(name, documents_heard):
+def test_null_pairs_are_significant_no_more_often_than_the_level_says(name, by_document):
     """One corpus split in two at random, a third and two thirds, is no finding more often than in 5 % of splits."""
     alarms = single = 0
     for seed in range(200):
         rng = np.random.default_rng(seed)
         order = rng.permutation(90)
         target, control = (
-            documents_heard.regroup(np.array_split(part, blocks))
-            for part, blocks in ((order[:30], 10), (order[30:], 20))
+            by_document.regroup(np.array_split(part, blocks)) for part, blocks in ((order[:30], 10), (order[30:], 20))
         )
         found = assess(target, control, SCORES[name], permutations=39, resamples=2, rng=rng)
         alarms += bool((found.p_familywise <= 0.05).any())
@@ -141,7 +142,7 @@ HEALTHY = dict.fromkeys(range(5), 0.9)
 
 def diagnosed(target, *controls, explained=HEALTHY, seed=0, **options):
     """The diagnosis of a target against controls, whose SAEs are healthy but for the target's as given."""
-    heard = {}
+    collected = {}
     for name, statistics in {"target": target, "control": controls[0], "same form": controls[-1]}.items():
         values = explained if name == "target" else HEALTHY
         health = {
@@ -149,8 +150,8 @@ def diagnosed(target, *controls, explained=HEALTHY, seed=0, **options):
             for layer, value in values.items()
         }
         if name != "same form" or len(controls) > 1:
-            heard[name] = Listening(statistics=statistics, health=health)
-    return diagnose(heard, documents=dict.fromkeys(heard, 40), provenance=Provenance(seed=seed), **options)
+            collected[name] = CollectedActivations(statistics=statistics, documents=40, health=health)
+    return diagnose(collected, provenance=Provenance(seed=seed), **options)
 
 
 def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
@@ -161,7 +162,7 @@ def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
     flags = {1: "SAE variance explained 0.31 on target text", 3: "SAE variance explained undefined on target text"}
     assert {layer.layer: layer.flag for layer in made.layers if layer.flag} == flags
     (warning,) = made.warnings
-    assert warning.startswith(f"2 of 5 layers are not believed, layer 1 ({flags[1]}), ")
+    assert warning.startswith(f"2 of 5 layers are excluded, layer 1 ({flags[1]}), ")
     assert max(made.layers, key=lambda layer: layer.excess).layer == 2
     assert {f.feature for f in made.layers[2].features[:20]} == set(range(0, 200, 10))
     assert sum(layer.increment for layer in made.layers) == pytest.approx(made.layers[-1].excess)
@@ -191,4 +192,4 @@ def test_a_layer_has_to_stand_out_against_every_control():
     assert made.layers[1].against == "same form"
     assert diagnosed(target, control).layers[1].p_familywise < 0.05
     with pytest.raises(StethoscopeError, match="no control"):
-        diagnose({"target": Listening(statistics=target, health={})}, documents={"target": 40}, provenance=Provenance())
+        diagnose({"target": CollectedActivations(statistics=target, documents=40)})

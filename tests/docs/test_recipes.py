@@ -15,6 +15,8 @@ from world import make_world
 from stethoscope.cli import main
 from stethoscope.recipe import Recipe
 from stethoscope.saes import open as opening
+from stethoscope.saes import releases
+from stethoscope.saes.open import open_saes
 
 FOLDER = ROOT / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -62,7 +64,7 @@ def test_a_recipe_is_valid_its_tasks_are_there_and_editors_are_told_so(path, tmp
 )
 def test_saes_are_a_release_of_sae_lens_with_one_for_each_layer(name, layers, monkeypatch):
     recipe = Recipe.from_yaml(FOLDER / f"{name}.yaml")
-    release = opening.read_release(recipe.saes)
+    release = releases.read_release(recipe.saes)
     assert release["model"] == recipe.base
 
     def fetched(repository: str, wanted: list[str]) -> Path:
@@ -72,9 +74,9 @@ def test_saes_are_a_release_of_sae_lens_with_one_for_each_layer(name, layers, mo
         assert found == set(range(layers))
         raise LookupError
 
-    monkeypatch.setattr(opening, "_snapshot", fetched)
+    monkeypatch.setattr(opening, "fetch", fetched)
     with pytest.raises(LookupError):  # as far as what would be fetched
-        opening.open_saes(recipe.saes, recipe.sae_id)
+        open_saes(recipe.saes, recipe.sae_id)
 
 
 def test_the_recipe_for_an_own_model_runs_where_its_names_are_folders(tmp_path, tokenizer, capsys):

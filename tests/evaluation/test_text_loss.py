@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from stethoscope import losses
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import text_loss
+from stethoscope.models import forward
 from stethoscope.text.tokens import prompt_lengths
 
 caps = pytest.mark.parametrize("cap", [None, 5.0])
@@ -16,7 +16,7 @@ caps = pytest.mark.parametrize("cap", [None, 5.0])
 
 @pytest.fixture
 def documents(monkeypatch) -> list[list[int]]:
-    monkeypatch.setattr(losses, "CHUNK", 259 * 7)
+    monkeypatch.setattr(forward, "CHUNK", 259 * 7)
     rng = np.random.default_rng(0)
     return [rng.integers(3, 259, size=n).tolist() for n in (40, 1, 7, 21, 2)]
 

@@ -176,8 +176,10 @@ def test_the_sites_width_is_what_must_fit(tmp_path):
     with pytest.raises(SAEError, match="the model's hidden size is"):
         check_fit(open_saes(tmp_path / "m"), base_of(hidden, heads=heads))
     sae = saes[0]
-    heard = read_activations(model, {0: hook_point(model, sae.layer, sae.site, sae.tap)}, torch.tensor([[5, 9, 12]]))[0]
-    assert load_sae(sae).encode(heard).shape == (1, 3, sae.width)
+    activations = read_activations(
+        model, {0: hook_point(model, sae.layer, sae.site, sae.tap)}, torch.tensor([[5, 9, 12]])
+    )[0]
+    assert load_sae(sae).encode(activations).shape == (1, 3, sae.width)
 
 
 @pytest.fixture

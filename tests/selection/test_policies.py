@@ -94,6 +94,6 @@ def test_too_few_layers_or_none_is_an_error_that_says_why():
 def test_spread_divides_the_layers_that_are_not_excluded_and_says_who_was_ahead():
     found = select(diagnosis([0.9, 0.1, 0.5, 0.4, 0.3, 0.2], (0, 1)), Select(policy="spread", k=2))
     assert found.layers == (2, 4)
-    assert found.choices[2].reason.endswith(", the best of its stretch")
-    assert found.choices[3].reason.endswith("rank 2 of 4, behind layer 2 of its stretch")
+    assert found.choices[2].reason.endswith(", the best of its depth segment")
+    assert found.choices[3].reason.endswith("rank 2 of 4, behind layer 2 of its depth segment")
     assert not found.warnings

@@ -5,7 +5,7 @@ import pytest
 from world import random_sae
 
 from stethoscope.artifacts import Provenance
-from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.collect import collect_activations
 from stethoscope.errors import StethoscopeError
 from stethoscope.results.validation import ScoreValidation
 from stethoscope.selection.baselines import edit_scores, text_scores
@@ -76,8 +76,8 @@ def test_scores_of_other_layers_are_refused(planted, edits):
 def test_every_score_is_there_for_every_layer(planted, edits, tokenizer):
     saes = {layer: random_sae(seed=layer) for layer in range(6)}
     corpora = {"target": ["1+2=3;4+4=8;"] * 4 + ["2+2=4;" * 3] * 4, "control": ["river stone cloud"] * 8}
-    heard = listen(planted.model, tokenizer, saes, corpora, block_size=2)
-    statistics = {name: found.statistics for name, found in heard.items()}
+    collected = collect_activations(planted.model, tokenizer, saes, corpora, block_size=2)
+    statistics = {name: found.statistics for name, found in collected.items()}
     found = text_scores(statistics) | edit_scores(planted.model, edits, saes, statistics, planted.texts)
     assert {name for name, (kind, _) in found.items() if kind == "rival"} == {
         "norm", "residual_shift", "gradient", "local_effect",

@@ -50,9 +50,9 @@ def test_the_share_of_drawn_sets_beaten_has_its_exact_interval():
 def test_spread_is_judged_beside_both_kinds_of_chance():
     own = results.pick("spread", vector="words", k=5, set="score", score="mass_shift").worth.item()
     random = results.pick("choice", vector="words", k=5, set="random, equal size")
-    stretched = results.pick("spread", vector="words", k=5, set=results.STRETCHED)
-    assert {len(layers) for layers in stretched.layers} == {5}
-    assert all(layer // 6 == place for layers in stretched.layers for place, layer in enumerate(layers))
-    for chance, drawn in (("random, equal size", random), (results.STRETCHED, stretched)):
+    segmented = results.pick("spread", vector="words", k=5, set=results.ONE_A_SEGMENT)
+    assert {len(layers) for layers in segmented.layers} == {5}
+    assert all(layer // 6 == place for layers in segmented.layers for place, layer in enumerate(layers))
+    for chance, drawn in (("random, equal size", random), (results.ONE_A_SEGMENT, segmented)):
         assert len(drawn) == 100
         assert results.chances("spread", chance)["words"].share == pytest.approx((own > drawn.worth).mean())

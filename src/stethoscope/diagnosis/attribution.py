@@ -6,7 +6,7 @@
     attribution_scores(target, control)[12].score      # nats per token, on features that help the target more
 
 Attribution patching over SAE features with error terms (arXiv 2403.19647), applied to a weight edit: a block is run
-with tuned weights on what the base gives it, and -dL/dh . dh is split into the features' parts and the rest.
+with tuned weights on the base's input to it, and -dL/dh . dh is split into the features' parts and the rest.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,16 +19,14 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
+from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import SAEError
-from stethoscope.losses import loss_gradient
+from stethoscope.models.forward import Recording, loss_gradient
 from stethoscope.models.sites import HookPoint, hook_point, read_activations, record_activations
-from stethoscope.replay import Recording
 from stethoscope.saes.activations import attention_sinks, on_device
 from stethoscope.text.tokens import TokenBatch
 
-Progress = Callable[[int, int], None]
 _CHUNK = 1024  # tokens encoded at once
 
 
@@ -53,8 +51,8 @@ class OwnChange:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heard:
-    """One batch: the base's loss of each row in nats, each layer's own change, and where attention sinks are."""
+class OwnChanges:
+    """Each layer's own change on one batch, the base's loss of each row in nats, and where attention sinks are."""
 
     losses: Float[Tensor, " rows"]
     changes: Mapping[int, OwnChange]
@@ -68,7 +66,7 @@ def own_changes(
     batch: TokenBatch,
     *,
     coefficient: float = 1.0,
-) -> Heard:
+) -> OwnChanges:
     """One forward and one backward of the base feed all layers; then each block of ``points`` runs once more, edited.
 
     The loss counts the tokens of ``batch.predicted``.
@@ -89,59 +87,28 @@ def own_changes(
             with edits.entered({layer: coefficient}), recording.below(layer):
                 tuned = read_activations(model, {layer: point}, batch.input_ids)[layer]
             changes[layer] = OwnChange(base=base.detach(), tuned=tuned, gradient=gradient)
-        loud = attention_sinks((recording.after(layer) for layer in points), batch.attention_mask)
-    return Heard(losses=losses.where(counted, 0.0).double().sum(1), changes=changes, sinks=loud)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerAttribution:
-    """One layer's edit on one corpus; all are sums, in nats by which the loss falls to first order.
-
-    ``explained`` + ``unexplained`` is the exact first-order effect of the change at the site.
-
-    Attributes:
-        attribution: each feature's part, per block of documents.
-        written: each feature's change of activation, summed over the tokens that count.
-        explained: the features' parts together, per document.
-        unexplained: the part of the change that the SAE does not decode, and all of it where tokens are masked.
-        masked: how much of ``unexplained`` falls on masked tokens (special tokens and attention sinks).
-    """
-
-    attribution: Float64[np.ndarray, "blocks width"]
-    written: Float64[np.ndarray, "blocks width"]
-    explained: Float64[np.ndarray, " documents"]
-    unexplained: Float64[np.ndarray, " documents"]
-    masked: Float64[np.ndarray, " documents"]
+        sinks = attention_sinks((recording.after(layer) for layer in points), batch.attention_mask)
+    return OwnChanges(losses=losses.where(counted, 0.0).double().sum(1), changes=changes, sinks=sinks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """Every layer's edit on one corpus.
+    """Every layer's edit on one corpus; all are sums, in nats by which the loss falls to first order.
+
+    ``explained`` + ``unexplained`` is the exact first-order effect of the change at the site.
 
     Attributes:
-        losses: the base's loss of each document, in nats.
-        tokens: predicted tokens of each document; ``block_tokens`` are those of each block.
+        features: each feature's part in place of its activation, so that chance is known for it in the same way;
+            tokens are those predicted.
+        explained: by layer, the features' parts together, per document.
+        unexplained: by layer, the part that the SAE does not decode, and all of it on special tokens and sinks.
+        tokens: predicted tokens of each document.
     """
 
-    layers: Mapping[int, LayerAttribution]
-    losses: Float64[np.ndarray, " documents"]
+    features: FeatureStatistics
+    explained: Mapping[int, Float64[np.ndarray, " documents"]]
+    unexplained: Mapping[int, Float64[np.ndarray, " documents"]]
     tokens: Int64[np.ndarray, " documents"]
-    block_tokens: Int64[np.ndarray, " blocks"]
-
-    def statistics(self) -> FeatureStatistics:
-        """The features' attribution in the place of activation sums, so that chance is known for it in the same way."""
-        return FeatureStatistics(
-            layers={
-                layer: LayerStatistics(
-                    sums=found.attribution,
-                    fired=np.zeros(found.attribution.shape, dtype=np.int64),
-                    maxima=np.zeros(found.attribution.shape, dtype=np.float32),
-                    tokens=self.block_tokens,
-                    sinks=np.zeros_like(self.block_tokens),
-                )
-                for layer, found in self.layers.items()
-            }
-        )
 
 
 def attribute(
@@ -154,14 +121,13 @@ def attribute(
     tap: str | None = None,
     coefficient: float = 1.0,
     block_size: int = 8,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Attribution:
     """Attribute every layer's own edit to the features of its SAE, on one corpus.
 
     Costs two forwards and a backward, and four products with an SAE's matrix per token and layer.
 
     Args:
-        edits: the layers' edited weights.
         saes: by layer, reading ``site``.
         batches: the corpus; see `stethoscope.text.tokens.batches`.
         tap: the exact place, where the SAEs read the site elsewhere than most; see `hook_point`.
@@ -173,70 +139,36 @@ def attribute(
         SAEError: the model has no such site, or an SAE gave values that are not finite.
     """
     documents = 1 + max(i for batch in batches for i in batch.documents)
-    blocks = -(-documents // block_size)
     points = {layer: hook_point(model, layer, site, tap) for layer in sorted(saes)}
-    sums = {layer: _Sums(documents, blocks, saes[layer].cfg.d_sae) for layer in points}
-    losses, tokens = np.zeros(documents), np.zeros(documents, dtype=np.int64)
+    features = FeatureStatistics.zeros({n: saes[n].cfg.d_sae for n in points}, -(-documents // block_size))
+    tokens = np.zeros(documents, dtype=np.int64)
+    explained, total = ({layer: np.zeros(documents) for layer in points} for _ in range(2))
     for done, batch in enumerate(batches, 1):
-        rows = list(batch.documents)
-        heard = own_changes(model, edits, points, batch, coefficient=coefficient)
-        losses[rows] = heard.losses.cpu().numpy()
+        rows = np.array(batch.documents)
         tokens[rows] = batch.predicted.sum(1).numpy()
-        counted = batch.countable & ~heard.sinks
-        for layer, change in heard.changes.items():
+        own = own_changes(model, edits, points, batch, coefficient=coefficient)
+        counted = batch.countable & ~own.sinks
+        for layer, change in own.changes.items():
+            total[layer][rows] = change.gain().cpu().where(batch.attention_mask, 0.0).sum(1).numpy()
             with torch.no_grad(), on_device(saes[layer], change.base.device):
-                sums[layer].add(saes[layer], change, batch, counted, block_size)
+                for row, document in enumerate(batch.documents):
+                    for parts in _parts(saes[layer], change, row, counted[row]):
+                        features.layers[layer].sums[document // block_size] += parts
+                        explained[layer][document] += parts.sum()
         if progress:
             progress(done, len(batches))
-    if broken := [layer for layer in sums if not np.isfinite(sums[layer].attribution).all()]:
+    if broken := [layer for layer, found in features.layers.items() if not np.isfinite(found.sums).all()]:
         raise SAEError("some layers' attributions are not finite", problems=[f"layer {layer}" for layer in broken])
-    members = np.arange(documents) // block_size
-    return Attribution(
-        layers={layer: found.freeze() for layer, found in sums.items()},
-        losses=losses,
-        tokens=tokens,
-        block_tokens=np.array([tokens[members == block].sum() for block in range(blocks)], dtype=np.int64),
-    )
+    for statistics in features.layers.values():
+        statistics.tokens[:] = np.add.reduceat(tokens, range(0, documents, block_size))
+    unexplained = {layer: total[layer] - explained[layer] for layer in points}
+    return Attribution(features=features, explained=explained, unexplained=unexplained, tokens=tokens)
 
 
-class _Sums:
-    def __init__(self, documents: int, blocks: int, width: int) -> None:
-        self.attribution, self.written = np.zeros((blocks, width)), np.zeros((blocks, width))
-        self.explained, self.total, self.masked = np.zeros((3, documents))
-
-    def add(
-        self,
-        sae: SAE,
-        change: OwnChange,
-        batch: TokenBatch,
-        counted: Bool[Tensor, "rows tokens"],
-        block_size: int,
-    ) -> None:
-        gain = change.gain().cpu()
-        rows = np.array(batch.documents)
-        self.total[rows] = gain.where(batch.attention_mask, 0.0).sum(1).numpy()
-        self.masked[rows] = gain.where(batch.attention_mask & ~counted, 0.0).sum(1).numpy()
-        for row, document in enumerate(batch.documents):
-            block = document // block_size
-            for written, attribution in _read(sae, change, row, counted[row]):
-                self.attribution[block] += attribution
-                self.written[block] += written
-                self.explained[document] += attribution.sum()
-
-    def freeze(self) -> LayerAttribution:
-        return LayerAttribution(
-            attribution=self.attribution,
-            written=self.written,
-            explained=self.explained,
-            unexplained=self.total - self.explained,
-            masked=self.masked,
-        )
-
-
-def _read(
+def _parts(
     sae: SAE, change: OwnChange, row: int, counted: Bool[Tensor, " tokens"]
-) -> Iterator[tuple[Float64[np.ndarray, " width"], Float64[np.ndarray, " width"]]]:
-    """Each feature's change and its attribution, summed over some of a document's tokens at a time."""
+) -> Iterator[Float64[np.ndarray, " width"]]:
+    """Each feature's attribution, summed over some of a document's tokens at a time."""
     for chosen in counted.nonzero()[:, 0].split(_CHUNK):
         at = chosen.to(change.base.device)
         base, tuned, gradient = (x[row, at].float() for x in (change.base, change.tuned, change.gradient))
@@ -244,8 +176,8 @@ def _read(
         written = after - sae.encode(base)  # [tokens, width]; the last to be encoded sets the scale of decoding
         # An SAE that normalises each token decodes into units of that token: the gradient is taken there, once.
         scaled, offset = sae.run_time_activation_norm_fn_out(torch.stack([gradient, torch.zeros_like(gradient)]))
-        attribution = -((scaled - offset) @ sae.W_dec.T) * written
-        yield tuple(x.sum(0, dtype=torch.float64).cpu().numpy() for x in (written, attribution))
+        parts = -((scaled - offset) @ sae.W_dec.T) * written
+        yield parts.sum(0, dtype=torch.float64).cpu().numpy()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,7 +187,7 @@ class AttributionScore:
     Attributes:
         score: the positive features' parts together: `attribution` as a score of the layer.
         explained: all features' parts together.
-        unexplained: what the SAE does not see; ``explained`` + ``unexplained`` is the exact first-order effect.
+        unexplained: what the SAE does not decode; ``explained`` + ``unexplained`` is the exact first-order effect.
     """
 
     score: float
@@ -267,17 +199,10 @@ def attribution_scores(target: Attribution, control: Attribution) -> dict[int, A
     """Every layer's attribution: positive where the edit helps the target more than it helps the control."""
     share_t, share_c = 1 / target.tokens.sum(), 1 / control.tokens.sum()
     found = {}
-    for layer, on_target in target.layers.items():
-        on_control = control.layers[layer]
-        features = on_target.attribution.sum(0) * share_t - on_control.attribution.sum(0) * share_c
+    for layer, ours in target.features.layers.items():
+        features = ours.sums.sum(0) * share_t - control.features.layers[layer].sums.sum(0) * share_c
+        rest = target.unexplained[layer].sum() * share_t - control.unexplained[layer].sum() * share_c
         found[layer] = AttributionScore(
-            score=positive_part(features),
-            explained=float(features.sum()),
-            unexplained=float(on_target.unexplained.sum() * share_t - on_control.unexplained.sum() * share_c),
+            score=float(np.maximum(features, 0).sum()), explained=float(features.sum()), unexplained=float(rest)
         )
     return found
-
-
-def positive_part(features: Float64[np.ndarray, " width"]) -> float:
-    """The score of a layer from its features' attribution."""
-    return float(np.maximum(features, 0).sum())

@@ -1,31 +1,28 @@
-"""diagnose: model, SAEs and two kinds of text in; each layer's specificity, judged against chance, out."""
+"""diagnose: from collected activations to each layer's specificity, compared with chance."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
-from numpy import ndarray
 
 from stethoscope.artifacts import Provenance
-from stethoscope.diagnosis.listen import Listening
+from stethoscope.diagnosis.collect import CollectedActivations
 from stethoscope.diagnosis.scores import SCORES, positive_difference
-from stethoscope.diagnosis.statistics import FeatureStatistics
+from stethoscope.diagnosis.statistics import FeatureStatistics, LayerStatistics
 from stethoscope.diagnosis.uncertainty import ScoreUncertainty, assess
 from stethoscope.display import first_of
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import ATTRIBUTION
 from stethoscope.results.diagnosis import NAMED, CorpusSummary, Diagnosis, FeatureDifference, LayerDiagnosis, SAEHealth
 
-# Below this an SAE does not describe the layer, and what it hears is not believed.
+# Below this an SAE does not describe the layer, and the layer is excluded.
 LEAST_VARIANCE_EXPLAINED = 0.5
 
 
 def diagnose(
-    heard: Mapping[str, Listening],
+    collected: Mapping[str, CollectedActivations],
     *,
-    documents: Mapping[str, int],
     provenance: Provenance | None = None,
     score: str = "mass_shift",
     attribution: Mapping[str, FeatureStatistics] | None = None,
@@ -34,15 +31,14 @@ def diagnose(
     resamples: int = 200,
     top_features: int = 64,
 ) -> Diagnosis:
-    """Score every layer from what was heard on target and control text.
+    """Score every layer from the activations collected on target and control text.
 
     Args:
-        heard: `listen`'s result for the corpus ``target``; every other is a control, and a layer has to stand out
-            against each of them.
-        documents: how many documents each corpus has.
+        collected: by corpus, from `collect_activations`. All corpora but ``target`` are controls, and a layer has to
+            stand out against each of them.
         provenance: what the result is saved with; its seed drives permutations and resamples, and is 0 if None.
         score: a name in ``SCORES``, or ``attribution``.
-        attribution: for that score, the features' attribution (`Attribution.statistics`), on the same corpora.
+        attribution: for that score, the features' attribution (`Attribution.features`), on the same corpora.
         increments: judge what each layer adds to the one before it, for sites that accumulate.
         top_features: features to keep per layer, those with the largest mass difference.
 
@@ -56,46 +52,35 @@ def diagnose(
         near = get_close_matches(score, SCORES, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(SCORES)}"
         raise StethoscopeError(f"unknown score `{score}`", hint=hint)
-    controls = [name for name in heard if name != "target"]
+    controls = [name for name in collected if name != "target"]
     if not controls:
         raise StethoscopeError("there is no control text to compare the target with")
-    scored = attribution if attribution is not None else {name: one.statistics for name, one in heard.items()}
-    found = {
-        name: {
-            form: assess(
-                scored["target"],
-                scored[name],
-                SCORES.get(score, positive_difference),
-                increments=form,
-                permutations=permutations,
-                resamples=resamples,
-                rng=np.random.default_rng(provenance.seed),
-            )
-            for form in (False, True)
-        }
-        for name in controls
-    }
-    layers = []
-    figures = {name: {form: _figures(one) for form, one in forms.items()} for name, forms in found.items()}
-    for i, layer in enumerate(found[controls[0]][False].layers):
-        against = min(controls, key=lambda name: figures[name][increments][i]["z"])
-        health = {name: heard[name].health[layer] for name in heard}
-        added = figures[against][True][i]
-        layers.append(
-            LayerDiagnosis(
-                layer=layer,
-                **figures[against][increments][i],
-                increment=added["excess"],
-                increment_z=added["z"],
-                against=against,
-                health=health,
-                flag=_flag(health),
-                features=_features(
-                    heard["target"], heard[against], layer, top_features, _difference(scored, against, layer, score)
-                ),
-            )
+    scored = attribution if attribution is not None else {name: one.statistics for name, one in collected.items()}
+    figures: dict[str, list[dict[str, Any]]] = {}
+    for name in controls:
+        found = assess(
+            scored["target"],
+            scored[name],
+            SCORES.get(score, positive_difference),
+            permutations=permutations,
+            resamples=resamples,
+            rng=np.random.default_rng(provenance.seed),
         )
-    summaries = {name: _summary(heard[name], documents[name]) for name in heard}
+        added = found.increments()
+        figures[name] = _figures(added if increments else found)
+        for own, increment, increment_z in zip(figures[name], added.excess.tolist(), added.z.tolist(), strict=True):
+            own |= {"increment": increment, "increment_z": increment_z, "against": name}
+    layers = []
+    for layer, rivals in zip(scored["target"].layers, zip(*figures.values(), strict=True), strict=True):
+        least = min(rivals, key=lambda own: own["z"])
+        health = {name: one.health[layer] for name, one in collected.items()}
+        ours, theirs = (scored[name].layers[layer] for name in ("target", least["against"]))
+        difference = ours.mean - theirs.mean if score == ATTRIBUTION else ours.mass - theirs.mass
+        order = np.argsort(-difference, kind="stable")[:top_features]
+        pair = [collected[name].statistics.layers[layer] for name in ("target", least["against"])]
+        features = _features(order[difference[order] > 0].tolist(), *pair)
+        layers.append(LayerDiagnosis(layer=layer, **least, health=health, flag=_flag(health), features=features))
+    summaries = {name: _summary(one) for name, one in collected.items()}
     return Diagnosis(
         provenance=provenance,
         score=score,
@@ -107,18 +92,13 @@ def diagnose(
 
 
 def _figures(found: ScoreUncertainty) -> list[dict[str, Any]]:
-    """A layer's own figures, by place."""
+    """Each layer's own figures."""
     low, high = found.interval().tolist()
     columns = {
         "score": found.score.tolist(),
         "null": found.null.mean(0).tolist(),
-        "excess": found.excess.tolist(),
         "interval": list(zip(low, high, strict=True)),
-        "z": found.z.tolist(),
-        "p": found.p.tolist(),
-        "p_familywise": found.p_familywise.tolist(),
-        "rank": found.rank.tolist(),
-        "stability": found.stability.tolist(),
+        **{n: getattr(found, n).tolist() for n in ("excess", "z", "p", "p_familywise", "rank", "stability")},
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -132,68 +112,46 @@ def _flag(health: Mapping[str, SAEHealth]) -> str | None:
     return None
 
 
-def _difference(
-    scored: Mapping[str, FeatureStatistics], control: str, layer: int, score: str
-) -> Float64[ndarray, " width"]:
-    """How much more each feature is the target's: by attribution, or by its share of activation mass."""
-    ours, theirs = scored["target"].layers[layer], scored[control].layers[layer]
-    return ours.mean - theirs.mean if score == ATTRIBUTION else ours.mass - theirs.mass
-
-
 def _features(
-    target: Listening, control: Listening, layer: int, count: int, difference: Float64[ndarray, " width"]
+    chosen: Sequence[int], target: LayerStatistics, control: LayerStatistics
 ) -> tuple[FeatureDifference, ...]:
-    """The features of largest positive difference, and what they do on both texts."""
-    ours, theirs = target.statistics.layers[layer], control.statistics.layers[layer]
-    order = np.argsort(-difference, kind="stable")[:count]
+    columns = [values[chosen].tolist() for values in (target.rate, control.rate, target.mass, control.mass)]
     return tuple(
-        FeatureDifference(
-            feature=int(i),
-            target_rate=float(ours.rate[i]),
-            control_rate=float(theirs.rate[i]),
-            target_mass=float(ours.mass[i]),
-            control_mass=float(theirs.mass[i]),
-        )
-        for i in order
-        if difference[i] > 0
+        FeatureDifference(feature=i, target_rate=p_t, control_rate=p_c, target_mass=m_t, control_mass=m_c)
+        for i, p_t, p_c, m_t, m_c in zip(chosen, *columns, strict=True)
     )
 
 
-def _summary(heard: Listening, documents: int) -> CorpusSummary:
-    layers = heard.statistics.layers.values()
+def _summary(collected: CollectedActivations) -> CorpusSummary:
+    layers = collected.statistics.layers.values()
     return CorpusSummary(
-        documents=documents - len(heard.broken),
-        blocks=heard.statistics.blocks,
+        documents=collected.documents,
+        blocks=collected.statistics.blocks,
         tokens=int(max((layer.tokens + layer.sinks).sum() for layer in layers)),
         sinks=int(max(layer.sinks.sum() for layer in layers)),
-        broken=tuple(heard.broken),
+        broken=tuple(collected.broken),
     )
 
 
 def _warnings(corpora: Mapping[str, CorpusSummary], layers: Sequence[LayerDiagnosis]) -> tuple[str, ...]:
-    left_out = (
-        f"{len(corpus.broken)} {name} documents could not be heard and were left out, counted from 0:"
+    found = [
+        f"{len(corpus.broken)} {name} documents could not be processed and were left out, counted from 0:"
         f" {', '.join(map(str, corpus.broken))}"
         for name, corpus in corpora.items()
         if corpus.broken
-    )
-    return (*left_out, *_flagged(layers), *_lengths(corpora))
-
-
-def _flagged(layers: Sequence[LayerDiagnosis]) -> Iterator[str]:
-    flagged = [f"layer {layer.layer} ({layer.flag})" for layer in layers if layer.flag]
-    if flagged:
-        yield (
-            f"{len(flagged)} of {len(layers)} layers are not believed, {first_of(flagged, NAMED)}: SAEs of another"
-            " model or layer look like this, and so does text unlike what they were trained on"
+    ]
+    if flagged := [f"layer {layer.layer} ({layer.flag})" for layer in layers if layer.flag]:
+        found.append(
+            f"{len(flagged)} of {len(layers)} layers are excluded, {first_of(flagged, NAMED)}: SAEs of another model"
+            " or layer look like this, and so does text unlike what they were trained on"
         )
-
-
-def _lengths(corpora: Mapping[str, CorpusSummary]) -> tuple[str, ...]:
     lengths = {name: corpus.tokens / corpus.documents for name, corpus in corpora.items()}
-    return tuple(
-        f"target documents have {lengths['target']:.0f} tokens on average and {name} documents {length:.0f}:"
-        " length alone can explain a score"
-        for name, length in lengths.items()
-        if not 2 / 3 <= lengths["target"] / length <= 3 / 2
+    return (
+        *found,
+        *(
+            f"target documents have {lengths['target']:.0f} tokens on average and {name} documents {length:.0f}:"
+            " length alone can explain a score"
+            for name, length in lengths.items()
+            if not 2 / 3 <= lengths["target"] / length <= 3 / 2
+        ),
     )

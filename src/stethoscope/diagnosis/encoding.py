@@ -6,8 +6,6 @@ processor's caches: product, shift, relu, sum, maximum, count. Comparisons that 
 cost ten times as much per element on a CPU. Other architectures are encoded by SAELens.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -39,8 +37,8 @@ class BlockSums:
         fired = positive.gt_(0).sum(0).to(torch.int64)
         self.fired[part] += fired
         if threshold is not None:
-            sums += threshold.double() * fired
-            largest = torch.where(fired > 0, largest + threshold, 0.0)
+            sums += threshold[part].double() * fired
+            largest = torch.where(fired > 0, largest + threshold[part], 0.0)
         torch.maximum(self.maxima[part], largest, out=self.maxima[part])
 
     def freeze(self) -> LayerStatistics:
@@ -69,7 +67,6 @@ class Encoder:
             or sae.cfg.normalize_activations != "none"
             or sae.cfg.reshape_activations != "none"
         )
-        self._tokens = TILE_TOKENS[device.type]
         if self.exact:
             self._sae = sae.to(device=str(device))
             return
@@ -84,30 +81,28 @@ class Encoder:
             shift = shift - self._threshold.to(shift.device)
         self._shift = shift.to(device)
         step = TILE_WIDTH[device.type]
-        self._parts = [slice(start, min(start + step, self.width)) for start in range(0, self.width, step)]
-        self._weights = [weights[:, part].to(device=device, dtype=dtype).contiguous() for part in self._parts]
-        # on a GPU it is large, and the allocator lends the same to one layer after another
+        self._parts = [
+            (slice(start, start + part.shape[1]), part.to(device=device, dtype=dtype).contiguous())
+            for start, part in zip(range(0, self.width, step), weights.split(step, 1), strict=True)
+        ]
+        # on a GPU it is large, and the allocator gives the same memory to one layer after another
         self._tile = self._new_tile() if device.type == "cpu" else None
 
     def add(self, hidden: Float[Tensor, "tokens d_in"], sums: BlockSums) -> None:
         """Add the activations of some tokens to a block's sums."""
         sums.tokens += len(hidden)
-        for values in hidden.split(self._tokens) if len(hidden) else ():
+        for values in hidden.split(TILE_TOKENS[self.device.type]) if len(hidden) else ():
             if self.exact:
                 sums.add(slice(None), self._sae.encode(values.to(self._sae.dtype)).float().clamp_(min=0), None)
                 continue
-            for part, positive in self._positive(values.to(self.dtype)):
-                sums.add(part, positive, None if self._threshold is None else self._threshold[part])
+            values, tile = values.to(self.dtype), self._tile or self._new_tile()
+            for part, weights in self._parts:
+                rows, columns = len(values), weights.shape[1]
+                product, wide = (some[: rows * columns].view(rows, columns) for some in tile)
+                torch.mm(values, weights, out=product)
+                sums.add(part, wide.copy_(product).add_(self._shift[part]).relu_(), self._threshold)
 
     def _new_tile(self) -> tuple[Tensor, Tensor]:
-        size = self._tokens * self._parts[0].stop
+        """Memory for a product and for its activations, which every tile uses again."""
+        size = TILE_TOKENS[self.device.type] * min(TILE_WIDTH[self.device.type], self.width)
         return torch.empty(size, dtype=self.dtype, device=self.device), torch.empty(size, device=self.device)
-
-    def _positive(self, values: Float[Tensor, "tokens d_in"]) -> Iterator[tuple[slice, Float[Tensor, "tokens part"]]]:
-        """relu(z - threshold), tile by tile, in memory that is used again."""
-        tile = self._tile or self._new_tile()
-        for part, weights in zip(self._parts, self._weights, strict=True):
-            rows, columns = len(values), weights.shape[1]
-            product, wide = (some[: rows * columns].view(rows, columns) for some in tile)
-            torch.mm(values, weights, out=product)
-            yield part, wide.copy_(product).add_(self._shift[part]).relu_()

@@ -1,8 +1,7 @@
 """Specificity scores: how differently a layer's features act on target and control text.
 
-Each score is a pure function of the saved sums of blocks of documents and of two weightings of these blocks, one that
-says how much each counts as target and one as control. Weightings may have leading axes, so that permutations and
-resamples are scored in one call.
+A score is a pure function of the saved sums of blocks of documents and of two weightings of these blocks: how much each
+counts as target, and as control. Weightings may have leading axes, so that many labellings are scored in one call.
 """
 
 from collections.abc import Callable
@@ -43,16 +42,16 @@ class Blocks:
 
     def rate(self, weights: Float[ndarray, "*batch blocks"]) -> Float[ndarray, "*batch width"]:
         """Share of counted tokens on which each feature fires; p in the formulas."""
-        fired: Float[ndarray, "*batch width"] = weights @ self.fired
-        return fired / self._tokens(weights)
+        return self._per_token(self.fired, weights)
 
     def mean(self, weights: Float[ndarray, "*batch blocks"]) -> Float[ndarray, "*batch width"]:
         """Mean activation per counted token; a in the formulas."""
-        sums: Float[ndarray, "*batch width"] = weights @ self.sums
-        return sums / self._tokens(weights)
+        return self._per_token(self.sums, weights)
 
-    def _tokens(self, weights: Float[ndarray, "*batch blocks"]) -> Float[ndarray, "*batch 1"]:
-        return np.maximum((weights @ self.tokens)[..., None], 1.0)
+    def _per_token(
+        self, values: Float64[ndarray, "blocks width"], weights: Float[ndarray, "*batch blocks"]
+    ) -> Float[ndarray, "*batch width"]:
+        return np.asarray((weights @ values) / np.maximum((weights @ self.tokens)[..., None], 1.0))
 
 
 Weights = Float[ndarray, "*batch blocks"]
@@ -106,7 +105,7 @@ def probe_auroc(blocks: Blocks, target: Weights, control: Weights) -> Float[ndar
     """Area under the ROC curve of telling held-out blocks apart by the features that differ most on the others.
 
     The 16 features of largest ``p_T - p_C`` on even blocks are summed (by rate) on odd blocks, and the other way round;
-    the mean of both. Blocks of many documents are easily told apart: listen with small blocks for this score.
+    the mean of both. Blocks of many documents are easily told apart: use small blocks for this score.
     """
     even = np.arange(len(blocks.tokens)) % 2 == 0
     rates = blocks.fired / np.maximum(blocks.tokens, 1)[:, None]
@@ -117,8 +116,8 @@ def probe_auroc(blocks: Blocks, target: Weights, control: Weights) -> Float[ndar
         k = min(PROBED, difference.shape[-1])
         features = np.argpartition(difference, -k, axis=-1)[..., -k:]
         for place in np.ndindex(batch):
-            heard = rates[:, features[place]].sum(1)
-            areas[(fold, *place)] = _auroc(heard, target[place] * ~chosen, control[place] * ~chosen)
+            summed = rates[:, features[place]].sum(1)
+            areas[(fold, *place)] = _auroc(summed, target[place] * ~chosen, control[place] * ~chosen)
     return np.asarray(areas.mean(0))
 
 

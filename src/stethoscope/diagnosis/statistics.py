@@ -1,7 +1,7 @@
-"""Feature statistics: sums over blocks of documents, which any number of workers can gather and merge.
+"""Feature statistics: sums over blocks of documents, which any number of workers can compute in any order.
 
 A block is what a permutation test relabels and a bootstrap draws, because tokens of one document are not
-independent. Blocks never share a batch, so a block's sums do not depend on what else was listened to.
+independent. Blocks never share a batch, so a block's sums do not depend on the other blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,65 +60,48 @@ class LayerStatistics:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureStatistics:
-    """What every layer's features did on one corpus; ``layers`` is in ascending order."""
+    """Every layer's feature statistics on one corpus; ``layers`` is in ascending order."""
 
     layers: Mapping[int, LayerStatistics]
 
-    @property
-    def blocks(self) -> int:
-        """How many blocks of documents there are."""
-        return len(next(iter(self.layers.values())).tokens)
-
     @classmethod
-    def merge(cls, parts: Sequence["FeatureStatistics"]) -> "FeatureStatistics":
-        """Join the blocks of several parts, in the order given.
-
-        Raises:
-            StethoscopeError: the parts listened to different layers.
-        """
-        layers = list(parts[0].layers)
-        if any(list(part.layers) != layers for part in parts):
-            raise StethoscopeError("statistics of different layers cannot be merged")
+    def zeros(cls, widths: Mapping[int, int], blocks: int) -> "FeatureStatistics":
+        """Zeros for so many blocks, to be filled by `put`; ``widths`` are numbers of features by layer."""
         return cls(
             layers={
                 layer: LayerStatistics(
-                    **{n: np.concatenate([getattr(part.layers[layer], n) for part in parts]) for n in _NAMES}
+                    sums=np.zeros((blocks, width)),
+                    fired=np.zeros((blocks, width), dtype=np.int64),
+                    maxima=np.zeros((blocks, width), dtype=np.float32),
+                    tokens=np.zeros(blocks, dtype=np.int64),
+                    sinks=np.zeros(blocks, dtype=np.int64),
                 )
-                for layer in layers
+                for layer, width in sorted(widths.items())
             }
         )
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of documents."""
+        return len(next(iter(self.layers.values())).tokens)
+
+    def put(self, number: int, block: "FeatureStatistics") -> None:
+        """Copy one block's statistics of some layers to its place."""
+        for layer, found in block.layers.items():
+            for name in _NAMES:
+                getattr(self.layers[layer], name)[number] = getattr(found, name)[0]
 
     def regroup(self, groups: Sequence[Int64[ndarray, " group"]]) -> "FeatureStatistics":
         """New blocks, each the sum of some of these; blocks may be left out.
 
-        Listening with a block per document and grouping afterwards gives the blocks of any split of the documents.
+        Statistics with a block per document give those of any split of the documents.
         """
 
         def gathered(layer: LayerStatistics) -> LayerStatistics:
             sums = {n: np.stack([getattr(layer, n)[group].sum(0) for group in groups]) for n in _NAMES if n != "maxima"}
-            maxima = np.stack([layer.maxima[group].max(0) for group in groups])
-            return LayerStatistics(maxima=maxima, **sums)
+            return LayerStatistics(maxima=np.stack([layer.maxima[group].max(0) for group in groups]), **sums)
 
         return FeatureStatistics(layers={n: gathered(layer) for n, layer in self.layers.items()})
-
-
-class StatisticsTable:
-    """The statistics of so many blocks, filled in block by block in any order; takes no memory beside them."""
-
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
-        self.layers: dict[int, LayerStatistics] = {}
-
-    def put(self, number: int, block: FeatureStatistics) -> None:
-        """Copy one block's statistics of some layers to its place."""
-        for layer, found in block.layers.items():
-            if layer not in self.layers:
-                arrays = {n: getattr(found, n) for n in _NAMES}
-                self.layers[layer] = LayerStatistics(
-                    **{n: np.zeros((self.blocks, *array.shape[1:]), array.dtype) for n, array in arrays.items()}
-                )
-            for name in _NAMES:
-                getattr(self.layers[layer], name)[number] = getattr(found, name)[0]
 
 
 def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
@@ -145,14 +128,11 @@ def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
         arrays = load_file(path)
     except (OSError, SafetensorError) as error:
         raise StethoscopeError(f"the statistics `{path}` cannot be read: {error}") from error
-    places = sorted({(corpus, int(layer)) for corpus, layer, _ in (key.rsplit(".", 2) for key in arrays)})
+    corpora: dict[str, dict[int, dict[str, ndarray]]] = {}
+    for key, array in arrays.items():
+        corpus, layer, name = key.rsplit(".", 2)
+        corpora.setdefault(corpus, {}).setdefault(int(layer), {})[name] = array
     return {
-        corpus: FeatureStatistics(
-            layers={
-                layer: LayerStatistics(**{n: arrays[f"{corpus}.{layer}.{n}"] for n in _NAMES})
-                for found, layer in places
-                if found == corpus
-            }
-        )
-        for corpus in {corpus for corpus, _ in places}
+        corpus: FeatureStatistics(layers={n: LayerStatistics(**found) for n, found in sorted(layers.items())})
+        for corpus, layers in corpora.items()
     }

@@ -1,10 +1,10 @@
-"""What chance alone would make of a score: a permutation null over blocks and a block bootstrap.
+"""Scores compared with chance: a permutation null over blocks and a block bootstrap.
 
 Any finite sample makes a specificity score positive even between two halves of one corpus. So a layer is judged
 by its excess over the scores of relabelled blocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -20,7 +20,7 @@ LABELLED_ELEMENTS = 1 << 23  # labellings x features held at a time
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreUncertainty:
-    """Every layer's score, its null, and its spread; ``layers`` gives the order of the last axis.
+    """Every layer's score, its null and its bootstrap; ``layers`` gives the order of the last axis.
 
     Attributes:
         score: on the data as labelled.
@@ -41,7 +41,8 @@ class ScoreUncertainty:
     @property
     def z(self) -> Float64[ndarray, " layers"]:
         """Excess in standard deviations of the null."""
-        return self.excess / self._spread
+        # a null without deviation would make z infinite, which no result on disk may hold
+        return self.excess / np.maximum(self.null.std(0, ddof=1), 1e-12)
 
     @property
     def p(self) -> Float64[ndarray, " layers"]:
@@ -78,10 +79,13 @@ class ScoreUncertainty:
         """Share of resamples that place a layer as high as its rank, or higher."""
         return np.asarray((_ranks(self.resamples - self.null.mean(0)) <= self.rank).mean(0))
 
-    @property
-    def _spread(self) -> Float64[ndarray, " layers"]:
-        # a null without spread would make z infinite, which no result on disk may hold
-        return np.maximum(self.null.std(0, ddof=1), 1e-12)
+    def increments(self) -> "ScoreUncertainty":
+        """Each layer's score less that of the layer before it that has an SAE, judged in the same way.
+
+        This is what a layer of a cumulative site adds; the first layer keeps its score.
+        """
+        kinds = {name: getattr(self, name) for name in ("score", "null", "resamples")}
+        return replace(self, **{name: np.diff(kind, axis=-1, prepend=0.0) for name, kind in kinds.items()})
 
 
 def _ranks(excess: Float64[ndarray, "rows layers"]) -> Int64[ndarray, "rows layers"]:
@@ -94,7 +98,6 @@ def assess(
     control: FeatureStatistics,
     score: Score,
     *,
-    increments: bool = False,
     permutations: int = 200,
     resamples: int = 200,
     rng: np.random.Generator,
@@ -103,10 +106,6 @@ def assess(
 
     The same relabelling is applied to every layer, which keeps the layers' dependence and makes the family-wise
     adjustment valid.
-
-    Args:
-        increments: judge each layer's score less that of the layer before it that has an SAE: what a cumulative site
-            adds. The first layer keeps its score.
 
     Raises:
         StethoscopeError: a corpus has fewer than four blocks, or the two do not cover the same layers.
@@ -133,10 +132,8 @@ def assess(
         blocks = Blocks.of(target.layers[layer], control.layers[layer])
         pairs = ((seen[None], 1 - seen[None]), (relabelled, 1 - relabelled), (drawn[0], drawn[1]))
         found.append([_in_parts(score, blocks, t, c) for t, c in pairs])
-    kinds = [np.stack(kind, axis=1) for kind in zip(*found, strict=True)]
-    if increments:
-        kinds = [np.diff(kind, axis=1, prepend=0.0) for kind in kinds]
-    return ScoreUncertainty(layers=tuple(target.layers), score=kinds[0][0], null=kinds[1], resamples=kinds[2])
+    (found_score,), null, drawn_again = (np.stack(kind, axis=1) for kind in zip(*found, strict=True))
+    return ScoreUncertainty(layers=tuple(target.layers), score=found_score, null=null, resamples=drawn_again)
 
 
 def _in_parts(

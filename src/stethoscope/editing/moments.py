@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.editing.apply import STACKED, live_tensors, stacked_place
 from stethoscope.errors import CheckpointError, StethoscopeError
-from stethoscope.losses import replaced_forward, run
+from stethoscope.models.forward import replaced_forward, run
 from stethoscope.models.load import decoder_layers
 from stethoscope.saes.activations import SINK_RATIO
 from stethoscope.text.tokens import TokenBatch

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Artifact, Provenance, Saved
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.outcomes import PerDocument
-from stethoscope.losses import chunk_size, head_logits, run, token_losses
+from stethoscope.models.forward import chunk_size, head_logits, run, token_losses
 
 Documents = Sequence[Sequence[int]]  # token ids
 Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]

@@ -12,7 +12,6 @@ import re
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 from jaxtyping import Float, Int
@@ -124,18 +123,16 @@ def record_activations(points: Mapping[Key, HookPoint], *, stop: bool = False) -
         if stop and len(found) == len(points):
             raise _AllRecorded
 
-    def keep_input(key: Key, _module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        keep(key, args[0] if args else options["hidden_states"])
-
-    def keep_output(key: Key, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        keep(key, output)
-
     with ExitStack() as stack:
         for key, point in points.items():
-            if point.reads_input:
-                hook = point.module.register_forward_pre_hook(partial(keep_input, key), with_kwargs=True)
-            else:
-                hook = point.module.register_forward_hook(partial(keep_output, key))
+            hook = (
+                point.module.register_forward_pre_hook(
+                    lambda _m, args, options, key=key: keep(key, args[0] if args else options["hidden_states"]),
+                    with_kwargs=True,
+                )
+                if point.reads_input
+                else point.module.register_forward_hook(lambda _m, _inputs, output, key=key: keep(key, output))
+            )
             stack.callback(hook.remove)
         yield found
 

@@ -42,7 +42,7 @@ class Calibration(Display, Artifact):
         z: each layer's score relative to its null, as it was given.
         budget: by what share control loss may rise; None weighs a nat of control against a nat of target.
         base_loss: nats per token of each corpus.
-        best: the point of largest worth; ``choice`` is the simplest that is not clearly worse.
+        best: the point of best trade-off; ``choice`` is the simplest that is not clearly worse.
         forwards: of the whole calibration text, that were spent.
         seen: corpus -> hash of its documents, which no claim may be tested on.
     """
@@ -62,7 +62,7 @@ class Calibration(Display, Artifact):
 
     @property
     def coefficients(self) -> dict[int, float]:
-        """Layer -> coefficient of the chosen edit; empty where nothing is worth its cost."""
+        """Layer -> coefficient of the chosen edit; empty where no gain outweighs its cost."""
         return self.points[self.choice].coefficients
 
     @property

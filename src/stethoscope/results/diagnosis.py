@@ -1,4 +1,4 @@
-"""What `diagnose` found: every layer's specificity for the target, and the SAEs' health."""
+"""The result of `diagnose`: every layer's specificity for the target, and the SAEs' health."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -45,13 +45,8 @@ class SAEHealth:
         """The same SAE with what firing rates on more tokens say."""
         if not tokens:
             return self
-        return replace(
-            self,
-            tokens=tokens,
-            l0=float(rate.sum()),
-            dead=float((rate == 0).mean()),
-            dense=float((rate > DENSE_RATE).mean()),
-        )
+        shares = {"dead": float((rate == 0).mean()), "dense": float((rate > DENSE_RATE).mean())}
+        return replace(self, tokens=tokens, l0=float(rate.sum()), **shares)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -158,21 +153,14 @@ class Diagnosis(Display, Artifact):
         """A pandas frame: a row per layer, ``variance_explained`` and ``l0`` by corpus in columns of their own."""
         import pandas as pd
 
-        return pd.DataFrame(
-            [
-                {
-                    **layer.model_dump(exclude={"interval", "health", "features", "flag"}),
-                    "low": layer.interval[0],
-                    "high": layer.interval[1],
-                    **{
-                        f"variance_explained_{name}": health.variance_explained for name, health in layer.health.items()
-                    },
-                    **{f"l0_{name}": health.l0 for name, health in layer.health.items()},
-                    "flag": layer.flag or "",
-                }
-                for layer in self.layers
-            ]
-        )
+        rows = []
+        for layer in self.layers:
+            row = layer.model_dump(exclude={"interval", "health", "features", "flag"})
+            row |= zip(("low", "high"), layer.interval, strict=True)
+            for field in ("variance_explained", "l0"):
+                row |= {f"{field}_{name}": getattr(health, field) for name, health in layer.health.items()}
+            rows.append(row | {"flag": layer.flag or ""})
+        return pd.DataFrame(rows)
 
     def plot(self, selection: Any = None, *, width: int = 640) -> Any:
         """The layer profile, an Altair chart: excess over chance per layer, and the SAEs' health below.

@@ -26,7 +26,7 @@ from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.editing.apply import STACKED, Swap, live_tensors, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
-from stethoscope.losses import loss_gradient, run
+from stethoscope.models.forward import loss_gradient, run
 from stethoscope.models.load import decoder_layers
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.results.validation import Kind
@@ -45,17 +45,16 @@ def text_scores(statistics: Mapping[str, FeatureStatistics], *, control: str = "
     """The scores that need text alone, as excess over chance: of each layer, and what it adds to the one before."""
     found: Scores = {}
     for name, score in SCORES.items():
-        for suffix, increments in (("", False), (" increment", True)):
-            made = assess(
-                statistics["target"],
-                statistics[control],
-                score,
-                increments=increments,
-                permutations=PERMUTATIONS,
-                resamples=2,
-                rng=np.random.default_rng(seed),
-            )
-            found[name + suffix] = ("sae", dict(zip(made.layers, made.excess.tolist(), strict=True)))
+        made = assess(
+            statistics["target"],
+            statistics[control],
+            score,
+            permutations=PERMUTATIONS,
+            resamples=2,
+            rng=np.random.default_rng(seed),
+        )
+        for key, one in ((name, made), (f"{name} increment", made.increments())):
+            found[key] = ("sae", dict(zip(one.layers, one.excess.tolist(), strict=True)))
     return found
 
 

@@ -19,10 +19,9 @@ from stethoscope.diagnosis.attribution import own_changes
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
-from stethoscope.losses import token_losses
+from stethoscope.models.forward import Recording, token_losses
 from stethoscope.models.load import decoder_layers
 from stethoscope.models.sites import hook_point
-from stethoscope.replay import Recording
 from stethoscope.text.tokens import TokenBatch
 
 Texts = Mapping[str, Sequence[TokenBatch]]

@@ -24,20 +24,20 @@ def top_k(ranked: Ranked, options: Select) -> Ranked:
 
 
 def spread(ranked: Ranked, options: Select) -> Ranked:
-    """The layer of largest excess in each of k stretches of the stack: the gains of neighbours repeat."""
+    """The layer of largest excess in each of k depth segments: the gains of neighbours repeat."""
     best = set(_ahead(ranked, options).values())
     return [layer for layer in ranked if layer.layer in best]
 
 
-def stretches(layers: Collection[int], k: int) -> list[list[int]]:
+def depth_segments(layers: Collection[int], k: int) -> list[list[int]]:
     """Layers in order of depth, cut into k runs as equal as can be."""
     return [run.tolist() for run in np.array_split(sorted(layers), k)]
 
 
 def _ahead(ranked: Ranked, options: Select) -> dict[int, int]:
-    """For each layer the best of its stretch."""
+    """For each layer the best of its depth segment."""
     places = {layer.layer: place for place, layer in enumerate(ranked)}
-    runs = stretches(places, _enough(ranked, options))
+    runs = depth_segments(places, _enough(ranked, options))
     return {layer: min(run, key=places.__getitem__) for run in runs for layer in run}
 
 
@@ -107,7 +107,7 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
     places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
     ahead = _ahead(ranked, options) if options.policy == "spread" else {}
     warnings = []
-    # a layer that is chosen for its stretch may lose its rank among all
+    # a layer that is chosen for its depth segment may lose its rank among all
     if (shaky := unsteady(diagnosis, chosen)) and not ahead:
         warnings.append(
             f"fewer than half of the resamples leave these layers their rank: {', '.join(map(str, shaky))}; other"
@@ -158,9 +158,9 @@ def _choice(layer: LayerDiagnosis, chosen: bool, places: dict[int, int], ahead: 
         reason = f"left out: {layer.flag}"
     elif chosen:
         stability = f"rank {layer.rank} or better in {100 * layer.stability:.0f} % of resamples"
-        reason = f"chosen: {_figures(layer)}, {'the best of its stretch' if ahead else stability}"
+        reason = f"chosen: {_figures(layer)}, {'the best of its depth segment' if ahead else stability}"
     else:
-        behind = f", behind layer {ahead[layer.layer]} of its stretch" if layer.layer in ahead else ""
+        behind = f", behind layer {ahead[layer.layer]} of its depth segment" if layer.layer in ahead else ""
         reason = f"left out: {_figures(layer)}, rank {places[layer.layer]} of {len(places)}{behind}"
     return LayerChoice(layer=layer.layer, chosen=chosen, reason=reason)
 

@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -76,19 +76,17 @@ def counted_tokens(
     *,
     max_tokens: int = 1024,
     tokens: Tokens = "all",
-    may_be_none: bool = False,
 ) -> list[list[bool]]:
     """Mark the tokens of each row of `tokenize` that statistics count; never special tokens or a chat template's.
 
     Args:
         tokens: ``all``; those of the ``assistant``'s messages; or the ``last`` one of each document.
-        may_be_none: the documents are a part of a corpus, which may have nothing to count.
 
     Returns:
         per document a list as long as its row of token ids.
 
     Raises:
-        StethoscopeError: nothing is left to count, or a chat's content cannot be told from its template.
+        StethoscopeError: a chat's content cannot be told from its template, or a text has no assistant.
     """
     special = set(tokenizer.all_special_ids)
     counted = []
@@ -105,19 +103,17 @@ def counted_tokens(
             last = len(mask) - 1 - mask[::-1].index(True)
             mask = [place == last for place in range(len(mask))]
         counted.append(mask)
-    if (without := sum(True not in mask for mask in counted)) and not may_be_none:
-        log.warning("%d of %d documents have no tokens to count", without, len(counted))
-        if without == len(counted):
-            raise StethoscopeError("no document has a token to count", hint="raise `max_tokens`, or count `all` tokens")
     return counted
 
 
 def prompt_lengths(rows: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> list[int]:
     """Number of tokens at the start of each row that are its prompt's, without one that crosses the prompt's end."""
-    return [
-        next((i for i, (a, b) in enumerate(zip(row, prompt, strict=False)) if a != b), min(len(row), len(prompt)))
-        for row, prompt in zip(rows, prompts, strict=True)
-    ]
+    return [agreement(row, prompt) for row, prompt in zip(rows, prompts, strict=True)]
+
+
+def agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Number of items at the start of two sequences that are equal."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:

@@ -8,25 +8,24 @@ from transformers import PreTrainedTokenizerFast
 from world import LAYOUTS, exact_sae, make, random_sae
 
 from stethoscope.diagnosis import encoding
-from stethoscope.diagnosis.listen import listen
-from stethoscope.diagnosis.listener import Listener
-from stethoscope.diagnosis.statistics import FeatureStatistics, load_statistics, save_statistics
+from stethoscope.diagnosis.collect import Collector, collect_activations
+from stethoscope.diagnosis.statistics import load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import SINK_RATIO
-from stethoscope.text.tokens import batches, tokenize
+from stethoscope.text.tokens import tokenize
 
 TEXTS = [f"document {i}: " + "abc xyz "[i % 5 :] * (1 + i % 4) for i in range(23)]
 
 
 @pytest.fixture
-def heard_by(llama, tokenizer):
-    """Listen to texts with a model of so many layers, SAEs and options."""
+def collected_by(llama, tokenizer):
+    """Collect the activations on texts of a model of so many layers."""
 
-    def heard(layers, saes, texts=TEXTS, **options):
-        return listen(llama(layers=layers), tokenizer, saes, {"all": texts}, **options)["all"]
+    def collected(layers, saes, texts=TEXTS, **options):
+        return collect_activations(llama(layers=layers), tokenizer, saes, {"all": texts}, **options)["all"]
 
-    return heard
+    return collected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -39,15 +38,17 @@ def test_the_exact_sae_explains_every_layer_and_site_of_every_model_class(layout
     for site in ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_z", "attn_out"):
         width = read_activations(model, {0: hook_point(model, 0, site)}, torch.tensor([[3, 4]]))[0].shape[-1]
         saes = {layer: exact_sae(width) for layer in range(3)}
-        heard = listen(model, small, saes, {"all": texts}, site=site, block_size=2)["all"]
-        assert {n: h.variance_explained for n, h in heard.health.items()} == pytest.approx(dict.fromkeys(saes, 1.0))
-        assert all(health.encoding_error < 1e-6 for health in heard.health.values())
+        found = collect_activations(model, small, saes, {"all": texts}, site=site, block_size=2)["all"]
+        assert {n: h.variance_explained for n, h in found.health.items()} == pytest.approx(dict.fromkeys(saes, 1.0))
+        assert all(health.encoding_error < 1e-6 for health in found.health.values())
 
 
 def test_sums_equal_a_plain_loop_over_layer_outputs(llama, tokenizer):
     model = llama(layers=3)
     saes = {0: exact_sae(), 2: exact_sae()}
-    statistics = listen(model, tokenizer, saes, {"all": TEXTS}, block_size=4, max_tokens=40)["all"].statistics.layers
+    statistics = collect_activations(model, tokenizer, saes, {"all": TEXTS}, block_size=4, max_tokens=40)[
+        "all"
+    ].statistics.layers
     outputs: dict[int, torch.Tensor] = {}
     for layer in saes:
         model.model.layers[layer].register_forward_hook(lambda _m, _i, out, at=layer: outputs.__setitem__(at, out))
@@ -73,39 +74,33 @@ def test_a_sink_in_one_layer_is_left_out_of_all(llama, tokenizer):
     model.model.embed_tokens.weight[tokenizer("#")["input_ids"][0]] *= 1000  # loud, until the blocks drown it
     model.model.layers[1].mlp.down_proj.weight *= 1e6
     texts = ["#abcdefghijklmnopqrstuvwxyz" + text for text in TEXTS]
-    heard = listen(model, tokenizer, {layer: exact_sae() for layer in range(3)}, {"all": texts})["all"]
-    sinks = {layer: int(found.sinks.sum()) for layer, found in heard.statistics.layers.items()}
+    found = collect_activations(model, tokenizer, {layer: exact_sae() for layer in range(3)}, {"all": texts})["all"]
+    sinks = {layer: int(found.sinks.sum()) for layer, found in found.statistics.layers.items()}
     assert sinks == dict.fromkeys(range(3), len(texts))
 
 
-def test_blocks_do_not_depend_on_what_else_is_listened_to_and_survive_the_disk(llama, tokenizer, tmp_path):
+def test_blocks_do_not_depend_on_other_blocks_and_survive_the_disk(llama, tokenizer, tmp_path):
     texts = {"all": TEXTS, **{f"part {i}": TEXTS[i : i + 10] for i in (0, 10, 20)}}
-    heard = listen(llama(layers=2), tokenizer, {1: exact_sae()}, texts, block_size=5)
-    whole = heard.pop("all").statistics
-    merged = FeatureStatistics.merge([part.statistics for part in heard.values()])
+    found = collect_activations(llama(layers=2), tokenizer, {1: exact_sae()}, texts, block_size=5)
     path = tmp_path / "statistics.safetensors"
-    save_statistics(path, {"target": whole, "control": merged})
+    save_statistics(path, {name: one.statistics for name, one in found.items()})
     loaded = load_statistics(path)
     for name in ("sums", "fired", "maxima", "tokens", "sinks"):
-        for found in (merged, *loaded.values()):
-            np.testing.assert_array_equal(getattr(found.layers[1], name), getattr(whole.layers[1], name))
+        whole, *parts = (getattr(loaded[corpus].layers[1], name) for corpus in texts)
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        np.testing.assert_array_equal(getattr(found["all"].statistics.layers[1], name), whole)
     path.write_bytes(b"\x00" * 20)
     with pytest.raises(StethoscopeError, match="cannot be read"):
         load_statistics(path)
 
 
-def test_special_tokens_and_padding_do_not_count(tokenizer):
-    (batch,) = batches([[1, 50, 60], [70, 2, 80, 90, 91]], tokenizer)
-    assert batch.documents == (1, 0)
-    assert batch.countable.tolist() == [[True, False, True, True, True], [False, True, True, False, False]]
-    assert batch.attention_mask.sum().item() == 8
-
-
-def test_values_that_are_not_finite_are_refused(heard_by):
+def test_values_that_are_not_finite_and_texts_without_tokens_are_refused(collected_by):
     sae = exact_sae()
     sae.W_enc.data[0, 0] = torch.nan
     with pytest.raises(SAEError, match="layer 1"):
-        heard_by(2, {1: sae})
+        collected_by(2, {1: sae})
+    with pytest.raises(StethoscopeError, match="no document of `all` has a token to count"):
+        collected_by(2, {1: exact_sae()}, texts=["</s>"] * 3)
 
 
 @pytest.mark.parametrize(
@@ -135,41 +130,41 @@ def test_tiles_sum_to_what_saelens_encodes(kind, options, exact, monkeypatch):
     np.testing.assert_allclose(found.maxima[0], expected.amax(0), rtol=1e-5, atol=1e-5)
 
 
-def test_what_bfloat16_costs_is_measured(heard_by):
+def test_what_bfloat16_costs_is_measured(collected_by):
     saes = {1: random_sae("jumprelu", width=300)}
-    errors = [heard_by(2, saes, dtype=dtype).health[1].encoding_error for dtype in (torch.float32, torch.bfloat16)]
+    errors = [collected_by(2, saes, dtype=dtype).health[1].encoding_error for dtype in (torch.float32, torch.bfloat16)]
     assert errors[0] < 1e-6
     assert 1e-5 < errors[1] < 0.02
 
 
-def test_encoders_that_do_not_fit_wait_for_another_forward(heard_by):
+def test_encoders_that_do_not_fit_wait_for_another_forward(collected_by):
     saes, seen = {layer: random_sae("jumprelu") for layer in range(4)}, []
-    at_once = heard_by(4, saes)
-    one_by_one = heard_by(4, saes, memory=1, progress=lambda *done: seen.append(done))
-    assert seen[-1] == (4 * sum(map(len, TEXTS)), 4 * sum(map(len, TEXTS)))  # characters: documents differ in length
+    at_once = collected_by(4, saes)
+    one_by_one = collected_by(4, saes, memory=1, progress=lambda *done: seen.append(done))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     for layer in saes:
         np.testing.assert_array_equal(one_by_one.statistics.layers[layer].sums, at_once.statistics.layers[layer].sums)
     assert one_by_one.health == at_once.health
 
 
-def test_only_the_tokens_asked_for_count(heard_by):
-    heard = heard_by(2, {1: exact_sae()}, tokens="last", block_size=4)
-    assert heard.statistics.layers[1].tokens.tolist() == [4, 4, 4, 4, 4, 3]
-    assert heard.health[1].tokens == len(TEXTS)
+def test_only_the_tokens_asked_for_count(collected_by):
+    found = collected_by(2, {1: exact_sae()}, tokens="last", block_size=4)
+    assert found.statistics.layers[1].tokens.tolist() == [4, 4, 4, 4, 4, 3]
+    assert found.health[1].tokens == len(TEXTS)
 
 
-def test_a_document_broken_for_one_group_of_layers_counts_for_none(heard_by, monkeypatch):
-    """Layer 2 overflows on a document; the group of layers that was heard before is heard again without it."""
-    document, hear_documents = 7, Listener._hear
+def test_a_document_broken_for_one_group_of_layers_counts_for_none(collected_by, monkeypatch):
+    """Layer 2 overflows on a document; the layers that were collected before are collected again without it."""
+    document, read = 7, Collector.read
 
     def choosy(self, documents):
-        if 2 in self._encoders and TEXTS[document] in documents.values():
+        if 2 in self.encoders and TEXTS[document] in documents:
             raise FloatingPointError("overflow")
-        return hear_documents(self, documents)
+        return read(self, documents)
 
-    monkeypatch.setattr(Listener, "_hear", choosy)
+    monkeypatch.setattr(Collector, "read", choosy)
     saes, one_encoder = {layer: exact_sae() for layer in range(3)}, 32 * 64 * 4
-    found = heard_by(3, saes, memory=2 * one_encoder, skip_broken=True, block_size=4)
+    found = collected_by(3, saes, memory=2 * one_encoder, skip_broken=True, block_size=4)
     assert found.broken == {document: "overflow"}
     tokens = [layer.tokens.tolist() for layer in found.statistics.layers.values()]
     assert tokens[0] == tokens[2]

@@ -1,16 +1,16 @@
-"""Listening to every layer through SAEs, against what a SAELens user writes today and against the hardware's floor.
+"""Collecting every layer's SAE activations, against what a SAELens user writes today and against the hardware's floor.
 
-    python benchmarks/listen.py [--base FOLDER] [--tokens 50000] [--rounds 2] [--device cpu]
+    python benchmarks/collect.py [--base FOLDER] [--tokens 50000] [--rounds 2] [--device cpu]
 
 Three contenders take turns, A B C A B C, on the same model, SAEs and tokens, in one process:
 
-- ours: `listen`, from strings to saved statistics, SAE health left out (its cost, fixed, is reported beside);
+- ours: `collect_activations`, from strings to statistics, without SAE health (its cost, fixed, is reported beside);
 - saelens: SAELens' model proxy with a cache of the layers' outputs, `sae.encode` layer by layer, sum and count over
   tokens; in float32, SAELens' default, and with model and SAEs in bfloat16;
 - floor: the bare forward to the last layer and the bare matrix products, in the dtype that ours uses.
 
 Two shapes: 30 layers x 4608 features, and 10 layers x 16384. Then a table of how our time grows, and the peak memory
-of processes that listen to few and to many tokens. Results: benchmarks/results/listen.json.
+of processes that collect few and many tokens. Results: benchmarks/results/collect.json.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import stethoscope_demo
 from stethoscope.cli import cache_folder
-from stethoscope.diagnosis.listen import listen
+from stethoscope.diagnosis.collect import collect_activations
 from stethoscope.models.load import load_model, load_tokenizer, preferred_dtype
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.text.documents import read_documents
 from stethoscope_demo.base_model import unpack_base
 
-RESULTS = Path(__file__).parent / "results" / "listen.json"
+RESULTS = Path(__file__).parent / "results" / "collect.json"
 DOCUMENT = 256  # tokens: all documents are of this length, so that no contender can win by padding
 BATCH = 8
 SHAPES = {"30x4608": (30, 4608), "10x16384": (10, 16384)}
@@ -60,11 +60,11 @@ def make_documents(tokenizer: PreTrainedTokenizerBase, tokens: int) -> list[str]
 @torch.inference_mode()
 def make_saes(model: PreTrainedModel, layers: list[int], width: int, ids: torch.Tensor) -> dict[int, SAE]:
     """JumpReLU SAEs with random directions, of whose features one in a hundred fires on a token."""
-    heard = read_activations(model, {layer: hook_point(model, layer, "resid_post") for layer in layers}, ids)
+    activations = read_activations(model, {layer: hook_point(model, layer, "resid_post") for layer in layers}, ids)
     saes: dict[int, SAE] = {}
     for layer in layers:
         torch.manual_seed(layer)
-        hidden = heard[layer][0, 1:].float().cpu()
+        hidden = activations[layer][0, 1:].float().cpu()
         sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=hidden.shape[1], d_sae=width, apply_b_dec_to_input=False))
         sae.W_enc.data = torch.nn.functional.normalize(torch.randn(hidden.shape[1], width), dim=0)
         sae.W_dec.data = sae.W_enc.data.T.contiguous()
@@ -116,8 +116,8 @@ def compare(base: Path, tokens: int, rounds: int, device: str) -> dict[str, Any]
         weights = {layer: sae.W_enc.to(dtype) for layer, sae in saes.items()}
         proxies = [HookedProxyLM(m, tokenizer, [f"model.layers.{n}" for n in layers]) for m in (precise, model)]
         contenders: dict[str, Callable[[], Any]] = {
-            "ours": lambda s=saes: listen(model, tokenizer, s, {"text": documents}, health_tokens=0),
-            "ours_with_health": lambda s=saes: listen(model, tokenizer, s, {"text": documents}),
+            "ours": lambda s=saes: collect_activations(model, tokenizer, s, {"text": documents}, health_tokens=0),
+            "ours_with_health": lambda s=saes: collect_activations(model, tokenizer, s, {"text": documents}),
             "saelens_float32": lambda s=saes, p=proxies[0]: saelens(p, s, batches),
             "saelens_bfloat16": lambda s=low, p=proxies[1]: saelens(p, s, batches),
             "floor": lambda w=weights: floor(model, w, batches),
@@ -132,9 +132,10 @@ def compare(base: Path, tokens: int, rounds: int, device: str) -> dict[str, Any]
                 times[contender].append(time.perf_counter() - start)
                 print(f"{name} {contender:<18} {times[contender][-1]:8.2f} s", flush=True)
         wall = {contender: statistics.median(several) for contender, several in times.items()}
-        heard = results["ours"]["text"].statistics.layers
+        activations = results["ours"]["text"].statistics.layers
         difference = max(
-            float(abs(heard[n].rate - results["saelens_float32"][n][1].cpu().double().numpy()).max()) for n in layers
+            float(abs(activations[n].rate - results["saelens_float32"][n][1].cpu().double().numpy()).max())
+            for n in layers
         )
         found[name] = {
             "vs_saelens": round(wall["saelens_float32"] / wall["ours"], 2),
@@ -164,7 +165,7 @@ def growth(base: Path, device: str) -> list[dict[str, float]]:
         # the deepest layer is always among them, so that the forward is as long
         saes = make_saes(model, list(range(30 - layers, 30)), width, ids)
         start = time.perf_counter()
-        listen(model, tokenizer, saes, {"text": documents}, health_tokens=0)
+        collect_activations(model, tokenizer, saes, {"text": documents}, health_tokens=0)
         _synchronise(device)
         seconds = time.perf_counter() - start
         rows.append(
@@ -176,12 +177,12 @@ def growth(base: Path, device: str) -> list[dict[str, float]]:
 
 
 def memory(base: Path, tokens: int) -> float:
-    """Peak resident MB of a process that listens to so many tokens; called in a process of its own."""
+    """Peak resident MB of a process that collects the activations of so many tokens; called in a process of its own."""
     tokenizer, model = load_tokenizer(base), load_model(base)
     documents = make_documents(tokenizer, tokens)
     ids = torch.tensor([tokenizer(documents[0])["input_ids"]])
     saes = make_saes(model, list(range(20, 30)), 4608, ids)
-    listen(model, tokenizer, saes, {"text": documents}, block_size=len(documents), health_tokens=0)
+    collect_activations(model, tokenizer, saes, {"text": documents}, block_size=len(documents), health_tokens=0)
     # rusage's peak would count the process that started this one
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
@@ -230,6 +231,6 @@ if __name__ == "__main__":
         },
     }  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)
-    path = RESULTS if options.device == "cpu" else RESULTS.with_name("listen_cuda.json")
+    path = RESULTS if options.device == "cpu" else RESULTS.with_name("collect_cuda.json")
     path.write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps({key: summary[key] for key in ("vs_saelens", "vs_floor", "peak_rss_mb_by_tokens")}))

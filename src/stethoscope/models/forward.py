@@ -1,18 +1,23 @@
-"""What text costs a model, document by document; the logits of a whole batch never exist.
+"""Forwards without the head: restarted in the middle, and token losses whose logits never exist all at once.
 
-output = run(model, batch.input_ids)                       # everything but the head
-token_losses(model, output, batch.input_ids, batch.predicted[:, 1:])     # [rows, predicted], nats
+recording = Recording(model, ids)                  # one forward
+with edits.entered({12: 1.0}):
+    output = recording.replay(12)                  # blocks 0 to 11 return what they returned
+token_losses(model, output, ids, counted)          # [rows, predicted], nats
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from stethoscope.models.load import decoder_layers
 
 CHUNK = 2**25  # logits held at once: 128 MiB in float32
 
@@ -21,6 +26,74 @@ def run(model: PreTrainedModel, ids: Int[Tensor, "rows tokens"]) -> Any:
     """The model's output before its head, with ``last_hidden_state``; padding belongs on the right."""
     # Under a causal mask no real token sees padding on its right, so no mask is needed.
     return model.base_model(input_ids=ids.to(model.device), use_cache=False)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace a module's forward inside the block."""
+    own = vars(module)
+    before = {"forward": own["forward"]} if "forward" in own else {}  # offloading puts one there
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        del own["forward"]
+        own |= before
+
+
+class Recording:
+    """What a model, in the state it was in, returned for some tokens.
+
+    Attributes:
+        output: of the whole model before its head.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, ids: Int[Tensor, "rows tokens"], *, starts: Collection[int] | None = None
+    ) -> None:
+        """Run the model once.
+
+        Args:
+            starts: the blocks that a replay may start at; any if None. Only the outputs they need are kept.
+        """
+        self.model, self.ids = model, ids
+        self._blocks = decoder_layers(model)
+        self._outputs: dict[int, Any] = {}  # as the block returned them, a tensor or a tuple
+
+        def keep(layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            self._outputs[layer] = output
+
+        with ExitStack() as stack:
+            for start in range(len(self._blocks) + 1) if starts is None else starts:
+                if start > 0:
+                    hook = partial(keep, start - 1)
+                    stack.callback(self._blocks[start - 1].register_forward_hook(hook).remove)
+            self.output = run(model, ids)
+
+    def after(self, layer: int) -> Float[Tensor, "rows tokens hidden"]:
+        """The residual stream as a block left it."""
+        output = self._outputs[layer]
+        return output[0] if isinstance(output, tuple) else output
+
+    def replay(self, start: int) -> Any:
+        """The output before the head, with blocks from ``start`` on run as they are now."""
+        with self.below(start):
+            return run(self.model, self.ids)
+
+    @contextmanager
+    def below(self, start: int) -> Iterator[None]:
+        """Inside the block of code, blocks below ``start`` do nothing, and the last of them returns what it did.
+
+        The model's own forward still makes masks and positions, and still has all its layers: Gemma 3 counts them.
+        """
+        if start == 0:
+            yield
+            return
+        output = self._outputs[start - 1]
+        with ExitStack() as stack:
+            for layer in range(start):
+                stack.enter_context(replaced_forward(self._blocks[layer], lambda *_args, **_options: output))
+            yield
 
 
 def token_losses(
@@ -61,21 +134,6 @@ def loss_gradient(
     gradient = torch.zeros_like(hidden)
     gradient[:, :-1] = torch.cat(slopes).view(len(ids), -1, hidden.shape[-1])
     return torch.cat(losses).view(len(ids), -1), gradient
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """One module's forward replaced by another for the length of a block."""
-    own = vars(module)
-    before = own.get("forward")  # an instance may have one of its own: offloading puts it there
-    own["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del own["forward"]
-        else:
-            own["forward"] = before
 
 
 def head_logits(

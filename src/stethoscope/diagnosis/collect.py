@@ -1,0 +1,398 @@
+"""Collects SAE activations: one forward feeds the SAEs of all layers, and their activations go straight to sums.
+
+    found = collect_activations(model, tokenizer, open_saes("saes/"), {"target": texts, "control": others})
+    found["target"].statistics.layers[12].rate
+
+The work is cut into blocks of documents. A block is forwarded by itself: its sums are the same whoever computes them.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from sae_lens import SAE
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from stethoscope.diagnosis.encoding import PLAIN, BlockSums, Encoder
+from stethoscope.diagnosis.statistics import FeatureStatistics
+from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
+from stethoscope.models.sites import HookPoint, hook_point, read_activations
+from stethoscope.results.diagnosis import SAEHealth
+from stethoscope.results.validation import Layers
+from stethoscope.saes.activations import attention_sinks, on_device
+from stethoscope.saes.health import measure_health
+from stethoscope.saes.open import SAEFolder, load_sae
+from stethoscope.text.documents import Document
+from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens, tokenize
+
+log = logging.getLogger(__name__)
+
+# SAELens encodes and decodes so many tokens at once; on a GPU several times their features has to fit beside the rest.
+HEALTH_TOKENS = {"cpu": 4096, "cuda": 512}
+
+SAEs = Mapping[int, SAE | SAEFolder]
+Activations = dict[int, Float[Tensor, "..."]]  # by layer
+Health = dict[str, dict[int, SAEHealth]]  # by corpus and layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectedActivations:
+    """What was collected on one corpus: feature statistics, and each SAE's health.
+
+    Attributes:
+        documents: their number, without those that are broken.
+        health: by layer; variance explained and encoding error are measured on a sample, the rest on all tokens.
+        broken: the documents that were left out because they cannot be processed, by place in the corpus, and why.
+    """
+
+    statistics: FeatureStatistics
+    documents: int
+    health: dict[int, SAEHealth] = field(default_factory=dict)
+    broken: dict[int, str] = field(default_factory=dict)
+
+
+def collect_activations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    saes: SAEs,
+    corpora: Mapping[str, Sequence[Document]],
+    *,
+    site: str = "resid_post",
+    block_size: int = 64,
+    max_tokens: int = 1024,
+    tokens: Tokens = "all",
+    health_tokens: int = 2048,
+    memory: int | None = None,
+    dtype: torch.dtype | None = None,
+    skip_broken: bool = False,
+    executor: Executor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, CollectedActivations]:
+    """Collect the feature statistics of every layer with an SAE on some corpora, and the SAEs' health there.
+
+    Args:
+        model: the base model; neither its head nor the layers behind the last one with an SAE are run.
+        saes: by layer; those given as folders are loaded when their turn comes.
+        corpora: documents by name; their order decides which share a block.
+        site: what the SAEs read; those given as folders say so themselves.
+        block_size: documents to a block.
+        max_tokens: documents are cut here.
+        tokens: which count, special and template tokens apart: all, the assistant's, or the last.
+        health_tokens: SAE health is measured on about the first so many tokens of each corpus; 0 for none.
+        memory: bytes that a worker's encoders may take. Layers that do not fit wait for another forward over the
+            corpora, so that each SAE is read once; all at once by default.
+        dtype: of the encoders' products; by default bfloat16 if the model computes in it, else float32. SAE health
+            says what it costs.
+        skip_broken: leave out documents that cannot be processed, instead of ending with their names.
+        executor: runs the work; here if None. The results are equal to the bit.
+        progress: called with blocks done and in all.
+
+    Raises:
+        SAEError: an SAE gave values that are not finite, or does not fit its site.
+        StethoscopeError: documents that cannot be processed, by name; a corpus has no token to count.
+    """
+    dtype = dtype or (torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
+    collector = partial(
+        Collector,
+        saes=saes,
+        site=site,
+        max_tokens=max_tokens,
+        tokens=tokens,
+        dtype=dtype,
+        health_tokens=health_tokens,
+    )
+    here = LocalExecutor(model=model, tokenizer=tokenizer)
+    samples = {name: collector(here).first_documents(name, some) for name, some in corpora.items()}
+    run = partial((executor or here).map_pieces, Collector.collect, setup=collector)
+    widths = {layer: shape(sae)[1] for layer, sae in saes.items()}
+    groups = layer_groups({layer: _encoder_bytes(sae, dtype) for layer, sae in saes.items()}, memory)
+    numbers = {name: range(-(-len(some) // block_size)) for name, some in corpora.items()}
+    found = {
+        name: CollectedActivations(statistics=FeatureStatistics.zeros(widths, len(numbers[name])), documents=len(some))
+        for name, some in corpora.items()
+    }
+    blocks = [Block(layers, name, n) for layers in groups for name, some in numbers.items() for n in some]
+    collected: dict[Block, frozenset[int]] = {}  # the documents whose sums are there
+
+    def sound(block: Block) -> frozenset[int]:
+        places = range(len(corpora[block.corpus]))[block.number * block_size :][:block_size]
+        return frozenset(places).difference(found[block.corpus].broken)
+
+    def piece(block: Block) -> Piece:  # the first of a group of layers measures their health, too
+        documents = {n: corpora[block.corpus][n] for n in sorted(sound(block))}
+        first = block[1:] == (next(iter(corpora)), 0) and block.layers[0] not in found[block.corpus].health
+        return Piece(layers=block.layers, documents=documents, samples=samples if first else {})
+
+    # again, where a document turned out broken for another group of layers
+    while todo := [block for block in blocks if collected.get(block) != sound(block)]:
+        crashed: dict[Block, Failed] = {}
+        for index, made in run(map(piece, todo)):
+            block = todo[index]
+            if isinstance(made, Failed):
+                crashed[block] = made
+            else:
+                collected[block] = made.places
+                found[block.corpus].broken.update(made.broken)
+                for name, layers in made.health.items():
+                    found[name].health.update(layers)
+                if made.statistics:
+                    found[block.corpus].statistics.put(block.number, made.statistics)
+                if progress:
+                    progress(len(collected), len(blocks))
+            if not skip_broken and (crashed or found[block.corpus].broken):
+                break
+        for block, failure in crashed.items():
+            found[block.corpus].broken.update(_crashing(run, block, piece(block), failure))
+        broken = [f"document {n} of `{name}`: {why}" for name, one in found.items() for n, why in one.broken.items()]
+        if broken and not skip_broken:
+            raise StethoscopeError(
+                "some documents cannot be processed",
+                problems=broken,
+                hint="mend them, or leave them out with `diagnose: {skip_broken: true}` in the recipe",
+            )
+    return {
+        name: _finished(name, one, sorted({b.number for b, places in collected.items() if b.corpus == name and places}))
+        for name, one in found.items()
+    }
+
+
+def layer_groups(sizes: Mapping[int, int], memory: int | None = None) -> tuple[Layers, ...]:
+    """The layers in order of depth, in groups whose bytes fit in memory; each group has one at least."""
+    groups: list[list[int]] = []
+    used = 0
+    for layer, size in sorted(sizes.items()):
+        if not groups or (memory is not None and used + size > memory):
+            groups.append([])
+            used = 0
+        groups[-1].append(layer)
+        used += size
+    return tuple(map(tuple, groups))
+
+
+def shape(sae: SAE | SAEFolder) -> tuple[str, int, int]:
+    """An SAE's architecture, number of features, and values that it reads."""
+    if isinstance(sae, SAEFolder):
+        return sae.architecture, sae.width, sae.d_in
+    return sae.cfg.architecture(), int(sae.cfg.d_sae), int(sae.cfg.d_in)
+
+
+def _encoder_bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
+    """Of an encoder; where SAELens encodes itself, of the whole SAE in float32."""
+    architecture, width, d_in = shape(sae)
+    plain = architecture in PLAIN or architecture.endswith("batchtopk")  # which is read as a JumpReLU
+    return width * d_in * (dtype.itemsize if plain else 2 * torch.float32.itemsize)
+
+
+class Block(NamedTuple):
+    """Documents that are processed together, with the SAEs of a group of layers."""
+
+    layers: Layers
+    corpus: str
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """The work on a block: its documents by place, and samples of all corpora to measure SAE health on, if any."""
+
+    layers: Layers
+    documents: Mapping[int, Document]
+    samples: Mapping[str, Sequence[Document]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """The result of a `Piece`: statistics of the documents at ``places``; why others are broken; health on samples."""
+
+    statistics: FeatureStatistics | None
+    places: frozenset[int]
+    broken: Mapping[int, str]
+    health: Health
+
+
+def _crashing(run: Callable[..., Any], block: Block, piece: Piece, failure: Failed) -> dict[int, str]:
+    """The documents of a block that crash a worker by themselves, and how."""
+    places = list(piece.documents)
+    alone = run(replace(piece, documents={n: piece.documents[n]}, samples={}) for n in places)
+    if crashing := {places[index]: made.why for index, made in alone if isinstance(made, Failed)}:
+        return crashing
+    raise StethoscopeError(
+        f"documents {places[0]} to {places[-1]} of `{block.corpus}` crash every worker together: {failure.why}",
+        hint="is its memory enough?",
+    )
+
+
+def _finished(name: str, one: CollectedActivations, kept: Sequence[int]) -> CollectedActivations:
+    """The result on a corpus, with the blocks that have documents."""
+    statistics = one.statistics
+    if not any((layer.tokens + layer.sinks)[kept].any() for layer in statistics.layers.values()):
+        raise _nothing_to_count(name)
+    if len(kept) < statistics.blocks:
+        statistics = statistics.regroup([np.array([number]) for number in kept])
+    health = {n: one.health[n].on(layer.rate, int(layer.tokens.sum())) for n, layer in statistics.layers.items()}
+    documents, broken = one.documents - len(one.broken), dict(sorted(one.broken.items()))
+    return CollectedActivations(statistics=statistics, documents=documents, health=health, broken=broken)
+
+
+def _nothing_to_count(name: str) -> StethoscopeError:
+    return StethoscopeError(
+        f"no document of `{name}` has a token to count", hint="raise `max_tokens`, or count `all` tokens"
+    )
+
+
+@dataclass
+class Collector:
+    """A worker's model with the SAEs of its layers; the options are those of `collect_activations`."""
+
+    worker: WorkerContext | LocalExecutor
+    saes: SAEs
+    site: str
+    max_tokens: int
+    tokens: Tokens
+    dtype: torch.dtype = torch.float32
+    health_tokens: int = 0
+    encoders: dict[int, Encoder] = field(default_factory=dict)  # of the layers last asked for
+
+    @cached_property
+    def points(self) -> dict[int, HookPoint]:
+        """Where the SAEs read, in order of depth; those given as folders say so themselves."""
+        points = {}
+        for layer, sae in sorted(self.saes.items()):
+            site, tap = (sae.site, sae.tap) if isinstance(sae, SAEFolder) else (self.site, None)
+            points[layer] = hook_point(self.worker.model, layer, site, tap)
+        return points
+
+    def load(self, layer: int) -> SAE:
+        """A layer's SAE."""
+        sae = self.saes[layer]
+        return load_sae(sae) if isinstance(sae, SAEFolder) else sae
+
+    def read(self, documents: Sequence[Document]) -> Iterator[tuple[TokenBatch, Activations, Bool[Tensor, "..."]]]:
+        """Batches of documents, every layer's activations ``[rows, tokens, d_in]``, and the positions that count.
+
+        An attention sink's norm drops again in the last layers while it stays unlike any other token: a sink in any
+        layer is left out of all.
+        """
+        if not documents:
+            return
+        rows = tokenize(documents, self.worker.tokenizer, max_tokens=self.max_tokens)
+        for batch in batches(rows, self.worker.tokenizer, counted=self._counted(documents)):
+            hidden = read_activations(self.worker.model, self.points, batch.input_ids)
+            sinks = attention_sinks(hidden.values(), batch.attention_mask)
+            yield batch, hidden, (batch.countable & ~sinks).to(self.worker.model.device)
+
+    def _counted(self, documents: Sequence[Document]) -> list[list[bool]]:
+        return counted_tokens(documents, self.worker.tokenizer, max_tokens=self.max_tokens, tokens=self.tokens)
+
+    def first_documents(self, name: str, documents: Sequence[Document]) -> list[Document]:
+        """The first documents of a corpus that hold enough tokens for SAE health, without those that cannot be read.
+
+        Raises:
+            StethoscopeError: none of the documents has a token that counts, or can be read.
+        """
+        found: list[Document] = []
+        held = 0
+        refused = _nothing_to_count(name)
+        for document in documents:
+            try:
+                (counted,) = self._counted([document])
+            except Exception as error:  # its block names it
+                refused = error if isinstance(error, StethoscopeError) else refused
+                continue
+            found.append(document)
+            held += sum(counted)
+            if held >= max(self.health_tokens, 1):
+                return found if self.health_tokens else []
+        if not held:
+            raise refused
+        return found
+
+    @torch.inference_mode()
+    def collect(self, piece: Piece) -> Collected:
+        """A block's statistics without the documents that cannot be processed, which are named.
+
+        Raises:
+            SAEError: an SAE gave values that are not finite.
+            Exception: whatever keeps all of the documents from being processed, or only keeps them together.
+        """
+        health = self._prepare(piece)
+        sound: Mapping[int, Document] = piece.documents
+        broken: dict[int, str] = {}
+        try:
+            statistics = self._sums(sound)
+        except Exception:  # whatever a tokenizer, a chat template or the model's own code raises
+            broken = {n: why for n, document in sound.items() if (why := self._why_broken(document))}
+            if not broken or len(broken) == len(sound) > 1:
+                raise  # the fault lies not in single documents
+            sound = {n: document for n, document in sound.items() if n not in broken}
+            statistics = self._sums(sound)
+        return Collected(statistics=statistics, places=frozenset(sound), broken=broken, health=health)
+
+    def _prepare(self, piece: Piece) -> Health:
+        """Load the layers' encoders; returns the SAEs' health on the samples."""
+        health: Health = {name: {} for name in piece.samples}
+        if piece.samples or tuple(self.encoders) != piece.layers:
+            samples = {name: self._sample(some) for name, some in piece.samples.items()}
+            self.encoders = {}  # before the next are loaded
+            for layer in piece.layers:
+                sae = self.load(layer)
+                self.encoders[layer] = Encoder(sae, dtype=self.dtype, device=self.worker.model.device)
+                for name, found in samples.items():
+                    health[name][layer] = _health(sae, self.encoders[layer], found.get(layer))
+        return health
+
+    def _sums(self, documents: Mapping[int, Document]) -> FeatureStatistics | None:
+        if not documents:
+            return None
+        sums = {layer: BlockSums(encoder.width, self.worker.model.device) for layer, encoder in self.encoders.items()}
+        for batch, hidden, counted in self.read(list(documents.values())):
+            for layer, encoder in self.encoders.items():
+                sums[layer].sinks += int(batch.countable.sum() - counted.sum())
+                encoder.add(hidden[layer][counted], sums[layer])
+        layers = {layer: some.freeze() for layer, some in sums.items()}
+        for layer, found in layers.items():
+            if not np.isfinite(found.sums).all():
+                raise SAEError(f"the SAE of layer {layer} gave activations that are not finite")
+        return FeatureStatistics(layers=layers)
+
+    def _why_broken(self, document: Document) -> str | None:
+        """Why a document cannot be processed by itself, if it cannot."""
+        try:
+            self._sums({0: document})
+        except Exception as error:
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None
+
+    def _sample(self, documents: Sequence[Document]) -> Activations:
+        """Every layer's activations on the first tokens that count, without documents that cannot be processed."""
+        parts: list[Activations] = []
+        try:
+            parts = [{n: h[counted] for n, h in hidden.items()} for _, hidden, counted in self.read(documents)]
+        except Exception:
+            log.debug("a sample of %d documents cannot be processed", len(documents), exc_info=True)
+        if not all(bool(hidden.isfinite().all()) for part in parts for hidden in part.values()):
+            parts = []
+        if not parts and len(documents) > 1:
+            parts = [part for one in documents if (part := self._sample([one]))]
+        return {n: torch.cat([part[n] for part in parts])[: self.health_tokens] for n in self.points if parts}
+
+
+def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | None) -> SAEHealth:
+    """An SAE on a sample, and how far the encoder's activation mass lies from SAELens' own in float32."""
+    if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
+        # a transcoder does not reconstruct what it reads
+        return SAEHealth(tokens=0, variance_explained=None, l0=None, dead=None, dense=None)
+    with on_device(sae, sample.device):
+        exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
+    fast = BlockSums(encoder.width, sample.device)
+    encoder.add(sample, fast)
+    shares = [sums.double() / sums.double().sum() for sums in (exact.mass, fast.sums)]
+    error = float((shares[0] - shares[1]).abs().sum() / 2)
+    return replace(exact.health(), encoding_error=error if np.isfinite(error) else None)
