@@ -92,7 +92,7 @@ def collect_activations(
             says what it costs.
         skip_broken: leave out documents that cannot be processed, instead of ending with their names.
         executor: runs the work; here if None. The results are equal to the bit.
-        progress: called with blocks done and in all.
+        progress: called with characters of text done and in all.
 
     Raises:
         SAEError: an SAE gave values that are not finite, or does not fit its site.
@@ -113,17 +113,21 @@ def collect_activations(
     run = partial((executor or here).map_pieces, Collector.collect, setup=collector)
     widths = {layer: shape(sae)[1] for layer, sae in saes.items()}
     groups = layer_groups({layer: _encoder_bytes(sae, dtype) for layer, sae in saes.items()}, memory)
-    numbers = {name: range(-(-len(some) // block_size)) for name, some in corpora.items()}
+    counts = {name: -(-len(some) // block_size) for name, some in corpora.items()}
     found = {
-        name: CollectedActivations(statistics=FeatureStatistics.zeros(widths, len(numbers[name])), documents=len(some))
+        name: CollectedActivations(statistics=FeatureStatistics.zeros(widths, counts[name]), documents=len(some))
         for name, some in corpora.items()
     }
-    blocks = [Block(layers, name, n) for layers in groups for name, some in numbers.items() for n in some]
+    blocks = [Block(layers, name, n) for layers in groups for name, count in counts.items() for n in range(count)]
     collected: dict[Block, frozenset[int]] = {}  # the documents whose sums are there
 
+    def places(block: Block) -> range:
+        return range(len(corpora[block.corpus]))[block.number * block_size :][:block_size]
+
+    sizes = {b: sum(min(len(str(corpora[b.corpus][n])), 4 * max_tokens) for n in places(b)) for b in blocks}
+
     def sound(block: Block) -> frozenset[int]:
-        places = range(len(corpora[block.corpus]))[block.number * block_size :][:block_size]
-        return frozenset(places).difference(found[block.corpus].broken)
+        return frozenset(places(block)).difference(found[block.corpus].broken)
 
     def piece(block: Block) -> Piece:  # the first of a group of layers measures their health, too
         documents = {n: corpora[block.corpus][n] for n in sorted(sound(block))}
@@ -145,7 +149,7 @@ def collect_activations(
                 if made.statistics:
                     found[block.corpus].statistics.put(block.number, made.statistics)
                 if progress:
-                    progress(len(collected), len(blocks))
+                    progress(sum(sizes[done] for done in collected), sum(sizes.values()))
             if not skip_broken and (crashed or found[block.corpus].broken):
                 break
         for block, failure in crashed.items():
@@ -165,12 +169,10 @@ def collect_activations(
 
 def layer_groups(sizes: Mapping[int, int], memory: int | None = None) -> tuple[Layers, ...]:
     """The layers in order of depth, in groups whose bytes fit in memory; each group has one at least."""
-    groups: list[list[int]] = []
-    used = 0
+    groups, used = list[list[int]](), 0
     for layer, size in sorted(sizes.items()):
         if not groups or (memory is not None and used + size > memory):
-            groups.append([])
-            used = 0
+            groups, used = [*groups, []], 0
         groups[-1].append(layer)
         used += size
     return tuple(map(tuple, groups))
