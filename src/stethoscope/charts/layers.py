@@ -120,6 +120,22 @@ def energy_by_layer(rows: Rows, *, width: int) -> alt.LayerChart:
     )
 
 
+def effects_by_layer(rows: Rows, *, width: int) -> alt.LayerChart:
+    """The shares of each layer's effect on target and protected text that the filter keeps; see `Filtering.plot`."""
+    looks = {"target": ("selected", "diamond"), "protected": ("tuned", "cross")}
+    kind, shape = kinds(looks, legend=alt.Legend(orient="top", title=None, symbolOpacity=1))
+    dots = alt.Chart(alt.NamedData(name="effects")).mark_point(filled=True, opacity=1, size=55)
+    tooltip = tips("layer:Q", ("kind:N", "", "text"), ("kept:Q", ".1f", "kept, %"))
+    return drawn(
+        rule("at", 100.0).encode(y=alt.Y("at:Q", title=None)),
+        dots.encode(x=layer_axis(), y=y("kept", ".3~f"), color=kind, shape=shape, tooltip=tooltip),
+        heading="mean squared effect of the layer's change that is kept, %",
+        data={"effects": rows},
+        width=width,
+        height=220,
+    )
+
+
 def layer_axis() -> alt.X:
     """Layers on the x axis."""
     return alt.X("layer:Q", title="layer", axis=axis("d"), scale=alt.Scale(nice=False, padding=12))

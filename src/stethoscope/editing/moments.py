@@ -192,7 +192,7 @@ def collect_moments(
                     stack.enter_context(replaced_forward(block, lambda *_args, value=hidden[i], **_options: value))
                 if stop and layer is not None:
                     sinks[i] |= _sinks(hidden[i], batch)
-                collector.listen(stack, text, batch.countable & ~sinks[i])
+                collector.attach(stack, text, batch.countable & ~sinks[i])
                 if layer is None:
                     collector.finish(model, run(model, batch.input_ids))
                 else:
@@ -244,7 +244,7 @@ class _Collector:
         self.inputs: dict[str, TensorInput] = {}
         self._seen: list[tuple[Tensor, str]] = []
 
-    def listen(self, stack: ExitStack, text: str, counted: Bool[Tensor, "rows tokens"]) -> None:
+    def attach(self, stack: ExitStack, text: str, counted: Bool[Tensor, "rows tokens"]) -> None:
         self._seen = []
         self.text, self.counted = text, counted
         experts: dict[nn.Module, list[str]] = {}

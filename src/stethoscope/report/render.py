@@ -25,6 +25,7 @@ from stethoscope.results.comparison_tables import by_task, contrast_rows, gain_r
 from stethoscope.results.diagnosis import Diagnosis, FeatureDifference, LayerDiagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.evidence import Evidence
+from stethoscope.results.filtering import Filtering
 from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
@@ -37,8 +38,8 @@ def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
-    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``validation/*/validation.json``,
-    ``recipe.yaml`` and ``edited/manifest.json``.
+    ``geometry.json``, ``filter/filter.json``, ``edits.json``, ``claim.json``, ``calibration.json``,
+    ``validation/*/validation.json``, ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -49,6 +50,7 @@ def render_report(run_dir: Path) -> Path:
     diagnosis, selection = Diagnosis.load(run_dir), Selection.load(run_dir)
     comparison = Comparison.load(run_dir / "comparison.json")
     evidence, edits, geometry = Evidence.find(run_dir), Edits.find(run_dir), Geometry.find(run_dir)
+    filtering = Filtering.find(run_dir / "filter")
     # a calibration that was only tried is not this selection's
     calibration = Calibration.load(run_dir) if selection.policy == "calibrated" else None
     validated = {
@@ -66,6 +68,7 @@ def render_report(run_dir: Path) -> Path:
         "split-chart": charts.gain_split(comparison),
         "energy": geometry.plot(selection) if geometry else None,
         "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
+        "passed": filtering.plot() if filtering else None,
         "front": charts.calibration_front(calibration) if calibration else None,
     }
     validations = []
@@ -88,6 +91,7 @@ def render_report(run_dir: Path) -> Path:
         claim=Claim.find(run_dir),
         calibration=calibration,
         geometry=geometry,
+        filtering=filtering,
         edits=edits,
         validations=validations,
         strongest=strongest,
@@ -106,7 +110,7 @@ def render_report(run_dir: Path) -> Path:
         health={layer.layer: _health(layer) for layer in diagnosis.layers},
         evidence=evidence,
         rates={(layer.layer, f.feature): f for layer in diagnosis.layers for f in layer.features},
-        provenance=_provenance(diagnosis, evidence, selection, geometry, edits),
+        provenance=_provenance(diagnosis, evidence, selection, geometry, filtering, edits),
     )
     write_text(path, page)
     return path

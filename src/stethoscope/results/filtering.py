@@ -1,6 +1,6 @@
 """What the filter let through in each layer, at every strength."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
 from stethoscope.display import Display, Rows, number, percent, table_of
@@ -58,33 +58,72 @@ class Filtering(Display, Artifact):
     layers: tuple[LayerFiltering, ...]
 
     @property
+    def middle(self) -> float:
+        """The strength that is shown where none is asked for."""
+        return self.strengths[len(self.strengths) // 2]
+
+    @property
     def verdict(self) -> str:
         """What the middle strength lets through."""
-        place = len(self.strengths) // 2
-        raw = [sum(getattr(one.raw, key) for one in self.layers) for key in ("target", "protected")]
-        after = [sum(getattr(one.filtered[place], key) for one in self.layers) for key in ("target", "protected")]
-        target, protected = (_share(*pair) for pair in zip(after, raw, strict=True))
+        place = self.strengths.index(self.middle)
+        shares = []
+        for text in ("target", "protected"):
+            before = sum(getattr(one.raw, text) for one in self.layers)
+            shares.append(_share(sum(getattr(one.filtered[place], text) for one in self.layers), before))
         return (
-            f"At strength {self.strengths[place]:g} the filter keeps {target} % of the change's effect on target text"
-            f" and {protected} % of that on protected text."
+            f"At strength {self.middle:g} the filter keeps {percent(shares[0])} % of the mean squared effect that the"
+            f" change has on target text, and {percent(shares[1])} % of that on protected text."
         )
 
-    def table(self) -> Rows:
-        """A row per layer, at the middle strength."""
-        place = len(self.strengths) // 2
-        kept = f"at {self.strengths[place]:g}, %"
+    def to_frame(self) -> Any:
+        """A data frame with a row per layer and strength (0 is the raw change), shares relative to the raw change."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "layer": one.layer,
+                "separability": one.separability,
+                "specificity": one.raw.specificity,
+                "strength": strength,
+                **{f"{key}_kept": _share(value, getattr(one.raw, key)) for key, value in effect.model_dump().items()},
+            }
+            for one in self.layers
+            for strength, effect in zip((0.0, *self.strengths), (one.raw, *one.filtered), strict=True)
+        )
+
+    def plot(self, strength: float | None = None, *, width: int = 640) -> Any:
+        """The shares of each layer's effects that are kept at a strength, an Altair chart; the middle one if None."""
+        from stethoscope.charts.layers import effects_by_layer
+
+        place = self.strengths.index(self.middle if strength is None else strength)
+        shares = [
+            (one.layer, text, _share(getattr(one.filtered[place], text), getattr(one.raw, text)))
+            for one in self.layers
+            for text in ("target", "protected")
+        ]
+        rows = [
+            {"layer": layer, "kind": text, "kept": 100 * share}
+            for layer, text, share in shares
+            if layer is not None and share is not None
+        ]
+        return effects_by_layer(rows, width=width)
+
+    def table(self, strength: float | None = None) -> Rows:
+        """A row per layer, at a strength; the middle one if None."""
+        at = self.middle if strength is None else strength
+        place, kept = self.strengths.index(at), f"kept at {at:g}, %"
         return table_of(
             {
                 "layer": "outside" if one.layer is None else str(one.layer),
                 "separability": number(one.separability, ".2f"),
                 "target / protected": number(one.raw.specificity, ".2f"),
-                f"energy {kept}": _share(one.filtered[place].energy, one.raw.energy),
-                f"target effect {kept}": _share(one.filtered[place].target, one.raw.target),
-                f"protected effect {kept}": _share(one.filtered[place].protected, one.raw.protected),
+                f"energy {kept}": percent(_share(one.filtered[place].energy, one.raw.energy)),
+                f"target effect {kept}": percent(_share(one.filtered[place].target, one.raw.target)),
+                f"protected effect {kept}": percent(_share(one.filtered[place].protected, one.raw.protected)),
             }
             for one in self.layers
         )
 
 
-def _share(after: float, before: float) -> str:
-    return percent(after / before if before > 0 else None)
+def _share(after: float, before: float) -> float | None:
+    return after / before if before > 0 else None

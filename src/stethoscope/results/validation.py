@@ -157,8 +157,8 @@ class ScoreValidation(Artifact):
         sentence = (
             f"`{score}` {'chooses' if share.low > 0.5 else 'does not choose clearly'} better than chance: its best {k}"
             f" layers beat {100 * share.share:.0f} % of random sets (95 % interval {100 * share.low:.0f} to"
-            f" {100 * share.high:.0f} %), worth {chosen.effect.trade_off:+.3f} nats per token"
+            f" {100 * share.high:.0f} %), and gain {chosen.effect.trade_off:+.3f} nats per token more than they cost"
         )
         if best == score:
             return f"{sentence}; no other score does better."
-        return f"{sentence}; `{best}` would have chosen layers worth {sets[best].effect.trade_off:+.3f}."
+        return f"{sentence}; `{best}` would have chosen layers that gain {sets[best].effect.trade_off:+.3f}."

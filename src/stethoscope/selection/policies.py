@@ -131,7 +131,7 @@ def select_calibrated(diagnosis: Diagnosis, calibration: Calibration, *, provena
     """The layers and coefficients that a calibration chose.
 
     Raises:
-        StethoscopeError: no edit was worth its cost.
+        StethoscopeError: no edit gains more than it costs.
     """
     chosen = calibration.coefficients
     if not chosen:
@@ -141,7 +141,7 @@ def select_calibrated(diagnosis: Diagnosis, calibration: Calibration, *, provena
         if layer.layer in chosen:
             reason = f"chosen: z {layer.z:.1f}, coefficient {chosen[layer.layer]:g} by calibration"
         else:
-            reason = f"left out: {layer.flag or f'z {layer.z:.1f}, not worth its cost in calibration'}"
+            reason = f"left out: {layer.flag or f'z {layer.z:.1f}, gains less than it costs in calibration'}"
         return LayerChoice(layer=layer.layer, chosen=layer.layer in chosen, reason=reason)
 
     return Selection(
