@@ -1,10 +1,11 @@
 """The filter on the demo's fine-tune and on a full one: what it keeps and costs on texts that it never saw.
 
-    python studies/filter.py --data DIR --vectors runs/studies [--only math_0 code] [--parts table tokens wrong]
+    python studies/filter.py --data DIR --vectors runs/studies [--only math_0 code] [--parts table tokens ridge wrong]
 
 table   whole, scaled and filtered edits; gain on held-out target text, loss on general text and on four that no filter
         saw: wikitext, Python, chat, GSM8K.
 tokens  how few tokens are enough: moments of 1,000 to 100,000 tokens of each text (general text ends before).
+ridge   the same with a ridge, 1e-4 of the target moments' mean, in place of shrinkage.
 wrong   what a wrong protected text does: Wikipedia instead of general text, the target itself, and letter problems.
 
 DIR has `wikitext2_valid.txt`, `wikitext2_test.txt`, `mbpp.jsonl`, `alpaca_seed_tasks.jsonl`, `gsm8k_test.jsonl`. Writes
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import torch
@@ -27,8 +29,10 @@ from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.cli import cache_folder
+from stethoscope.editing import filter as filter_module
 from stethoscope.editing.apply import applied
 from stethoscope.editing.filter import FilteredChange, write_filters
+from stethoscope.editing.moments import Moments
 from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.text_loss import document_losses
 from stethoscope.models.load import load_model, load_tokenizer
@@ -132,15 +136,17 @@ def edits(bench: Bench, part: str, task_vector: TaskVector) -> Iterator[tuple[st
         texts = {"target": bench.sample(target, 20_000), "general": bench.sample(general, 20_000)}
         for strength, plan in filtered(bench, task_vector, texts, strengths=STRENGTHS):
             yield f"filter {strength:g}", plan
-    elif part == "tokens":
+    elif part in ("tokens", "ridge"):
         # of the training split, so that no held-out problem is among them
         pools = [stream(task, "train", seed=9) for task in tasks_of(bench)]
         trained = [join_items(list(islice(pool, 3))) for _ in range(90) for pool in pools]
         everything = [one["text"] for one in general_documents("calibration")]
         for tokens in TOKENS:
             texts = {"target": bench.sample(trained, tokens), "general": bench.sample(everything, tokens)}
-            for _, plan in filtered(bench, task_vector, texts, strengths=(1.0,)):
-                yield f"{tokens:,} tokens", plan
+            rule = ridge if part == "ridge" else filter_module.shrunk
+            with patch.object(filter_module, "shrunk", rule):
+                for _, plan in filtered(bench, task_vector, texts, strengths=(1.0,)):
+                    yield f"{tokens:,} tokens{', ridge' if part == 'ridge' else ''}", plan
     else:
         wiki = [one for one in (bench.data / "wikitext2_valid.txt").read_text().split("\n") if len(one) > 400]
         letters = [join_items([item]) for task in CONTROL_TASKS for item in items(task, "calibration", 120)]
@@ -156,6 +162,12 @@ def edits(bench: Bench, part: str, task_vector: TaskVector) -> Iterator[tuple[st
                 yield name, plan
 
 
+def ridge(moments: Moments) -> torch.Tensor:
+    """The moments per token with a little of the identity, so that they have full rank."""
+    mean = moments.mean()
+    return mean if mean.ndim == 1 else mean + 1e-4 * mean.diagonal().mean() * torch.eye(len(mean), dtype=mean.dtype)
+
+
 def tasks_of(bench: Bench) -> list[str]:
     import skills
     from vectors import VECTORS
@@ -169,7 +181,7 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--vectors", type=Path, default=Path("runs/studies"))
     parser.add_argument("--only", nargs="+", default=["math_0", "code"])
-    parser.add_argument("--parts", nargs="+", default=["table", "tokens", "wrong"])
+    parser.add_argument("--parts", nargs="+", default=["table", "tokens", "ridge", "wrong"])
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

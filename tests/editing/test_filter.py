@@ -64,8 +64,8 @@ def test_moments_give_the_mean_squared_effect_of_every_tensors_change(opened, la
         for name, found in inputs.items():
             if name not in names or ".experts." in name:
                 continue
-            mean, delta = found.moments["target"].mean(), change.delta(name).double()
-            assert found.moments["target"].tokens == counted
+            mean, delta = found["target"].mean(), change.delta(name).double()
+            assert found["target"].tokens == counted
             if met[name] in ("rows", "token", "tied"):
                 delta = delta.T
             through = delta * mean if mean.ndim == 1 else delta @ mean

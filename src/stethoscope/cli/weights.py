@@ -52,8 +52,7 @@ def edit(
 ) -> None:
     """Add a fine-tune's weight change to its base and write the result: in some layers, or filtered by texts.
 
-    With `--keep` and `--protect` the change is filtered: what the first text uses is kept, and what the others would
-    notice is left out. No SAEs, tasks or recipe are needed.
+    `--keep` and `--protect` filter it: what the first text uses is kept, what the others would notice is left out.
     """
     from dataclasses import asdict
 

@@ -26,7 +26,7 @@ from stethoscope.checkpoints.adapter import AdapterTaskVector, low_rank
 from stethoscope.checkpoints.checkpoint import torch_dtype
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.moments import Moments, Progress, Role, TensorInput, Texts, collect_moments, roles
+from stethoscope.editing.moments import Inputs, Moments, Progress, Role, Texts, collect_moments, roles
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.results.filtering import Effect, Filtering, LayerFiltering
 
@@ -149,6 +149,8 @@ def write_filters(
         for layer, inputs in collect_moments(model, texts, names, progress=progress):
             sums, apart = [Effect()] * (1 + len(strengths)), []
             for shared in _by_input(inputs, [name for name in names if parse_name(name).layer == layer]):
+                if shared[0] not in inputs and met[shared[0]] != "added":
+                    raise CheckpointError(f"`{shared[0]}` is never reached by a forward", hint="leave its layer out")
                 pair = _moments(inputs.get(shared[0]), weights, model.device)
                 if spectra and pair[0].ndim == 2:
                     apart.append((len(pair[0]), separability(*pair)))
@@ -299,7 +301,7 @@ def _is_filtered(name: str, layers: Collection[int] | None) -> bool:
     return parsed.kind not in ("vision", "buffer") and (layers is None or parsed.layer in layers)
 
 
-def _by_input(inputs: Mapping[str, TensorInput], names: Sequence[str]) -> list[list[str]]:
+def _by_input(inputs: Inputs, names: Sequence[str]) -> list[list[str]]:
     """Tensors that share an input, together."""
     groups: dict[int | str, list[str]] = {}
     for name in names:
@@ -307,12 +309,12 @@ def _by_input(inputs: Mapping[str, TensorInput], names: Sequence[str]) -> list[l
     return list(groups.values())
 
 
-def _moments(at: TensorInput | None, weights: Mapping[str, float], device: torch.device) -> tuple[Mean, Mean]:
+def _moments(at: Mapping[str, Moments] | None, weights: Mapping[str, float], device: torch.device) -> tuple[Mean, Mean]:
     """Target's and protected moments of an input; a bias has the input 1."""
     if at is None:
         one = torch.ones(1, dtype=torch.float64, device=device)
         return one, one * sum(weights.values())
-    found = {text: shrunk(moments) for text, moments in at.moments.items()}
+    found = {text: shrunk(moments) for text, moments in at.items()}
     protected = torch.zeros_like(found[TARGET])
     for text, weight in weights.items():
         protected += weight * found[text]

@@ -1,7 +1,7 @@
 """Second moments of the inputs of a model's weights: E[x x^T] per text, one decoder block at a time.
 
 for layer, inputs in collect_moments(model, {"target": [...batches], "protected": [...batches]}, names):
-    inputs["layers.3.mlp.down_proj.weight"].moments["target"]      # of this layer's tensors only
+    inputs["layers.3.mlp.down_proj.weight"]["target"]      # of this layer's tensors only
 
 Hidden states of all tokens are kept where a block begins and the block runs once, so memory is the model, the hidden
 states and one layer's moments, whatever the depth.
@@ -9,7 +9,7 @@ states and one layer's moments, whatever the depth.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from stethoscope.editing.apply import STACKED, live_tensors, stacked_place
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.models.forward import replaced_forward, run
 from stethoscope.models.load import decoder_layers
-from stethoscope.saes.activations import SINK_RATIO
+from stethoscope.saes.activations import attention_sinks
 from stethoscope.text.tokens import TokenBatch
 
 Texts = Mapping[str, Sequence[TokenBatch]]
@@ -41,7 +41,7 @@ class Moments:
 
     Attributes:
         sums: float32, on the model's device.
-        tokens: how many were summed.
+        tokens: how many of the text count, of which an expert sees only some.
     """
 
     sums: Float[Tensor, "d d"] | Float[Tensor, " d"]
@@ -56,23 +56,7 @@ class Moments:
         return self.sums.double() / max(self.tokens, 1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorInput:
-    """The input of one tensor or of several that share it.
-
-    Attributes:
-        moments: text -> moments, over all tokens of the text that count, of which an expert sees only some.
-    """
-
-    moments: dict[str, Moments] = field(default_factory=dict)
-
-    def add(self, text: str, sums: Tensor, tokens: int) -> None:
-        """Add what some tokens of a text sum to, in place."""
-        if text not in self.moments:
-            self.moments[text] = Moments(sums=sums.float(), tokens=tokens)
-        else:
-            before = self.moments[text]
-            self.moments[text] = Moments(sums=before.sums.add_(sums), tokens=before.tokens + tokens)
+Inputs = dict[str, dict[str, Moments]]  # tensor -> text -> moments of its input; tensors that share one share these
 
 
 def _second_moment(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
@@ -153,7 +137,7 @@ def _role(module: nn.Module, parameter: str, tensor: Tensor) -> Role | None:
 @torch.no_grad()
 def collect_moments(
     model: PreTrainedModel, texts: Texts, names: Collection[str], *, progress: Progress | None = None
-) -> Iterator[tuple[int | None, dict[str, TensorInput]]]:
+) -> Iterator[tuple[int | None, Inputs]]:
     """The moments of the inputs of tensors in the model as it is, layer by layer.
 
     Tokens that count are those of `TokenBatch.countable` that are no attention sink at this layer or one before it.
@@ -191,7 +175,8 @@ def collect_moments(
                 for block in blocks[:stop]:
                     stack.enter_context(replaced_forward(block, lambda *_args, value=hidden[i], **_options: value))
                 if stop and layer is not None:
-                    sinks[i] |= _sinks(hidden[i], batch)
+                    stream = hidden[i][0] if isinstance(hidden[i], tuple) else hidden[i]
+                    sinks[i] |= attention_sinks([stream], batch.attention_mask)
                 collector.attach(stack, text, batch.countable & ~sinks[i])
                 if layer is None:
                     collector.finish(model, run(model, batch.input_ids))
@@ -229,19 +214,12 @@ class _Stopped(Exception):  # noqa: N818 - control flow: ends a forward after a 
     pass
 
 
-def _sinks(output: Any, batch: TokenBatch) -> Bool[Tensor, "rows tokens"]:
-    hidden = output[0] if isinstance(output, tuple) else output
-    norms = torch.linalg.vector_norm(hidden, dim=-1, dtype=torch.float32).cpu()
-    median = norms.masked_fill(~batch.attention_mask, torch.nan).nanmedian(dim=1, keepdim=True).values
-    return norms > SINK_RATIO * median
-
-
 class _Collector:
     """Hooks that add up the inputs of some tensors, each input once whoever shares it."""
 
     def __init__(self, places: Mapping[str, _Place]) -> None:
         self.places = places
-        self.inputs: dict[str, TensorInput] = {}
+        self.inputs: Inputs = {}
         self._seen: list[tuple[Tensor, str]] = []
 
     def attach(self, stack: ExitStack, text: str, counted: Bool[Tensor, "rows tokens"]) -> None:
@@ -297,7 +275,11 @@ class _Collector:
             self._add(name, _second_moment((inner * weights[token, slot, None]).float()))
 
     def _add(self, name: str, sums: Tensor) -> None:
-        self.inputs.setdefault(name, TensorInput()).add(self.text, sums, int(self.counted.sum()))
+        found, tokens = self.inputs.setdefault(name, {}), int(self.counted.sum())
+        if before := found.get(self.text):
+            found[self.text] = Moments(sums=before.sums.add_(sums), tokens=before.tokens + tokens)
+        else:
+            found[self.text] = Moments(sums=sums.float(), tokens=tokens)
 
     def _rows(self, x: Float[Tensor, "..."]) -> Float[Tensor, "counted d"]:
         """The inputs of tokens that count; heads are inputs of their own."""
