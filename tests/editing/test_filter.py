@@ -15,6 +15,7 @@ from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.filter import FilteredChange, filtered, shrunk, write_filters
 from stethoscope.editing.moments import Moments, collect_moments, roles
+from stethoscope.editing.passage import passed_shares
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
@@ -248,3 +249,22 @@ def test_what_cannot_be_filtered_is_refused(opened, tmp_path):
     assert len(raised.value.problems) == 2
     del model.model.layers[0].mlp.extra
     assert stored(change.base.path)
+
+
+def test_features_that_the_filter_mutes_are_told_from_those_that_pass(opened, tmp_path):
+    model, change = opened("gemma2")
+    texts = {"target": random_text(vocabulary=20), "protected": random_text(seed=6)}
+    write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[0.0, 1.0])
+    directions = torch.randn(5, 16)
+    whole, half = (FilteredChange(tmp_path / "f", strength, change) for strength in (0.0, 1.0))
+    assert torch.allclose(passed_shares(model, change, whole, 1, directions), torch.ones(5).double(), atol=1e-3)
+    shares = passed_shares(model, change, half, 1, directions)
+    gain = 1 + model.model.layers[1].input_layernorm.weight
+    mlp = 1 + model.model.layers[1].pre_feedforward_layernorm.weight
+    before = after = 0.0
+    for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+        delta = change.delta(f"layers.1.{module}.weight")
+        inputs = directions * (mlp if "mlp" in module else gain)
+        before += (delta @ inputs.T).square().sum(0)
+        after += (half.apply(f"layers.1.{module}.weight", delta) @ inputs.T).square().sum(0)
+    assert torch.allclose(shares, (after / before).sqrt().double(), rtol=1e-4)

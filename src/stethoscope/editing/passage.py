@@ -1,0 +1,56 @@
+"""What the filter lets through along SAE features: which of a layer's inputs still meet the change."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.filter import FilteredChange
+from stethoscope.editing.residual_axis import residual_axes
+from stethoscope.models.load import decoder_layers
+
+# The first of these norms that a block has is the one before its MLP, and before its attention.
+_BEFORE = {
+    "mlp": ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2"),
+    "attention": ("input_layernorm", "ln_1"),
+}
+
+
+def passed_shares(
+    model: PreTrainedModel,
+    task_vector: TaskVector,
+    transform: FilteredChange,
+    layer: int,
+    directions: Float[Tensor, "features d"],
+) -> Float64[Tensor, " features"]:
+    """|D d| / |tau d| for directions d of the residual stream at a layer's input: 1 is passed, 0 is muted.
+
+    Over the layer's matrices that read the stream, each behind the norm before it, whose gain scales d. NaN where the
+    change does nothing along a direction. The ratio can exceed 1.
+    """
+    gains = _gains(model, layer)
+    sums = torch.zeros(2, len(directions), dtype=torch.float64)
+    for name, axis in residual_axes(task_vector, [layer], directions.shape[1]).items():
+        if axis is None or axis.writes:
+            continue
+        inputs = directions.double() * gains.get(task_vector.base.entries[name].kind, 1.0)
+        delta = task_vector.delta(name)
+        for place, change in enumerate((transform.apply(name, delta), delta)):
+            matrix = change.double() if axis.dim == 1 else change.double().T
+            sums[place] += (inputs @ matrix.T).square().sum(1)
+    return (sums[0] / sums[1]).sqrt()
+
+
+def _gains(model: PreTrainedModel, layer: int) -> Mapping[str, Float64[Tensor, " d"]]:
+    """By what the norms before a block's attention and MLP multiply each channel."""
+    block, found = decoder_layers(model)[layer], {}
+    for kind, names in _BEFORE.items():
+        norm = next((module for name in names if (module := getattr(block, name, None)) is not None), None)
+        if isinstance(norm, nn.LayerNorm):
+            found[kind] = norm.weight.double().cpu()
+        elif norm is not None:  # an RMS norm of ones returns its gain, which some store less 1
+            found[kind] = norm(torch.ones_like(norm.weight)).double().cpu()
+    return found
