@@ -17,6 +17,7 @@ ORDER = [
     {"run"},
     {"stages"},
     {"make"},
+    {"tradeoff"},
     {"context"},
     {"check"},
     {"selection", "evaluation"},

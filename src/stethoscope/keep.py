@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes
 from stethoscope.checkpoints.checkpoint import Checkpoint, fingerprint
@@ -27,17 +26,17 @@ from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.evaluation.text_loss import document_losses
 from stethoscope.models.load import find_device, load_model, load_tokenizer
-from stethoscope.results.keeping import BASE, EDIT, SCALED, TUNED, Keeping, Measured, Variant
+from stethoscope.results.keeping import BASE, EDIT, SCALED, TUNED, Keeping, Variant
 from stethoscope.run import Reporter, Silent
 from stethoscope.text.documents import Document, documents_hash
 from stethoscope.text.tokens import TokenBatch, batches, counted_tokens, prompt_lengths, tokenize
+from stethoscope.tradeoff import falls, interval, share_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEWEST = 10  # documents of a text: two of them are measured
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the plain scaling
-RESAMPLES = 2000
 BATCH_TOKENS = 2048  # of a forward of one block
 
 
@@ -244,34 +243,16 @@ class _Judge:
     def variants(self, plans: Mapping[str, EditPlan | None]) -> dict[str, Variant]:
         """Gain and damage of every plan on the documents to measure, with intervals from a bootstrap over documents."""
         losses = {name: self._losses(plan, self.texts.measured) for name, plan in plans.items()}
-        rng = np.random.default_rng(0)
-        draws = {}
-        for text, found in losses[BASE].items():
-            n = len(found.tokens)
-            draws[text] = np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES)])
-
-        def falls(name: str, text: str) -> NDArray[np.float64]:
-            """First the value itself, then one per draw of documents."""
-            before, after = losses[BASE][text], losses[name][text]
-            return (draws[text] @ (before.sums - after.sums)) / (draws[text] @ before.tokens)
-
-        whole = falls(TUNED, TARGET)
+        drawn = falls(losses, losses[BASE])
         return {
             name: Variant(
-                gain=_measured(falls(name, TARGET)),
-                kept=_measured(falls(name, TARGET) / whole if whole[0] > 0 else None),
-                damage={text: _measured(-falls(name, text)) for text in self.wanted.protect},
+                gain=interval(found[TARGET]),
+                kept=interval(share_kept(found[TARGET], drawn[TUNED][TARGET])),
+                damage={text: interval(-found[text]) for text in self.wanted.protect},
             )
-            for name in plans
+            for name, found in drawn.items()
         }
 
     def _losses(self, plan: EditPlan | None, texts: Mapping[str, _Part]) -> dict[str, PerDocument]:
         with applied(self.model, self.task_vector, plan) if plan else nullcontext():
             return {name: document_losses(self.model, part.rows, starts=part.starts) for name, part in texts.items()}
-
-
-def _measured(values: NDArray[np.float64] | None) -> Measured:
-    if values is None:
-        return Measured(value=None, low=None, high=None)
-    low, high = np.quantile(values[1:], [0.025, 0.975])
-    return Measured(value=float(values[0]), low=float(low), high=float(high))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stethoscope.results.evidence import Evidence
     from stethoscope.results.geometry import Geometry
     from stethoscope.results.selection import Selection
+    from stethoscope.results.tradeoff import TradeOff
     from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
@@ -374,6 +375,15 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         executor=context.executor,
         progress=progress,
     )
+
+
+def tradeoff(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "TradeOff":
+    """Measure the filter and its rivals over their strengths."""
+    from stethoscope.tradeoff import recipe_tradeoff
+
+    found = _features(context, results["diagnose"])
+    directions = {layer: lambda load=load: load().directions for layer, load in found.items()}
+    return recipe_tradeoff(context, results["diagnose"], results["select"], directions, provenance, progress=progress)
 
 
 def report(context: "Context", _: Results, __: Provenance, ___: Progress) -> Path:

@@ -190,6 +190,15 @@ class Validation(_Section):
     """Scores also compared with random sets of equal energy; the recipe's and ``attribution`` if None."""
 
 
+class TradeOffOptions(_Section):
+    """How ``tradeoff`` measures the filter and its rivals over their strengths."""
+
+    documents: int = Field(default=64, ge=2)
+    """Documents of each text, from the top."""
+    strengths: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), min_length=1)
+    """Strengths of the filter."""
+
+
 class Ray(_Section):
     """A Ray cluster that shares the work; the results are the same to the bit."""
 
@@ -240,6 +249,8 @@ class Recipe(_Section):
     """Number of arms with random layers."""
     validation: Validation = Validation()
     """How ``validate`` compares the scores."""
+    tradeoff: TradeOffOptions = TradeOffOptions()
+    """How ``tradeoff`` measures the filter and its rivals."""
     evaluate: Evaluate
     """Tasks and texts of the evaluation."""
     device: str = Field(default="auto", pattern=r"^(cpu|auto|cuda(:\d+)?)$")

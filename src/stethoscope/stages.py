@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope import make
 from stethoscope.artifacts import Provenance
 from stethoscope.make import Progress, Results
-from stethoscope.recipe import ATTRIBUTION, HELD_OUT, SCALPEL_ARMS, Recipe
+from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT, SCALPEL_ARMS, Recipe
 
 if TYPE_CHECKING:
     from stethoscope.context import Context
@@ -242,6 +242,20 @@ STAGES: tuple[Stage, ...] = (
         says=_validation_says,
         rows=lambda made, recipe: made.table(_set_size(made, recipe)),
         wrote=lambda recipe: (f"{_validation_folder(recipe)}/validation.json",),
+    ),
+    Stage(
+        name="tradeoff",
+        title="Trade-off: every method over its strength",
+        needs=lambda recipe: (
+            "base", "tuned", "saes", "diagnose", "select", *recipe.corpora,
+            *(name for name in (HELD_OUT, GENERAL) if name in recipe.texts),
+        ),
+        settings=lambda recipe: {**recipe.tradeoff.model_dump(), "coefficient": recipe.edit.coefficient},
+        make=make.tradeoff,
+        **_artifact("stethoscope.results.tradeoff", "TradeOff"),
+        wanted=lambda _: False,
+        help="Measure what the filter and its rivals keep of the fine-tune's gain, and at what damage.",
+        wrote=lambda _: ("tradeoff.json",),
     ),
     Stage(
         name="report",

@@ -28,6 +28,7 @@ from stethoscope.results.evidence import Evidence
 from stethoscope.results.filtering import Filtering
 from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
+from stethoscope.results.tradeoff import TradeOff
 from stethoscope.results.validation import ScoreValidation
 
 CORNER = 0.3  # share of the trade-off's width that is too narrow to tell several arms apart
@@ -39,7 +40,7 @@ def render_report(run_dir: Path) -> Path:
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
     ``geometry.json``, ``filter/filter.json``, ``edits.json``, ``claim.json``, ``calibration.json``,
-    ``validation/*/validation.json``, ``recipe.yaml`` and ``edited/manifest.json``.
+    ``validation/*/validation.json``, ``tradeoff.json``, ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -71,6 +72,8 @@ def render_report(run_dir: Path) -> Path:
         "passed": filtering.plot() if filtering else None,
         "front": charts.calibration_front(calibration) if calibration else None,
     }
+    if tradeoff := TradeOff.find(run_dir):
+        pictures |= {f"methods-{n}": tradeoff.plot(text) for n, text in enumerate(tradeoff.protected)}
     validations = []
     for n, (control, found) in enumerate(validated.items()):
         k = found.size(len(selection.layers))
@@ -94,6 +97,7 @@ def render_report(run_dir: Path) -> Path:
         filtering=filtering,
         edits=edits,
         validations=validations,
+        tradeoff=tradeoff,
         strongest=strongest,
         recipe=text,
         settings=_settings(text),
