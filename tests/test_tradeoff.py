@@ -10,9 +10,10 @@ from world import changed
 from stethoscope.artifacts import Provenance
 from stethoscope.cli import main
 from stethoscope.editing.rivals import WHOLE, Method, rivals
+from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.report import render_report
 from stethoscope.results.tradeoff import TradeOff
-from stethoscope.tradeoff import figures, measure_tradeoff
+from stethoscope.tradeoff import falls, figures, interval, measure_tradeoff, share_kept
 
 
 def curve(*values):
@@ -65,12 +66,13 @@ def test_resamples_that_miss_leave_the_interval_open():
 @pytest.fixture(scope="module")
 def measured(planted) -> TradeOff:
     rows = {}
-    for name, kind in {"target": "target", "general": "control", "more": "control"}.items():
+    for name, kind in {"target": "target", "general": "control"}.items():
         found = {}
         for batch in planted.texts[kind]:
             real = zip(batch.documents, batch.input_ids, batch.attention_mask, strict=True)
             found |= {i: ids[mask].tolist() for i, ids, mask in real}
         rows[name] = [found[i] for i in sorted(found)], None
+    rows["more"] = rows["general"]
     methods = [one for one in rivals(6, {}) if one.name in ("scaled", "TIES")]
     methods.append(Method("filter", "strength", {0.0: WHOLE, 1.0: None}))
     return measure_tradeoff(planted.model, planted.task_vector, methods, rows, provenance=Provenance(seed=1))
@@ -93,12 +95,27 @@ def test_curves_go_from_the_fine_tune_to_the_base(measured, tmp_path):
     assert TradeOff.load(tmp_path) == measured
 
 
-def test_a_figure_and_its_draws_come_from_the_whole_curve(measured):
-    """A straight line between fine-tune and base: 5 % less gain is 5 % less damage, in every draw."""
-    line, whole = measured.methods["filter"], measured.methods["filter"].points[0]
+def test_a_figure_and_its_draws_come_from_the_whole_curve():
+    """A straight line between fine-tune and base: 5 % less gain is 5 % less damage, in every draw of documents."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 50, 30)
+    base = PerDocument(sums=3.0 * tokens, tokens=tokens)
+    better, worse = (
+        PerDocument(sums=base.sums + tokens * rng.normal(by, 0.1, 30), tokens=tokens) for by in (-0.5, 0.3)
+    )
+    losses = {"whole": {"target": better, "general": worse}, "base": {"target": base, "general": base}}
+    drawn = falls(losses, losses["base"], seed=1)
+    assert drawn["whole"]["target"][0] == pytest.approx((base.sums - better.sums).sum() / tokens.sum())
+    shares = [share_kept(drawn[name]["target"], drawn["whole"]["target"]) for name in losses]
+    damages = [-drawn[name]["general"] for name in losses]
+    whole = interval(damages[0])
+    assert 0.2 < whole.low < whole.value < whole.high < 0.4
+    least, most = figures(np.stack(shares, axis=1), np.stack(damages, axis=1))
     for end in ("value", "low", "high"):
-        damage = getattr(whole.damage["general"], end)
-        assert getattr(line.damage["general"], end) == pytest.approx(min(0.95 * damage, damage), abs=1e-6)
+        assert getattr(least, end) == pytest.approx(0.95 * getattr(whole, end))
+    found = (most.value, most.low, most.high)
+    assert found == pytest.approx((0.01 / whole.value, 0.01 / whole.high, 0.01 / whole.low))
+    assert (shares[0][1:] == 1).all()
 
 
 def test_it_says_and_shows_what_was_measured(measured):
