@@ -17,6 +17,7 @@ ORDER = [
     {"run"},
     {"stages"},
     {"make"},
+    {"filtering"},
     {"context"},
     {"check"},
     {"selection", "evaluation"},

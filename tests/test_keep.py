@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from world import planted_documents, contents, write_lines
+from world import contents, planted_documents, write_lines
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli import main

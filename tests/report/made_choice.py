@@ -51,7 +51,9 @@ def make_calibration() -> Calibration:
     points = tuple(
         CalibrationPoint(
             coefficients=dict.fromkeys(layers, 1.0),
+            strength=None,
             threshold=5.0 if layers else None,
+            damage={"control": cost},
             target_gain=gain,
             target_error=0.01,
             control_cost=cost,

@@ -57,8 +57,8 @@ def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
         "score": "mass_shift",
         "diagnose": {"block_size": 8},
         "select": {"policy": "top_k", "k": 5},
-        "edit": {"coefficient": 1.0},
-        "arms": ["base", "tuned", "selected", "random_layers", "scaled", "projected"],
+        "edit": {"coefficient": 1.0, "filter": "auto", "forwards": 8 if quick else 24},
+        "arms": ["base", "tuned", "recommended", "selected", "random_layers", "scaled", "projected"],
         "random_sets": 1 if quick else 2,
         "evaluate": {
             "tasks": ["stethoscope_math"],

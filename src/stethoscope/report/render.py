@@ -37,8 +37,8 @@ def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
-    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``validation/*/validation.json``,
-    ``recipe.yaml`` and ``edited/manifest.json``.
+    ``geometry.json``, ``edits.json``, ``claim.json``, ``calibration.json``, ``recommended/calibration.json``,
+    ``validation/*/validation.json``, ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -51,6 +51,7 @@ def render_report(run_dir: Path) -> Path:
     evidence, edits, geometry = Evidence.find(run_dir), Edits.find(run_dir), Geometry.find(run_dir)
     # a calibration that was only tried is not this selection's
     calibration = Calibration.load(run_dir) if selection.policy == "calibrated" else None
+    calibration = Calibration.find(run_dir / "recommended") or calibration
     validated = {
         path.parent.name: ScoreValidation.load(path.parent)
         for path in sorted(run_dir.glob("validation/*/validation.json"))

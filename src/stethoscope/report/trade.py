@@ -10,7 +10,8 @@ from stethoscope.results.comparison import Comparison, Contrast, is_random
 
 # What an arm's name begins with -> its colour and shape.
 _ARMS = {
-    "selected": ("selected", "diamond"),
+    "recommended": ("selected", "diamond"),
+    "selected": ("selected", "triangle-up"),
     "tuned": ("tuned", "square"),
     "projected": ("projected", "triangle-down"),
     "random": ("other", "circle"),
