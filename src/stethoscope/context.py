@@ -163,10 +163,10 @@ class Context:
     ) -> tuple[list[list[int]], list[int] | None]:
         """Token ids of a text's documents, and the lengths of their prompts in tokens if they have any."""
         found = tokenize(self.documents(text, without)[:limit], self.tokenizer, max_tokens=max_tokens)
-        prompts = self.found.prompts.get(text)
-        if prompts is None:
+        prompts = [prompt for n, prompt in enumerate(self.found.prompts.get(text, ())) if n not in without][:limit]
+        if not prompts:
             return found, None
-        return found, prompt_lengths(found, tokenize(prompts[:limit], self.tokenizer, max_tokens=max_tokens))
+        return found, prompt_lengths(found, tokenize(prompts, self.tokenizer, max_tokens=max_tokens))
 
     def documents(self, text: str, without: tuple[int, ...] = ()) -> list[Document]:
         """A text's documents, without those at some positions."""

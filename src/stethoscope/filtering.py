@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from stethoscope.results.filtering import Filtering
     from stethoscope.text.tokens import TokenBatch
 
-FILTER_TOKENS = 20_000  # of each text, from the top
-JUDGED_TOKENS = 4_000
 DAMAGE = 0.01  # nats per token by which the loss on a text may rise
 COEFFICIENTS = (0.5, 0.75, 1.0, 1.25, 1.5)
 STRENGTH = 1.0  # of filtered arms where no strength is fixed or recommended
@@ -46,7 +44,7 @@ def make_filter(context: "Context", results: Results, provenance: Provenance, pr
 
     def read(name: str) -> "list[TokenBatch]":
         documents = context.documents(name, (*_broken(diagnosis, name), *context.held_back(name)))
-        rows = within(FILTER_TOKENS, tokenize(documents, context.tokenizer, max_tokens=options.max_tokens))
+        rows = within(recipe.edit.tokens, tokenize(documents, context.tokenizer, max_tokens=options.max_tokens))
         tokens = options.tokens if name in recipe.corpora else "all"
         counted = counted_tokens(
             documents[: len(rows)], context.tokenizer, max_tokens=options.max_tokens, tokens=tokens
@@ -80,7 +78,7 @@ def recommendation(context: "Context", results: Results, provenance: Provenance,
     for name, text in recipe.judged.items():
         held = context.held_back(text)
         without = [n for n in range(len(context.found.texts[text])) if held and n not in held]
-        texts[name] = context.batches(text, without=(*without, *_broken(diagnosis, text)), most=JUDGED_TOKENS)
+        texts[name] = context.batches(text, without=(*without, *_broken(diagnosis, text)), most=recipe.edit.tokens // 5)
     share = recipe.calibrate and recipe.calibrate.budget
     raw = (None,) if recipe.edit.filter == "auto" else ()
     return calibrate(

@@ -130,8 +130,10 @@ class EditOptions(_Section):
     filter: Literal["auto", "none"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     """The filter's strength: ``auto`` finds layers, coefficient and strength of a recommended edit together; a number
     fixes the strength; ``none`` makes no filter, and the edit is the raw change in the selected layers."""
+    tokens: int = Field(default=20_000, ge=1)
+    """Maximum tokens of each text for the filter, from the top; a fifth as many judge edits."""
     forwards: int = Field(default=24, ge=3)
-    """Forwards of the calibration text that the search for a recommended edit may take."""
+    """Forwards of the text that judges edits, for the search of the recommended one."""
     protect: dict[str, ProtectedText] = {}
     """Texts that the filter protects, by name; the control texts if there are none."""
 
@@ -233,8 +235,8 @@ class Recipe(_Section):
     """The SAEs, one for each layer of the base: a folder, a SAELens release or a hub id."""
     sae_id: str | None = None
     """Chooses among several SAEs: their id or path, with ``{layer}`` for the number."""
-    target: Text
-    """Text that uses the skill."""
+    target: LossText
+    """Text that uses the skill; with a ``prompt``, only the loss of what follows it judges edits."""
     control: Text
     """Text that lacks the target's skill; a layer must stand out against it."""
     controls: dict[str, Text] = {}

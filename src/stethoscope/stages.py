@@ -123,7 +123,8 @@ def _selection_needs(recipe: Recipe) -> tuple[str, ...]:
 
 def _filter_settings(recipe: Recipe) -> dict[str, Any]:
     options = recipe.diagnose.model_dump(include={"max_tokens", "tokens"})
-    return {"filter": recipe.edit.filter, "weights": recipe.protected, "judged": recipe.judged, **options}
+    edit = recipe.edit.model_dump(include={"filter", "tokens"})
+    return {"weights": recipe.protected, "judged": recipe.judged, **edit, **options}
 
 
 def _recommendation_settings(recipe: Recipe) -> dict[str, Any]:
