@@ -18,6 +18,7 @@ ORDER = [
     {"stages"},
     {"make"},
     {"tradeoff"},
+    {"filtering"},
     {"context"},
     {"check"},
     {"selection", "evaluation"},

@@ -238,7 +238,7 @@ def test_plans_follow_the_recipe_and_what_they_cut_along_is_whole(world, finishe
     assert len(planned) == 1
     assert Edits.load(copy) == Edits.load(finished)
     assert sha256_file(copy / "bases.safetensors") == sha256_file(finished / "bases.safetensors")
-    path = changed(world, tmp_path, arms=["base", "selected", "projected"], edit={"coefficient": 0.5})
+    path = changed(world, tmp_path, arms=["base", "selected", "projected"], edit={"coefficient": 0.5, "filter": "none"})
     for _ in range(2):
         run(path, copy)
     assert len(planned) == 2
@@ -251,7 +251,7 @@ def test_an_edit_that_another_recipe_left_behind_is_written_again(world, finishe
     with monkeypatch.context() as patched:
         patched.setattr("stethoscope.selection.arms.save_plans", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            run(changed(world, tmp_path, edit={"coefficient": 0.5}), copy)
+            run(changed(world, tmp_path, edit={"coefficient": 0.5, "filter": "none"}), copy)
     weights = "edited/model.safetensors"
     assert sha256_file(copy / weights) != sha256_file(finished / weights)
     run(world / "recipe.yaml", copy)

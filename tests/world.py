@@ -264,6 +264,7 @@ def make_world(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
         "control": {"dataset": "data/general.jsonl"},
         "diagnose": {"block_size": 4},
         "select": {"policy": "top_k", "k": 2},
+        "edit": {"filter": "none"},
         "evaluate": {
             "tasks": ["tiny_sum"],
             "control_tasks": ["tiny_and"],

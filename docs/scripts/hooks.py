@@ -9,7 +9,11 @@ from typer.cli import get_docs_for_click
 
 from stethoscope.cli import app
 
-TEXTS = {"Text": "a text", "LossText": "a text for the loss"}  # sections that several keys hold
+TEXTS = {  # sections that several keys hold
+    "Text": "a text",
+    "LossText": "a text for the loss",
+    "ProtectedText": "a protected text",
+}  # sections that several keys hold
 SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
 

@@ -22,9 +22,22 @@ from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
 from stethoscope.evaluation.names import unknown_tasks
-from stethoscope.recipe import ATTRIBUTION, FEWEST_BLOCKS, GENERAL, HELD_OUT, OTHERS, SCALPEL_ARMS, LossText, Recipe
+from stethoscope.recipe import (
+    ATTRIBUTION,
+    FEWEST_BLOCKS,
+    GENERAL,
+    HELD_OUT,
+    SCALPEL_ARMS,
+    ArmName,
+    LossText,
+    Recipe,
+)
 from stethoscope.saes.open import SAEFolder, check_fit, open_saes
 from stethoscope.text.documents import Document, read_documents
+
+# There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
+OTHERS: tuple[ArmName, ...] = ("random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid")
+FEWEST_HELD_BACK = 10  # documents of a text of which every fifth is held back: two are
 
 
 @dataclass(kw_only=True)
@@ -182,13 +195,13 @@ def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub
     _check_choices(found, recipe)
     _read_texts(found, recipe, hub_texts=hub_texts)
     if found.base and found.task_vector:
-        # whichever layers are chosen: those with most bytes, or all, where k is not known yet
+        # whichever layers are chosen: those with most bytes, or all, where their number is not known yet
         size: Counter[int] = Counter()
         for name in found.task_vector.names:
             entry = found.base.entries[name]
             if entry.layer is not None:
                 size[entry.layer] += entry.nbytes
-        layers = [layer for layer, _ in size.most_common(recipe.select.k)]
+        layers = [layer for layer, _ in size.most_common(None if recipe.filters else recipe.select.k)]
         plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
         found.edit = preview(found.base, found.task_vector, plan, folder / "edited", overwrite=True)
         found.problems += found.edit.problems
@@ -248,6 +261,12 @@ def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
             documents = [f"{prompt}{document}" for prompt, document in zip(prompts, documents, strict=True)]
         if documents:
             found.texts[name] = documents
+    for corpus, name in recipe.judged.items() if recipe.filters else ():
+        if 0 < (count := len(found.texts.get(name, ()))) < FEWEST_HELD_BACK and corpus == name:
+            found.problems.append(
+                f"the {count} documents of the {name} text are fewer than {FEWEST_HELD_BACK}: a fifth judges edits\n"
+                "    hint: give more, or set `edit: {filter: none}`"
+            )
     size = recipe.diagnose.block_size
     for name in recipe.corpora:
         count = len(found.texts.get(name, ()))

@@ -18,7 +18,7 @@ from stethoscope.models.load import find_device, load_model, load_tokenizer, pre
 from stethoscope.recipe import Recipe
 from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.text.documents import Document, documents_hash
-from stethoscope.text.tokens import TokenBatch, batches, prompt_lengths, tokenize
+from stethoscope.text.tokens import TokenBatch, batches, prompt_lengths, tokenize, within
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +78,11 @@ class Context:
         """The base model's tokenizer."""
         return load_tokenizer(self.base.path)
 
+    @property
+    def filters(self) -> Path:
+        """The folder of filtered changes."""
+        return (self.folder / "filter").absolute()
+
     @cached_property
     def executor(self) -> "RayExecutor | None":
         """Workers, if the recipe asks for any."""
@@ -85,7 +90,7 @@ class Context:
 
         if self.recipe.ray is None or not self.has_workers:
             return None
-        worker = WorkerContext(base=self.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
+        worker = WorkerContext(base=self.base.path, tuned=self.recipe.tuned, filters=self.filters, dtype=self.dtype)
         return self.stack.enter_context(RayExecutor(self.recipe.ray, worker))
 
     @property
@@ -107,8 +112,8 @@ class Context:
         return {layer: load_sae(sae) for layer, sae in self.found.saes.items()}
 
     def layer_edits(self) -> LayerEdits:
-        """The task vector by layer, to be added to the model."""
-        return LayerEdits(self.model, self.task_vector, memory=room_beside(self.model))
+        """The task vector by layer, raw or filtered, to be added to the model."""
+        return LayerEdits(self.model, self.task_vector, memory=room_beside(self.model), filters=self.filters)
 
     def arm(self, plan: EditPlan | None) -> Arm:
         """A context in which the model has an arm's weights; its tensors are made at each entry."""
@@ -134,9 +139,23 @@ class Context:
             held += size
         return groups
 
-    def batches(self, text: str, limit: int | None = None, without: tuple[int, ...] = ()) -> list[TokenBatch]:
-        """Batches of tokens of a text's first ``limit`` documents, without those at some positions."""
+    def held_back(self, text: str) -> tuple[int, ...]:
+        """Positions of every fifth document of a text, if they judge edits, and so make no filter."""
+        judges = self.recipe.judged.get(text) == text
+        return tuple(range(4, len(self.found.texts[text]), 5)) if judges else ()
+
+    def batches(
+        self, text: str, limit: int | None = None, without: tuple[int, ...] = (), *, most: int | None = None
+    ) -> list[TokenBatch]:
+        """Batches of tokens of a text's first ``limit`` documents, without those at some positions.
+
+        Args:
+            most: about so many tokens from the top.
+        """
         rows, starts = self.rows(text, limit, max_tokens=self.recipe.diagnose.max_tokens, without=without)
+        if most is not None:
+            rows = within(most, rows)
+            starts = starts and starts[: len(rows)]
         return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
 
     def rows(
@@ -144,10 +163,10 @@ class Context:
     ) -> tuple[list[list[int]], list[int] | None]:
         """Token ids of a text's documents, and the lengths of their prompts in tokens if they have any."""
         found = tokenize(self.documents(text, without)[:limit], self.tokenizer, max_tokens=max_tokens)
-        prompts = self.found.prompts.get(text)
-        if prompts is None:
+        prompts = [prompt for n, prompt in enumerate(self.found.prompts.get(text, ())) if n not in without][:limit]
+        if not prompts:
             return found, None
-        return found, prompt_lengths(found, tokenize(prompts[:limit], self.tokenizer, max_tokens=max_tokens))
+        return found, prompt_lengths(found, tokenize(prompts, self.tokenizer, max_tokens=max_tokens))
 
     def documents(self, text: str, without: tuple[int, ...] = ()) -> list[Document]:
         """A text's documents, without those at some positions."""

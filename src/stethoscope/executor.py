@@ -88,6 +88,7 @@ class WorkerContext:
     Attributes:
         base: folder of the base model, as every node sees it.
         tuned: the fine-tune's or an adapter's folder, or a hub id.
+        filters: what `write_filters` wrote, for filtered edits of layers.
         dtype: of the model; the device's preferred one if None.
         device: ``cpu`` or ``cuda``.
         threads: that PyTorch computes with on a CPU; float sums depend on it.
@@ -96,6 +97,7 @@ class WorkerContext:
 
     base: Path | None = None
     tuned: Path | str | None = None
+    filters: Path | None = None
     dtype: torch.dtype | None = None
     device: str = "cpu"
     threads: int = 1
@@ -130,7 +132,8 @@ class WorkerContext:
         from stethoscope.editing.layers import LayerEdits
         from stethoscope.models.load import room_beside
 
-        return LayerEdits(self.model, self.task_vector, memory=int(self.share * room_beside(self.model)))
+        memory = int(self.share * room_beside(self.model))
+        return LayerEdits(self.model, self.task_vector, memory=memory, filters=self.filters)
 
     def load(self, folder: Path) -> Any:
         """A model on this worker's device."""

@@ -203,25 +203,31 @@ def _features(context: "Context", diagnosis: "Diagnosis") -> "dict[int, Callable
 
 
 def edit(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Planned":
-    """Make every arm's plan, and write the selected layers' checkpoint."""
+    """Make every arm's plan, and write the checkpoint that is recommended, or else the selected layers'."""
     from stethoscope.editing.writer import write_edit
+    from stethoscope.filtering import filtered_plans
     from stethoscope.results.edits import Edits
-    from stethoscope.selection.arms import plan_arms, save_plans
+    from stethoscope.selection.arms import Planned, plan_arms, save_plans
 
-    task_vector, diagnosis = context.task_vector, results["diagnose"]
+    task_vector, diagnosis, selection = context.task_vector, results["diagnose"], results["select"]
+    chosen = selection.coefficients or dict.fromkeys(selection.layers, context.recipe.edit.coefficient)
     planned = plan_arms(
         context.recipe,
         task_vector,
-        results["select"].coefficients or dict.fromkeys(results["select"].layers, context.recipe.edit.coefficient),
+        chosen,
         {layer.layer: layer.excess for layer in diagnosis.layers if layer.flag is None},
         {n: lambda load=load: load().directions for n, load in _features(context, diagnosis).items()},  # type: ignore[misc]
         features=context.projected_features,
     )
+    if context.recipe.filters:
+        plans = {**planned.plans, **filtered_plans(context, results, chosen)}
+        left_out = "`recommended` is left out, and the edit is `selected`: " + results["recommend"].reason
+        planned = Planned(plans=plans, warnings=(*planned.warnings, *(() if "recommended" in plans else (left_out,))))
     # removed before the checkpoint changes: plans that are current must not lie beside another plan's edit
     (context.folder / Edits.FILE).unlink(missing_ok=True)
-    if selected := planned.plans.get("selected"):
+    if plan := planned.plans.get("recommended") or planned.plans.get("selected"):
         edited = context.folder / "edited"
-        write_edit(context.base, task_vector, selected, edited, overwrite=True, progress=progress)
+        write_edit(context.base, task_vector, plan, edited, overwrite=True, progress=progress)
     save_plans(context.folder, planned, task_vector.energy_by_layer(), provenance=provenance)
     return planned
 
@@ -331,12 +337,12 @@ def comparison(context: "Context", results: Results, _: Provenance, __: Progress
         seed=context.recipe.seed,
         inputs={
             **context.hashes,
-            **{name: results[name].provenance.key for name in ("diagnose", "calibrate") if name in results},
+            **{n: results[n].provenance.key for n in ("diagnose", "calibrate", "recommend") if n in results},
         },
     )
     made.save(context.folder / "comparison.json")
-    if "selected" in results["edit"].plans:
-        write_results(context.folder / "edited", made.contrast("selected").summary())
+    if made.edit in results["edit"].plans:
+        write_results(context.folder / "edited", made.contrast(made.edit).summary())
     return made
 
 

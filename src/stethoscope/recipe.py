@@ -13,17 +13,16 @@ from stethoscope.errors import RecipeError
 
 ScalpelArm = Literal[
     "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
-    "hybrid", "filtered",
+    "hybrid", "fewest_features",
 ]  # fmt: skip
+FilteredArm = Literal["recommended", "filtered", "selected_filtered"]
 ArmName = Literal[
-    "base", "tuned", "selected", "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", ScalpelArm
-]
+    "base", "tuned", "selected", "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched",
+    FilteredArm, ScalpelArm,
+]  # fmt: skip
+FILTERED_ARMS: tuple[FilteredArm, ...] = get_args(FilteredArm)
 SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
 ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")
-# There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
-OTHERS: tuple[ArmName, ...] = (
-    "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid",
-)  # fmt: skip
 # Blocks of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
 FEWEST_BLOCKS = 4
 ATTRIBUTION = "attribution"  # the score that needs the task vector
@@ -67,6 +66,13 @@ class LossText(Text):
     """A field with the text that precedes each document; its tokens do not count."""
 
 
+class ProtectedText(Text):
+    """Text on which the edit should change nothing."""
+
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Weight of its effects in the filter."""
+
+
 class Select(_Section):
     """The policy that turns scores into a choice of layers."""
 
@@ -103,7 +109,8 @@ class Calibrate(_Section):
     control: LossText
     """Other text that does not use it."""
     budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Share by which control loss may rise; without one, a nat of control weighs a nat of target."""
+    """Share by which control loss may rise; without one, a nat of control weighs a nat of target for the policy
+    ``calibrated``, and the recommended edit may cost 0.01 nats."""
     coefficients: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
     """Coefficients to try."""
     per_layer: bool = False
@@ -111,10 +118,19 @@ class Calibrate(_Section):
 
 
 class EditOptions(_Section):
-    """The edit of the selected layers."""
+    """The edit of the selected layers, and the filter that spares other text."""
 
     coefficient: float = Field(default=1.0, allow_inf_nan=False)
-    """Factor of the task vector; negative removes the skill."""
+    """Factor of the task vector in the selected layers; negative removes the skill, and nothing is filtered then."""
+    filter: Literal["auto", "none"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
+    """The filter's strength: ``auto`` finds layers, coefficient and strength of a recommended edit together; a number
+    fixes the strength; ``none`` makes no filter, and the edit is the raw change in the selected layers."""
+    tokens: int = Field(default=20_000, ge=1)
+    """Maximum tokens of each text for the filter, from the top; a fifth as many judge edits."""
+    forwards: int = Field(default=24, ge=3)
+    """Forwards of the text that judges edits, for the search of the recommended one."""
+    protect: dict[str, ProtectedText] = {}
+    """Texts that the filter protects, by name; the control texts if there are none."""
 
 
 class Diagnose(_Section):
@@ -147,7 +163,7 @@ class Project(_Section):
     features: int | None = Field(default=None, ge=1)
     """Features per layer that span the subspace; 3 % of the width if None, as published."""
     share: float = Field(default=0.5, gt=0, le=1)
-    """Share of a layer's energy that ``filtered`` keeps in the selected layers, ``hybrid`` in the others."""
+    """Share of a layer's energy that ``fewest_features`` keeps in the selected layers, ``hybrid`` in the others."""
     draws: int = Field(default=100, ge=20)
     """Random feature sets, and random bases, that the geometry is compared with."""
     tokens: int = Field(default=512, ge=1)
@@ -223,8 +239,8 @@ class Recipe(_Section):
     """The SAEs, one for each layer of the base: a folder, a SAELens release or a hub id."""
     sae_id: str | None = None
     """Chooses among several SAEs: their id or path, with ``{layer}`` for the number."""
-    target: Text
-    """Text that uses the skill."""
+    target: LossText
+    """Text that uses the skill; with a ``prompt``, only the loss of what follows it judges edits."""
     control: Text
     """Text that lacks the target's skill; a layer must stand out against it."""
     controls: dict[str, Text] = {}
@@ -240,11 +256,11 @@ class Recipe(_Section):
     calibrate: Calibrate | None = None
     """The search that the policy ``calibrated`` uses."""
     edit: EditOptions = EditOptions()
-    """The edit of the selected layers."""
+    """The edit of the selected layers, and the filter that spares other text."""
     project: Project = Project()
     """The arms that project onto feature directions."""
     arms: tuple[ArmName, ...] = ARMS
-    """The models that are evaluated."""
+    """The models that are evaluated; where changes are filtered, ``recommended`` is, too."""
     random_sets: int = Field(default=2, ge=1)
     """Number of arms with random layers."""
     validation: Validation = Validation()
@@ -254,8 +270,7 @@ class Recipe(_Section):
     evaluate: Evaluate
     """Tasks and texts of the evaluation."""
     device: str = Field(default="auto", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
-    """Device of this process: ``cpu``, ``cuda``, ``cuda:1``, or ``auto``: a GPU if there is one, but the CPU beside
-    workers, which may need the GPU."""
+    """Device of this process, such as ``cuda:1``; ``auto`` is a GPU if there is one, but the CPU beside workers."""
     ray: Ray | None = None
     """The cluster that shares the work; without one, all is done in this process."""
     seed: int = Field(default=0, ge=0)
@@ -272,15 +287,42 @@ class Recipe(_Section):
         if self.validation.control not in self.all_controls:
             known = ", ".join(self.all_controls)
             raise ValueError(f"`validation.control`: there is no control `{self.validation.control}`, only {known}")
+        if not self.filters and (without := [arm for arm in self.arms if arm in FILTERED_ARMS]):
+            raise ValueError(f"{', '.join(f'`{arm}`' for arm in without)} of `arms` takes a filter, see `edit.filter`")
         own = {"target", "control", GENERAL, HELD_OUT, "calibration target", "calibration control"}
-        if taken := own & set(self.controls):
-            raise ValueError(f"`controls` cannot be called {', '.join(f'`{name}`' for name in sorted(taken))}")
+        for where, names in {"controls": set(self.controls), "edit.protect": set(self.edit.protect)}.items():
+            if taken := own & names:
+                raise ValueError(f"`{where}` cannot be called {', '.join(f'`{name}`' for name in sorted(taken))}")
+            own |= names
         return self
 
     @property
     def all_controls(self) -> dict[str, Text]:
         """Every control by name, the first of which is ``control``."""
         return {"control": self.control, **self.controls}
+
+    @property
+    def filters(self) -> bool:
+        """Whether changes are filtered, and an edit is recommended: not where no arm is one, or a skill is removed."""
+        edits = bool({"selected", *FILTERED_ARMS} & set(self.arms))
+        return edits and self.edit.filter != "none" and self.edit.coefficient > 0
+
+    @property
+    def evaluated(self) -> tuple[ArmName, ...]:
+        """The arms, with ``recommended`` and the published method beside it where an edit is recommended."""
+        return tuple(dict.fromkeys([*self.arms, *(("recommended", "selected") if self.filters else ())]))
+
+    @property
+    def protected(self) -> dict[str, float]:
+        """Texts that the filter protects, with their weights."""
+        return {name: text.weight for name, text in self.edit.protect.items()} or dict.fromkeys(self.all_controls, 1.0)
+
+    @property
+    def judged(self) -> dict[str, str]:
+        """The texts whose losses judge an edit: their names as corpora -> as texts; those of one name are held back."""
+        own = {name: f"calibration {name}" if self.calibrate else name for name in ("target", "control")}
+        others = () if self.calibrate else self.controls
+        return own | {name: name for name in (*others, *self.edit.protect)}
 
     @property
     def corpora(self) -> tuple[str, ...]:
@@ -290,14 +332,11 @@ class Recipe(_Section):
     @property
     def texts(self) -> dict[str, Text]:
         """Every text by name."""
-        calibrate, evaluate = self.calibrate, self.evaluate
-        optional = {
-            "calibration target": calibrate and calibrate.target,
-            "calibration control": calibrate and calibrate.control,
-            GENERAL: evaluate.control,
-            HELD_OUT: evaluate.target,
-        }
-        return {"target": self.target, **self.all_controls} | {name: text for name, text in optional.items() if text}
+        texts = {"target": self.target, **self.all_controls, **self.edit.protect}
+        if self.calibrate:
+            texts |= {"calibration target": self.calibrate.target, "calibration control": self.calibrate.control}
+        own = {GENERAL: self.evaluate.control, HELD_OUT: self.evaluate.target}
+        return texts | {name: text for name, text in own.items() if text}
 
     @classmethod
     def from_yaml(cls, path: Path, changes: Iterable[str] = ()) -> "Recipe":

@@ -121,7 +121,7 @@ def run_recipe(
             provenance = provenance_of(recipe.seed, needed, stage.settings(recipe))
             keys[stage.name] = provenance.key
             with reporter.stage(stage.title) as advance:
-                made = stage.load(folder, recipe, provenance) if stage.load else None
+                made = stage.load(context, provenance) if stage.load else None
                 if made is None:
                     made = stage.make(context, MappingProxyType(results), provenance, advance)
                     if stage.save:

@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope import make
+from stethoscope import filtering, make
 from stethoscope.artifacts import Provenance
 from stethoscope.make import Progress, Results
 from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT, SCALPEL_ARMS, Recipe
@@ -50,7 +50,7 @@ class Stage:
     needs: Callable[[Recipe], Sequence[str]]
     make: "Callable[[Context, Results, Provenance, Progress], Any]"
     settings: Callable[[Recipe], Mapping[str, Any]] = lambda _recipe: {}
-    load: Callable[[Path, Recipe, Provenance], Any] | None = None
+    load: "Callable[[Context, Provenance], Any] | None" = None
     save: Callable[[Path, Recipe, Any], Any] | None = None
     wanted: Callable[[Recipe], bool] = lambda _recipe: True
     notes: Callable[[Any], Iterable[str]] = lambda _made: ()
@@ -62,19 +62,20 @@ class Stage:
     then: str = "run"
 
 
-def _load_plans(folder: Path, _: Recipe, provenance: Provenance) -> "Planned | None":
+def _load_plans(context: "Context", provenance: Provenance) -> "Planned | None":
     from stethoscope.selection.arms import load_plans
 
-    planned = load_plans(folder, provenance)
-    whole = planned is not None and ("selected" not in planned.plans or (folder / "edited").exists())
+    planned = load_plans(context.folder, provenance, context.task_vector)
+    whole = planned is not None and ("selected" not in planned.plans or (context.folder / "edited").exists())
     return planned if whole else None
 
 
 def _artifact(module: str, name: str, place: Callable[[Recipe], str] = lambda _recipe: "") -> dict[str, Any]:
     """The options ``load`` and ``save`` of a stage whose result is an `Artifact` in a place of the run's folder."""
 
-    def load(folder: Path, recipe: Recipe, provenance: Provenance) -> Any:
-        return getattr(import_module(module), name).load_if_current(folder / place(recipe), provenance)
+    def load(context: "Context", provenance: Provenance) -> Any:
+        folder = context.folder / place(context.recipe)
+        return getattr(import_module(module), name).load_if_current(folder, provenance)
 
     def save(folder: Path, recipe: Recipe, made: Any) -> None:
         made.save(folder / place(recipe))
@@ -92,7 +93,7 @@ def _verdict_and_warnings(made: Any, _: Recipe) -> list[str]:
 
 def _edited_layers(recipe: Recipe) -> dict[str, Any]:
     """The settings of the arms' plans, beside the selection."""
-    arms = {"arms": recipe.arms, "random_sets": recipe.random_sets, "coefficient": recipe.edit.coefficient}
+    arms = {"arms": recipe.evaluated, "random_sets": recipe.random_sets, "coefficient": recipe.edit.coefficient}
     return {**arms, **recipe.project.model_dump(include={"share", "features"})}
 
 
@@ -118,6 +119,17 @@ def _calibration_settings(recipe: Recipe) -> dict[str, Any]:
 
 def _selection_needs(recipe: Recipe) -> tuple[str, ...]:
     return ("diagnose", "calibrate") if recipe.select.policy == "calibrated" else ("diagnose",)
+
+
+def _filter_settings(recipe: Recipe) -> dict[str, Any]:
+    options = recipe.diagnose.model_dump(include={"max_tokens", "tokens"})
+    edit = recipe.edit.model_dump(include={"filter", "tokens"})
+    return {"weights": recipe.protected, "judged": recipe.judged, **edit, **options}
+
+
+def _recommendation_settings(recipe: Recipe) -> dict[str, Any]:
+    budget = recipe.calibrate.budget if recipe.calibrate else None
+    return {"judged": recipe.judged, "budget": budget, "forwards": recipe.edit.forwards}
 
 
 def _validation_folder(recipe: Recipe) -> str:
@@ -201,9 +213,34 @@ STAGES: tuple[Stage, ...] = (
         wrote=lambda _: ("geometry.json",),
     ),
     Stage(
+        name="filter",
+        title="Filter: moments of target and protected text",
+        needs=lambda recipe: ("base", "tuned", "diagnose", "target", *recipe.protected),
+        settings=_filter_settings,
+        make=filtering.make_filter,
+        **_artifact("stethoscope.results.filtering", "Filtering", lambda _: "filter") | {"save": None},
+        wanted=lambda recipe: recipe.filters,
+        notes=lambda made: [made.verdict],
+        help="Filter the weight change: keep what target text uses of it, and not what protected text would notice.",
+        wrote=lambda _: ("filter",),
+        then="recommend",
+    ),
+    Stage(
+        name="recommend",
+        title="Recommend: layers, coefficient and filter",
+        needs=lambda recipe: ("base", "tuned", "diagnose", "filter", *recipe.judged.values()),
+        settings=_recommendation_settings,
+        make=filtering.recommendation,
+        **_artifact("stethoscope.results.calibration", "Calibration", lambda _: "recommended"),
+        wanted=lambda recipe: recipe.filters,
+        notes=lambda made: [made.verdict],
+        help="Find the layers, the coefficient and the filter's strength that gain most within a budget of damage.",
+        wrote=lambda _: ("recommended/calibration.json",),
+    ),
+    Stage(
         name="edit",
         title="Edit: write the checkpoint",
-        needs=lambda _: ("base", "tuned", "diagnose", "select"),
+        needs=lambda recipe: ("base", "tuned", "diagnose", "select", *(["recommend"] if recipe.filters else [])),
         settings=_edited_layers,
         make=make.edit,
         load=_load_plans,

@@ -213,7 +213,7 @@ def energy_kept(change, Q: torch.Tensor) -> float:
 
 def test_the_smallest_set_reaches_the_share_and_one_feature_less_does_not(change):
     half, whole = (
-        scalpel_plan("filtered", change, {1: 1.0}, share=share).transform.bases[1] for share in (0.5, 1.0)
+        scalpel_plan("fewest_features", change, {1: 1.0}, share=share).transform.bases[1] for share in (0.5, 1.0)
     )  # fmt: skip
     assert energy_kept(change, half) >= 0.5 > energy_kept(change, half[:, :-1])
     assert whole.shape == (16, 16)

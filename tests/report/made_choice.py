@@ -50,8 +50,9 @@ def make_calibration() -> Calibration:
     rows = [((), 0.0, 0.0), ((3,), 0.1, 0.01), ((3, 8), 0.2, 0.015), ((3, 8, 9), 0.21, 0.05), ((9,), 0.05, 0.06)]
     points = tuple(
         CalibrationPoint(
-            coefficients=dict.fromkeys(layers, 1.0), threshold=5.0 if layers else None, target_gain=gain,
-            target_error=0.01, control_cost=cost, control_error=0.005, control_increase=cost / 3,
+            coefficients=dict.fromkeys(layers, 1.0), strength=None, threshold=5.0 if layers else None,
+            damage={"control": cost}, target_gain=gain, target_error=0.01, control_cost=cost, control_error=0.005,
+            control_increase=cost / 3,
             on_front=layers != (9,),
         )
         for layers, gain, cost in rows

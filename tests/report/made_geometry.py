@@ -19,7 +19,7 @@ CUT = {
     "random_subspace_energy_matched": (0.1, 0.05),
     "complement": (0.38, 0.04),
     "hybrid": (0.3, 0.2),
-    "filtered": (0.39, 0.0),
+    "fewest_features": (0.39, 0.0),
 }
 
 

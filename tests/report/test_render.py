@@ -362,8 +362,8 @@ WHY, THROWN, HYBRID = range(3)
         (HYBRID, {}, "`hybrid` is worse than raw injection: raw injection is ahead of it by +0.098"),
         (HYBRID, {"hybrid": (0.3, 0.2, 0.4)}, "`hybrid` gains by one measure and loses by another"),
         (HYBRID, {"hybrid": (0.5, 0.2)}, "`hybrid` trades gain against cost"),
-        (HYBRID, {"filtered": (0.4, 0.0)}, "`filtered` beats raw injection"),
-        (HYBRID, {"filtered": (0.4, 0.05)}, "`filtered` is not clearly better or worse"),
+        (HYBRID, {"fewest_features": (0.4, 0.0)}, "`fewest_features` beats raw injection"),
+        (HYBRID, {"fewest_features": (0.4, 0.05)}, "`fewest_features` is not clearly better or worse"),
     ],
 )
 def test_the_three_questions_are_answered_from_the_arms(number, changed, says):

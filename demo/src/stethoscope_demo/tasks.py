@@ -131,7 +131,11 @@ def write_text_corpora(folder: Path) -> None:
     """Writes `target.jsonl` and `control.jsonl` for the diagnosis, `held_out.jsonl` and `general.jsonl` to judge by."""
     folder.mkdir(parents=True, exist_ok=True)
     target = list(target_documents(TARGET_DOCUMENTS + HELD_OUT_DOCUMENTS))
-    _write_lines(folder / "target.jsonl", target[:TARGET_DOCUMENTS])
+    parts = [split_prompt(row) for row in target[:TARGET_DOCUMENTS]]
+    whole = [
+        row | {"prompt": part["prompt"], "solution": part["text"]} for row, part in zip(target, parts, strict=False)
+    ]
+    _write_lines(folder / "target.jsonl", whole)
     _write_lines(folder / "held_out.jsonl", map(split_prompt, target[TARGET_DOCUMENTS:]))
     _write_lines(folder / "control.jsonl", general_documents("calibration"))
     _write_lines(folder / "general.jsonl", general_documents("test"))

@@ -9,7 +9,8 @@ from stethoscope.charts.style import COLOURS, axis, drawn, rule, tips, y_axis
 
 # What an arm's name begins with -> its colour and shape.
 _ARMS = {
-    "selected": ("selected", "diamond"),
+    "recommended": ("selected", "diamond"),
+    "selected": ("selected", "triangle-up"),
     "tuned": ("tuned", "square"),
     "projected": ("projected", "triangle-down"),
     "random": ("other", "circle"),

@@ -158,7 +158,9 @@ def _show(result: RunResult, *, as_json: bool) -> None:
 
     found = result.comparison
     rivals = [
-        c for c in found.contrasts if c.b == "selected" and c.a.startswith((found.baseline, "random_layers", "scaled"))
+        c
+        for c in found.contrasts
+        if c.b == found.edit and c.a.startswith((found.baseline, "selected", "random_layers", "scaled"))
     ]
     conclude(
         result.summary(),

@@ -37,13 +37,14 @@ def scalpel_plans(
     Args:
         arms: ``projected`` onto the first features; ``projected_energy_matched``, that at the raw edit's norm per
             layer; ``complement``, what ``projected`` throws away; ``random_subspace`` of equal rank, and that at the
-            raw edit's norm; ``filtered``, the fewest features that keep ``share`` of each layer's energy; ``hybrid``,
-            raw in the selected layers and ``filtered`` in the others, at the selected ones' mean coefficient.
+            raw edit's norm; ``fewest_features``, the fewest features that keep ``share`` of each layer's energy;
+            ``hybrid``, raw in the selected layers and ``fewest_features`` in the others, at the selected ones' mean
+            coefficient.
         coefficients: of the selected layers.
         directions: a layer's feature directions, most specific first; asked for once per layer.
         features: how many span the subspace.
         layers: those that have features; only ``hybrid`` uses them.
-        share: of each layer's energy, for ``filtered`` and ``hybrid``.
+        share: of each layer's energy, for ``fewest_features`` and ``hybrid``.
         seed: of the random subspaces.
 
     Raises:
@@ -55,9 +56,9 @@ def scalpel_plans(
     fewest: dict[int, Tensor] = {}
     for layer in sorted({*coefficients, *others} if set(arms) - {"hybrid"} else others):
         rows = directions(layer)
-        if layer in coefficients and set(arms) - {"hybrid", "filtered"}:
+        if layer in coefficients and set(arms) - {"hybrid", "fewest_features"}:
             first[layer] = feature_basis(rows[:features])
-        if layer in others or "filtered" in arms:
+        if layer in others or "fewest_features" in arms:
             fewest[layer] = _smallest_basis(task_vector, layer, rows, share)
     if first:
         residual_axes(task_vector, first, len(next(iter(first.values()))))
@@ -68,7 +69,7 @@ def scalpel_plans(
             transform = FeatureProjection(bases={layer: fewest[layer] for layer in others}, raw=frozenset(coefficients))
             plans[arm] = EditPlan.for_layers({**dict.fromkeys(others, mean), **coefficients}, transform=transform)
             continue
-        bases = {layer: (fewest if arm == "filtered" else first)[layer] for layer in coefficients}
+        bases = {layer: (fewest if arm == "fewest_features" else first)[layer] for layer in coefficients}
         if arm.startswith("random_subspace"):
             generator = torch.Generator().manual_seed(seed)
             bases = {layer: random_basis(len(Q), Q.shape[1], generator) for layer, Q in sorted(bases.items())}

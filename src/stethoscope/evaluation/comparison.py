@@ -62,7 +62,7 @@ def compare(
         family: tasks whose p-values are corrected together, all by default; the others are controls, corrected among
             themselves.
         pairs: arms to compare, as (a, b) with b under test. If not given: every arm against the baseline, every edit
-            against ``tuned``, and ``selected`` against every other edit.
+            against ``tuned``, and ``recommended`` and ``selected`` against every other edit.
         losses, target_losses, divergences: of each arm on the same documents: loss on control text and on held-out
             target text, and divergence from the base, whose own is zero.
         metric: the metric that decides; each task's own (`Outcomes.metric_of`) if not given.
@@ -232,8 +232,9 @@ def _default_pairs(arms: Sequence[str], baseline: str) -> list[tuple[str, str]]:
     edits = [arm for arm in arms if arm not in (baseline, "tuned")]
     if "tuned" in arms and baseline != "tuned":
         pairs += [("tuned", arm) for arm in edits]
-    if "selected" in edits:
-        pairs += [(arm, "selected") for arm in edits if arm != "selected"]
+    for edit in ("recommended", "selected"):
+        if edit in edits:
+            pairs += [(arm, edit) for arm in edits if arm != edit and (edit, arm) not in pairs]
     return pairs + [(arm, f"{arm}_energy_matched") for arm in edits if f"{arm}_energy_matched" in edits]
 
 

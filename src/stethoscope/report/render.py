@@ -40,7 +40,8 @@ def render_report(run_dir: Path) -> Path:
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
     ``geometry.json``, ``filter/filter.json``, ``edits.json``, ``claim.json``, ``calibration.json``,
-    ``validation/*/validation.json``, ``tradeoff.json``, ``recipe.yaml`` and ``edited/manifest.json``.
+    ``recommended/calibration.json``, ``validation/*/validation.json``, ``tradeoff.json``, ``recipe.yaml`` and
+    ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -54,6 +55,7 @@ def render_report(run_dir: Path) -> Path:
     filtering = Filtering.find(run_dir / "filter")
     # a calibration that was only tried is not this selection's
     calibration = Calibration.load(run_dir) if selection.policy == "calibrated" else None
+    calibration = Calibration.find(run_dir / "recommended") or calibration
     validated = {
         path.parent.name: ScoreValidation.load(path.parent)
         for path in sorted(run_dir.glob("validation/*/validation.json"))

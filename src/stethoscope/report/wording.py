@@ -15,7 +15,10 @@ SMALL_SAMPLE = 200
 _ARMS = {
     "base": "the base model, unchanged",
     "tuned": "the whole fine-tune: every layer's weight change",
-    "selected": "the raw weight change in the selected layers only",
+    "recommended": "the edit that gains most within the budget of damage on calibration text",
+    "selected": "the published method: the raw weight change in the selected layers only",
+    "filtered": "the weight change in every layer, filtered",
+    "selected_filtered": "the weight change in the selected layers only, filtered",
     "random_layers": "the raw weight change in as many layers, drawn at random",
     "scaled": "the raw weight change in every layer, at the coefficient that gives the selected edit's energy",
     "norm_ranked": "the raw weight change in as many layers, those in which it is largest",
@@ -27,7 +30,7 @@ _ARMS = {
     "random_subspace": "the weight change projected onto as many random directions",
     "random_subspace_energy_matched": "that, rescaled in each layer to the raw edit's norm",
     "hybrid": "raw in the selected layers; in the others projected onto the fewest features that keep the share",
-    "filtered": "in the selected layers, projected onto the fewest features that keep the recipe's share of energy",
+    "fewest_features": "in the selected layers, projected onto the fewest features that keep the share of energy",
 }
 
 
@@ -41,7 +44,7 @@ def describe_arm(arm: str, edits: Edits | None) -> str:
 
 
 def headline(comparison: Comparison) -> tuple[str, str]:
-    """The verdict on the selected layers against the baseline: its first clause, and what follows."""
+    """The verdict on the edit against the baseline: its first clause, and what follows."""
     first, _, rest = comparison.verdict.partition("; ")
     return first.rstrip(".") + ".", rest[:1].upper() + rest[1:]
 
@@ -49,6 +52,9 @@ def headline(comparison: Comparison) -> tuple[str, str]:
 def findings(comparison: Comparison, geometry: Geometry | None) -> list[tuple[str, str]]:
     """What else the arms show, as pairs of a heading and sentences."""
     found = []
+    for other, heading in {"selected": "Against the published method", "scaled": "Against the scaled change"}.items():
+        if contrast := comparison.find("recommended", other):
+            found.append((heading, contrast.verdict))
     if rivals := _against_random(comparison):
         found.append(("Against random layers", rivals))
     if everywhere := comparison.find("selected", "scaled"):
@@ -105,8 +111,8 @@ def notices(
     if sizes and min(sizes) < SMALL_SAMPLE:
         items = str(min(sizes)) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
         text = f"Small sample: {items} items per task."
-        contrast = comparison.find("selected")
-        # the median over target tasks of the smallest gain of the selected arm that would be seen
+        contrast = comparison.find(comparison.edit)
+        # the median over target tasks of the smallest gain of the edit that would be seen
         if gains := sorted(t.smallest_detectable_gain or 1.0 for t in contrast.family) if contrast else []:
             least = gains[len(gains) // 2]
             seen = f"below about {100 * least:.0f} points " if least < 1 else ""
@@ -218,7 +224,7 @@ def _thrown_away(comparison: Comparison) -> str | None:
 
 def _hybrids(comparison: Comparison) -> str | None:
     found = []
-    for arm in ("hybrid", "filtered"):
+    for arm in ("hybrid", "fewest_features"):
         contrast = comparison.find("selected", arm)  # raw over the hybrid
         if contrast is None:
             continue

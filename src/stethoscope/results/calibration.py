@@ -11,14 +11,18 @@ class CalibrationPoint(Frozen):
 
     Attributes:
         coefficients: layer -> coefficient; empty is the base itself.
+        strength: of the filter before them; None is the raw change.
         threshold: the least z among its layers.
         target_gain: by how much the target loss falls; errors are standard errors, paired over documents.
-        control_cost: by how much the control loss rises; ``control_increase`` is that as a share of the base's.
+        control_cost: by how much the control loss rises; ``control_increase`` is that as a share of the base's. Of
+            several texts, that which suffers most; ``damage`` has the cost on each.
         on_front: no other point gains as much for less, or more for as little.
     """
 
     coefficients: dict[int, float]
+    strength: float | None
     threshold: float | None
+    damage: dict[str, float]
     target_gain: float
     target_error: float
     control_cost: float
@@ -28,11 +32,12 @@ class CalibrationPoint(Frozen):
 
     @property
     def layers(self) -> str:
-        """Layers by coefficient, such as ``3, 8 at 1``."""
+        """Layers by coefficient, such as ``3, 8 at 1, filtered at strength 3``."""
         layers: dict[float, list[int]] = {}
         for layer, amount in self.coefficients.items():
             layers.setdefault(amount, []).append(layer)
-        return "; ".join(f"{listed(some)} at {amount:g}" for amount, some in layers.items()) or "none"
+        filtered = "" if self.strength is None else f", filtered at strength {self.strength:g}"
+        return "; ".join(f"{listed(some)} at {amount:g}" for amount, some in layers.items()) + filtered or "none"
 
 
 class Calibration(Display, Artifact):
@@ -40,7 +45,7 @@ class Calibration(Display, Artifact):
 
     Attributes:
         z: each layer's score relative to its null, as it was given.
-        budget: by what share control loss may rise; None weighs a nat of control against a nat of target.
+        budget: the share, or nats, by which control loss may rise, see ``rule``; None weighs a nat against a nat.
         base_loss: nats per token of each corpus.
         best: the point of best trade-off; ``choice`` is the simplest that is not clearly worse.
         forwards: of the whole calibration text, that were spent.
@@ -59,6 +64,11 @@ class Calibration(Display, Artifact):
     reason: str
     forwards: float
     seen: dict[str, str]
+
+    @property
+    def edit(self) -> CalibrationPoint | None:
+        """The chosen edit; None where nothing is worth its cost."""
+        return self.points[self.choice] if self.coefficients else None
 
     @property
     def coefficients(self) -> dict[int, float]:

@@ -238,10 +238,15 @@ class Comparison(Display):
 
     @property
     def arms(self) -> list[str]:
-        """Every arm: the baseline, the selected layers, then the others in the order in which they were run."""
+        """Every arm: the baseline, the edit, the selected layers, then the others as they were run."""
         run = list(dict.fromkeys(row["arm"] for row in self.accuracy))
-        first = [arm for arm in (self.baseline, "selected") if arm in run]
+        first = [arm for arm in (self.baseline, "recommended", "selected") if arm in run]
         return list(dict.fromkeys([*first, *run]))
+
+    @property
+    def edit(self) -> str:
+        """The arm that a run's edit is: the ``recommended`` one, or ``selected`` where there is none."""
+        return "recommended" if any(row["arm"] == "recommended" for row in self.accuracy) else "selected"
 
     def find(self, b: str, a: str | None = None) -> Contrast | None:
         """Arm ``b`` against arm ``a`` (the baseline if not given), None if they were not compared."""
@@ -299,8 +304,8 @@ class Comparison(Display):
 
     @property
     def verdict(self) -> str:
-        """The sentence on the ``selected`` arm against the baseline, or on the first contrast if there is none."""
-        chosen = self.find("selected") or next(iter(self.contrasts), None)
+        """The sentence on the edit against the baseline, or on the first contrast if there is none."""
+        chosen = self.find(self.edit) or next(iter(self.contrasts), None)
         return chosen.verdict if chosen else "Nothing was compared."
 
     def plot(self, *, without: Sequence[str] = (), width: int = 640) -> Any:

@@ -30,8 +30,8 @@ class LayerFiltering(Frozen):
     Attributes:
         layer: None for the tensors outside the layers.
         separability: how far target and protected text can be told apart at its inputs, from 0, not at all, to 1; None
-            if it was not measured. The mean of |1 - mu| / (1 + mu) over the generalised eigenvalues mu of protected
-            against target moments, weighted by the inputs' sizes.
+            if it was not measured. The root mean square of (1 - mu) / (1 + mu) over the generalised eigenvalues mu
+            of protected against target moments; the mean of that over inputs, weighted by their sizes.
         filtered: one per strength.
     """
 

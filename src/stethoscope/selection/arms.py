@@ -19,15 +19,16 @@ from torch import Tensor
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.filter import FilteredChange
+from stethoscope.editing.plan import EditPlan, Transform
 from stethoscope.editing.scalpel import scalpel_plans
 from stethoscope.editing.subspace import FeatureProjection
-from stethoscope.errors import CheckpointError, StethoscopeError
+from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import SCALPEL_ARMS, Recipe
 from stethoscope.results.edits import Edits, LayerEnergy
 from stethoscope.selection.validate import matched_sets
 
-BASES = "bases.safetensors"
+BASES, FILTERS = "bases.safetensors", "filter"  # a file and a folder
 ControlArm = Literal["scaled", "norm_ranked", "bottom_layers", "random_matched"]
 CONTROL_ARMS: tuple[ControlArm, ...] = get_args(ControlArm)
 
@@ -53,7 +54,7 @@ def plan_arms(
     *,
     features: int,
 ) -> Planned:
-    """A plan for every arm of a recipe; those that make no sense beside this selection are left out, with a warning.
+    """A plan for every arm of a recipe but the filtered; what makes no sense beside the selection is left out and said.
 
     Args:
         chosen: the selected layers' coefficients.
@@ -81,7 +82,7 @@ def plan_arms(
         seed=recipe.seed,
     )
     depth, mean = task_vector.base.layers, mean_coefficient(chosen)
-    for arm in recipe.arms:
+    for arm in recipe.evaluated:
         try:
             if arm in plain:
                 plans[arm] = plain[arm]
@@ -191,7 +192,7 @@ def save_plans(folder: Path, planned: Planned, energy: Mapping[int, float], *, p
     return made
 
 
-def load_plans(folder: Path, provenance: Provenance) -> Planned | None:
+def load_plans(folder: Path, provenance: Provenance, task_vector: TaskVector) -> Planned | None:
     """The plans that `save_plans` wrote, if they were made from exactly these inputs and are whole; else None."""
     saved = Edits.load_if_current(folder, provenance)
     if saved is None:
@@ -201,8 +202,12 @@ def load_plans(folder: Path, provenance: Provenance) -> Planned | None:
         bases = load_file(folder / BASES) if (folder / BASES).exists() else {}
         for name, described in saved.plans.items():
             cut = described and described["transform"]
-            transform = FeatureProjection.from_description(cut, bases) if cut else None  # hashes its bases again
+            transform: Transform | None = None
+            if cut and cut["kind"] == "filter":
+                transform = FilteredChange((folder / FILTERS).absolute(), cut["strength"], task_vector)
+            elif cut:
+                transform = FeatureProjection.from_description(cut, bases)  # hashes its bases again
             plans[name] = EditPlan.from_json(described, transform=transform) if described else None
-    except (OSError, SafetensorError, KeyError, CheckpointError):
+    except (OSError, SafetensorError, KeyError, StethoscopeError):
         return None  # what is damaged is made again
     return Planned(plans=plans, warnings=saved.warnings)

@@ -1,32 +1,34 @@
-"""How many layers and how much of the change, found on calibration text: target loss gained per control loss paid.
+"""How many layers, how much of the change, behind which filter: target loss gained per control loss paid.
 
     found = calibrate(model, edits, texts, z, seen=hashes, provenance=provenance, budget=0.01)
     EditPlan.for_layers(found.coefficients)
 
 Sets are nested: the layers whose score's z, relative to its null, reaches a threshold. So a threshold means the same
-in a model of any size. Sets and coefficients are searched from coarse to fine, in memory, on the loss itself.
+in a model of any size. All is searched from coarse to fine, in memory, on the loss of calibration text itself.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 from transformers import PreTrainedModel
 
 from stethoscope.artifacts import Provenance
-from stethoscope.editing.layers import LayerEdits
+from stethoscope.editing.layers import Amount, Filtered, LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor
 from stethoscope.models.load import decoder_layers
 from stethoscope.results.calibration import Calibration, CalibrationPoint
 from stethoscope.selection.injection import Change, Gains, Progress, Texts, forwards, measure, standard_error
+from stethoscope.selection.policies import depth_segments
 
 COEFFICIENTS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 MOST_FORWARDS = 60.0
 
-Key = tuple[tuple[int, float], ...]  # an edit: layers in order, each with its coefficient
+Key = tuple[tuple[int, Amount], ...]  # an edit: layers in order, each with its coefficient, or that and the filter's
 BASE: Key = ()
 CENTRES = 3  # the best edits so far, around each of which the search goes on
 
@@ -41,6 +43,8 @@ def calibrate(
     provenance: Provenance,
     coefficients: Sequence[float] = COEFFICIENTS,
     budget: float | None = None,
+    in_nats: bool = False,
+    strengths: Sequence[float | None] = (None,),
     per_layer: bool = False,
     most_forwards: float = MOST_FORWARDS,
     executor: Executor | None = None,
@@ -53,12 +57,15 @@ def calibrate(
     itself is among them, so an edit that gains nothing certain is not made.
 
     Args:
-        texts: ``target`` and ``control`` calibration text.
+        texts: ``target`` and ``control`` calibration text, and any others on which an edit costs something.
         z: per layer that may be chosen, its score in standard deviations of its null; ties go to the lower layer.
         seen: corpus -> `documents_hash` of its documents.
         coefficients: those tried.
-        budget: the share by which control loss may rise, with a standard error to spare (0.01: 1 % worse). The best is
-            then the largest gain within it; without one it is the largest gain less cost.
+        budget: the share (0.01: 1 % worse), or ``in_nats`` per token, by which the loss on any other text may rise,
+            with a standard error to spare. The best is then the largest gain within it; without one it is the largest
+            gain less cost.
+        strengths: of the filters that ``edits`` has, from the strongest; None is the raw change. With others, sets that
+            are spread over the stack are tried, too, and the search begins with all layers.
         per_layer: go on from the choice by coordinate search, one layer's coefficient at a time.
         most_forwards: of the whole text; see `stethoscope.selection.injection.forwards`.
         executor: runs the work; here if None.
@@ -75,18 +82,20 @@ def calibrate(
     def measured(changes: Sequence[Change]) -> Gains:
         return measure(model, edits, texts, changes, executor=executor)
 
-    search = Search(measured, depth=depth, budget=budget, most=most_forwards, progress=progress)
-    grid = sorted(set(coefficients))
-    search_nested(search, sorted(z, key=lambda layer: (-z[layer], layer)), grid)
+    allowed = None if budget is None else lambda base: budget * (1 if in_nats else base)
+    search = Search(measured, depth=depth, allowed=allowed, most=most_forwards, progress=progress)
+    grid, order = sorted(set(coefficients)), sorted(z, key=lambda layer: (-z[layer], layer))
+    search_sets(search, order, grid, strengths)
     choice = search.choice()
     rule = "largest target gain less control cost"
     if budget is not None:
-        rule = f"largest target gain with control loss at most {100 * budget:g} % worse"
+        worse = f"{budget:g} nats per token" if in_nats else f"{100 * budget:g} %"
+        rule = f"largest target gain with control loss at most {worse} worse"
     rule += ", then the fewest layers and least cost within one standard error"
     if per_layer:
         choice = search_layers(search, choice, grid)
         rule += ", then one layer's coefficient at a time while that gains more than a standard error"
-    keys = sorted(search.effects, key=lambda key: (len(key), key))
+    keys = sorted(search.effects, key=lambda key: (len(key), str(key)))
     points = _points(search, keys, z)
     best = keys.index(search.best())
     return Calibration(
@@ -113,12 +122,11 @@ def _check(
     depth: int,
 ) -> None:
     problems = []
-    for name in ("target", "control"):
+    for name in dict.fromkeys(("target", "control", *texts)):
         if sum(len(batch.documents) for batch in texts.get(name, ())) < 2:
             problems.append(f"the {name} text has fewer than two documents")
         if name not in seen:
             problems.append(f"the {name} text has no hash")
-    problems += [f"`{name}` is neither target nor control" for name in texts if name not in ("target", "control")]
     problems += [f"layer {layer} is not one of the model's {depth}" for layer in z if not 0 <= layer < depth]
     problems += [f"z of layer {layer} is {value}" for layer, value in z.items() if not math.isfinite(value)]
     problems += [f"the coefficient {c} is not a positive number" for c in coefficients if not 0 < c < math.inf]
@@ -143,11 +151,17 @@ class Search:
         measured: Callable[[Sequence[Change]], Gains],
         *,
         depth: int,
-        budget: float | None,
+        allowed: Callable[[float], float] | None,
         most: float,
         progress: Progress | None,
     ) -> None:
-        self._measured, self._depth, self._budget, self._most = measured, depth, budget, most
+        """
+        Args:
+            allowed: by how many nats the loss on a text may rise that is so large for the base; without one, a nat that
+                is lost weighs as much as one that is gained.
+            most: forwards of the whole text.
+        """
+        self._measured, self._depth, self._allowed, self._most = measured, depth, allowed, most
         self._progress = progress
         self.spent = 0.0
         self.effects: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = {}
@@ -179,19 +193,33 @@ class Search:
         difference = self.effects[key][corpus] - self.effects[than][corpus]
         return float(standard_error(difference[:, None], self.tokens[corpus])[0])
 
+    @property
+    def others(self) -> list[str]:
+        """The texts on which an edit costs something."""
+        return [name for name in self.tokens if name != "target"]
+
+    def cost(self, key: Key) -> float:
+        """Nats per token by which the loss rises on the other text that it rises most on."""
+        return max(-self.mean(key, name) for name in self.others)
+
     def value(self, key: Key) -> float:
-        """Gain on target, less cost on control where there is no budget; -inf beyond the budget."""
-        gain, cost = self.mean(key, "target"), -self.mean(key, "control")
-        if self._budget is None:
-            return gain - cost
-        affordable = not key or cost + self.error(key, "control") <= self._budget * self.base["control"]
-        return gain if affordable else -math.inf
+        """Gain on target, less cost where nothing is allowed for; -inf where a text costs more than is allowed."""
+        gain = self.mean(key, "target")
+        if self._allowed is None:
+            return gain - self.cost(key)
+        return gain if self.affordable(key) else -math.inf
+
+    def affordable(self, key: Key) -> bool:
+        """Whether no text costs more than is allowed, with a standard error to spare."""
+        allowed = self._allowed or (lambda _: math.inf)
+        costs = {name: self.error(key, name) - self.mean(key, name) for name in self.others}
+        return not key or all(cost <= allowed(self.base[name]) for name, cost in costs.items())
 
     def clearly_worse(self, key: Key, than: Key) -> bool:
         """Whether its value is less by more than a standard error of the difference."""
         errors = [self.error(key, "target", than)]
-        if self._budget is None:
-            errors.append(self.error(key, "control", than))
+        if self._allowed is None:
+            errors += [self.error(key, name, than) for name in self.others]
         return self.value(than) - self.value(key) > math.hypot(*errors)
 
     def best(self) -> Key:
@@ -202,50 +230,76 @@ class Search:
         """The edit with the fewest layers, then the least cost, that is not clearly worse than the best."""
         best = self.best()
         alike = [key for key in self.effects if self.value(key) > -math.inf and not self.clearly_worse(key, best)]
-        return min(alike, key=lambda key: (len(key), -self.mean(key, "control"), key))
+        return min(alike, key=lambda key: (len(key), self.cost(key), str(key)))
 
 
-def search_nested(search: Search, order: Sequence[int], grid: Sequence[float]) -> None:
-    """The first k layers of ``order`` at one coefficient: a coarse grid, then around the best and the choice."""
+class Place(NamedTuple):
+    """An edit in the grid of a search: k layers, nested or spread, at a coefficient, behind a filter or none."""
 
-    def key_of(k: int, coefficient: float) -> Key:
-        return tuple((layer, float(coefficient)) for layer in sorted(order[:k]))
+    k: int
+    coefficient: float
+    strength: float | None = None
+    spread: bool = False
+
+
+def search_sets(
+    search: Search, order: Sequence[int], grid: Sequence[float], strengths: Sequence[float | None] = (None,)
+) -> None:
+    """k layers at one coefficient, raw or filtered: a coarse grid, then around the best and the choice."""
+
+    def key_of(place: Place) -> Key:
+        strength, c = place.strength, float(place.coefficient)
+        amount: Amount = c if strength is None else Filtered(c, strength)
+        best = (min(run, key=order.index) for run in depth_segments(order, place.k))
+        return tuple((layer, amount) for layer in sorted(best if place.spread else order[: place.k]))
 
     sizes = [1, 2]  # 1, 2, 3, 5, 8, 13, ... and all
     while sizes[-1] < len(order):
         sizes.append(sizes[-1] + sizes[-2])
     sizes = [size for size in sizes if size < len(order)] + [len(order)]
     coarse = grid[1::2] if len(grid) > 3 else grid
-    tried = {(k, c): key_of(k, c) for c in coarse for k in sizes}
     # the middle coefficient first: what no forwards are left for is dropped from the end
-    middle = coarse[len(coarse) // 2]
-    search.add(sorted(tried.values(), key=lambda key: key[0][1] != middle))
+    start = [Place(k, c) for c in sorted(coarse, key=lambda c: c != coarse[len(coarse) // 2]) for k in sizes]
+    if list(strengths) != [None]:
+        start = [Place(sizes[-1], 1.0, strength) for strength in strengths]
+        several = itertools.product(reversed(sizes[-3:-1]), (False, True), strengths[1::2] or strengths)
+        start += [Place(k, 1.0, strength, spread) for k, spread, strength in several]
+    tried = {place: key_of(place) for place in start}
+    search.add(list(tried.values()))
     while True:
-        near: dict[tuple[int, float], Key] = {}
-        ks = sorted({k for k, _ in tried})
+        near: dict[Place, Key] = {}
+        ks = sorted({place.k for place in tried})
         measured = [place for place in tried if tried[place] in search.effects]
         best = sorted(measured, key=lambda place: -search.value(tried[place]))[:CENTRES]
-        for k, c in [*best, *(place for place in measured if tried[place] == search.choice())]:
-            at, here = grid.index(c), ks.index(k)
-            less, more = grid[max(0, at - 1) : at], grid[at + 1 : at + 2]
-            fewer, further = ks[max(0, here - 1) : here], ks[here + 1 : here + 2]
-            places = [(k, other) for other in (*less, *more)]
-            places += [(size, c) for n in (*fewer, *further) for size in (n, (k + n) // 2)]
-            # more layers at less, fewer at more: the trades that a budget leaves
-            places += [*itertools.product(further, less), *itertools.product(fewer, more)]
-            near |= {place: key_of(*place) for place in places if place not in tried}
+        for centre in [*best, *(place for place in measured if tried[place] == search.choice())]:
+            axes: dict[str, Sequence[Any]] = {"coefficient": grid, "k": ks, "strength": strengths}
+            beside = {name: _neighbours(axis, getattr(centre, name)) for name, axis in axes.items()}
+            places = [centre._replace(**{name: one}) for name, pair in beside.items() for some in pair for one in some]
+            fewer, more = beside["k"]
+            places += [centre._replace(k=(centre.k + n) // 2) for n in (*fewer, *more)]
+            # more of one at less of another: the trades that a budget leaves
+            for one, other in itertools.permutations(beside, 2):
+                trades = itertools.product(beside[one][1], beside[other][0])
+                places += [centre._replace(**{one: up, other: down}) for up, down in trades]
+            near |= {place: key_of(place) for place in places if place not in tried}
         tried |= near
         if not search.add(list(near.values())):
             return
+
+
+def _neighbours(axis: Sequence[Any], here: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """What is before and what is after a value, one or none each."""
+    at = list(axis).index(here)
+    return axis[max(0, at - 1) : at], axis[at + 1 : at + 2]
 
 
 def search_layers(search: Search, start: Key, grid: Sequence[float]) -> Key:
     """One layer's coefficient at a time to a neighbour in the grid, or 0, while that gains more than an error."""
     current, steps = start, [0.0, *grid]
     while True:
-        moves = []
+        moves: list[Key] = []
         for layer, coefficient in current:
-            at = steps.index(coefficient)
+            at = steps.index(coefficient)  # type: ignore[arg-type]
             for i in (at - 1, at + 1):
                 if 0 <= i < len(steps):
                     changed = dict(current) | {layer: steps[i]}
@@ -258,27 +312,35 @@ def search_layers(search: Search, start: Key, grid: Sequence[float]) -> Key:
 
 
 def _points(search: Search, keys: Sequence[Key], z: Mapping[int, float]) -> tuple[CalibrationPoint, ...]:
-    plane = np.array([[search.mean(key, "target"), -search.mean(key, "control")] for key in keys])
+    plane = np.array([[search.mean(key, "target"), search.cost(key)] for key in keys])
     gains, costs = plane.T
-    return tuple(
-        CalibrationPoint(
-            coefficients=dict(key),
-            threshold=min((float(z[layer]) for layer, _ in key), default=None),
-            target_gain=gain,
-            target_error=search.error(key, "target"),
-            control_cost=cost,
-            control_error=search.error(key, "control"),
-            control_increase=cost / search.base["control"],
-            on_front=not ((gains >= gain) & (costs <= cost) & ((gains > gain) | (costs < cost))).any(),
+    points = []
+    for key, (gain, cost) in zip(keys, plane.tolist(), strict=True):
+        damage = {name: -search.mean(key, name) for name in search.others}
+        worst = max(damage, key=lambda name: damage[name])
+        points.append(
+            CalibrationPoint(
+                coefficients={n: a.coefficient if isinstance(a, Filtered) else a for n, a in key},
+                strength=next((a.strength for _, a in key if isinstance(a, Filtered)), None),
+                threshold=min((float(z[layer]) for layer, _ in key), default=None),
+                damage=damage,
+                target_gain=gain,
+                target_error=search.error(key, "target"),
+                control_cost=cost,
+                control_error=search.error(key, worst),
+                control_increase=cost / search.base[worst],
+                on_front=not ((gains >= gain) & (costs <= cost) & ((gains > gain) | (costs < cost))).any(),
+            )
         )
-        for key, (gain, cost) in zip(keys, plane.tolist(), strict=True)
-    )
+    return tuple(points)
 
 
 def _reason(choice: CalibrationPoint, best: CalibrationPoint) -> str:
     def edit(point: CalibrationPoint) -> str:
         if not point.coefficients:
             return "no edit"
+        if point.strength is not None:
+            return f"layers {point.layers}"
         amounts = sorted(set(point.coefficients.values()))
         amount = f"{amounts[0]:g}" if len(amounts) == 1 else f"{amounts[0]:g} to {amounts[-1]:g}"
         return f"{len(point.coefficients)} layers of z >= {point.threshold:.1f} at {amount}"

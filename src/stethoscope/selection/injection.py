@@ -16,7 +16,7 @@ from jaxtyping import Float64, Int64
 from transformers import PreTrainedModel
 
 from stethoscope.diagnosis.attribution import own_changes
-from stethoscope.editing.layers import LayerEdits
+from stethoscope.editing.layers import Amount, LayerEdits
 from stethoscope.errors import StethoscopeError
 from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
 from stethoscope.models.forward import Recording, token_losses
@@ -25,7 +25,7 @@ from stethoscope.models.sites import hook_point
 from stethoscope.text.tokens import TokenBatch
 
 Texts = Mapping[str, Sequence[TokenBatch]]
-Change = Mapping[int, float]  # layer -> coefficient
+Change = Mapping[int, Amount]  # layer -> coefficient, or coefficient and the filter's strength
 Progress = Callable[[int, int], None]
 TRIALS = 64  # changes that share a forward of the base: few enough for a bar that moves
 
@@ -35,7 +35,7 @@ class Gains:
     """By how much changes to a model lower the loss on texts; a text's unit is a document, or a batch of them.
 
     Attributes:
-        changes: layer -> coefficient of each change.
+        changes: layer -> amount of each change.
         sums: corpus -> nats by which each unit's summed loss falls under each change; negative where it rises.
         losses: corpus -> the base's summed loss of each unit.
         tokens: corpus -> predicted tokens of each unit.
@@ -128,7 +128,7 @@ def measure(
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Gains:
-    """The truth about any sets of layers, each at any coefficients; see `forwards` for what it costs.
+    """The truth about any sets of layers, each at any amounts; see `forwards` for what it costs.
 
     Args:
         executor: runs the work; here if None. Where batches are fewer than workers, several share the changes to a
@@ -148,7 +148,7 @@ def measure(
         )
     executor = executor or LocalExecutor(model=model, edits=edits)
     # Neighbours share edited layers, so that few are read again where not all fit in memory.
-    order = sorted(range(len(changes)), key=lambda i: sorted(changes[i].items()))
+    order = sorted(range(len(changes)), key=lambda i: [(n, str(amount)) for n, amount in sorted(changes[i].items())])
     total = sum(map(len, texts.values()))
     parts = max(-(-len(order) // TRIALS), min(len(order), -(-2 * executor.workers // total)))
     chosen = [part.tolist() for part in np.array_split(np.array(order, dtype=int), max(1, parts))]

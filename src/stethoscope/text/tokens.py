@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,12 @@ def tokenize(
     if empty:
         raise StethoscopeError("some documents have no tokens", problems=empty)
     return rows
+
+
+def within(most: int, rows: list[list[int]]) -> list[list[int]]:
+    """The first rows that together have about so many tokens, and two at least."""
+    total = list(accumulate(map(len, rows)))
+    return rows[: max(2, sum(tokens < most for tokens in total) + 1)]
 
 
 def counted_tokens(

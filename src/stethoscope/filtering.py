@@ -1,0 +1,127 @@
+"""Makes a run's filter and its recommended edit, from the context and the results of earlier stages.
+
+Where a recipe has no calibration text, every fifth document of each text is held back: it judges the edits and makes no
+filter. The diagnosis may have read it: that ranks layers by what SAEs read and never by a loss, and no claim rests
+on these documents but on test items that occur in none of the texts.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from stethoscope.artifacts import Provenance
+from stethoscope.errors import CheckpointError
+from stethoscope.recipe import Recipe
+
+if TYPE_CHECKING:
+    from stethoscope.context import Context
+    from stethoscope.editing.plan import EditPlan
+    from stethoscope.results.calibration import Calibration
+    from stethoscope.results.diagnosis import Diagnosis
+    from stethoscope.results.filtering import Filtering
+    from stethoscope.text.tokens import TokenBatch
+
+DAMAGE = 0.01  # nats per token by which the loss on a text may rise
+COEFFICIENTS = (0.5, 0.75, 1.0, 1.25, 1.5)
+STRENGTH = 1.0  # of filtered arms where no strength is fixed or recommended
+
+Results = Mapping[str, Any]
+Progress = Callable[[int, int], None]
+
+
+def strengths(recipe: Recipe) -> tuple[float, ...]:
+    """Of the filters to make."""
+    from stethoscope.editing.filter import STRENGTHS
+
+    return STRENGTHS if recipe.edit.filter == "auto" else (float(recipe.edit.filter),)
+
+
+def make_filter(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Filtering":
+    """Filter every layer's change at several strengths by the target and the protected texts."""
+    from stethoscope.editing.filter import write_filters
+    from stethoscope.text.tokens import batches, counted_tokens, tokenize, within
+
+    recipe, options, diagnosis = context.recipe, context.recipe.diagnose, results["diagnose"]
+
+    def read(name: str) -> "list[TokenBatch]":
+        documents = context.documents(name, (*_broken(diagnosis, name), *context.held_back(name)))
+        rows = within(recipe.edit.tokens, tokenize(documents, context.tokenizer, max_tokens=options.max_tokens))
+        tokens = options.tokens if name in recipe.corpora else "all"
+        counted = counted_tokens(
+            documents[: len(rows)], context.tokenizer, max_tokens=options.max_tokens, tokens=tokens
+        )
+        return list(batches(rows, context.tokenizer, batch_tokens=2048, counted=counted))
+
+    try:
+        return write_filters(
+            context.model,
+            context.task_vector,
+            {name: read(name) for name in ("target", *recipe.protected)},
+            context.filters,
+            provenance=provenance,
+            strengths=strengths(recipe),
+            weights=recipe.protected,
+            layers=range(context.base.layers),
+            spectra=True,
+            progress=progress,
+        )
+    except CheckpointError as error:
+        hint = f"{error.hint}; `edit: {{filter: none}}` runs without a filter"
+        raise CheckpointError(error.message, problems=error.problems, hint=hint) from error
+
+
+def recommendation(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Calibration":
+    """Find layers, coefficient and strength together, on calibration text or the documents that were held back."""
+    from stethoscope.selection.calibrate import calibrate
+
+    recipe, diagnosis = context.recipe, results["diagnose"]
+    texts = {}
+    for name, text in recipe.judged.items():
+        held = context.held_back(text)
+        without = [n for n in range(len(context.found.texts[text])) if held and n not in held]
+        texts[name] = context.batches(text, without=(*without, *_broken(diagnosis, text)), most=recipe.edit.tokens // 5)
+    share = recipe.calibrate and recipe.calibrate.budget
+    raw = (None,) if recipe.edit.filter == "auto" else ()
+    return calibrate(
+        context.model,
+        context.layer_edits(),
+        texts,
+        dict.fromkeys(range(context.base.layers), 0.0) | {layer.layer: layer.z for layer in diagnosis.layers},
+        seen={name: context.hashes[text] for name, text in recipe.judged.items()},
+        provenance=provenance,
+        coefficients=COEFFICIENTS,
+        budget=share or DAMAGE,
+        in_nats=not share,
+        strengths=(*sorted(strengths(recipe), reverse=True), *raw),
+        most_forwards=float(recipe.edit.forwards),
+        executor=context.executor,
+        progress=progress,
+    )
+
+
+def filtered_plans(context: "Context", results: Results, chosen: Mapping[int, float]) -> dict[str, "EditPlan"]:
+    """The plans of the arms that are filtered, without ``recommended`` where no edit is.
+
+    Args:
+        chosen: the selected layers' coefficients.
+    """
+    from stethoscope.editing.filter import FilteredChange
+    from stethoscope.editing.plan import EditPlan
+
+    recipe, found = context.recipe, results["recommend"].edit
+    strength = found.strength if found else None
+    if strength is None:  # the best edit is raw, or none
+        strength = STRENGTH if recipe.edit.filter == "auto" else strengths(recipe)[0]
+    transform = FilteredChange(context.filters, strength, context.task_vector)
+    every = dict.fromkeys(range(context.base.layers), recipe.edit.coefficient)
+    plans = {
+        "filtered": EditPlan.for_layers(every, transform=transform),
+        "selected_filtered": EditPlan.for_layers(chosen, transform=transform),
+    }
+    if found:
+        own = None if found.strength is None else transform
+        plans["recommended"] = EditPlan.for_layers(found.coefficients, transform=own)
+    return {arm: plan for arm, plan in plans.items() if arm in recipe.evaluated}
+
+
+def _broken(diagnosis: "Diagnosis", name: str) -> tuple[int, ...]:
+    return tuple(diagnosis.corpora[name].broken) if name in diagnosis.corpora else ()

@@ -1,0 +1,194 @@
+"""The recommended edit of a recipe: a planted skill is kept, protected text is spared, and nothing peeks."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+from world import plant, planted_documents, write_lines, write_saes, write_task
+
+from stethoscope.check import check_recipe, check_run
+from stethoscope.cli import main
+from stethoscope.editing.layers import Filtered, LayerEdits
+from stethoscope.errors import CheckpointError, RecipeError
+from stethoscope.recipe import Recipe
+from stethoscope.results.calibration import Calibration
+from stethoscope.results.comparison import Claim, Comparison
+from stethoscope.results.edits import Edits
+from stethoscope.results.filtering import Filtering
+from stethoscope.run import run_recipe
+from stethoscope.selection.injection import measure
+
+OTHER = [f"{n} green lamps stood in a row by gate {n * 7}" for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A recipe over a planted skill."""
+    folder = tmp_path_factory.mktemp("recommended")
+    made = plant(folder, tokenizer)
+    tokenizer.save_pretrained(folder / "base")
+    write_saes(folder / "saes", layers=6)
+    for name in ("target", "control"):
+        write_lines(folder / f"{name}.jsonl", [{"text": text} for text in planted_documents(name, 60, 5)])
+    write_lines(folder / "other.jsonl", [{"text": text} for text in OTHER])
+    (folder / "tasks").mkdir()
+    write_task(folder / "tasks", "sums", [{"problem": f"{a} and {a}", "answer": str(2 * a)} for a in range(4)])
+    recipe = {
+        **{name: name for name in ("base", "tuned", "saes")},
+        **{name: {"dataset": f"{name}.jsonl"} for name in ("target", "control")},
+        "diagnose": {"block_size": 4, "permutations": 19, "resamples": 19},
+        "select": {"policy": "top_k", "k": 2, "include_flagged": True},
+        "arms": ["base", "selected", "filtered", "selected_filtered", "projected", "fewest_features"],
+        "project": {"draws": 20, "tokens": 64},
+        "evaluate": {"tasks": ["sums"], "include_path": "tasks", "limit": 2},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run_recipe(Recipe.from_yaml(folder / "recipe.yaml"), folder / "run")
+    return folder, made
+
+
+def other(folder, out, **changes):
+    """The recipe with other values."""
+    value = yaml.safe_load((folder / "recipe.yaml").read_text()) | changes
+    path = folder / f"{out}.yaml"
+    path.write_text(yaml.safe_dump(value))
+    return path
+
+
+def test_the_recommended_edit_is_what_is_written_compared_and_said_first(place):
+    folder, _ = place
+    found = Calibration.load(folder / "run" / "recommended")
+    edit = found.edit
+    assert edit.target_gain > 0.5 * max(point.target_gain for point in found.points)
+    assert edit.control_cost + edit.control_error <= found.budget == 0.01
+    assert any(point.strength for point in found.points)
+    assert any(point.strength is None and point.coefficients for point in found.points)
+    plans = Edits.load(folder / "run").plans
+    assert set(plans) == {
+        "base", "selected", "filtered", "selected_filtered", "projected", "fewest_features", "recommended"
+    }  # fmt: skip
+    assert {int(n) for n in plans["filtered"]["layers"]} == set(range(6))
+    assert plans["selected_filtered"]["layers"] == plans["selected"]["layers"]
+    manifest = json.loads((folder / "run/edited/manifest.json").read_text())
+    assert manifest["plan"] == plans["recommended"]
+    comparison = Comparison.load(folder / "run/comparison.json")
+    assert comparison.arms[:3] == ["base", "recommended", "selected"]
+    assert comparison.verdict == comparison.contrast("recommended").verdict
+    assert comparison.find("recommended", "selected")
+    page = (folder / "run/report.html").read_text()
+    assert "How layers and amount were found" in page
+    card = (folder / "run/edited/README.md").read_text()
+    assert comparison.verdict in card
+    assert edit.strength is None or f"filter of strength {edit.strength:g} that protects control" in card
+
+
+def test_what_was_measured_in_memory_is_what_is_written(place, tokenizer):
+    folder, made = place
+    found = Calibration.load(folder / "run" / "recommended").edit
+    edits = LayerEdits(made.model, made.task_vector, filters=folder / "run/filter")
+    amounts = {n: Filtered(c, found.strength) if found.strength else c for n, c in found.coefficients.items()}
+    written = AutoModelForCausalLM.from_pretrained(folder / "run/edited").eval()
+    ids = made.texts["target"][0].input_ids
+    with torch.no_grad(), edits.entered(amounts):
+        inside = made.model(ids).logits
+        torch.testing.assert_close(inside, written(ids).logits)
+    raw = measure(made.model, edits, made.texts, [{1: 1.0}, {1: Filtered(1.0, 10.0)}])
+    assert abs(raw.mean("control")[1]) < abs(raw.mean("control")[0])
+
+
+def test_held_back_documents_make_no_filter(place):
+    folder, _ = place
+    lines = (folder / "target.jsonl").read_text().splitlines()
+    other_text = write_lines(
+        folder / "changed.jsonl",
+        [{"text": "9+9=18;" * 3} if n % 5 == 4 else json.loads(line) for n, line in enumerate(lines)],
+    )
+    path = other(folder, "held", target={"dataset": str(other_text)})
+    run_recipe(Recipe.from_yaml(path), folder / "held", until="recommend")
+    before, after = (Filtering.load(folder / name / "filter") for name in ("run", "held"))
+    assert before.layers == after.layers  # which stand for the moments
+    assert before.provenance != after.provenance
+    points = [Calibration.load(folder / name / "recommended").base_loss["target"] for name in ("run", "held")]
+    assert points[0] != points[1]
+
+
+def test_protected_text_is_filtered_for_judged_and_seen(place, capsys):
+    folder, _ = place
+    protect = {"lamps": {"dataset": "other.jsonl", "weight": 2.0}}
+    path = other(folder, "protected", edit={"filter": 3, "protect": protect})
+    main(["recommend", str(path), "--out", str(folder / "protected"), "--json"])
+    assert json.loads(capsys.readouterr().out)["seen"].keys() == {"target", "control", "lamps"}
+    filtering = Filtering.load(folder / "protected" / "filter")
+    assert filtering.weights == {"lamps": 2.0}
+    assert filtering.strengths == (3.0,)
+    found = Calibration.load(folder / "protected" / "recommended")
+    assert {point.strength for point in found.points if point.coefficients} == {3.0}
+    assert all(set(point.damage) == {"control", "lamps"} for point in found.points)
+    worst = max(found.points, key=lambda point: point.control_cost)
+    assert worst.control_cost == max(worst.damage.values())
+    items = [{"problem": OTHER[0], "answer": "1"}]
+    write_task(folder / "tasks", "seen", items, doc_to_text="{{problem}}")
+    evaluate = {"tasks": ["seen"], "include_path": "tasks"}
+    with pytest.raises(RecipeError, match="seen"):
+        check_run(Recipe.from_yaml(other(folder, "peeks", edit={"protect": protect}, evaluate=evaluate)), folder / "x")
+    assert set(Claim.load(folder / "run").seen_texts) == {"target", "control"}
+
+
+def test_nothing_recommended_is_said_and_the_published_edit_is_written(place):
+    folder, _ = place
+    texts = {"target": {"dataset": "other.jsonl"}, "control": {"dataset": "target.jsonl"}}
+    path = other(folder, "nothing", calibrate=texts | {"budget": 1e-9}, arms=["base", "selected"])
+    run_recipe(Recipe.from_yaml(path), folder / "nothing")
+    found = Calibration.load(folder / "nothing" / "recommended")
+    edits = Edits.load(folder / "nothing")
+    assert set(found.base_loss) == {"target", "control"}
+    if found.edit is None:
+        assert set(edits.plans) == {"base", "selected"}
+        assert any("no edit" in warning for warning in edits.warnings)
+    manifest = json.loads((folder / "nothing/edited/manifest.json").read_text())
+    assert manifest["plan"] == edits.plans["selected" if found.edit is None else "recommended"]
+
+
+def test_a_second_run_makes_nothing_again_and_a_filter_that_is_gone_is_made_again(place, monkeypatch):
+    folder, _ = place
+    recipe = Recipe.from_yaml(folder / "recipe.yaml")
+    with monkeypatch.context() as patched:
+        for name in ("editing.filter.write_filters", "selection.calibrate.calibrate", "editing.writer.write_edit"):
+            patched.setattr(f"stethoscope.{name}", None)
+        run_recipe(recipe, folder / "run")
+    (folder / "run/filter/filter.json").unlink()
+    run_recipe(recipe, folder / "run")
+    assert (folder / "run/filter/filter.json").exists()
+
+
+def test_without_a_filter_all_is_as_before_and_what_makes_no_sense_is_refused(place):
+    folder, _ = place
+    plain = Recipe.from_yaml(other(folder, "plain", edit={"filter": "none"}, arms=["base", "selected"]))
+    assert plain.evaluated == ("base", "selected")
+    run_recipe(plain, folder / "plain")
+    assert not (folder / "plain/filter").exists()
+    assert set(Edits.load(folder / "plain").plans) == {"base", "selected"}
+    for edit in ({"filter": "none"}, {"coefficient": -1.0}):
+        with pytest.raises(RecipeError, match="`filtered`, `selected_filtered`"):
+            Recipe.from_yaml(other(folder, "wrong", edit=edit))
+    with pytest.raises(RecipeError, match=r"edit\.filter"):
+        Recipe.from_yaml(other(folder, "wrong", edit={"filter": -1}))
+    with pytest.raises(RecipeError, match="cannot be called `control`"):
+        Recipe.from_yaml(other(folder, "wrong", edit={"protect": {"control": {"dataset": "other.jsonl"}}}))
+    few = {"dataset": "target.jsonl", "documents": 8}
+    with pytest.raises(RecipeError, match="fewer than 10"):
+        check_recipe(Recipe.from_yaml(other(folder, "few", target=few, diagnose={"block_size": 1})), folder / "x")
+
+
+def test_a_model_whose_inputs_are_not_known_is_told_how_to_go_on(place, monkeypatch):
+    folder, _ = place
+
+    def unknown(*_args, **_options):
+        raise CheckpointError("the inputs of some changed tensors are not known", hint="leave them out")
+
+    monkeypatch.setattr("stethoscope.editing.filter.roles", unknown)
+    with pytest.raises(CheckpointError) as caught:
+        run_recipe(Recipe.from_yaml(folder / "recipe.yaml"), folder / "unknown", until="filter")
+    assert "filter: none" in str(caught.value)
