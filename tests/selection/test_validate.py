@@ -80,7 +80,7 @@ def test_every_score_is_there_for_every_layer(planted, edits, tokenizer):
     statistics = {name: found.statistics for name, found in collected.items()}
     found = text_scores(statistics) | edit_scores(planted.model, edits, saes, statistics, planted.texts)
     assert {name for name, (kind, _) in found.items() if kind == "rival"} == {
-        "norm", "residual_shift", "gradient", "local_effect",
+        "norm", "residual_shift", "gradient", "local_effect", "functional_specificity",
     }  # fmt: skip
     assert {"mass_shift", "mass_shift increment", "attribution", "attribution net", "tuned_shift"} <= set(found)
     for _, values in found.values():

@@ -9,6 +9,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from sae_lens import SAE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.diagnosis.attribution import attribute, attribution_scores
@@ -24,6 +27,7 @@ from stethoscope.diagnosis.scores import SCORES
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.diagnosis.uncertainty import assess
 from stethoscope.editing.apply import STACKED, Swap, live_tensors, prepare
+from stethoscope.editing.filter import TARGET, write_filters
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.models.forward import loss_gradient, run
@@ -104,6 +108,7 @@ def edit_scores(
         lambda: {"residual_shift": rival(residual_shift(model, task_vector, both["target"]))},
         lambda: {"gradient": rival(gradient(model, task_vector, both).by_layer(control))},
         lambda: {"local_effect": rival(local_effect(model, edits, both).by_layer(control))},
+        lambda: {"functional_specificity": rival(functional_specificity(model, task_vector, both, control))},
     )
     found: Scores = {}
     for done, step in enumerate(steps, 1):
@@ -229,6 +234,21 @@ def _dot(one: Float[Tensor, "..."], other: Float[Tensor, "..."]) -> float:
 
 
 @torch.no_grad()
+def functional_specificity(
+    model: PreTrainedModel, task_vector: TaskVector, texts: Texts, control: str = "control"
+) -> dict[int, float]:
+    """E_T |tau x|^2 / E_C |tau x|^2 per layer: how much more its change does on target than on control text.
+
+    x are the inputs of the layer's tensors in the base model; 0 where the change does nothing on control text.
+    """
+    both = {TARGET: texts["target"], control: texts[control]}
+    with TemporaryDirectory() as folder:  # at strength 0 nothing is filtered
+        found = write_filters(
+            model, task_vector, both, Path(folder) / "filters", provenance=Provenance(), strengths=(0.0,)
+        )
+    return {one.layer: one.raw.specificity or 0.0 for one in found.layers if one.layer is not None}
+
+
 def residual_shift(model: PreTrainedModel, task_vector: TaskVector, text: Sequence[TokenBatch]) -> dict[int, float]:
     """Mean difference of the residual stream after each layer, tuned less base, in its standard deviations.
 
