@@ -22,19 +22,11 @@ from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
 from stethoscope.evaluation.names import unknown_tasks
-from stethoscope.recipe import (
-    ATTRIBUTION,
-    FEWEST_BLOCKS,
-    FEWEST_HELD_BACK,
-    GENERAL,
-    HELD_OUT,
-    OTHERS,
-    SCALPEL_ARMS,
-    LossText,
-    Recipe,
-)
+from stethoscope.recipe import ATTRIBUTION, FEWEST_BLOCKS, GENERAL, HELD_OUT, OTHERS, SCALPEL_ARMS, LossText, Recipe
 from stethoscope.saes.open import SAEFolder, check_fit, open_saes
 from stethoscope.text.documents import Document, read_documents
+
+FEWEST_HELD_BACK = 10  # documents of a text of which every fifth judges edits: then two do
 
 
 @dataclass(kw_only=True)

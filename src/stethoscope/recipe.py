@@ -27,7 +27,6 @@ ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scal
 OTHERS: tuple[ArmName, ...] = (
     "random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid",
 )  # fmt: skip
-FEWEST_HELD_BACK = 10  # documents of a text of which every fifth is held back: two are
 # Blocks of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
 FEWEST_BLOCKS = 4
 ATTRIBUTION = "attribution"  # the score that needs the task vector
