@@ -11,7 +11,7 @@ from world import plant, planted_documents, write_lines, write_saes, write_task
 from stethoscope.check import check_recipe, check_run
 from stethoscope.cli import main
 from stethoscope.editing.layers import Filtered, LayerEdits
-from stethoscope.errors import CheckpointError, RecipeError
+from stethoscope.errors import RecipeError
 from stethoscope.recipe import Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
@@ -62,7 +62,7 @@ def test_the_recommended_edit_is_what_is_written_compared_and_said_first(place):
     found = Calibration.load(folder / "run" / "recommended")
     edit = found.edit
     assert edit.target_gain > 0.5 * max(point.target_gain for point in found.points)
-    assert edit.control_cost + edit.control_error <= found.budget == 0.01
+    assert edit.control_cost <= found.budget == 0.01
     assert any(point.strength for point in found.points)
     assert any(point.strength is None and point.coefficients for point in found.points)
     plans = Edits.load(folder / "run").plans
@@ -180,15 +180,3 @@ def test_without_a_filter_all_is_as_before_and_what_makes_no_sense_is_refused(pl
     few = {"dataset": "target.jsonl", "documents": 8}
     with pytest.raises(RecipeError, match="fewer than 10"):
         check_recipe(Recipe.from_yaml(other(folder, "few", target=few, diagnose={"block_size": 1})), folder / "x")
-
-
-def test_a_model_whose_inputs_are_not_known_is_told_how_to_go_on(place, monkeypatch):
-    folder, _ = place
-
-    def unknown(*_args, **_options):
-        raise CheckpointError("the inputs of some changed tensors are not known", hint="leave them out")
-
-    monkeypatch.setattr("stethoscope.editing.filter.roles", unknown)
-    with pytest.raises(CheckpointError) as caught:
-        run_recipe(Recipe.from_yaml(folder / "recipe.yaml"), folder / "unknown", until="filter")
-    assert "filter: none" in str(caught.value)

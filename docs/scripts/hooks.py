@@ -9,11 +9,8 @@ from typer.cli import get_docs_for_click
 
 from stethoscope.cli import app
 
-TEXTS = {  # sections that several keys hold
-    "Text": "a text",
-    "LossText": "a text for the loss",
-    "ProtectedText": "a protected text",
-}  # sections that several keys hold
+# sections that several keys hold
+TEXTS = {"Text": "a text", "LossText": "a text for the loss", "ProtectedText": "a protected text"}
 SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
 

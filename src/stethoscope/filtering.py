@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import Provenance
-from stethoscope.errors import CheckpointError
 from stethoscope.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -51,22 +50,18 @@ def make_filter(context: "Context", results: Results, provenance: Provenance, pr
         )
         return list(batches(rows, context.tokenizer, batch_tokens=2048, counted=counted))
 
-    try:
-        return write_filters(
-            context.model,
-            context.task_vector,
-            {name: read(name) for name in ("target", *recipe.protected)},
-            context.filters,
-            provenance=provenance,
-            strengths=strengths(recipe),
-            weights=recipe.protected,
-            layers=range(context.base.layers),
-            spectra=True,
-            progress=progress,
-        )
-    except CheckpointError as error:
-        hint = f"{error.hint}; `edit: {{filter: none}}` runs without a filter"
-        raise CheckpointError(error.message, problems=error.problems, hint=hint) from error
+    return write_filters(
+        context.model,
+        context.task_vector,
+        {name: read(name) for name in ("target", *recipe.protected)},
+        context.filters,
+        provenance=provenance,
+        strengths=strengths(recipe),
+        weights=recipe.protected,
+        layers=range(context.base.layers),
+        spectra=True,
+        progress=progress,
+    )
 
 
 def recommendation(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Calibration":

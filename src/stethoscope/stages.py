@@ -221,9 +221,6 @@ STAGES: tuple[Stage, ...] = (
         **_artifact("stethoscope.results.filtering", "Filtering", lambda _: "filter") | {"save": None},
         wanted=lambda recipe: recipe.filters,
         notes=lambda made: [made.verdict],
-        help="Filter the weight change: keep what target text uses of it, and not what protected text would notice.",
-        wrote=lambda _: ("filter",),
-        then="recommend",
     ),
     Stage(
         name="recommend",

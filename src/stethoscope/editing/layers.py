@@ -37,9 +37,7 @@ class LayerEdits:
     ) -> None:
         """Nothing is read yet. Of edited weights ``memory`` bytes are kept; those used longest ago are read again.
 
-        Args:
-            filters: what `write_filters` wrote, for filtered amounts.
-        """
+        Filtered amounts need ``filters``, what `write_filters` wrote."""
         self.model, self.task_vector, self.memory, self.filters = model, task_vector, memory, filters
         self._kept: OrderedDict[tuple[int, Amount], Swap] = OrderedDict()
 

@@ -117,7 +117,7 @@ def _places(model: PreTrainedModel, names: Collection[str]) -> dict[str, _Place]
         raise CheckpointError(
             "the inputs of some changed tensors are not known, so their change cannot be filtered",
             problems=problems,
-            hint="`--layers` or a plan of some modules leaves them out",
+            hint="`--layers` leaves some out; a recipe with `edit: {filter: none}` filters nothing",
         )
     return found
 

@@ -61,9 +61,9 @@ def calibrate(
         z: per layer that may be chosen, its score in standard deviations of its null; ties go to the lower layer.
         seen: corpus -> `documents_hash` of its documents.
         coefficients: those tried.
-        budget: the share (0.01: 1 % worse), or ``in_nats`` per token, by which the loss on any other text may rise,
-            with a standard error to spare. The best is then the largest gain within it; without one it is the largest
-            gain less cost.
+        budget: the share (0.01: 1 % worse) by which the loss on any other text may rise, with a standard error to
+            spare; or the nats per token, on average, if ``in_nats``. The best is then the largest gain within it;
+            without one it is the largest gain less cost.
         strengths: of the filters that ``edits`` has, from the strongest; None is the raw change. With others, sets that
             are spread over the stack are tried, too, and the search begins with all layers.
         per_layer: go on from the choice by coordinate search, one layer's coefficient at a time.
@@ -82,8 +82,12 @@ def calibrate(
     def measured(changes: Sequence[Change]) -> Gains:
         return measure(model, edits, texts, changes, executor=executor)
 
-    allowed = None if budget is None else lambda base: budget * (1 if in_nats else base)
-    search = Search(measured, depth=depth, allowed=allowed, most=most_forwards, progress=progress)
+    def within(base: float, cost: float, error: float) -> bool:
+        assert budget is not None
+        return cost <= budget if in_nats else cost + error <= budget * base
+
+    affordable = None if budget is None else within
+    search = Search(measured, depth=depth, affordable=affordable, most=most_forwards, progress=progress)
     grid, order = sorted(set(coefficients)), sorted(z, key=lambda layer: (-z[layer], layer))
     search_sets(search, order, grid, strengths)
     choice = search.choice()
@@ -151,17 +155,17 @@ class Search:
         measured: Callable[[Sequence[Change]], Gains],
         *,
         depth: int,
-        allowed: Callable[[float], float] | None,
+        affordable: Callable[[float, float, float], bool] | None,
         most: float,
         progress: Progress | None,
     ) -> None:
         """
         Args:
-            allowed: by how many nats the loss on a text may rise that is so large for the base; without one, a nat that
-                is lost weighs as much as one that is gained.
+            affordable: whether an edit may be, by the base's loss on a text, its rise, and the standard error of that;
+                without it a nat that is lost weighs as much as one that is gained.
             most: forwards of the whole text.
         """
-        self._measured, self._depth, self._allowed, self._most = measured, depth, allowed, most
+        self._measured, self._depth, self._affordable, self._most = measured, depth, affordable, most
         self._progress = progress
         self.spent = 0.0
         self.effects: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = {}
@@ -203,22 +207,17 @@ class Search:
         return max(-self.mean(key, name) for name in self.others)
 
     def value(self, key: Key) -> float:
-        """Gain on target, less cost where nothing is allowed for; -inf where a text costs more than is allowed."""
-        gain = self.mean(key, "target")
-        if self._allowed is None:
+        """Gain on target, less cost where there is no budget; -inf beyond the budget."""
+        gain, affordable = self.mean(key, "target"), self._affordable
+        if affordable is None:
             return gain - self.cost(key)
-        return gain if self.affordable(key) else -math.inf
-
-    def affordable(self, key: Key) -> bool:
-        """Whether no text costs more than is allowed, with a standard error to spare."""
-        allowed = self._allowed or (lambda _: math.inf)
-        costs = {name: self.error(key, name) - self.mean(key, name) for name in self.others}
-        return not key or all(cost <= allowed(self.base[name]) for name, cost in costs.items())
+        rises = ((self.base[name], -self.mean(key, name), self.error(key, name)) for name in self.others)
+        return gain if not key or all(affordable(*rise) for rise in rises) else -math.inf
 
     def clearly_worse(self, key: Key, than: Key) -> bool:
         """Whether its value is less by more than a standard error of the difference."""
         errors = [self.error(key, "target", than)]
-        if self._allowed is None:
+        if self._affordable is None:
             errors += [self.error(key, name, than) for name in self.others]
         return self.value(than) - self.value(key) > math.hypot(*errors)
 
