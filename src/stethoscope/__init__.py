@@ -1,4 +1,4 @@
-"""Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.
+"""Keep a fine-tune's skill, protect the rest of the model, and prove gain and cost.
 
 The public names below are imported when first used, so that the command line starts without torch.
 """

@@ -37,7 +37,7 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
 RESUMED = {"push", "run", "demo", "evaluate", "train-saes", *(stage.name for stage in STAGES)}
 
 app = typer.Typer(
-    help="Find the layers where a fine-tune's skill lives, edit those only, and prove gain and cost.",
+    help="Keep a fine-tune's skill, protect the rest of the model, and prove gain and cost.",
     epilog=EXIT_CODES,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
