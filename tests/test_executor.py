@@ -252,7 +252,8 @@ def test_a_recipe_gives_the_same_artefacts(workers_of, world, monkeypatch, tmp_p
         "diagnose": {"block_size": 4, "permutations": 19, "resamples": 19},
         "select": {"policy": "calibrated", "include_flagged": True},
         "calibrate": texts | {"coefficients": [0.5, 1.0]},
-        "arms": ["base", "tuned", "projected"],
+        "edit": {"filter": "auto", "forwards": 12},
+        "arms": ["base", "tuned", "projected", "filtered"],
         "evaluate": {"tasks": ["sums"], "include_path": "tasks", "exploratory": True},
     }
     (world / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -261,7 +262,7 @@ def test_a_recipe_gives_the_same_artefacts(workers_of, world, monkeypatch, tmp_p
     run_recipe(alone, tmp_path / "alone")
     run_recipe(alone.model_copy(update={"ray": Ray(workers=2)}), tmp_path / "workers")
     names = "diagnosis.json statistics.safetensors evidence.json calibration.json selection.json edits.json"
-    for name in [*names.split(), "comparison.json"]:
+    for name in [*names.split(), "recommended/calibration.json", "comparison.json"]:
         assert (tmp_path / "workers" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     ours, theirs = (Outcomes.load(tmp_path / name / "outcomes.parquet") for name in ("workers", "alone"))
     pd.testing.assert_frame_equal(ours.frame, theirs.frame, check_exact=True)

@@ -90,7 +90,7 @@ class Context:
 
         if self.recipe.ray is None or not self.has_workers:
             return None
-        worker = WorkerContext(base=self.base.path, tuned=self.recipe.tuned, filters=self.filters, dtype=self.dtype)
+        worker = WorkerContext(base=self.base.path, tuned=self.recipe.tuned, dtype=self.dtype)
         return self.stack.enter_context(RayExecutor(self.recipe.ray, worker))
 
     @property

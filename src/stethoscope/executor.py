@@ -88,7 +88,6 @@ class WorkerContext:
     Attributes:
         base: folder of the base model, as every node sees it.
         tuned: the fine-tune's or an adapter's folder, or a hub id.
-        filters: what `write_filters` wrote, for filtered edits of layers.
         dtype: of the model; the device's preferred one if None.
         device: ``cpu`` or ``cuda``.
         threads: that PyTorch computes with on a CPU; float sums depend on it.
@@ -97,7 +96,6 @@ class WorkerContext:
 
     base: Path | None = None
     tuned: Path | str | None = None
-    filters: Path | None = None
     dtype: torch.dtype | None = None
     device: str = "cpu"
     threads: int = 1
@@ -132,8 +130,7 @@ class WorkerContext:
         from stethoscope.editing.layers import LayerEdits
         from stethoscope.models.load import room_beside
 
-        memory = int(self.share * room_beside(self.model))
-        return LayerEdits(self.model, self.task_vector, memory=memory, filters=self.filters)
+        return LayerEdits(self.model, self.task_vector, memory=int(self.share * room_beside(self.model)))
 
     def load(self, folder: Path) -> Any:
         """A model on this worker's device."""

@@ -39,7 +39,7 @@ class LayerEdits:
 
         Filtered amounts need ``filters``, what `write_filters` wrote."""
         self.model, self.task_vector, self.memory, self.filters = model, task_vector, memory, filters
-        self._kept: OrderedDict[tuple[int, Amount], Swap] = OrderedDict()
+        self._kept: OrderedDict[tuple[int, Amount, Path | None], Swap] = OrderedDict()
 
     @contextmanager
     def entered(self, change: Mapping[int, Amount]) -> Iterator[nn.Module]:
@@ -54,7 +54,7 @@ class LayerEdits:
             yield self.model
 
     def _swap(self, layer: int, amount: Amount) -> Swap:
-        key = (layer, amount)
+        key = (layer, amount, self.filters)
         if key not in self._kept:
             if isinstance(amount, Filtered):
                 assert self.filters is not None

@@ -9,6 +9,8 @@ local_effect(model, edits, texts).score()           # to first order, through ac
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -156,7 +158,8 @@ def measure(
     trials = ((batch, [changes[i] for i in part]) for _, batch, part in places)
     sums = {name: np.zeros((_documents(text), len(changes))) for name, text in texts.items()}
     losses = {name: np.zeros(len(found)) for name, found in sums.items()}
-    for done, (index, found) in enumerate(executor.map_pieces(inject, trials, setup=lambda context: context), 1):
+    setup = partial(_with_filters, edits.filters)
+    for done, (index, found) in enumerate(executor.map_pieces(inject, trials, setup=setup), 1):
         name, batch, part = places[index]
         rows = list(batch.documents)
         if isinstance(found, Failed):
@@ -198,6 +201,11 @@ def local_effect(
                 sums[name][list(batch.documents), layer] = gain.sum(1).cpu().numpy()
     tokens = {name: _tokens(text) for name, text in texts.items()}
     return Gains(changes=tuple({n: coefficient} for n in points), sums=sums, losses=losses, tokens=tokens)
+
+
+def _with_filters(filters: Path | None, context: WorkerContext | LocalExecutor) -> WorkerContext | LocalExecutor:
+    context.edits.filters = filters
+    return context
 
 
 def _start(change: Change, depth: int) -> int:
