@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from world import changed, flip, interrupt, save_adapter, write_lines, write_saes, write_texts
 
 from stethoscope.artifacts import sha256_file
-from stethoscope.check import check_recipe, check_run
+from stethoscope.check import OTHERS, check_recipe, check_run
 from stethoscope.checkpoints.checkpoint import hash_tensor
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen
 from stethoscope.evaluation.text_loss import TextDivergence, TextLoss, document_costs
-from stethoscope.recipe import OTHERS, SCALPEL_ARMS, Recipe
+from stethoscope.recipe import SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
 from stethoscope.results.comparison_tables import accuracy_table
