@@ -152,10 +152,12 @@ def test_features_that_the_filter_passes_and_mutes_are_shown_with_what_they_fire
     assert shown == {*Selection.load(run).layers, apart} - {0}
     change = FilteredChange(run / "filter", filtering.middle, made.task_vector)
     for part in found.layers:
-        shares = passed_shares(made.model, made.task_vector, change, part.layer + 1, exact_sae().W_dec.detach())
+        directions = exact_sae().W_dec.detach()
+        shares, lengths = passed_shares(made.model, made.task_vector, change, part.layer + 1, directions)
         rates = [corpus.layers[part.layer].rate for corpus in statistics.values()]
         fires = [n for n in range(64) if max(rate[n] for rate in rates) >= 0.001]
-        ranked = sorted(float(shares[n]) for n in fires)
+        judged = sorted(fires, key=lambda n: -lengths[n])[:20]
+        ranked = sorted(float(shares[n]) for n in judged)
         for one in part.features:  # the run's norms are in bfloat16
             assert one.passed == pytest.approx(float(shares[one.feature]), rel=2e-3)
             assert one.feature in fires

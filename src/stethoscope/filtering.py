@@ -5,7 +5,6 @@ filter. The diagnosis may have read it: that ranks layers by what SAEs read and 
 on these documents but on test items that occur in none of the texts.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,9 @@ DAMAGE = 0.01  # nats per token by which the loss on a text may rise
 COEFFICIENTS = (0.5, 0.75, 1.0, 1.25, 1.5)
 STRENGTH = 1.0  # of filtered arms where no strength is fixed or recommended
 RATE = 0.001  # share of a text's tokens on which a feature must fire to be judged by what the filter passes
+SHARE = 0.1  # of those features are judged: the change is largest along them. A share of next to nothing is noise
 MOST = 5  # features of a layer that are shown of those that the filter passes, and of those that it mutes
+SEARCHED = 24  # documents of each text
 
 Results = Mapping[str, Any]
 Progress = Callable[[int, int], None]
@@ -90,6 +91,7 @@ def passed_evidence(context: "Context", results: Results, provenance: Provenance
         {name: context.documents(name, _broken(diagnosis, name)) for name in diagnosis.corpora},
         diagnosis,
         passed=_extremes(context, filtering, sorted(layers)),
+        documents=SEARCHED,
         max_tokens=options.max_tokens,
         tokens=options.tokens,
         memory=options.sae_memory,
@@ -115,11 +117,11 @@ def _extremes(context: "Context", filtering: "Filtering", layers: list[int]) -> 
         fires = np.flatnonzero(rates >= RATE).tolist()
         directions = load_sae(context.found.saes[layer - 1]).W_dec.detach()[fires]
         with suppress(CheckpointError):  # of a matrix of unknown role nobody knows whether it reads the features
-            shares = passed_shares(context.model, context.task_vector, transform, layer, directions).tolist()
-            known = {feature: share for feature, share in zip(fires, shares, strict=True) if math.isfinite(share)}
-            ranked = sorted(known, key=lambda feature: -known[feature])
+            shares, lengths = passed_shares(context.model, context.task_vector, transform, layer, directions)
+            judged = lengths.argsort(descending=True, stable=True)[: max(round(SHARE * len(fires)), 4 * MOST)].tolist()
+            ranked = sorted((-float(shares[n]), fires[n]) for n in judged if lengths[n] > 0)
             few = min(MOST, len(ranked) // 2)
-            found[layer - 1] = {feature: known[feature] for feature in (*ranked[:few], *ranked[len(ranked) - few :])}
+            found[layer - 1] = {feature: -share for share, feature in (*ranked[:few], *ranked[len(ranked) - few :])}
     return found
 
 

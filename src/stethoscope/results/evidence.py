@@ -67,11 +67,8 @@ class Evidence(Artifact):
         """A data frame with a row per feature, with its strongest context and that one's corpus."""
         import pandas as pd
 
-        rows = []
-        for part in self.layers:
-            for one in part.features:
-                corpus, context = one.strongest or (None, None)
-                found = context.model_dump() if context else {}
-                row = {"layer": part.layer, **one.model_dump(exclude={"contexts"}), "corpus": corpus}
-                rows.append(row | {key: found.get(key) for key in Context.model_fields})
-        return pd.DataFrame(rows)
+        rows = [(part.layer, one, *(one.strongest or (None, None))) for part in self.layers for one in part.features]
+        return pd.DataFrame(
+            {"layer": layer, **one.model_dump(exclude={"contexts"}), "corpus": corpus, **dict(context or {})}
+            for layer, one, corpus, context in rows
+        )
