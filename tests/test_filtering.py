@@ -6,17 +6,22 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from world import plant, planted_documents, write_lines, write_saes, write_task
+from world import exact_sae, plant, planted_documents, write_lines, write_saes, write_task
 
 from stethoscope.check import check_recipe, check_run
 from stethoscope.cli import main
+from stethoscope.diagnosis.statistics import load_statistics
+from stethoscope.editing.filter import FilteredChange
 from stethoscope.editing.layers import Filtered, LayerEdits
+from stethoscope.editing.passage import passed_shares
 from stethoscope.errors import RecipeError
 from stethoscope.recipe import Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
 from stethoscope.results.edits import Edits
+from stethoscope.results.evidence import Evidence
 from stethoscope.results.filtering import Filtering
+from stethoscope.results.selection import Selection
 from stethoscope.run import run_recipe
 from stethoscope.selection.injection import measure
 
@@ -136,6 +141,56 @@ def test_protected_text_is_filtered_for_judged_and_seen(place, capsys):
     assert set(Claim.load(folder / "run").seen_texts) == {"target", "control"}
 
 
+def test_features_that_the_filter_passes_and_mutes_are_shown_with_what_they_fire_on(place):
+    folder, made = place
+    run = folder / "run"
+    found, filtering, statistics = (
+        Evidence.load(run / "filter"), Filtering.load(run / "filter"), load_statistics(run / "statistics.safetensors")
+    )  # fmt: skip
+    apart = max(filtering.layers[1:6], key=lambda one: one.separability).layer
+    shown = {part.layer + 1 for part in found.layers}
+    assert shown == {*Selection.load(run).layers, apart} - {0}
+    change = FilteredChange(run / "filter", filtering.middle, made.task_vector)
+    for part in found.layers:
+        directions = exact_sae().W_dec.detach()
+        shares, lengths = passed_shares(made.model, made.task_vector, change, part.layer + 1, directions)
+        rates = [corpus.layers[part.layer].rate for corpus in statistics.values()]
+        fires = [n for n in range(64) if max(rate[n] for rate in rates) >= 0.001]
+        judged = sorted(fires, key=lambda n: -lengths[n])[:20]
+        ranked = sorted(float(shares[n]) for n in judged)
+        for one in part.features:  # the run's norms are in bfloat16
+            assert one.passed == pytest.approx(float(shares[one.feature]), rel=2e-3)
+            assert one.feature in fires
+        wanted = [*reversed(ranked[-5:]), *reversed(ranked[:5])]
+        assert [one.passed for one in part.features] == pytest.approx(wanted, rel=2e-3)
+        assert wanted[4] > 1.1 * wanted[5]
+    frame = found.to_frame()
+    assert len(frame) == 10 * len(shown)
+    assert frame.passed.tolist() == [one.passed for part in found.layers for one in part.features]
+    page = (run / "report.html").read_text()
+    for part in found.layers:
+        assert f"at the input of layer {part.layer + 1} that" in page
+        for one in part.features:
+            corpus, context = one.strongest
+            assert context.activation == max(c.activation for some in one.contexts.values() for c in some)
+            assert f"Feature {one.feature} ({one.passed:.2f}), most on {corpus}" in page
+
+
+def test_saes_elsewhere_or_a_result_of_before_leave_the_run_whole(place):
+    folder, _ = place
+    write_saes(folder / "mlp", layers=6, hook="model.layers.{}.mlp")
+    path = other(folder, "elsewhere", saes="mlp", arms=["base", "selected"], edit={"filter": 1})
+    run_recipe(Recipe.from_yaml(path), folder / "elsewhere")
+    assert not Evidence.load(folder / "elsewhere/filter").layers
+    page = (folder / "elsewhere/report.html").read_text()
+    assert "What does the filter let through?" in page
+    assert "passes most" not in page
+    (folder / "elsewhere/filter/evidence.json").unlink()
+    main(["report", str(folder / "elsewhere")])
+    run_recipe(Recipe.from_yaml(path), folder / "elsewhere")
+    assert (folder / "elsewhere/filter/evidence.json").exists()
+
+
 def test_nothing_recommended_is_said_and_the_published_edit_is_written(place):
     folder, _ = place
     texts = {"target": {"dataset": "other.jsonl"}, "control": {"dataset": "target.jsonl"}}
@@ -155,12 +210,15 @@ def test_a_second_run_makes_nothing_again_and_a_filter_that_is_gone_is_made_agai
     folder, _ = place
     recipe = Recipe.from_yaml(folder / "recipe.yaml")
     with monkeypatch.context() as patched:
-        for name in ("editing.filter.write_filters", "selection.calibrate.calibrate", "editing.writer.write_edit"):
+        made = "editing.filter.write_filters selection.calibrate.calibrate editing.writer.write_edit"
+        for name in (*made.split(), "diagnosis.evidence.gather_evidence"):
             patched.setattr(f"stethoscope.{name}", None)
         run_recipe(recipe, folder / "run")
+    before = Evidence.load(folder / "run/filter")
     (folder / "run/filter/filter.json").unlink()
     run_recipe(recipe, folder / "run")
     assert (folder / "run/filter/filter.json").exists()
+    assert Evidence.load(folder / "run/filter") == before
 
 
 def test_without_a_filter_all_is_as_before_and_what_makes_no_sense_is_refused(place):
@@ -169,6 +227,7 @@ def test_without_a_filter_all_is_as_before_and_what_makes_no_sense_is_refused(pl
     assert plain.evaluated == ("base", "selected")
     run_recipe(plain, folder / "plain")
     assert not (folder / "plain/filter").exists()
+    assert (folder / "plain/evidence.json").exists()
     assert set(Edits.load(folder / "plain").plans) == {"base", "selected"}
     for edit in ({"filter": "none"}, {"coefficient": -1.0}):
         with pytest.raises(RecipeError, match="`filtered`, `selected_filtered`"):

@@ -1,4 +1,4 @@
-"""Makes a run's filter and its recommended edit, from the context and the results of earlier stages.
+"""Makes a run's filter, its recommended edit and what they let through, from the results of earlier stages.
 
 Where a recipe has no calibration text, every fifth document of each text is held back: it judges the edits and makes no
 filter. The diagnosis may have read it: that ranks layers by what SAEs read and never by a loss, and no claim rests
@@ -6,9 +6,11 @@ on these documents but on test items that occur in none of the texts.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import Provenance
+from stethoscope.errors import CheckpointError
 from stethoscope.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -16,12 +18,17 @@ if TYPE_CHECKING:
     from stethoscope.editing.plan import EditPlan
     from stethoscope.results.calibration import Calibration
     from stethoscope.results.diagnosis import Diagnosis
+    from stethoscope.results.evidence import Evidence
     from stethoscope.results.filtering import Filtering
     from stethoscope.text.tokens import TokenBatch
 
 DAMAGE = 0.01  # nats per token by which the loss on a text may rise
 COEFFICIENTS = (0.5, 0.75, 1.0, 1.25, 1.5)
 STRENGTH = 1.0  # of filtered arms where no strength is fixed or recommended
+RATE = 0.001  # share of a text's tokens on which a feature must fire to be judged by what the filter passes
+SHARE = 0.1  # of those features are judged: the change is largest along them. A share of next to nothing is noise
+MOST = 5  # features of a layer that are shown of those that the filter passes, and of those that it mutes
+SEARCHED = 24  # documents of each text
 
 Results = Mapping[str, Any]
 Progress = Callable[[int, int], None]
@@ -62,6 +69,60 @@ def make_filter(context: "Context", results: Results, provenance: Provenance, pr
         spectra=True,
         progress=progress,
     )
+
+
+def passed_evidence(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Evidence":
+    """Find what those features fire on along which the filter of middle strength passes most and mutes most.
+
+    Of the selected layers and the one that tells the texts apart best; their inputs are read by the SAEs of the layers
+    before them. Without SAEs at `resid_post` nothing is shown.
+    """
+    from stethoscope.diagnosis.evidence import gather_evidence
+
+    diagnosis, filtering, saes = results["diagnose"], results["filter"], context.found.saes
+    read = {layer + 1 for layer, sae in saes.items() if sae.site == "resid_post"}
+    apart = {n: one.separability or 0.0 for one in filtering.layers if (n := one.layer) is not None and n in read}
+    layers = apart.keys() & {*results["select"].layers, *sorted(apart, key=apart.__getitem__)[-1:]}
+    options = context.recipe.diagnose
+    return gather_evidence(
+        context.model,
+        context.tokenizer,
+        saes,
+        {name: context.documents(name, _broken(diagnosis, name)) for name in diagnosis.corpora},
+        diagnosis,
+        passed=_extremes(context, filtering, sorted(layers)),
+        documents=SEARCHED,
+        max_tokens=options.max_tokens,
+        tokens=options.tokens,
+        memory=options.sae_memory,
+        progress=progress,
+        provenance=provenance,
+    )
+
+
+def _extremes(context: "Context", filtering: "Filtering", layers: list[int]) -> dict[int, dict[int, float]]:
+    """By the layer of the SAE before each of the layers, features with their shares, from passed most to muted most."""
+    import numpy as np
+
+    from stethoscope.diagnosis.statistics import load_statistics
+    from stethoscope.editing.filter import FilteredChange
+    from stethoscope.editing.passage import passed_shares
+    from stethoscope.saes.open import load_sae
+
+    transform = FilteredChange(context.filters, filtering.middle, context.task_vector)
+    statistics = load_statistics(context.folder / "statistics.safetensors").values()
+    found: dict[int, dict[int, float]] = {}
+    for layer in layers:
+        rates = np.max([corpus.layers[layer - 1].rate for corpus in statistics], axis=0)
+        fires = np.flatnonzero(rates >= RATE).tolist()
+        directions = load_sae(context.found.saes[layer - 1]).W_dec.detach()[fires]
+        with suppress(CheckpointError):  # of a matrix of unknown role nobody knows whether it reads the features
+            shares, lengths = passed_shares(context.model, context.task_vector, transform, layer, directions)
+            judged = lengths.argsort(descending=True, stable=True)[: max(round(SHARE * len(fires)), 4 * MOST)].tolist()
+            ranked = sorted((-float(shares[n]), fires[n]) for n in judged if lengths[n] > 0)
+            few = min(MOST, len(ranked) // 2)
+            found[layer - 1] = {feature: -share for share, feature in (*ranked[:few], *ranked[len(ranked) - few :])}
+    return found
 
 
 def recommendation(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Calibration":

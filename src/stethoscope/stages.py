@@ -223,6 +223,14 @@ STAGES: tuple[Stage, ...] = (
         notes=lambda made: [made.verdict],
     ),
     Stage(
+        name="passed",
+        title="Evidence: what the filter passes and mutes",
+        needs=lambda _: ("diagnose", "select", "filter"),
+        make=filtering.passed_evidence,
+        **_artifact("stethoscope.results.evidence", "Evidence", lambda _: "filter"),
+        wanted=lambda recipe: recipe.filters,
+    ),
+    Stage(
         name="recommend",
         title="Recommend: layers, coefficient and filter",
         needs=lambda recipe: ("base", "tuned", "diagnose", "filter", *recipe.judged.values()),

@@ -116,6 +116,18 @@ def test_text_at_the_edges_and_characters_of_several_bytes_stay_whole(model, tok
         assert (third.before, third.token, third.after) == ("caf", "\u00e9", " ")
 
 
+def test_features_that_a_filter_passes_are_shown_instead(model, tokenizer, gather):
+    sae = firing(model, [{byte(tokenizer, letter): 1.0} for letter in "qz"])
+    evidence = gather({0: sae, 2: sae}, passed={2: {1: 0.9, 0: 0.1}})
+    assert [(part.layer, [(one.feature, one.passed) for one in part.features]) for part in evidence.layers] == [
+        (2, [(1, 0.9), (0, 0.1)])
+    ]
+    assert only(gather({0: sae}), 0, 0).passed is None
+    assert gather({0: sae}, passed={}).layers == ()
+    corpus, context = only(evidence, 2, 0).strongest
+    assert (corpus, context.token) == ("target", "q")
+
+
 def test_what_statistics_leave_out_is_no_evidence(model, tokenizer, gather):
     hash_, end, q = byte(tokenizer, "#"), tokenizer.eos_token_id, byte(tokenizer, "q")
     sae = firing(model, [{q: 1.0}, {hash_: 1.0}, {end: 1.0}])

@@ -257,8 +257,8 @@ def test_features_that_the_filter_mutes_are_told_from_those_that_pass(opened, tm
     write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[0.0, 1.0])
     directions = torch.randn(5, 16)
     whole, half = (FilteredChange(tmp_path / "f", strength, change) for strength in (0.0, 1.0))
-    assert torch.allclose(passed_shares(model, change, whole, 1, directions), torch.ones(5).double(), atol=1e-3)
-    shares = passed_shares(model, change, half, 1, directions)
+    assert torch.allclose(passed_shares(model, change, whole, 1, directions)[0], torch.ones(5).double(), atol=1e-3)
+    shares, lengths = passed_shares(model, change, half, 1, directions)
     gain = 1 + model.model.layers[1].input_layernorm.weight
     mlp = 1 + model.model.layers[1].pre_feedforward_layernorm.weight
     before = after = 0.0
@@ -268,3 +268,4 @@ def test_features_that_the_filter_mutes_are_told_from_those_that_pass(opened, tm
         before += (delta @ inputs.T).square().sum(0)
         after += (half.apply(f"layers.1.{module}.weight", delta) @ inputs.T).square().sum(0)
     assert torch.allclose(shares, (after / before).sqrt().double(), rtol=1e-4)
+    assert torch.allclose(lengths, before.sqrt().double(), rtol=1e-4)

@@ -16,10 +16,12 @@ from stethoscope.display import points, short_names
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import render_report, wording
 from stethoscope.report.charts import energy_curves, gain_split
-from stethoscope.report.render import _ticks, _typeset
+from stethoscope.report.render import PAGES, _ticks, _typeset
 from stethoscope.report.wording import answers
 from stethoscope.results.comparison_tables import gain_rows
 from stethoscope.results.edits import Edits
+from stethoscope.results.evidence import LayerEvidence
+from stethoscope.results.filtering import Effect, Filtering, LayerFiltering
 from stethoscope.results.selection import Selection
 
 ONE = {"algebra": 0.3}
@@ -153,6 +155,28 @@ def test_planted_markup_stays_text(tmp_path, hostile):
     assert "planted" not in page.scripts[1] + page.scripts[2]
     assert "planted" in page.scripts[0]
     assert "<" not in page.scripts[0]
+
+
+def test_what_a_filter_passes_is_shown_as_text(tmp_path, hostile):
+    folder, one = hostile.save(tmp_path), Effect(energy=1.0, target=1.0, protected=1.0)
+    markup = list(hostile.evidence.documents)[1]
+    layers = (LayerFiltering(layer=1, separability=0.5, raw=one, filtered=(one,)),)
+    tokens = {"target": 1, markup: 1}
+    Filtering(
+        provenance=Provenance(), strengths=(1.0,), weights={markup: 1.0}, tokens=tokens, layers=layers
+    ).save(folder / "filter")  # fmt: skip
+    (feature,) = hostile.evidence.layers[0].features
+    context = feature.contexts["target"][0]
+    passes = feature.model_copy(update={"passed": 0.97, "contexts": {"target": (), markup: (context,)}})
+    mutes = feature.model_copy(update={"passed": 0.03, "contexts": {}, "feature": 4, "link": PAGES + "m/0/4"})
+    part = LayerEvidence(layer=0, features=(passes, mutes))
+    hostile.evidence.model_copy(update={"layers": (part,)}).save(folder / "filter")
+    page = Page(render_report(folder).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in page.tags].count("script") == 3
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert [found["href"] for tag, found in page.tags if tag == "a"] == [PAGES + "m/0/4"]
+    shown = " ".join(page.text.split("What does the filter let through?")[1].split())
+    assert shown.index("passes Feature 1700 (0.97), most on </script>") < shown.index("mutes Feature 4 (0.03)")
 
 
 def test_every_layer_has_its_features(page, results):

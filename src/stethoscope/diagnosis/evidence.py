@@ -53,6 +53,7 @@ def gather_evidence(
     *,
     provenance: Provenance,
     features: int = 8,
+    passed: Mapping[int, Mapping[int, float]] | None = None,
     contexts: int = 4,
     documents: int = 64,
     max_tokens: int = 1024,
@@ -69,13 +70,15 @@ def gather_evidence(
     Args:
         diagnosis: its layers' first features are shown.
         features: of each layer.
+        passed: by layer, features to show instead, with the share of the change that a filter passes along each.
         contexts: of each feature and corpus.
         documents: so many of each corpus are searched, from the top.
         memory: bytes that SAEs may take whose features compete (TopK), for all of their weights are needed. Layers that
             do not fit wait for another forward over the sample; by default one forward feeds all layers.
         progress: called with documents done and in all.
     """
-    chosen = {found.layer: [f.feature for f in found.features[:features]] for found in diagnosis.layers}
+    first = {found.layer: [f.feature for f in found.features[:features]] for found in diagnosis.layers}
+    chosen = first if passed is None else {layer: list(shares) for layer, shares in passed.items()}
     searched = {name: list(some[:documents]) for name, some in corpora.items()}
     here = LocalExecutor(model=model, tokenizer=tokenizer)
     reader = Collector(here, saes=saes, site=site, max_tokens=max_tokens, tokens=tokens)
@@ -98,7 +101,9 @@ def gather_evidence(
                 progress(done, total)
         for layer in group:
             shown[layer] = tuple(
-                FeatureEvidence(feature=feature, contexts=by_corpus, **known)
+                FeatureEvidence(
+                    feature=feature, contexts=by_corpus, passed=passed[layer][feature] if passed else None, **known
+                )
                 for feature, by_corpus, known in zip(chosen[layer], found[layer], about[layer], strict=True)
             )
     return Evidence(

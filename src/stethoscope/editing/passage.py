@@ -25,11 +25,11 @@ def passed_shares(
     transform: FilteredChange,
     layer: int,
     directions: Float[Tensor, "features d"],
-) -> Float64[Tensor, " features"]:
-    """|D d| / |tau d| for directions d of the residual stream at a layer's input: 1 is passed, 0 is muted.
+) -> tuple[Float64[Tensor, " features"], Float64[Tensor, " features"]]:
+    """|D d| / |tau d| for directions d of the residual stream at a layer's input, 1 is passed, 0 is muted; and |tau d|.
 
     Over the layer's matrices that read the stream, each behind the norm before it, whose gain scales d. NaN where the
-    change does nothing along a direction. The ratio can exceed 1.
+    change does nothing along a direction. The ratio can exceed 1, and says little where |tau d| is small.
     """
     gains = _gains(model, layer)
     sums = torch.zeros(2, len(directions), dtype=torch.float64)
@@ -41,7 +41,7 @@ def passed_shares(
         for place, change in enumerate((transform.apply(name, delta), delta)):
             matrix = change.double() if axis.dim == 1 else change.double().T
             sums[place] += (inputs @ matrix.T).square().sum(1)
-    return (sums[0] / sums[1]).sqrt()
+    return (sums[0] / sums[1]).sqrt(), sums[1].sqrt()
 
 
 def _gains(model: PreTrainedModel, layer: int) -> Mapping[str, Float64[Tensor, " d"]]:

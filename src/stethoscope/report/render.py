@@ -39,9 +39,9 @@ def render_report(run_dir: Path) -> Path:
     """Write ``report.html`` in a run's folder from what the run saved there.
 
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
-    ``geometry.json``, ``filter/filter.json``, ``edits.json``, ``claim.json``, ``calibration.json``,
-    ``recommended/calibration.json``, ``validation/*/validation.json``, ``tradeoff.json``, ``recipe.yaml`` and
-    ``edited/manifest.json``.
+    ``geometry.json``, ``filter/filter.json``, ``filter/evidence.json``, ``edits.json``, ``claim.json``,
+    ``calibration.json``, ``recommended/calibration.json``, ``validation/*/validation.json``, ``tradeoff.json``,
+    ``recipe.yaml`` and ``edited/manifest.json``.
 
     Returns:
         the path of the report.
@@ -115,6 +115,7 @@ def render_report(run_dir: Path) -> Path:
         facts={layer.layer: wording.layer_facts(layer, diagnosis) for layer in diagnosis.layers},
         health={layer.layer: _health(layer) for layer in diagnosis.layers},
         evidence=evidence,
+        passed=Evidence.find(run_dir / "filter"),
         rates={(layer.layer, f.feature): f for layer in diagnosis.layers for f in layer.features},
         provenance=_provenance(diagnosis, evidence, selection, geometry, filtering, edits),
     )
