@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from stethoscope import Comparison, Diagnosis, Geometry, Outcomes, Selection
+from stethoscope.display import ranged
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "scripts" / "run_notebook.py"))
 
@@ -101,3 +102,8 @@ def test_the_notebook_runs_and_names_no_place_of_the_machine_that_ran_it(finishe
         if cell["cell_type"] == "code":
             kinds = [[sorted(output.get("data", {})) for output in one["outputs"]] for one in (cell, again)]
             assert kinds[0] == kinds[1], "".join(cell["source"])
+
+
+def test_numbers_in_a_row_are_a_range():
+    assert ranged([7, 0, 1, 3, 2, 9, 8, 12, 13]) == "0-3, 7-9, 12, 13"
+    assert ranged([]) == ""

@@ -44,6 +44,17 @@ def listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
 
 
+def ranged(numbers: Iterable[int]) -> str:
+    """Whole numbers in order, three or more in a row as a range: ``0-3, 7, 8``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else listed(run) for run in runs)
+
+
 def first_of(names: Sequence[object], most: int) -> str:
     """At most so many names, and how many more there are."""
     return listed(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

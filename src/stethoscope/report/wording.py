@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from stethoscope.display import interval, listed, points
+from stethoscope.display import interval, listed, points, ranged
 from stethoscope.results.comparison import Comparison, Contrast, PairedDifference, is_random
 from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
 from stethoscope.results.edits import Edits
@@ -40,7 +40,7 @@ def describe_arm(arm: str, edits: Edits | None) -> str:
     plan = edits.plans.get(arm) if edits else None
     if plan is None or not plan["layers"] or plan["default"]:
         return text
-    return f"{text}{': ' if text else ''}layers {listed(sorted(map(int, plan['layers'])))}"
+    return f"{text}{': ' if text else ''}layers {ranged(map(int, plan['layers']))}"
 
 
 def headline(comparison: Comparison) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
-from stethoscope.display import NONE, Display, Rows, listed, number, percent, table_of
+from stethoscope.display import NONE, Display, Rows, number, percent, ranged, table_of
 
 
 class CalibrationPoint(Frozen):
@@ -37,7 +37,7 @@ class CalibrationPoint(Frozen):
         for layer, amount in self.coefficients.items():
             layers.setdefault(amount, []).append(layer)
         filtered = "" if self.strength is None else f", filtered at strength {self.strength:g}"
-        return "; ".join(f"{listed(some)} at {amount:g}" for amount, some in layers.items()) + filtered or "none"
+        return "; ".join(f"{ranged(some)} at {amount:g}" for amount, some in layers.items()) + filtered or "none"
 
 
 class Calibration(Display, Artifact):
