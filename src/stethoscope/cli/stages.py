@@ -45,7 +45,7 @@ def run(
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Few items, under two minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few items, a few minutes.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; `runs/demo` by default.")] = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
