@@ -66,7 +66,7 @@ def make_filter(context: "Context", results: Results, provenance: Provenance, pr
         strengths=strengths(recipe),
         weights=recipe.protected,
         layers=range(context.base.layers),
-        spectra=True,
+        separable=True,
         progress=progress,
     )
 

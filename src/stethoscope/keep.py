@@ -7,8 +7,7 @@ Of every five documents of a text, three make the filter, one chooses its streng
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +16,19 @@ import numpy as np
 from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes
 from stethoscope.checkpoints.checkpoint import Checkpoint, fingerprint
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.apply import applied
 from stethoscope.editing.filter import STRENGTHS, TARGET, FilteredChange, write_filters
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import preview
+from stethoscope.editing.rivals import WHOLE
 from stethoscope.editing.writer import Edit, OutputKind, write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.evaluation.outcomes import PerDocument
-from stethoscope.evaluation.text_loss import document_losses
 from stethoscope.models.load import find_device, load_model, load_tokenizer
 from stethoscope.results.keeping import BASE, EDIT, SCALED, TUNED, Keeping, Variant
 from stethoscope.run import Reporter, Silent
 from stethoscope.text.documents import Document, documents_hash
-from stethoscope.text.tokens import TokenBatch, batches, counted_tokens, prompt_lengths, tokenize
-from stethoscope.tradeoff import falls, interval, share_kept
+from stethoscope.text.tokens import TokenBatch, batches, counted_tokens, prompt_lengths, tokenize, within
+from stethoscope.tradeoff import Tokens, falls, interval, losses_under, share_kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +76,7 @@ class Wanted:
         """The edit: the task vector transformed, times a coefficient; vision towers stay the base's."""
         if self.layers is not None:
             return EditPlan.for_layers(self.layers, coefficient=coefficient, transform=transform)
-        return EditPlan(default=coefficient, outside={"vision": 0.0}, transform=transform)
+        return replace(WHOLE, default=coefficient, transform=transform)
 
 
 def keep_skill(
@@ -180,20 +178,12 @@ def _check(wanted: Wanted) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Part:
-    """Documents whose loss is measured: token ids, and the first token of each that counts."""
-
-    rows: list[list[int]]
-    starts: list[int] | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Texts:
     """Every text, tokenised and divided: batches for the moments, and documents to choose by and to measure."""
 
     moments: dict[str, list[TokenBatch]]
-    chosen_by: dict[str, _Part]
-    measured: dict[str, _Part]
+    chosen_by: dict[str, Tokens]
+    measured: dict[str, Tokens]
     documents: dict[str, tuple[int, int, int]]
 
     @classmethod
@@ -201,8 +191,7 @@ class _Texts:
         moments, chosen_by, measured, numbers = {}, {}, {}, {}
         for name, documents in wanted.texts.items():
             rows = tokenize(documents, tokenizer, max_tokens=wanted.max_tokens)
-            enough = int(np.searchsorted(np.cumsum([len(row) for row in rows]), wanted.tokens)) + 1
-            rows = rows[: max(enough, FEWEST)]
+            rows = rows[: max(len(within(wanted.tokens, rows)), FEWEST)]
             counted = counted_tokens(documents[: len(rows)], tokenizer, max_tokens=wanted.max_tokens)
             starts = None
             if name == TARGET and wanted.prompts:
@@ -216,8 +205,7 @@ class _Texts:
                 )
             )
             chosen_by[name], measured[name] = (
-                _Part(rows=[rows[i] for i in part], starts=[starts[i] for i in part] if starts else None)
-                for part in places[1:]
+                ([rows[i] for i in part], [starts[i] for i in part] if starts else None) for part in places[1:]
             )
             numbers[name] = (len(made), len(places[1]), len(places[2]))
         return cls(moments=moments, chosen_by=chosen_by, measured=measured, documents=numbers)
@@ -253,6 +241,5 @@ class _Judge:
             for name, found in drawn.items()
         }
 
-    def _losses(self, plan: EditPlan | None, texts: Mapping[str, _Part]) -> dict[str, PerDocument]:
-        with applied(self.model, self.task_vector, plan) if plan else nullcontext():
-            return {name: document_losses(self.model, part.rows, starts=part.starts) for name, part in texts.items()}
+    def _losses(self, plan: EditPlan | None, texts: Mapping[str, Tokens]) -> dict[str, PerDocument]:
+        return losses_under(self.model, self.task_vector, plan, texts)

@@ -120,8 +120,7 @@ def measure_tradeoff(
     plans = {id(plan): plan for plan in (None, WHOLE, *(plan for one in methods for plan in one.plans.values()))}
     losses: dict[int, dict[str, PerDocument]] = {}
     for done, (key, plan) in enumerate(plans.items(), 1):
-        with applied(model, task_vector, plan) if plan else nullcontext():
-            losses[key] = {text: document_losses(model, rows, starts=starts) for text, (rows, starts) in texts.items()}
+        losses[key] = losses_under(model, task_vector, plan, texts)
         if progress:
             progress(done, len(plans))
     drawn = falls(losses, losses[id(None)], seed=provenance.seed)
@@ -150,6 +149,14 @@ def measure_tradeoff(
         gain=interval(whole),
         methods={method.name: curve(method) for method in methods},
     )
+
+
+def losses_under(
+    model: "PreTrainedModel", task_vector: TaskVector, plan: EditPlan | None, texts: Mapping[str, Tokens]
+) -> dict[str, PerDocument]:
+    """Each text's losses by document under a plan; None is the base."""
+    with applied(model, task_vector, plan) if plan else nullcontext():
+        return {text: document_losses(model, rows, starts=starts) for text, (rows, starts) in texts.items()}
 
 
 def falls(

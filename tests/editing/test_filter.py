@@ -219,7 +219,7 @@ def test_the_record_says_what_was_let_through(opened, tmp_path):
     model, change = opened("gemma3 text")
     texts = {"target": random_text(vocabulary=20), "protected": random_text(seed=6)}
     found = write_filters(
-        model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[0.1, 10.0], layers=[0, 2], spectra=True
+        model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[0.1, 10.0], layers=[0, 2], separable=True
     )
     assert [one.layer for one in found.layers if one.raw.energy] == [0, 2]
     for one in (found.layers[0], found.layers[2]):

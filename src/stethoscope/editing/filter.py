@@ -73,12 +73,12 @@ def filtered(
             passed = torch.where(total > 0, target / total.clamp(min=torch.finfo(total.dtype).tiny), 0.0)
             yield change * passed.to(change.dtype)
         return
+    if not target.any():
+        yield from (torch.zeros_like(change) for _ in strengths)
+        return
     many = len(change) > len(target)  # then F itself is the smaller unknown
     wanted = target if many else (change.to(target.dtype) @ target).T
     for strength in strengths:
-        if not target.any():
-            yield torch.zeros_like(change)
-            continue
         factor, failed = torch.linalg.cholesky_ex(target + strength * protected)
         if failed or not factor.diagonal().isfinite().all():
             raise CheckpointError(
@@ -123,7 +123,7 @@ def write_filters(
     strengths: Sequence[float] = STRENGTHS,
     weights: Mapping[str, float] | None = None,
     layers: Collection[int] | None = None,
-    spectra: bool = False,
+    separable: bool = False,
     progress: Progress | None = None,
 ) -> Filtering:
     """Filter a task vector at several strengths; a layer's moments are dropped when it is done.
@@ -135,7 +135,7 @@ def write_filters(
             matrices in float32; others are cast to the base's dtype, which loses less than their sum with it does.
         weights: protected text -> its weight, 1 if not given.
         layers: those to filter; all, and the tensors outside the layers, if None.
-        spectra: also measure how far the texts can be told apart.
+        separable: also measure how far the texts can be told apart.
 
     Raises:
         CheckpointError: with every tensor whose input is not known; or moments or a change are not finite.
@@ -152,7 +152,7 @@ def write_filters(
                 if shared[0] not in inputs and met[shared[0]] != "added":
                     raise CheckpointError(f"`{shared[0]}` is never reached by a forward", hint="leave its layer out")
                 pair = _moments(inputs.get(shared[0]), weights, model.device)
-                if spectra and pair[0].ndim == 2:
+                if separable and pair[0].ndim == 2:
                     apart.append((len(pair[0]), separability(*pair)))
                 parts = [_Part.of(task_vector, name, met[name], model.device) for name in shared]
                 rows = torch.cat([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows

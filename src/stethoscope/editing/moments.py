@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.editing.apply import STACKED, live_tensors, stacked_place
 from stethoscope.errors import CheckpointError, StethoscopeError
-from stethoscope.models.forward import replaced_forward, run
+from stethoscope.models.forward import run, skipped
 from stethoscope.models.load import decoder_layers
 from stethoscope.saes.activations import attention_sinks
 from stethoscope.text.tokens import TokenBatch
@@ -172,8 +172,7 @@ def collect_moments(
         for i, (text, batch) in enumerate(todo):
             with ExitStack() as stack:
                 stop = len(blocks) if layer is None else layer
-                for block in blocks[:stop]:
-                    stack.enter_context(replaced_forward(block, lambda *_args, value=hidden[i], **_options: value))
+                stack.enter_context(skipped(blocks[:stop], hidden[i]))
                 if stop and layer is not None:
                     stream = hidden[i][0] if isinstance(hidden[i], tuple) else hidden[i]
                     sinks[i] |= attention_sinks([stream], batch.attention_mask)

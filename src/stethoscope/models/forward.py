@@ -7,8 +7,8 @@ token_losses(model, output, ids, counted)          # [rows, predicted], nats
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +39,18 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     finally:
         del own["forward"]
         own |= before
+
+
+@contextmanager
+def skipped(blocks: Iterable[nn.Module], output: Any) -> Iterator[None]:
+    """Inside the block of code these decoder blocks do nothing and return ``output``.
+
+    The model's own forward still makes masks and positions, and still has all its layers: Gemma 3 counts them.
+    """
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(replaced_forward(block, lambda *_args, **_options: output))
+        yield
 
 
 class Recording:
@@ -80,20 +92,9 @@ class Recording:
         with self.below(start):
             return run(self.model, self.ids)
 
-    @contextmanager
-    def below(self, start: int) -> Iterator[None]:
-        """Inside the block of code, blocks below ``start`` do nothing, and the last of them returns what it did.
-
-        The model's own forward still makes masks and positions, and still has all its layers: Gemma 3 counts them.
-        """
-        if start == 0:
-            yield
-            return
-        output = self._outputs[start - 1]
-        with ExitStack() as stack:
-            for layer in range(start):
-                stack.enter_context(replaced_forward(self._blocks[layer], lambda *_args, **_options: output))
-            yield
+    def below(self, start: int) -> AbstractContextManager[None]:
+        """Inside the block of code, blocks below ``start`` do nothing, and the last of them returns what it did."""
+        return skipped(self._blocks[:start], self._outputs[start - 1] if start else None)
 
 
 def token_losses(
