@@ -5,16 +5,24 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo demo-quick test lint types docs install clean
+.PHONY: demo demo-quick demo-full test wheel lint types docs install clean
 
 demo: $(INSTALLED)
 	$(BIN)/stethoscope demo
 
-demo-quick: $(INSTALLED)
-	$(BIN)/stethoscope demo --quick
+demo-quick demo-full: $(INSTALLED)
+	$(BIN)/stethoscope demo --$(@:demo-%=%)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+# The wheel as a user installs it, without extras, in an environment of its own.
+wheel: $(INSTALLED)
+	rm -rf build
+	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir build .
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt build/*.whl
+	STETHOSCOPE=$(CURDIR)/build/venv/bin/stethoscope $(BIN)/python -m pytest tests/test_keep.py -k installed_wheel
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -126,7 +126,7 @@ def test_protected_text_is_filtered_for_judged_and_seen(place, capsys):
     main(["recommend", str(path), "--out", str(folder / "protected"), "--json"])
     assert json.loads(capsys.readouterr().out)["seen"].keys() == {"target", "control", "lamps"}
     filtering = Filtering.load(folder / "protected" / "filter")
-    assert filtering.weights == {"lamps": 2.0}
+    assert filtering.weights == {"control": 1.0, "lamps": 2.0}
     assert filtering.strengths == (3.0,)
     found = Calibration.load(folder / "protected" / "recommended")
     assert {point.strength for point in found.points if point.coefficients} == {3.0}

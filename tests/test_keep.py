@@ -1,7 +1,9 @@
 """`edit --keep --protect`: an edit from two models and two texts, chosen and measured by itself."""
 
 import json
+import os
 import shutil
+import subprocess
 
 import pytest
 from world import contents, planted_documents, write_lines
@@ -119,3 +121,19 @@ def test_no_gain_is_no_evidence(folder, tmp_path):
     assert "No evidence" in found.verdict
     with pytest.raises(StethoscopeError):
         keep_skill(base, open_task_vector(base, folder / "tuned"), wanted, tmp_path / "out")
+
+
+@pytest.mark.skipif("STETHOSCOPE" not in os.environ, reason="`make wheel` names the command of an installed wheel")
+def test_an_installed_wheel_edits_without_extras_and_names_those_that_are_missing(folder, tmp_path):
+    def ended(*arguments):
+        return subprocess.run([os.environ["STETHOSCOPE"], *map(str, arguments)], capture_output=True, text=True)
+
+    pair = ("--base", folder / "base", "--tuned", folder / "tuned", "--out", tmp_path / "out")
+    made = ended("edit", *pair, "--keep", folder / "sums.jsonl", "--protect", folder / "words.jsonl")
+    assert made.returncode == 0, made.stderr
+    assert "filtered" in made.stdout
+    assert ended("verify", tmp_path / "out", "--base", folder / "base").returncode == 0
+    for command, extra in ((("demo",), "demo"), (("train-saes", *pair[:2], "--text", "x.jsonl", *pair[4:]), "run")):
+        refused = ended(*command)
+        assert refused.returncode == 2
+        assert f"sae-stethoscope[{extra}]" in refused.stderr

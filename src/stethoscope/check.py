@@ -19,7 +19,7 @@ from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.errors import RecipeError, StethoscopeError
+from stethoscope.errors import RecipeError, StethoscopeError, require
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.recipe import (
@@ -155,12 +155,12 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     Raises:
         RecipeError: everything that is missing or does not fit, at once.
     """
+    found, options = Check(), recipe.evaluate
+    _open(found, recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     # the harness takes seconds to import
     from stethoscope.evaluation.tasks import load_tasks
     from stethoscope.models.load import find_device
 
-    found, options = Check(), recipe.evaluate
-    _open(found, recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     found.attempt(find_device, recipe.device)
     where: dict[str, Any] = {"include_path": options.include_path, "data": options.data, "seed": recipe.seed}
     tasks = found.attempt(load_tasks, options.tasks, **where) or {}
@@ -179,6 +179,7 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
 
 
 def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub_texts: bool, offline: bool) -> None:
+    found.attempt(require, "sae_lens", "lm_eval", "altair", "vl_convert", extra="run")
     for name in ("base", "tuned") if offline else ():
         source = getattr(recipe, name)
         if not Path(source).is_absolute():  # local paths are absolute once a recipe is read

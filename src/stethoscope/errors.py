@@ -1,6 +1,7 @@
 """What a user can get wrong, said once: what is wrong, and a hint."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 
 class StethoscopeError(Exception):
@@ -39,3 +40,18 @@ class RecipeError(StethoscopeError):
 
 class EvaluationError(StethoscopeError):
     """Tasks or outcomes that cannot be run or compared as asked."""
+
+
+def require(*packages: str, extra: str) -> None:
+    """Check that packages of an extra of this one are installed, before work that needs them.
+
+    Raises:
+        StethoscopeError: some are not.
+    """
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise StethoscopeError(f"not installed: {', '.join(missing)}", hint=install(extra))
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f'pip install "sae-stethoscope[{extra}]"'

@@ -26,7 +26,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from stethoscope.errors import StethoscopeError
+from stethoscope.errors import StethoscopeError, require
 from stethoscope.lazy import torch
 from stethoscope.recipe import Ray
 
@@ -214,7 +214,11 @@ class RayExecutor:
             raise StethoscopeError(
                 f"`gpus: {options.gpus:g}`: a worker computes on one GPU", hint="`gpus: 1`, and more workers"
             )
-        self._ray = import_ray()
+        require("ray", extra="ray")
+        import ray
+        import ray.exceptions
+
+        self._ray: Any = ray
         self.options = options
         # as many threads as here: float sums on CPUs depend on their number
         threads = options.threads or (1 if options.gpus else torch.get_num_threads())
@@ -381,17 +385,3 @@ class RayExecutor:
 def versions() -> dict[str, str]:
     """Of the packages that compute, in this process."""
     return {name: version(name) for name in ("sae-stethoscope", "torch", "transformers")}
-
-
-def import_ray() -> Any:
-    """Ray itself.
-
-    Raises:
-        StethoscopeError: it is not installed.
-    """
-    try:
-        import ray
-        import ray.exceptions
-    except ModuleNotFoundError as error:
-        raise StethoscopeError('workers need Ray: `pip install "sae-stethoscope[ray]"`') from error
-    return ray

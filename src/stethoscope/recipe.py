@@ -130,7 +130,7 @@ class EditOptions(_Section):
     forwards: int = Field(default=24, ge=3)
     """Forwards of the text that judges edits, for the search of the recommended one."""
     protect: dict[str, ProtectedText] = {}
-    """Texts that the filter protects, by name; the control texts if there are none."""
+    """Texts that the filter protects beside the control texts, by name."""
 
 
 class Diagnose(_Section):
@@ -315,7 +315,7 @@ class Recipe(_Section):
     @property
     def protected(self) -> dict[str, float]:
         """Texts that the filter protects, with their weights."""
-        return {name: text.weight for name, text in self.edit.protect.items()} or dict.fromkeys(self.all_controls, 1.0)
+        return dict.fromkeys(self.all_controls, 1.0) | {name: text.weight for name, text in self.edit.protect.items()}
 
     @property
     def judged(self) -> dict[str, str]:

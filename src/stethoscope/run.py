@@ -14,6 +14,7 @@ import yaml
 
 from stethoscope import stages
 from stethoscope.artifacts import write_text
+from stethoscope.errors import require
 from stethoscope.make import Results
 from stethoscope.recipe import Recipe
 from stethoscope.stages import Stage
@@ -105,9 +106,7 @@ def run_recipe(
             from stethoscope.context import open_context, provenance_of
 
             if recipe.ray:
-                from stethoscope.executor import import_ray
-
-                import_ray()
+                require("ray", extra="ray")
             found = check_run(recipe, folder)
             context = open_context(recipe, folder, found, stack)
         for note in found.notes:

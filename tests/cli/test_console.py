@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,24 @@ def test_help_groups_the_commands_and_says_the_exit_codes(monkeypatch, capsys):
         for command in app.registered_commands
     }
     assert {name for name, given in options.items() if "as_json" not in given} == set()
-    assert {name for name, given in options.items() if "quiet" not in given} == {"check", "report", "compare"}
+    assert {name for name, given in options.items() if "quiet" not in given} == {
+        "check", "report", "compare", "show",
+    }  # fmt: skip
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out.split() == ["stethoscope", version("sae-stethoscope")]
+
+
+def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path):
+    code = "import sys; sys.modules['sae_lens'] = None; from stethoscope.cli import main; main(sys.argv[1:])"
+    options = ["--base", str(tmp_path), "--text", "a.jsonl", "--out", str(tmp_path / "saes")]
+    ended = subprocess.run([sys.executable, "-c", code, "train-saes", *options], capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert "`sae_lens`" in ended.stderr
+    assert "sae-stethoscope[run]" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from stethoscope.recipe import Ray
 from stethoscope.results.comparison import Comparison
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.geometry import Geometry
+from stethoscope.results.overview import headline, overview
 from stethoscope.results.selection import Selection
 
 
@@ -41,6 +44,19 @@ def test_diagnose_ends_with_table_verdict_paths_and_next(world, run, capsys):
     assert after == ["stethoscope", "select", str(world / "recipe.yaml"), "--out", str(run)]
     main([*after[1:], "--json"])  # it is one
     assert json.loads(capsys.readouterr().out)["layers"] == list(Selection.load(run).layers)
+
+
+def test_a_finished_run_is_shown_without_loading_a_model(finished, tmp_path):
+    code = "import sys; from stethoscope.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    ended = subprocess.run([sys.executable, "-c", code, "show", str(finished)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    comparison = Comparison.load(finished / "comparison.json")
+    assert comparison.verdict in ended.stdout
+    rows = [line.split()[0] for line in ended.stdout.splitlines() if line]
+    assert {row[0] for row in overview(comparison)[1:]} <= set(rows)
+    assert headline(comparison) in ended.stdout
+    with pytest.raises(SystemExit):
+        main(["show", str(tmp_path)])
 
 
 def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):

@@ -18,6 +18,7 @@ from stethoscope.report import render_report, wording
 from stethoscope.report.charts import energy_curves, gain_split
 from stethoscope.report.render import PAGES, _ticks, _typeset
 from stethoscope.report.wording import answers
+from stethoscope.results import overview
 from stethoscope.results.comparison_tables import gain_rows
 from stethoscope.results.edits import Edits
 from stethoscope.results.evidence import LayerEvidence
@@ -69,9 +70,9 @@ def page(run_folder) -> Page:
 
 def test_the_verdict_comes_first_and_everything_is_there(page, results):
     text = " ".join(page.text.split())
-    headline = results.comparison.contrast("selected").verdict.split(";")[0].replace("`", "").replace("(-", "(\u2212")
+    headline = overview.headline(results.comparison).replace("(-", "(\u2212").replace(" -", " \u2212")
     assert headline in text
-    for heading in ("Gain and cost", "What the gain costs", "Where the skill shows", "How this was made"):
+    for heading in ("What the arms show", "Gain and cost", "Where the skill shows", "How this was made"):
         assert text.index(headline) < text.index(heading)
     for name in (*ARMS, *SUBJECTS, "word_sorting", "stethoscope run", "abababab", "mass_shift"):
         assert name in text
@@ -95,7 +96,7 @@ def test_small_samples_are_announced(page, results):
 def test_no_evidence_of_benefit_can_be_said():
     same = dict.fromkeys(("base", "selected", "random_layers_1"), (0.0, 0.0))
     comparison = make_comparison(arms=same, subjects=ONE, items=60)
-    assert wording.headline(comparison)[0].startswith("No evidence of benefit")
+    assert overview.headline(comparison).startswith("Do not use this edit: no evidence")
     assert wording.findings(comparison, None)[0][1].startswith("No evidence that the selected layers are better")
 
 

@@ -4,19 +4,19 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import yaml
 
 from stethoscope.artifacts import write_text
+from stethoscope.recipe import ArmName
 from stethoscope_demo.base_model import unpack_base
 from stethoscope_demo.tasks import write_tasks, write_text_corpora
 
 ADAPTER = Path(str(files("stethoscope_demo"))) / "adapter"
 SAES = Path(str(files("stethoscope_demo"))) / "saes"
 
-ITEMS = 60
-QUICK_ITEMS = 8
+Size = Literal["quick", "default", "full"]
 
 
 class Reporter(Protocol):
@@ -25,8 +25,11 @@ class Reporter(Protocol):
     def stage(self, title: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """A stage begins; the value is called with steps done and in all."""
 
+    def note(self, text: str) -> None:
+        """Shows one line."""
 
-def prepare_demo(cache: Path, *, quick: bool, reporter: Reporter) -> Path:
+
+def prepare_demo(cache: Path, *, size: Size, reporter: Reporter) -> Path:
     """Unpack what the demo needs under ``cache``, once, and return its recipe.
 
     Raises:
@@ -37,17 +40,23 @@ def prepare_demo(cache: Path, *, quick: bool, reporter: Reporter) -> Path:
     folder = cache / "demo"
     write_tasks(folder / "tasks")
     write_text_corpora(folder)
-    recipe = folder / ("recipe-quick.yaml" if quick else "recipe.yaml")
-    write_text(recipe, _YAML_HEAD + yaml.safe_dump(demo_recipe(base, quick=quick), sort_keys=False))
+    recipe = folder / f"recipe-{size}.yaml"
+    write_text(recipe, _YAML_HEAD + yaml.safe_dump(demo_recipe(base, size=size), sort_keys=False))
+    if size != "full":
+        fewer = f"{LIMITS[size]} items a task, not {LIMITS['full']}; fewer arms and less text"
+        reporter.note(f"{fewer}, so intervals are wide; `--full` runs all")
     return recipe
 
 
 _YAML_HEAD = "# The embedded demo; `stethoscope run` on a copy of this file is a start for a recipe of your own.\n"
+LIMITS: dict[Size, int] = {"quick": 4, "default": 16, "full": 250}  # items of each of nine tasks, for every arm
 
 
-def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
+def demo_recipe(base: Path, *, size: Size) -> dict[str, object]:
     """The recipe as data; paths are relative to the folder that `prepare_demo` fills."""
-    documents = 40 if quick else 182
+    full = size == "full"
+    documents = {"quick": 35, "default": 84, "full": 182}[size]
+    arms = ["base", "tuned", "recommended", "selected", "scaled", *(["random_layers"] if size == "default" else [])]
     return {
         "base": str(base),
         "tuned": str(ADAPTER),
@@ -60,19 +69,24 @@ def demo_recipe(base: Path, *, quick: bool) -> dict[str, object]:
         "edit": {
             "coefficient": 1.0,
             "filter": "auto",
-            "tokens": 3000 if quick else 20_000,
-            "forwards": 7 if quick else 24,
+            "tokens": {"quick": 3000, "default": 8000, "full": 20_000}[size],
+            "forwards": {"quick": 7, "default": 10, "full": 24}[size],
+            "protect": {"letters": {"dataset": "letters.jsonl", "weight": 0.5}},
         },
-        "arms": ["base", "tuned", "recommended", "selected", "random_layers", "scaled", "projected"],
-        "random_sets": 1 if quick else 2,
+        "arms": list(get_args(ArmName)) if full else arms,
+        "random_sets": 2 if full else 1,
         "evaluate": {
             "tasks": ["stethoscope_math"],
             "control_tasks": ["stethoscope_control"],
             "include_path": "tasks",
-            "limit": QUICK_ITEMS if quick else ITEMS,
+            "limit": LIMITS[size],
             "batch_size": 100,
-            "control": {"dataset": "general.jsonl", "documents": 8 if quick else 60},
-            "target": {"dataset": "held_out.jsonl", "prompt": "prompt", "documents": 7 if quick else 70},
+            "control": {"dataset": "general.jsonl", "documents": {"quick": 8, "default": 30, "full": 60}[size]},
+            "target": {
+                "dataset": "held_out.jsonl",
+                "prompt": "prompt",
+                "documents": {"quick": 7, "default": 35, "full": 70}[size],
+            },
         },
         "seed": 0,
     }

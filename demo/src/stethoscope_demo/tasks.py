@@ -109,9 +109,11 @@ def target_documents(count: int, *, problems: int = 3) -> Iterator[dict[str, str
     """
     pools = {subject: cycle(_read(packaged(subject, "calibration"))) for subject in MATH_SUBJECTS}
     for subject in islice(cycle(MATH_SUBJECTS), count):
-        rows = islice(pools[subject], problems)
-        text = "\n\n".join(f"Problem:\n{row['problem']}\n\nSolution: {row['solution']}" for row in rows)
-        yield {"text": text, "subject": subject}
+        yield {"text": _joined(islice(pools[subject], problems)), "subject": subject}
+
+
+def _joined(rows: Iterable[dict[str, str]]) -> str:
+    return "\n\n".join(f"Problem:\n{row['problem']}\n\nSolution: {row['solution']}" for row in rows)
 
 
 def split_prompt(document: dict[str, str]) -> dict[str, str]:
@@ -128,7 +130,8 @@ def general_documents(split: Literal["calibration", "test"]) -> Iterator[dict[st
 
 
 def write_text_corpora(folder: Path) -> None:
-    """Writes `target.jsonl` and `control.jsonl` for the diagnosis, `held_out.jsonl` and `general.jsonl` to judge by."""
+    """Writes `target.jsonl` and `control.jsonl` for the diagnosis, `letters.jsonl` for the filter to protect, and
+    `held_out.jsonl` and `general.jsonl` to judge by."""
     folder.mkdir(parents=True, exist_ok=True)
     target = list(target_documents(TARGET_DOCUMENTS + HELD_OUT_DOCUMENTS))
     parts = [split_prompt(row) for row in target[:TARGET_DOCUMENTS]]
@@ -138,6 +141,8 @@ def write_text_corpora(folder: Path) -> None:
     _write_lines(folder / "target.jsonl", whole)
     _write_lines(folder / "held_out.jsonl", map(split_prompt, target[TARGET_DOCUMENTS:]))
     _write_lines(folder / "control.jsonl", general_documents("calibration"))
+    letters = _read(packaged("letter_counting", "calibration"))
+    _write_lines(folder / "letters.jsonl", ({"text": _joined(letters[n : n + 3])} for n in range(0, len(letters), 3)))
     _write_lines(folder / "general.jsonl", general_documents("test"))
 
 

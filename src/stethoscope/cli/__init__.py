@@ -7,16 +7,17 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import ConsoleReporter, command_line, warn
+from stethoscope.cli.console import ConsoleReporter, command_line, say, warn
 from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
-from stethoscope.cli.stages import cache_folder, check, demo, report, run, stage_command
+from stethoscope.cli.stages import cache_folder, check, demo, report, run, show, stage_command
 from stethoscope.cli.weights import apply, edit, push, train_saes, undo, verify
-from stethoscope.errors import StethoscopeError
+from stethoscope.errors import StethoscopeError, install
 from stethoscope.stages import STAGES
 
 __all__ = ["ConsoleReporter", "app", "cache_folder", "main"]
@@ -27,7 +28,7 @@ EXIT_CODES = (
     " and a hint; 130 interrupted. A verdict of no benefit is a result, and exits with 0."
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
-    "A recipe, end to end": (run, demo, check, report),
+    "A recipe, end to end": (run, demo, check, show, report),
     "One stage of a recipe": tuple(stage_command(stage) for stage in STAGES if stage.help),
     "Weights": (edit, apply, undo, verify, push),
     "Proof": (evaluate, compare, logs),
@@ -47,8 +48,18 @@ for panel, commands in PANELS.items():
         app.command(rich_help_panel=panel)(command)
 
 
+def _version(asked: bool) -> bool:
+    if asked:
+        say(f"stethoscope {metadata.version('sae-stethoscope')}")
+        raise typer.Exit
+    return asked
+
+
 @app.callback()
 def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an expected failure.")] = False,
 ) -> None:
     level = logging.DEBUG if debug else logging.ERROR
@@ -75,6 +86,11 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in argv:
             raise
         warn(f"error: {error}")
+        sys.exit(USER_ERROR)
+    except ModuleNotFoundError as error:
+        if "--debug" in argv or (error.name or "").split(".")[0] in ("", "stethoscope"):
+            raise
+        warn(f"error: this command needs `{error.name}`, which is not installed\n\nhint: {install('run')}")
         sys.exit(USER_ERROR)
     except typer.Exit as done:
         sys.exit(done.exit_code)

@@ -25,6 +25,7 @@ def hush(quiet: bool) -> bool:
 
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="Recipe file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 RunFolder = Annotated[Path | None, typer.Option("--out", help="Run folder; `runs/RECIPE` by default.")]
 Changes = Annotated[
     list[str] | None,

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from stethoscope.cli.console import ConsoleReporter, command_line, conclude, say_json
+from stethoscope.cli.console import ConsoleReporter, command_line, conclude, say, say_json, show_rows
 from stethoscope.cli.options import (
     AsJSON,
     Changes,
@@ -17,9 +17,10 @@ from stethoscope.cli.options import (
     RecipeOptions,
     RecipePath,
     RunFolder,
+    RunPath,
     with_recipe_options,
 )
-from stethoscope.errors import StethoscopeError
+from stethoscope.errors import StethoscopeError, install
 from stethoscope.recipe import Recipe
 from stethoscope.run import RunResult, run_recipe
 from stethoscope.stages import Stage
@@ -41,11 +42,13 @@ def run(
         return
     chosen, folder = options.read()
     reporter = ConsoleReporter(quiet=options.quiet)
-    _show(run_recipe(chosen, folder, reporter=reporter), as_json=options.as_json)
+    run_recipe(chosen, folder, reporter=reporter)
+    show(folder, as_json=options.as_json)
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Few items, a few minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few items: about two minutes on two cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="All items and arms: hours on two cores.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; `runs/demo` by default.")] = None,
     quiet: Quiet = False,
     as_json: AsJSON = False,
@@ -54,16 +57,18 @@ def demo(
     try:
         prepare_demo = metadata.entry_points(group="stethoscope.demos")["demo"].load()
     except (KeyError, ModuleNotFoundError) as error:
-        reason = "no entry point `demo`" if isinstance(error, KeyError) else error
-        raise StethoscopeError(
-            f"the demo's package is not installed: {reason}", hint="`make install`, or `pip install -e demo`"
-        ) from error
+        raise StethoscopeError("the demo's package is not installed", hint=install("demo")) from error
     reporter = ConsoleReporter(quiet=quiet)
-    recipe = prepare_demo(cache_folder(), quick=quick, reporter=reporter)
-    folder = out or Path("runs") / ("demo-quick" if quick else "demo")
-    if quick:
-        reporter.note("quick: few items and few documents, so every number is small-sample and intervals are wide")
-    _show(run_recipe(Recipe.from_yaml(recipe), folder, reporter=reporter), as_json=as_json)
+    size: Literal["quick", "default", "full"] = "quick" if quick else "full" if full else "default"
+    if quick and full:
+        raise StethoscopeError("`--quick` and `--full` are two sizes of the demo", hint="give one of them")
+    recipe = prepare_demo(cache_folder(), size=size, reporter=reporter)
+    folder = out or Path("runs") / ("demo" if size == "default" else f"demo-{size}")
+    run_recipe(Recipe.from_yaml(recipe), folder, reporter=reporter)
+    show(folder, as_json=as_json)
+    if not as_json:
+        own = ["--base", "MODEL", "--tuned", "FINE-TUNE", "--keep", "skill.jsonl", "--protect", "other.jsonl"]
+        say(f"your own: {command_line('edit', *own, '--out', 'EDITED')}")
 
 
 def check(
@@ -115,13 +120,44 @@ def _problems_as_json(as_json: bool) -> Iterator[None]:
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: AsJSON = False
+    run: RunPath,
+    opened: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
+    as_json: AsJSON = False,
 ) -> None:
     """Write a run's report again, from what the run saved."""
     from stethoscope.report import render_report
 
     path = render_report(run)
     conclude({"report": str(path)}, as_json=as_json, wrote=[path])
+    if opened:
+        typer.launch(str(path))
+
+
+def show(run: RunPath, as_json: AsJSON = False) -> None:
+    """Show a finished run's verdict and tables, from what it saved; loads no model."""
+    from stethoscope.results.comparison import Comparison
+    from stethoscope.results.comparison_tables import accuracy_table
+    from stethoscope.results.overview import headline, overview
+    from stethoscope.results.selection import Selection
+
+    if not (run / "comparison.json").exists():
+        raise StethoscopeError(f"`{run}` is not a finished run's folder", hint="`stethoscope run` ends with a verdict")
+    found = Comparison.load(run / "comparison.json")
+    result = RunResult(folder=run, results={"select": Selection.load(run), "compare": found})
+    if as_json:
+        say_json(result.summary())
+        return
+    show_rows(accuracy_table(found))
+    show_rows(overview(found))
+    rivals = ("selected", "random_layers", "scaled")
+    against = [c.verdict for c in found.contrasts if c.b == found.edit and c.a.startswith(rivals)]
+    conclude(
+        {},
+        as_json=False,
+        says=[headline(found), found.verdict, *against],
+        wrote=[path for path in (result.report, result.edited) if path.exists()],
+        then=command_line("verify", result.edited),
+    )
 
 
 def stage_command(stage: Stage) -> Callable[..., None]:
@@ -151,22 +187,3 @@ def cache_folder() -> Path:
 
     chosen = os.environ.get("STETHOSCOPE_CACHE")
     return Path(chosen) if chosen else user_cache_path("stethoscope")
-
-
-def _show(result: RunResult, *, as_json: bool) -> None:
-    from stethoscope.results.comparison_tables import accuracy_table
-
-    found = result.comparison
-    rivals = [
-        c
-        for c in found.contrasts
-        if c.b == found.edit and c.a.startswith((found.baseline, "selected", "random_layers", "scaled"))
-    ]
-    conclude(
-        result.summary(),
-        as_json=as_json,
-        rows=accuracy_table(found),
-        says=[contrast.verdict for contrast in rivals or found.contrasts],
-        wrote=[result.report, result.edited],
-        then=command_line("verify", result.edited),
-    )

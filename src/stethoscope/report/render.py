@@ -27,6 +27,7 @@ from stethoscope.results.edits import Edits
 from stethoscope.results.evidence import Evidence
 from stethoscope.results.filtering import Filtering
 from stethoscope.results.geometry import Geometry
+from stethoscope.results.overview import headline, overview
 from stethoscope.results.selection import Selection
 from stethoscope.results.tradeoff import TradeOff
 from stethoscope.results.validation import ScoreValidation
@@ -104,7 +105,8 @@ def render_report(run_dir: Path) -> Path:
         recipe=text,
         settings=_settings(text),
         manifest=_scalars(read_json(manifest)) if manifest.exists() else [],
-        headline=wording.headline(comparison),
+        headline=headline(comparison),
+        overview=overview(comparison),
         findings=wording.findings(comparison, geometry),
         notices=wording.notices(diagnosis, comparison, selection, edits),
         answers=wording.answers(comparison),

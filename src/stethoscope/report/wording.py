@@ -43,12 +43,6 @@ def describe_arm(arm: str, edits: Edits | None) -> str:
     return f"{text}{': ' if text else ''}layers {ranged(map(int, plan['layers']))}"
 
 
-def headline(comparison: Comparison) -> tuple[str, str]:
-    """The verdict on the edit against the baseline: its first clause, and what follows."""
-    first, _, rest = comparison.verdict.partition("; ")
-    return first.rstrip(".") + ".", rest[:1].upper() + rest[1:]
-
-
 def findings(comparison: Comparison, geometry: Geometry | None) -> list[tuple[str, str]]:
     """What else the arms show, as pairs of a heading and sentences."""
     found = []
