@@ -1,8 +1,10 @@
 """SmolLM2-135M-Instruct out of the package that carries it, as an ordinary checkpoint in the user's cache."""
 
 import logging
+from functools import cache as cache_calls
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 from stethoscope.artifacts import new_folder
 from stethoscope.errors import StethoscopeError
@@ -31,10 +33,13 @@ def unpack_base(cache: Path) -> Path:
         )
     package = str(Path(spec.origin).parent)
 
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with new_folder(folder) as unfinished:
+    # Transformers would parse the file three times and list all tensors' names for each tensor: most of the time
+    once = {name: cache_calls(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    with new_folder(folder) as unfinished, patch.multiple(gguf, **once):
         model = AutoModelForCausalLM.from_pretrained(
             package, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )

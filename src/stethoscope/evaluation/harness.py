@@ -49,7 +49,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         self.on_items: Callable[[int], None] = lambda _: None
         self._generations: dict[str, Generation] = {}
         self._raw: dict[tuple[int, ...], list[int]] = {}
-        self._warned = False
+        self._agreed: bool | None = None  # asked once: it is a matter of the architecture, not of the weights
 
     def generation(self, context: str, settings: dict[str, Any]) -> Generation | None:
         """What was generated for a prompt under an item's generation settings, if it was."""
@@ -132,11 +132,11 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         changed = {name for name, value in self.model.generation_config.to_diff_dict().items() if value} - HARMLESS
         if changed or not can_share(self.model, len(longest) + limit):
             return False
-        agreed = len(longest) > 3 and agrees(self.model, longest[-64:])
-        if not agreed and not self._warned:
-            logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
-            self._warned = True
-        return agreed
+        if self._agreed is None and len(longest) > 3:
+            self._agreed = agrees(self.model, longest[-64:])
+            if not self._agreed:
+                logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
+        return bool(self._agreed)
 
 
 def _read_journal(path: Path) -> dict[str, Generation]:
