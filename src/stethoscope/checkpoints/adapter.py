@@ -1,4 +1,4 @@
-"""A PEFT adapter as a task vector: LoRA, rsLoRA, DoRA, biases and `modules_to_save`.
+"""A PEFT adapter as a task vector: LoRA, rsLoRA, DoRA, biases, trained tokens and `modules_to_save`.
 
 The change is scaling * B A, formed a chunk of rows at a time. The product is taken in float64 and rounded once to
 float32, so that it does not depend on the BLAS or the number of threads.
@@ -19,6 +19,7 @@ from stethoscope.checkpoints.checkpoint import Checkpoint, same_bytes
 from stethoscope.checkpoints.files import read_json_object, refuse_pickle
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.names import ADAPTER_PREFIX, parse_name
+from stethoscope.checkpoints.pair import fits, vocabulary_notes
 from stethoscope.checkpoints.task_vector import TaskVector, is_finite, not_finite, require_float, row_chunks
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
@@ -34,10 +35,12 @@ PARTS: dict[tuple[str, ...], str] = {
     ("lora_magnitude_vector",): "magnitude",
     ("lora_magnitude_vector", "weight"): "magnitude",
     ("lora_B", "bias"): "bias",
+    ("token_adapter", "trainable_tokens_delta"): "tokens",
 }
+EMBEDDING = "embed_tokens.weight"
 # options that change what the matrices mean, and are not reproduced here
 REFUSED = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
-           "trainable_token_indices", "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+           "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
 # initialisations that also change the base: the adapter alone does not say what was trained
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -62,11 +65,14 @@ class Change:
     """What an adapter does to one base tensor.
 
     Attributes:
-        parts: "A", "B", "magnitude", "bias", or "whole" for a tensor that replaces the base's -> the adapter's key.
+        parts: "A", "B", "magnitude", "bias", "tokens" for rows that replace some of the base's, or "whole" for a tensor
+            that replaces it -> the adapter's key.
+        tokens: the numbers of those rows.
     """
 
     module: str
     parts: dict[str, str]
+    tokens: tuple[int, ...] = ()
     transposed: bool = False
     scaling: float = 1.0
 
@@ -91,6 +97,7 @@ class AdapterTaskVector(TaskVector):
         )
         super().__init__(base, store, {})
         self.changes = self._match()
+        self.notes += vocabulary_notes(base, self.source, self.rows)
         self.own = {name: change.parts["whole"] for name, change in self.changes.items() if "whole" in change.parts}
         self.names = tuple(name for name in base.entries if name in self.changes)
 
@@ -101,6 +108,11 @@ class AdapterTaskVector(TaskVector):
         if "A" not in change.parts:
             return None
         read = {part: self.store.read(key).float() for part, key in change.parts.items()}
+        if name in self.rows:  # a vocabulary's rows are those of B, or the columns of an embedding's A
+            side, count = "A" if change.transposed else "B", self.base.entries[name].shape[0]
+            rows = (read[side].T if change.transposed else read[side])[:count]
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, count - len(rows)))
+            read[side] = rows.T if change.transposed else rows
         for part, values in read.items():
             if not is_finite(values):
                 raise not_finite(f"{change.module}, {part}", self.source)
@@ -128,6 +140,9 @@ class AdapterTaskVector(TaskVector):
             yield from super()._both(entry)
             return
         require_float(entry)
+        if "tokens" in change.parts:
+            yield from self._tokens(entry, change)
+            return
         factors = self.factors(entry.name)
         if factors is None:  # the bias of a LoRA layer
             bias = self.store.read(change.parts["bias"]).double().mul(change.scaling).float().reshape(1, -1)
@@ -156,6 +171,15 @@ class AdapterTaskVector(TaskVector):
                 delta = (by * (base.double() + delta)).float() - base
             yield start, stop, base, delta
 
+    def _tokens(self, entry: Entry, change: Change) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+        values, at = self.store.read(change.parts["tokens"]).float(), torch.tensor(change.tokens)
+        for start, stop in row_chunks(entry):
+            base = self.base.read_rows(entry.name, start, stop).float()
+            delta, here = torch.zeros_like(base), (at >= start) & (at < stop)
+            rows = at[here] - start
+            delta[rows] = values[here] - base[rows]
+            yield start, stop, base, delta
+
     def _match(self) -> dict[str, Change]:
         """Adapter keys -> base tensors; raises with every key that fits none."""
         problems = self._check_config()
@@ -163,35 +187,52 @@ class AdapterTaskVector(TaskVector):
         modules: dict[str, dict[str, str]] = {}
         for stored in self.store.entries:
             module, part = _split_key(stored)
-            modules.setdefault(module, {})[part] = stored
+            if part != "frozen":
+                modules.setdefault(module, {})[part] = stored
         changes: dict[str, Change] = {}
         for module, parts in modules.items():
             whole = parts.get("whole")
-            key = whole or parts.get("A")
-            if key is None or not (whole or "B" in parts):
+            key = whole or parts.get("tokens") or parts.get("A")
+            if key is None or not (whole or "tokens" in parts or "B" in parts):
                 problems.append(f"`{module}` has {' and '.join(sorted(parts))} but not both of A and B")
                 continue
-            name = parse_name(module if whole else f"{module}.weight").canonical
+            name = _tensor(module)
             entry = entries.get(name)
             if entry is None:
-                if not (name == "lm_head.weight" and whole and self._head_is_embedding(whole)):
+                if name != "lm_head.weight" or "A" in parts:
                     problems.append(f"`{key}` fits no tensor of `{self.base.source}`")
+                elif not self._head_is_embedding(key):
+                    self.notes += (f"`{key}` is left out: the head of `{self.base.source}` is its embedding",)
             elif whole:
-                if entry.shape != (shape := self.store.entries[whole].shape):
+                if not fits(entry, shape := self.store.entries[whole].shape):
                     problems.append(f"`{whole}` is {list(shape)}, the base's `{entry.stored}` {list(entry.shape)}")
+                else:
+                    self._cut(entry, shape[0], whole)
                 changes[name] = Change(module=module, parts=parts)
+            elif "tokens" in parts:
+                tokens = self._token_numbers(module)
+                if (shape := self.store.entries[key].shape) != (len(tokens), *entry.shape[1:]):
+                    problems.append(f"`{key}` is {list(shape)}, adapter_config.json names {len(tokens)} tokens")
+                if tokens and max(tokens) >= entry.shape[0]:
+                    self.rows = {**self.rows, name: max(tokens) + 1}
+                changes[name] = Change(module=module, parts=parts, tokens=tokens)
             elif understood:
                 A, B = (self.store.entries[parts[part]].shape for part in "AB")
                 embedding = any(".lora_embedding_" in key for key in parts.values())
                 transposed = embedding or bool(self.config.get("fan_in_fan_out"))
                 made = (B[0], A[-1])[:: -1 if transposed else 1] if len(A) == len(B) == 2 and B[1] == A[0] else None
-                if made != entry.shape:
+                if made is None or not fits(entry, made):
                     product = f"B {list(B)} times A {list(A)}"
                     problems.append(f"`{module}`: {product} does not make the base's {list(entry.shape)}")
                     continue
                 bias, scaling, dora = parts.pop("bias", None), self._scaling(module, A[0]), self.config.get("use_dora")
                 if bool(dora) != ("magnitude" in parts):
                     problems.append(f"`{module}`: use_dora is {dora}, its magnitude vector says otherwise")
+                if dora and made[0] < entry.shape[0]:
+                    problems.append(f"`{module}`: DoRA of a vocabulary that is smaller than the base's")
+                self._cut(
+                    entry, made[0], *(parts[part] for part in ("B", "magnitude") if part in parts and not transposed)
+                )
                 changes[name] = Change(module=module, parts=parts, transposed=transposed, scaling=scaling)
                 if bias is not None:
                     name = parse_name(f"{module}.bias").canonical
@@ -206,6 +247,19 @@ class AdapterTaskVector(TaskVector):
                 "and pass the merged checkpoint",
             )
         return changes
+
+    def _cut(self, entry: Entry, rows: int, *keys: str) -> None:
+        """Leave of a larger vocabulary the base's rows, and note how many it has."""
+        if rows != entry.shape[0]:
+            self.rows = {**self.rows, entry.name: rows}
+            self.store.entries |= {key: self.store.entries[key].first_rows(entry.shape[0]) for key in keys}
+
+    def _token_numbers(self, module: str) -> tuple[int, ...]:
+        """The rows that were trained of a module: a list is the input embedding's."""
+        given = self.config.get("trainable_token_indices")
+        if isinstance(given, dict):
+            given = next((rows for name, rows in given.items() if f".{module}".endswith(f".{name}")), ())
+        return tuple(row for row in given or () if type(row) is int and row >= 0)
 
     def _check_config(self) -> list[str]:
         problems = []
@@ -234,8 +288,10 @@ class AdapterTaskVector(TaskVector):
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def _head_is_embedding(self, head: str) -> bool:
-        embeddings = [key for key in self.store if parse_name(_split_key(key)[0]).canonical == "embed_tokens.weight"]
-        return any(same_bytes(self.store, key, head) for key in embeddings)
+        """Whether what stands for a head that the base does not have is what stands for its embedding."""
+        split = {key: _split_key(key) for key in self.store}
+        same = [key for key, (module, part) in split.items() if part == split[head][1] and _tensor(module) == EMBEDDING]
+        return any(same_bytes(self.store, key, head) for key in same)
 
 
 def low_rank(task_vector: TaskVector, name: str) -> LoraFactors | None:
@@ -245,14 +301,24 @@ def low_rank(task_vector: TaskVector, name: str) -> LoraFactors | None:
 
 
 def _split_key(key: str) -> tuple[str, str]:
-    """An adapter key -> (module, part), or (tensor name, "whole") for a tensor that replaces the base's."""
+    """An adapter key -> (module, part), or (tensor name, "whole") for a tensor that replaces the base's.
+
+    The part "frozen" is PEFT's copy of what lies below an adapted module: of an embedding, it saves that, too.
+    """
     parts = tuple(key.removeprefix(ADAPTER_PREFIX).split("."))
     for length in (2, 1):
         if parts[-length:] in PARTS:
             return ".".join(parts[:-length]), PARTS[parts[-length:]]
+    if parts[-2:] == ("base_layer", "weight") or "original_module" in parts[-2:-1]:
+        return ".".join(parts[:-2]), "frozen"
     if len(parts) >= 2 and parts[-2] in ("base_layer", "modules_to_save"):
         parts = (*parts[:-2], parts[-1])
     return ".".join(parts), "whole"
+
+
+def _tensor(module: str) -> str:
+    """The canonical name of the weight of a module, or of a tensor that is called by its own name."""
+    return parse_name(module if module.endswith((".weight", ".bias")) else f"{module}.weight").canonical
 
 
 def _is_number(value: Any) -> bool:

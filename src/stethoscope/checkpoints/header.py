@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +76,11 @@ class Entry:
     def columns(self) -> int:
         """Elements per row: the last dimension, 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
+
+    def first_rows(self, count: int) -> "Entry":
+        """The same tensor cut along its first dimension, as far as it is longer: what is left lies first."""
+        rows = min(count, self.shape[0])
+        return replace(self, shape=(rows, *self.shape[1:]), end=self.start + self.nbytes // self.shape[0] * rows)
 
 
 def make_entry(stored: str, file: str, dtype: str, shape: Sequence[int], start: int, end: int) -> Entry:

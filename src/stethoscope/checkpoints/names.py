@@ -38,6 +38,9 @@ OUTSIDE_BLOCKS: dict[str, tuple[str, Kind]] = {
     **dict.fromkeys(("lm_head", "embed_out"), ("lm_head", "head")),
 }
 
+# A row for each token: a fine-tune with added tokens has more.
+VOCABULARY = frozenset({"embed_tokens.weight", "lm_head.weight", "lm_head.bias"})
+
 # What a block is made of, by the first component behind its number.
 BLOCK_MODULES: dict[str, Kind] = {
     **dict.fromkeys(("self_attn", "attn", "attention", "self_attention", "linear_attn"), "attention"),

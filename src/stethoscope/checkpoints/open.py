@@ -12,15 +12,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
-from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, same_bytes
+from stethoscope.checkpoints.checkpoint import Checkpoint, config_value
 from stethoscope.checkpoints.files import read_json_object, weight_files
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
+from stethoscope.checkpoints.pair import match
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
-
-# Heads are cut out of matrices whose shapes do not show how: a difference here would pass every check of shapes.
-HEADS = (("num_attention_heads", "n_head"), ("num_key_value_heads", "num_kv_heads"), ("head_dim",))
 
 
 def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_only: bool = False) -> Checkpoint:
@@ -77,7 +75,7 @@ def open_task_vector(
             folder = from_hub(str(tuned), revision)
         return AdapterTaskVector(base, folder, source=str(tuned) if remote else None)
     store = open_checkpoint(tuned, revision=revision, headers_only=headers_only)
-    return TaskVector(base, store, _match(base, store))
+    return TaskVector(base, store, *match(base, store))
 
 
 def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Entry]], list[str]]:
@@ -136,41 +134,3 @@ def _count_layers(checkpoint: Checkpoint) -> int:
             hint="a shard may be missing",
         )
     return count
-
-
-def _match(base: Checkpoint, tuned: Checkpoint) -> dict[str, str]:
-    """The base's canonical names -> tuned's, for every tensor that both have.
-
-    A vision tower may be missing on either side, and so may constants and a tied head's copy.
-    """
-    head, embedding = "lm_head.weight", "embed_tokens.weight"
-    problems = []
-    for keys in HEADS:
-        one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
-        if one is not None and two is not None and one != two:
-            problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
-    matches: dict[str, str] = {}
-    for name, entry in base.entries.items():
-        tied = name == head and base.tied and name not in tuned.entries
-        other = tuned.entries.get(embedding if tied else name)
-        if entry.kind == "buffer" or (other is None and entry.kind == "vision"):
-            continue
-        if other is None:
-            problems.append(f"`{entry.stored}` is missing in `{tuned.source}`")
-        elif other.shape != entry.shape:
-            shapes = f"{list(entry.shape)} in `{base.source}`, {list(other.shape)} in `{tuned.source}`"
-            problems.append(f"`{entry.stored}` is {shapes}")
-        else:
-            matches[name] = other.name
-    for name, entry in tuned.entries.items():
-        if name in base.entries or entry.kind in ("buffer", "vision"):
-            continue
-        if not (name == head and (tuned.tied or same_bytes(tuned, head, embedding))):
-            problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
-    if problems:
-        raise CheckpointError(
-            f"`{tuned.source}` is not a fine-tune of `{base.source}` as it stands",
-            problems=problems,
-            hint="base and tuned must be the same architecture with the same vocabulary",
-        )
-    return matches

@@ -55,14 +55,25 @@ class TaskVector:
         own: canonical name -> the tensor of ``store`` that takes the base's place; an adapter computes the others.
         source: what the user called tuned.
         names: canonical names of the tensors that tuned has a value for, in the base's order.
+        rows: canonical name -> rows of tuned's tensor, where its vocabulary has more or fewer than the base's.
+        notes: what of tuned does not get into an edit, in sentences.
     """
 
-    def __init__(self, base: Checkpoint, store: Checkpoint, own: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        store: Checkpoint,
+        own: Mapping[str, str],
+        rows: Mapping[str, int] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
         self.base = base
         self.store = store
         self.own = own
         self.source = store.source
         self.names = tuple(own)
+        self.rows = rows or {}
+        self.notes = notes
 
     def delta(self, name: str) -> Float[torch.Tensor, "..."]:
         """tuned - base in float32.
@@ -79,8 +90,8 @@ class TaskVector:
 
     def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
         """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""
-        entry = self.store.entries[self.own[name]]
-        return (self.store, entry) if entry.dtype == self.base.entries[name].dtype else None
+        entry, like = self.store.entries[self.own[name]], self.base.entries[name]
+        return (self.store, entry) if (entry.dtype, entry.shape) == (like.dtype, like.shape) else None
 
     def energy(self, name: str) -> float:
         """The squared Frobenius norm of the tensor's change."""
@@ -150,7 +161,7 @@ class TaskVector:
             shape = (stop - start, entry.columns)
             size = math.prod(shape)
             base = base_memory[:size].view(shape).copy_(self.base.read_rows(entry.name, start, stop, buffer=raw))
-            delta = delta_memory[:size].view(shape).copy_(self.store.read_rows(other.name, start, stop, buffer=raw))
+            delta = delta_memory[:size].view(shape).copy_(self._own_rows(entry, start, stop, buffer=raw))
             yield start, stop, base, delta.sub_(base)
 
     def _own_chunks(self, entry: Entry) -> Iterator[Chunk]:
@@ -159,7 +170,7 @@ class TaskVector:
         if entry.dtype != other.dtype:
             require_float(entry, other)
         for start, stop in row_chunks(entry):
-            rows = self.store.read_rows(other.name, start, stop)
+            rows = self._own_rows(entry, start, stop)
             if rows.is_floating_point() and not is_finite(rows):
                 raise not_finite(entry.name, self.source)
             cast = rows.to(torch_dtype(entry.dtype))
@@ -169,6 +180,19 @@ class TaskVector:
                     hint="convert the base to a wider dtype first",
                 )
             yield Chunk(start, stop, cast)
+
+    def _own_rows(
+        self, entry: Entry, start: int, stop: int, *, buffer: torch.Tensor | None = None
+    ) -> Shaped[torch.Tensor, "rows columns"]:
+        """Rows of tuned's own tensor; those that a smaller vocabulary lacks are the base's."""
+        other = self.store.entries[self.own[entry.name]]
+        own = self.store.read_rows(other.name, min(start, other.rows), min(stop, other.rows), buffer=buffer)
+        if other.shape == entry.shape:
+            return own
+        rows = self.base.read_rows(entry.name, start, stop)
+        rows = rows.to(torch.promote_types(rows.dtype, own.dtype))
+        rows[: len(own), : own.shape[1]] = own
+        return rows
 
     def _assemble(self, name: str, chunks: Iterator[Chunk], dtype: torch.dtype) -> torch.Tensor:
         entry = self._entry(name)

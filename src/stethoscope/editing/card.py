@@ -83,6 +83,8 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     }
     lines = ["---", yaml.safe_dump(metadata, sort_keys=True).strip(), "---", "", f"# {name}", "", what, ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    for note in manifest.get("notes", ()):
+        lines += [f"Note: {note}.", ""]
     if results:
         lines += ["## Results", "", results["verdict"], "", *_result_rows(results), ""]
     lines += ["`manifest.json` has the plan and the hash of every tensor; `stethoscope verify` checks them."]

@@ -52,6 +52,7 @@ def describe_edit(
         "layers": sorted({layer for name in chosen if (layer := base.entries[name].layer) is not None}),
         "base": about_base,
         "tuned": {"source": task_vector.source, "revision": tuned.revision, "fingerprint": fingerprint(tuned)},
+        "notes": list(task_vector.notes),
         "mergekit": mergekit_recipe(task_vector, plan) if kind == "checkpoint" else None,
         "tensors": dict(tensors),
     }

@@ -82,6 +82,12 @@ def preview(
         for name, entry in entries.items()
         if name not in whole and entry.dtype not in ARITHMETIC
     ]
+    problems += [
+        f"the plan asks for `{base.entries[name].stored}`, of which tuned has {rows} rows: an edit has the base's"
+        " vocabulary. Edit layers, or take tuned's embeddings without naming them (`EditPlan.everything`)"
+        for name, rows in task_vector.rows.items()
+        if plan.outside.get(base.entries[name].kind)
+    ]
     if kind == "adapter":
         problems += _adapter_problems(task_vector, plan, chosen)
     problems += output_problems(out, base.path, task_vector.store.path, overwrite=overwrite)
@@ -98,7 +104,7 @@ def preview(
         disk_free=free,
         seconds=round(1.0 + written / COPY_RATE + (changed - copied) / ARITHMETIC_RATE, 1),
         problems=tuple(problems),
-        warnings=_taken_back(task_vector, layers),
+        warnings=(*task_vector.notes, *_taken_back(task_vector, layers)),
         hint="nothing has been written" if problems else None,
     )
 
@@ -156,10 +162,13 @@ def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str,
     ]
     if not chosen:
         problems.append("the plan changes nothing that the adapter has")
+    problems += [
+        f"`{name}` of an adapter has the rows of another vocabulary" for name in chosen if name in task_vector.rows
+    ]
     return problems + [
         f"`{name}` cannot be scaled by {coefficient} in an adapter"
         for name, coefficient in chosen.items()
-        if coefficient != 1 and task_vector.changes[name].parts.keys() & {"whole", "magnitude"}
+        if coefficient != 1 and task_vector.changes[name].parts.keys() & {"whole", "magnitude", "tokens"}
     ]
 
 

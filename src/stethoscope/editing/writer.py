@@ -236,6 +236,7 @@ def _restricted_config(adapter: AdapterTaskVector, chosen: dict[str, float]) -> 
     return adapter.config | {
         "target_modules": sorted({change.module for change in changes if "A" in change.parts}),
         "modules_to_save": saved or None,
+        "trainable_token_indices": {c.module: list(c.tokens) for c in changes if c.tokens} or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "exclude_modules": None,

@@ -1,0 +1,111 @@
+"""What base and tuned have in common, tensor by tensor, and what an edit leaves of the rest as the base has it."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, same_bytes
+from stethoscope.checkpoints.files import read_json_object
+from stethoscope.checkpoints.header import Entry
+from stethoscope.checkpoints.names import VOCABULARY
+from stethoscope.errors import CheckpointError
+
+# Heads are cut out of matrices whose shapes do not show how: a difference here would pass every check of shapes.
+HEADS = (("num_attention_heads", "n_head"), ("num_key_value_heads", "num_kv_heads"), ("head_dim",))
+RENUMBERED = 0.01  # share of the base's tokens that may have other numbers in tuned: some tokens are moved on purpose
+
+
+class Match(NamedTuple):
+    """The tensors that both have.
+
+    Attributes:
+        own, rows, notes: as `TaskVector` has them.
+    """
+
+    own: dict[str, str]
+    rows: dict[str, int]
+    notes: tuple[str, ...]
+
+
+def match(base: Checkpoint, tuned: Checkpoint) -> Match:
+    """Match a full checkpoint's tensors with the base's, and cut its vocabulary to the base's rows.
+
+    A vision tower may be missing on either side, and so may constants and a tied head's copy.
+
+    Raises:
+        CheckpointError: with every tensor that is missing, extra or of another shape.
+    """
+    head, embedding = "lm_head.weight", "embed_tokens.weight"
+    problems = []
+    for keys in HEADS:
+        one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
+        if one is not None and two is not None and one != two:
+            problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
+    for name, entry in tuned.entries.items():
+        if name in base.entries or entry.kind in ("buffer", "vision"):
+            continue
+        if not (name == head and (tuned.tied or same_bytes(tuned, head, embedding))):
+            problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
+    own: dict[str, str] = {}
+    rows: dict[str, int] = {}
+    for name, entry in base.entries.items():
+        tied = name == head and base.tied and name not in tuned.entries
+        other = tuned.entries.get(embedding if tied else name)
+        if entry.kind == "buffer" or (other is None and entry.kind == "vision"):
+            continue
+        if other is None:
+            problems.append(f"`{entry.stored}` is missing in `{tuned.source}`")
+        elif not fits(entry, other.shape):
+            shapes = f"{list(entry.shape)} in `{base.source}`, {list(other.shape)} in `{tuned.source}`"
+            problems.append(f"`{entry.stored}` is {shapes}")
+        else:
+            own[name] = other.name
+            if other.shape != entry.shape:
+                rows[name] = other.shape[0]
+                tuned.entries[other.name] = other.first_rows(entry.shape[0])
+    if not problems and rows:
+        problems += _renumbered(base, tuned)
+    if problems:
+        raise CheckpointError(
+            f"`{tuned.source}` is not a fine-tune of `{base.source}` as it stands",
+            problems=problems,
+            hint="base and tuned must be the same architecture, and number the tokens that both have alike",
+        )
+    return Match(own, rows, vocabulary_notes(base, tuned.source, rows))
+
+
+def fits(entry: Entry, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of tuned's can stand for the base's: of a vocabulary, more or fewer rows can."""
+    return entry.shape == shape or (
+        entry.name in VOCABULARY and len(shape) == len(entry.shape) and entry.shape[1:] == shape[1:]
+    )
+
+
+def vocabulary_notes(base: Checkpoint, tuned: str, rows: Mapping[str, int]) -> tuple[str, ...]:
+    """What is said of a fine-tune whose vocabulary has another number of rows."""
+    own = base.entries["embed_tokens.weight"].shape[0]
+    return tuple(
+        f"`{tuned}` has {abs(number - own)} rows {'more' if number > own else 'fewer'} than `{base.source}` in its"
+        f" vocabulary ({number}, not {own}): "
+        + ("they are left out" if number > own else "the base's stay there")
+        + ", and the edit has the base's vocabulary and tokenizer"
+        for number in sorted(set(rows.values()))
+    )
+
+
+def _renumbered(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """The problem that tuned numbers its tokens otherwise, so that a row of the one is no row of the other."""
+    one, two = _numbers(base), _numbers(tuned)
+    moved = [token for token, number in one.items() if two.get(token, number) != number]
+    if len(moved) <= RENUMBERED * len(one):
+        return []
+    return [f"{len(moved)} of {len(one)} tokens have other numbers in `{tuned.source}`, for instance `{moved[0]}`"]
+
+
+def _numbers(checkpoint: Checkpoint) -> dict[str, int]:
+    """The number of each token by tokenizer.json; empty where there is none, or none that says."""
+    path = checkpoint.path / "tokenizer.json"
+    model = read_json_object(path, hint="fetch the tokenizer again").get("model") if path.is_file() else None
+    listed = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(listed, list):  # of Unigram: [token, score]
+        return {str(pair[0]): number for number, pair in enumerate(listed) if isinstance(pair, list) and pair}
+    return listed if isinstance(listed, dict) else {}
