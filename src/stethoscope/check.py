@@ -112,7 +112,6 @@ class Check:
             "edited checkpoint": edit and f"changes {edit.tensors} tensors ({edit.bytes_changed / 1e6:,.1f} MB)",
             "writing it": edit and f"{edit.bytes_written / 1e9:,.2f} GB in about {edit.seconds:.0f} s",
             "disk": edit and f"{edit.disk_needed / 1e9:,.2f} GB of {edit.disk_free / 1e9:,.2f} GB free",
-            "warning": edit and "; ".join(edit.warnings),
             "tasks": ", ".join(tasks),
             "control tasks": tasks and (", ".join(self.control_tasks) or "none"),
         }
@@ -206,6 +205,7 @@ def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub
         plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
         found.edit = preview(found.base, found.task_vector, plan, folder / "edited", overwrite=True)
         found.problems += found.edit.problems
+        found.notes += [f"warning: {text}" for text in found.edit.warnings]
 
 
 def _check_saes(found: Check, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, same_bytes
+from stethoscope.checkpoints.config import config_notes
 from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.header import Entry
 from stethoscope.checkpoints.names import VOCABULARY
@@ -70,7 +71,8 @@ def match(base: Checkpoint, tuned: Checkpoint) -> Match:
             problems=problems,
             hint="base and tuned must be the same architecture, and number the tokens that both have alike",
         )
-    return Match(own, rows, vocabulary_notes(base, tuned.source, rows))
+    notes = (*vocabulary_notes(base, tuned.source, rows), *config_notes(base.config, tuned.config))
+    return Match(own, rows, notes)
 
 
 def fits(entry: Entry, shape: tuple[int, ...]) -> bool:

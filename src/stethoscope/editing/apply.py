@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
+from typing import Any
 
 from jaxtyping import Shaped
 
+from stethoscope.checkpoints.config import differences
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan, coefficients
@@ -31,7 +33,8 @@ STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)
 def applied(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> Iterator[torch.nn.Module]:
     """The model edited for the length of a block.
 
-    Inside, the weights are those that `write_edit` would write, cast to the model's own dtype.
+    Inside, the weights are those that `write_edit` would write, cast to the model's own dtype. Under the plan that is
+    tuned itself the model has tuned's config, too, where that gives other outputs.
 
     Raises:
         CheckpointError: a selected tensor has no parameter in the model, or another shape there.
@@ -47,6 +50,7 @@ class Swap:
     model: torch.nn.Module
     tensors: dict[str, torch.Tensor]
     targets: dict[str, torch.Tensor]
+    stand_in: torch.nn.Module | None = None  # what the model becomes, with parameters ``targets``
 
     @property
     def nbytes(self) -> int:
@@ -57,19 +61,24 @@ class Swap:
     def entered(self) -> Iterator[torch.nn.Module]:
         """The model with the new tensors in place, for the length of a block."""
         originals: list[tuple[torch.Tensor, torch.Tensor]] = []
+        kind, state = type(self.model), vars(self.model)
         try:
+            if self.stand_in is not None:
+                self.model.__class__, self.model.__dict__ = type(self.stand_in), vars(self.stand_in)
             for name, target in self.targets.items():
                 originals.append((target, target.data))
                 target.data = self.tensors[name]
             yield self.model
         finally:
+            self.model.__class__, self.model.__dict__ = kind, state
             for target, original in reversed(originals):
                 target.data = original
 
 
 def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> Swap:
     """Read and compute the edited tensors of a plan, on the model's devices and in its dtypes."""
-    live, entries = live_tensors(model), task_vector.base.entries
+    stand_in = _under_own_config(model, task_vector) if plan.is_tuned else None
+    live, entries = live_tensors(stand_in or model), task_vector.base.entries
     targets: dict[str, torch.Tensor] = {}
     problems = []
     for name in coefficients(task_vector, plan):
@@ -98,7 +107,27 @@ def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> 
                 hint="this version of Transformers stacks the experts in another way: edit on disk and load that",
             )
         tensors[place] = new.to(device=target.device, dtype=target.dtype)
-    return Swap(model, tensors, targets)
+    return Swap(model, tensors, targets, stand_in)
+
+
+def _under_own_config(model: torch.nn.Module, task_vector: TaskVector) -> torch.nn.Module | None:
+    """The base's model under tuned's config, sharing the live one's weights; None if that gives the same outputs."""
+    base, store = task_vector.base, task_vector.store
+    if not any(differences(base.config, store.config)):  # an adapter has no config
+        return None
+    from stethoscope.models.load import load_config, load_model
+
+    live: Any = model
+    config = load_config(store.path)
+    if not differences(live.config.to_dict(), config.to_dict()).values:
+        return None
+    config.get_text_config().vocab_size = live.config.get_text_config().vocab_size
+    other = load_model(base.path, dtype=live.dtype, device=live.device, config=config)
+    mine = live_tensors(model)
+    for name, parameter in live_tensors(other).items():
+        if isinstance(parameter, torch.nn.Parameter) and name in mine:
+            parameter.data = mine[name].data
+    return other
 
 
 def live_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -117,6 +117,12 @@ class EditPlan:
         return float(self.default if table is None else table.get(parsed.kind, 0.0))
 
     @property
+    def is_tuned(self) -> bool:
+        """Whether the text model becomes tuned itself."""
+        outside = {c for kind, c in self.outside.items() if kind != "vision"}
+        return self.transform is None and {self.default, *outside} == {1.0} and not self.layers
+
+    @property
     def selected_layers(self) -> tuple[int, ...]:
         """The layers that the plan names with a coefficient other than 0."""
         return tuple(sorted(n for n, table in self.layers.items() if any(table.values())))

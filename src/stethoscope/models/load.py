@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from stethoscope.errors import CheckpointError, StethoscopeError
 
@@ -67,8 +74,26 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def load_config(path: str | Path) -> PreTrainedConfig:
+    """A checkpoint's config, complete, without the code and the attention from a hub that it may name.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or the model is of a class that Transformers does not have.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the model `{path}` cannot be loaded: {error}") from error
+    config._attn_implementation = config._experts_implementation = None  # PyTorch's own are taken
+    return config
+
+
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model for inference; no code from the checkpoint is run.
 
@@ -76,15 +101,21 @@ def load_model(
         path: a local checkpoint or a hub id.
         dtype: of the weights; the device's preferred one if None.
         device: the device to load it on.
+        config: run the weights under this one instead of their own.
 
     Raises:
         CheckpointError: it cannot be loaded, or any weight is missing from the files. Transformers fills such
             weights with random numbers and only warns.
     """
     _keep_freed_memory()
+    config = config or load_config(path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype or preferred_dtype(device), output_loading_info=True
+            str(path),
+            config=config,
+            dtype=dtype or preferred_dtype(device),
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the model `{path}` cannot be loaded: {error}") from error
@@ -105,7 +136,7 @@ def load_model(
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer; it pads on the right, with the end token if it has no padding token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"the tokenizer of `{path}` cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:

@@ -316,7 +316,8 @@ def _base_and_tuned(
     points = {layer: hook_point(model, layer, site, tap) for layer in layers}
     streams = {("stream", layer): hook_point(model, layer, "resid_post") for layer in layers}
     base = read_activations(model, {**points, **streams}, batch.input_ids)
-    with swap.entered():
+    with swap.entered():  # under another config its modules are others, too
+        points = {layer: hook_point(model, layer, site, tap) for layer in layers}
         tuned = read_activations(model, points, batch.input_ids)
     sinks = attention_sinks((base[key] for key in streams), batch.attention_mask)
     return batch.countable & ~sinks, ((layer, (base[layer], tuned[layer])) for layer in layers)
