@@ -71,6 +71,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.entries.values())
 
+    def predicts_ahead(self, entry: Entry) -> bool:
+        """Whether a tensor is of a head that predicts tokens further ahead (MTP), which Transformers does not run."""
+        first = entry.stored.removeprefix("model.").split(".")[0]
+        return first.split("_")[0] == "mtp" or (entry.layer is not None and entry.layer >= self.layers)
+
     def entry(self, name: str) -> Entry:
         """The entry of a canonical name.
 

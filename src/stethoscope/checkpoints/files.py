@@ -22,17 +22,41 @@ def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     return value
 
 
+def inside(folder: Path, file: Path) -> bool:
+    """Whether a file, links followed, lies in its folder, or with it in one repository of the hub library's cache."""
+    place, home = file.resolve(), folder.resolve()
+    blobs = [one.parents[1] / "blobs" for one in (home, *home.parents) if one.parent.name == "snapshots"]
+    return any(place.is_relative_to(one) for one in (home, *blobs))
+
+
+def refuse_links(folder: Path) -> None:
+    """Raise for links that lead out of a folder: what they lead to is none of its files, and would be copied."""
+    if out := [path for path in sorted(folder.iterdir()) if path.is_symlink() and not inside(folder, path)]:
+        raise CheckpointError(
+            f"links lead out of `{folder}`",
+            problems=[f"`{path.name}` leads to `{path.resolve()}`" for path in out],
+            hint="put the files themselves there, or give the folder in which they lie",
+        )
+
+
 def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
     """The weight files of a checkpoint folder, each with the names its index promises (None: no index).
 
     Raises:
         CheckpointError: no safetensors, or an index that is unsound.
     """
+    single = folder / "model.safetensors"
     if (folder / INDEX).exists():
-        return _read_index(folder)
-    if (folder / "model.safetensors").exists():
-        return {"model.safetensors": None}
+        listed = _read_index(folder)
+        if single.exists() and set(listed) != {single.name}:
+            _ambiguous(folder, [INDEX, single.name])
+        return listed
+    if single.exists():
+        return {single.name: None}
     names = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    if whole := [name for name in pickled if names and name.startswith("pytorch_model")]:
+        _ambiguous(folder, [*names, *whole])
     if len(names) == 1:
         return {names[0]: None}
     if names:
@@ -40,7 +64,6 @@ def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
             f"`{folder}` has {len(names)} safetensors files and no `{INDEX}`",
             hint="fetch the index, or keep one file of the weights",
         )
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     if pickled:
         refuse_pickle(folder, pickled[0])
     raise CheckpointError(f"`{folder}` holds no safetensors file", hint="fetch the weights into this folder")
@@ -51,6 +74,14 @@ def refuse_pickle(folder: Path, name: str) -> NoReturn:
     raise CheckpointError(
         f"`{folder / name}` is a pickle, which can run code when opened; it is not read",
         hint="load the model with Transformers or PEFT and `save_pretrained` it: that writes safetensors",
+    )
+
+
+def _ambiguous(folder: Path, names: list[str]) -> NoReturn:
+    raise CheckpointError(
+        f"`{folder}` holds several sets of weights, and Transformers would not load the one that its names say",
+        problems=[f"`{name}`" for name in names],
+        hint="keep one of them",
     )
 
 

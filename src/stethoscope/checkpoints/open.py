@@ -13,12 +13,18 @@ from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, config_value
-from stethoscope.checkpoints.files import read_json_object, weight_files
+from stethoscope.checkpoints.files import read_json_object, refuse_links, weight_files
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.pair import match
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
+
+# Transformers' settings that dequantise a model when it is loaded, by quant_method
+DEQUANTISED = {
+    "fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig",
+}  # fmt: skip
+QUANTISED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".weight_packed", ".SCB", "_blocks")
 
 
 def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_only: bool = False) -> Checkpoint:
@@ -41,11 +47,17 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_on
         revision = folder.name  # the commit
     if not folder.is_dir():
         raise CheckpointError(f"`{path}` is not a folder", hint="give the folder that holds config.json")
-    if not (folder / "config.json").exists() and (folder / CONFIG).exists():
+    if holds_adapter(folder):
         raise CheckpointError(
             f"`{path}` is a PEFT adapter, not a checkpoint", hint="adapters can be `tuned`, not `base`"
         )
+    refuse_links(folder)
     config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
+    if named := config.get("transformers_weights"):
+        raise CheckpointError(
+            f"config.json of `{path}` has Transformers load other weights, `transformers_weights: {named}`",
+            hint="take that key out, or keep those weights alone under their usual names",
+        )
     if remote and headers_only and not any(folder.glob("*.safetensors")):
         entries = named_entries(source, headers_from_hub(source, revision))
     else:
@@ -67,15 +79,60 @@ def open_task_vector(
     Raises:
         CheckpointError: with every tensor that is missing, extra or of another shape.
     """
+    refuse_quantised(base)
     folder, remote = Path(tuned), not Path(tuned).exists()
     if remote:
         folder = from_hub(str(tuned), revision, weights=False)
-    if (folder / CONFIG).is_file() and not (folder / "config.json").is_file():
-        if remote:
+        if (folder / CONFIG).is_file():
             folder = from_hub(str(tuned), revision)
+    if holds_adapter(folder):
+        refuse_links(folder)
         return AdapterTaskVector(base, folder, source=str(tuned) if remote else None)
     store = open_checkpoint(tuned, revision=revision, headers_only=headers_only)
+    refuse_quantised(store)
     return TaskVector(base, store, *match(base, store))
+
+
+def holds_adapter(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter, whatever config.json lies beside it: by the weights that are there.
+
+    Raises:
+        CheckpointError: there are weights of both kinds.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    adapter = {name for name in names if name.startswith("adapter_model.")}
+    whole = {name for name in names - adapter if name.endswith(".safetensors") or name.startswith("pytorch_model")}
+    if adapter and whole:
+        raise CheckpointError(
+            f"`{folder}` holds both an adapter and a whole model",
+            problems=[f"`{name}`" for name in sorted(adapter | whole)],
+            hint="put the adapter's files and the model's into folders of their own, and give the one that is meant",
+        )
+    return not whole
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Raise for quantised weights, whose differences mean nothing."""
+    about = config_value(checkpoint.config, "quantization_config", "compression_config")
+    packed = [entry.stored for entry in checkpoint.entries.values() if entry.stored.endswith(QUANTISED)]
+    if not about and not packed:
+        return
+    how = str(about.get("quant_method") or "") if isinstance(about, dict) else ""
+    if how == "bitsandbytes":
+        hint = "`AutoModelForCausalLM.from_pretrained(NAME).dequantize()` and `save_pretrained` do"
+    elif how in DEQUANTISED:
+        hint = (
+            f"`from_pretrained(NAME, quantization_config={DEQUANTISED[how]}(dequantize=True))` and `save_pretrained` do"
+        )
+    else:
+        hint = "Transformers cannot do that for this kind: take the model that it was made from"
+    raise CheckpointError(
+        f"`{checkpoint.source}` is quantised{f' ({how})' if how else ''}: its weights cannot be subtracted or edited",
+        problems=[f"for instance `{name}`" for name in packed[:1]],
+        hint=f"dequantise it first: {hint}. An adapter trained on a quantised model fits the unquantised one",
+    )
 
 
 def _read_headers(folder: Path) -> tuple[dict[str, dict[str, Entry]], list[str]]:

@@ -1,36 +1,32 @@
 """What base and tuned have in common, tensor by tensor, and what an edit leaves of the rest as the base has it."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
 
 from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, same_bytes
 from stethoscope.checkpoints.config import config_notes
 from stethoscope.checkpoints.files import read_json_object
-from stethoscope.checkpoints.header import Entry
+from stethoscope.checkpoints.header import DTYPES, Entry
 from stethoscope.checkpoints.names import VOCABULARY
 from stethoscope.errors import CheckpointError
 
 # Heads are cut out of matrices whose shapes do not show how: a difference here would pass every check of shapes.
 HEADS = (("num_attention_heads", "n_head"), ("num_key_value_heads", "num_kv_heads"), ("head_dim",))
+ROUNDED = {("F32", "BF16"), ("F32", "F16"), ("F16", "BF16")}  # types of base and tuned
+SAMPLE = 4096  # elements of each tensor
 RENUMBERED = 0.01  # share of the base's tokens that may have other numbers in tuned: some tokens are moved on purpose
 
 
-class Match(NamedTuple):
-    """The tensors that both have.
-
-    Attributes:
-        own, rows, notes: as `TaskVector` has them.
-    """
-
-    own: dict[str, str]
-    rows: dict[str, int]
-    notes: tuple[str, ...]
-
-
-def match(base: Checkpoint, tuned: Checkpoint) -> Match:
+def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str, int], tuple[str, ...]]:
     """Match a full checkpoint's tensors with the base's, and cut its vocabulary to the base's rows.
 
-    A vision tower may be missing on either side, and so may constants and a tied head's copy.
+    A vision tower may be missing on either side, and so may constants and a tied head's copy. What predicts tokens
+    further ahead is left as the base has it.
+
+    Returns:
+        own, rows and notes, as `TaskVector` has them.
 
     Raises:
         CheckpointError: with every tensor that is missing, extra or of another shape.
@@ -41,8 +37,11 @@ def match(base: Checkpoint, tuned: Checkpoint) -> Match:
         one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
         if one is not None and two is not None and one != two:
             problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
+    if base.layers != tuned.layers:
+        problems.append(f"`{base.source}` has {base.layers} layers, `{tuned.source}` {tuned.layers}")
+    ahead = [entry.stored for one in (base, tuned) for entry in one.entries.values() if one.predicts_ahead(entry)]
     for name, entry in tuned.entries.items():
-        if name in base.entries or entry.kind in ("buffer", "vision"):
+        if name in base.entries or entry.kind in ("buffer", "vision") or entry.stored in ahead:
             continue
         if not (name == head and (tuned.tied or same_bytes(tuned, head, embedding))):
             problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
@@ -51,7 +50,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> Match:
     for name, entry in base.entries.items():
         tied = name == head and base.tied and name not in tuned.entries
         other = tuned.entries.get(embedding if tied else name)
-        if entry.kind == "buffer" or (other is None and entry.kind == "vision"):
+        if entry.kind == "buffer" or (other is None and entry.kind == "vision") or entry.stored in ahead:
             continue
         if other is None:
             problems.append(f"`{entry.stored}` is missing in `{tuned.source}`")
@@ -72,7 +71,9 @@ def match(base: Checkpoint, tuned: Checkpoint) -> Match:
             hint="base and tuned must be the same architecture, and number the tokens that both have alike",
         )
     notes = (*vocabulary_notes(base, tuned.source, rows), *config_notes(base.config, tuned.config))
-    return Match(own, rows, notes)
+    if ahead:
+        notes += (f"what predicts tokens further ahead stays the base's, such as `{ahead[0]}`",)
+    return own, rows, notes + rounding_notes(base, tuned, own)
 
 
 def fits(entry: Entry, shape: tuple[int, ...]) -> bool:
@@ -92,6 +93,51 @@ def vocabulary_notes(base: Checkpoint, tuned: str, rows: Mapping[str, int]) -> t
         + ", and the edit has the base's vocabulary and tokenizer"
         for number in sorted(set(rows.values()))
     )
+
+
+def rounding_notes(base: Checkpoint, tuned: Checkpoint, own: Mapping[str, str]) -> tuple[str, ...]:
+    """What is said of a tuned that was rounded to a coarser type: how much of the change that makes, by a sample."""
+    rounding = change = 0.0
+    for name, other in own.items():
+        one, two = base.entries[name], tuned.entries[other]
+        if (one.dtype, two.dtype) in ROUNDED:
+            try:
+                before, after = _sample(base, one), _sample(tuned, two)
+            except CheckpointError:
+                continue  # of a checkpoint on the hub only headers are here
+            size = min(len(before), len(after))
+            with np.errstate(all="ignore"):  # NaN and infinity are for those to find who read all of it
+                rounding += float(np.square(_round(before, two.dtype) - before)[:size].sum())
+                change += float(np.square(after[:size] - before[:size]).sum())
+    coarser = sorted(
+        {tuned.entries[o].dtype for n, o in own.items() if (base.entries[n].dtype, tuned.entries[o].dtype) in ROUNDED}
+    )
+    if not coarser:
+        return ()
+    share = (
+        f"about {min(100.0, 100 * rounding / change):.0f} % of the change's energy is that"
+        if change > 0
+        else "how much of the change that is was not measured"
+    )
+    return (
+        f"`{tuned.source}` is rounded to {', '.join(coarser)}, which `{base.source}` is not: {share}, in every layer",
+    )
+
+
+def _sample(checkpoint: Checkpoint, entry: Entry) -> Float32[np.ndarray, " n"]:
+    """The first elements of a tensor."""
+    data = bytearray(min(entry.nbytes, SAMPLE * DTYPES[entry.dtype].bits // 8))
+    checkpoint.read_into(entry, entry.start, memoryview(data))
+    if entry.dtype == "BF16":
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[entry.dtype]).astype("<f4")
+
+
+def _round(values: Float32[np.ndarray, " n"], dtype: str) -> Float32[np.ndarray, " n"]:
+    if dtype == "F16":
+        return values.astype("<f2").astype("<f4")
+    bits = values.view("<u4")
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16 << 16).astype("<u4").view("<f4")  # to even
 
 
 def _renumbered(base: Checkpoint, tuned: Checkpoint) -> list[str]:

@@ -242,13 +242,18 @@ def push(
     as_json: AsJSON = False,
 ) -> None:
     """Send an edit and its card to the hub, after comparing it with its manifest and asking."""
+    from stethoscope.checkpoints.files import refuse_links
     from stethoscope.editing.manifest import known_files, read_manifest
     from stethoscope.editing.publish import publish
     from stethoscope.editing.verify import verify as verify_edit
 
     folder = edited / "edited" if (edited / "edited").is_dir() else edited
-    paths = [folder / name for name in known_files(read_manifest(folder))]
-    size = sum(path.stat().st_size for path in paths if path.exists())
+    refuse_links(folder)
+    sizes = {
+        name: (folder / name).stat().st_size
+        for name in sorted(known_files(read_manifest(folder)))
+        if (folder / name).exists()
+    }
     if not yes and not sys.stdin.isatty():
         raise StethoscopeError("nothing was sent: there is no terminal to ask on", hint="`--yes` sends without asking")
     reporter = ConsoleReporter(quiet=quiet)
@@ -257,7 +262,10 @@ def push(
     if not found.ok:
         raise StethoscopeError(f"`{folder}` is not what its manifest says", problems=found.problems)
     kind = "public" if public else "private"
-    asked = f"Send `{folder}` ({size / 1e6:,.1f} MB) to `{repository}`, a {kind} repository if it is new?"
+    (reporter.note if yes else warn)("\n".join(f"{size / 1e6:12,.1f} MB  {name}" for name, size in sizes.items()))
+    asked = (
+        f"Send `{folder}` ({sum(sizes.values()) / 1e6:,.1f} MB) to `{repository}`, a {kind} repository if it is new?"
+    )
     if not yes and not typer.confirm(asked, err=True):
         warn("nothing was sent")
         return
@@ -291,6 +299,7 @@ def train_saes(
 ) -> None:
     """Train an SAE for every layer of a model; the same command resumes a stopped training."""
     from stethoscope.artifacts import read_json
+    from stethoscope.checkpoints.open import open_checkpoint
     from stethoscope.models.load import load_tokenizer
     from stethoscope.saes.health import health_rows
     from stethoscope.saes.train import TrainingSettings, hold_out, load_for_training
@@ -307,7 +316,8 @@ def train_saes(
         held = {"held out": kept}
     reporter = ConsoleReporter(quiet=quiet)
     with reporter.stage("Load the model"):
-        model, tokenizer = load_for_training(base), load_tokenizer(base)
+        folder = open_checkpoint(base).path
+        model, tokenizer = load_for_training(folder), load_tokenizer(folder)
     with reporter.stage("Train SAEs") as advance:
         train(
             model,

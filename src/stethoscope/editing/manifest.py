@@ -24,8 +24,10 @@ from stethoscope.errors import CheckpointError
 SCHEMA = "stethoscope.edit/1"
 MANIFEST = "manifest.json"
 CARD, BASE_CARD, RECIPE = "README.md", "BASE_README.md", "mergekit.yaml"
-# weights in other formats would contradict the edited ones
-NOT_COPIED = frozenset({".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"})
+# weights in other formats would contradict the edited ones, and code is nobody's who has not read it
+NOT_COPIED = frozenset(
+    {".py", ".so", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".npz"}
+)
 
 
 def describe_tensor(entry: Entry, more: Mapping[str, Any], *, file: str | None = None) -> dict[str, Any]:

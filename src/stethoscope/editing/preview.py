@@ -104,7 +104,7 @@ def preview(
         disk_free=free,
         seconds=round(1.0 + written / COPY_RATE + (changed - copied) / ARITHMETIC_RATE, 1),
         problems=tuple(problems),
-        warnings=(*task_vector.notes, *_taken_back(task_vector, layers)),
+        warnings=(*task_vector.notes, *_code(base), *_taken_back(task_vector, layers)),
         hint="nothing has been written" if problems else None,
     )
 
@@ -170,6 +170,11 @@ def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str,
         for name, coefficient in chosen.items()
         if coefficient != 1 and task_vector.changes[name].parts.keys() & {"whole", "magnitude", "tokens"}
     ]
+
+
+def _code(base: Checkpoint) -> tuple[str, ...]:
+    names = ", ".join(f"`{path.name}`" for path in sorted(base.path.glob("*.py")))
+    return (f"code of `{base.source}` is not copied into an edit: {names}",) if names else ()
 
 
 def _taken_back(task_vector: TaskVector, layers: tuple[int, ...]) -> tuple[str, ...]:

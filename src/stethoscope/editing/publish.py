@@ -1,7 +1,9 @@
 """An edit on the hub: its own files and no other, after every one has been compared with the manifest."""
 
+import glob
 from pathlib import Path
 
+from stethoscope.checkpoints.files import refuse_links
 from stethoscope.checkpoints.hub import HUB_ID
 from stethoscope.editing.manifest import known_files, read_manifest
 from stethoscope.errors import StethoscopeError
@@ -18,14 +20,15 @@ def publish(folder: Path, repository: str, *, private: bool = True) -> str:
         the address of the commit.
 
     Raises:
-        StethoscopeError: the name is none; the hub cannot be reached or says no.
+        StethoscopeError: the name is none; a file is a link out of the folder; the hub cannot be reached or says no.
     """
     if not HUB_ID.fullmatch(repository) or "/" not in repository:
         raise StethoscopeError(f"`{repository}` is no name of a hub repository", hint="write `owner/name`")
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the client that it happens to use
 
-    files = sorted(known_files(read_manifest(folder)))
+    files = sorted(glob.escape(name) for name in known_files(read_manifest(folder)))
+    refuse_links(folder)
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)

@@ -115,6 +115,7 @@ def load_model(
             config=config,
             dtype=dtype or preferred_dtype(device),
             output_loading_info=True,
+            use_safetensors=True,
             trust_remote_code=False,
         )
     except (OSError, ValueError) as error:

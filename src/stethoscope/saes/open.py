@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.checkpoints.checkpoint import Checkpoint
-from stethoscope.checkpoints.files import read_json_object
+from stethoscope.checkpoints.files import inside, read_json_object
 from stethoscope.checkpoints.header import read_header
 from stethoscope.errors import CheckpointError, SAEError
 from stethoscope.models.sites import site_of
@@ -138,6 +138,8 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFo
     files = layout.files
     if layout.config_optional and not (path / files[0]).is_file():
         files = files[1:]
+    if out := [path / name for name in files if not inside(path if path.is_dir() else path.parent, path / name)]:
+        raise SAEError(unusable, problems=[f"`{one.name}` is a link out of its folder" for one in out])
     try:
         shapes, problems = _read_shapes(path / files[-1])
         stored = Stored(
