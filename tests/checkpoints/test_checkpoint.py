@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -63,6 +64,12 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 5)
 
 
+def link(path: Path, target: Path) -> None:
+    """Put a link in a file's place."""
+    path.rename(target)
+    path.symlink_to(target)
+
+
 def second(folder) -> Path:
     return sorted(folder.glob("*.safetensors"))[1]
 
@@ -94,6 +101,14 @@ FAULTS = {
     "index is empty": (reindex(lambda index: index.clear()), "no `weight_map`"),
     "index is not JSON": (lambda f: (f / INDEX).write_text("{"), "not valid JSON"),
     "index is missing": (lambda f: (f / INDEX).unlink(), "and no `model.safetensors.index.json`"),
+    "shards beside one file": (lambda f: shutil.copy(second(f), f / "model.safetensors"), "several sets of weights"),
+    "a config that names others": (
+        lambda f: (f / "config.json").write_text(json.dumps({"transformers_weights": "x.safetensors"})),
+        "transformers_weights",
+    ),
+    "a link out": (lambda f: link(second(f), f.parent / "elsewhere"), "leads to"),
+    "a config that is a link out": (lambda f: link(f / "config.json", f.parent / "elsewhere"), "leads to"),
+    "a side file that is a link out": (lambda f: (f / "tokenizer.json").symlink_to("/etc/hostname"), "leads to"),
     "no config": (lambda f: (f / "config.json").unlink(), "cannot read"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     "config wants more layers": (
@@ -123,6 +138,19 @@ def test_a_pickle_is_refused_and_not_opened(single):
         open_checkpoint(single)
     assert "save_pretrained" in str(caught.value.hint)
     assert not (single / "exploded").exists()
+
+
+def test_a_lone_file_beside_a_pickle_is_not_what_transformers_loads(single):
+    (single / "model.safetensors").rename(single / "other.safetensors")
+    assert len(open_checkpoint(single)) == 20
+    (single / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="several sets of weights"):
+        open_checkpoint(single)
+
+
+def test_links_inside_a_folder_are_followed(single):
+    link(single / "model.safetensors", single / "weights")
+    assert torch.equal(open_checkpoint(single)["norm.weight"], torch.ones(16))
 
 
 def test_all_damage_at_once(sharded):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 from local_hub import local_hub
 from world import flip, save_pair
 
@@ -70,10 +71,33 @@ def test_nothing_is_sent_without_a_yes_or_if_the_edit_is_not_sound(run, tmp_path
     asked = []
     monkeypatch.setattr("typer.confirm", lambda text, **_: asked.append(text) or False)
     main(["push", str(run / "edited"), "me/edited", "--public"])
-    assert "nothing was sent" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing was sent" in said
+    own = {path.name for path in (run / "edited").iterdir()} - {"notes.txt"}
+    assert {line.split()[-1] for line in said.splitlines() if " MB " in line} == own  # listed before it asks
     assert "`me/edited`, a public repository if it is new?" in asked[0]
     copy = shutil.copytree(run / "edited", tmp_path / "damaged")
     flip(copy / "model.safetensors")
     with pytest.raises(SystemExit):
         main(["push", str(copy), "me/edited", "--yes"])
     assert "is not what its manifest says" in capsys.readouterr().err
+
+
+def test_a_link_out_of_an_edit_is_not_sent(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "edited", tmp_path / "edited")
+    (copy / "config.json").rename(tmp_path / "config.json")
+    (copy / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(SystemExit):
+        main(["push", str(copy), "me/edited", "--yes"])
+    assert "`config.json` leads to" in capsys.readouterr().err
+
+
+def test_a_name_that_is_a_pattern_stands_for_itself(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "run") / "edited"
+    (folder / "*").write_text("a file called so")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["*"] = blake3((folder / "*").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with local_hub() as hub:
+        assert push(hub.address, hub.token, str(tmp_path / "run"), "me/edited", "--yes").returncode == 0
+        assert "notes.txt" not in hub.repositories["me/edited"]["files"]

@@ -306,3 +306,10 @@ GEMMA = "gemma-scope-2-4b-it-res-all"
 @pytest.mark.usefixtures("hub")
 def test_a_name_that_leads_nowhere_says_what_does(source, sae_id, said):
     assert said in refusal(source, sae_id)
+
+
+def test_a_link_out_of_an_saes_folder_is_not_followed(saes, tmp_path):
+    weights = saes / "layer_2" / "sae_weights.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "elsewhere")
+    assert "link out" in refusal(saes)
