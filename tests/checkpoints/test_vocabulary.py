@@ -135,6 +135,11 @@ def test_an_adapter_of_a_resized_base(layout, case, tmp_path):
     merged = save_resized_adapter(tmp_path, layout, 53, **options)
     base = open_checkpoint(tmp_path / "base")
     change = open_task_vector(base, tmp_path / "adapter")
+    assert "left out" in "\n".join(change.notes)
+    live = AutoModelForCausalLM.from_pretrained(base.path)
+    with applied(live, change, EditPlan.everything()):
+        expected = expected_logits(base.path, merged, EditPlan.everything())
+        torch.testing.assert_close(live(IDS).logits, expected, rtol=1e-5, atol=1e-6)
     for plan in EVERYTHING.values():
         edit = write_edit(base, change, plan, tmp_path / "edited", overwrite=True)
         torch.testing.assert_close(logits_of(edit.path), expected_logits(base.path, merged, plan), rtol=1e-5, atol=1e-6)

@@ -97,7 +97,8 @@ class AdapterTaskVector(TaskVector):
         )
         super().__init__(base, store, {})
         self.changes = self._match()
-        self.notes += vocabulary_notes(base, self.source, self.rows)
+        rows = {name: count for name, count in self.rows.items() if not self.changes[name].tokens}
+        self.notes += vocabulary_notes(base, self.source, rows)
         self.own = {name: change.parts["whole"] for name, change in self.changes.items() if "whole" in change.parts}
         self.names = tuple(name for name in base.entries if name in self.changes)
 
@@ -213,8 +214,9 @@ class AdapterTaskVector(TaskVector):
                 tokens = self._token_numbers(module)
                 if (shape := self.store.entries[key].shape) != (len(tokens), *entry.shape[1:]):
                     problems.append(f"`{key}` is {list(shape)}, adapter_config.json names {len(tokens)} tokens")
-                if tokens and max(tokens) >= entry.shape[0]:
+                if tokens and max(tokens) >= (own := entry.shape[0]):
                     self.rows = {**self.rows, name: max(tokens) + 1}
+                    self.notes += (f"`{key}`: tokens from number {own} on, which the base lacks, are left out",)
                 changes[name] = Change(module=module, parts=parts, tokens=tokens)
             elif understood:
                 A, B = (self.store.entries[parts[part]].shape for part in "AB")

@@ -1,6 +1,7 @@
 """What base and tuned have in common, tensor by tensor, and what an edit leaves of the rest as the base has it."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import numpy as np
 from jaxtyping import Float32
@@ -39,7 +40,8 @@ def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str
             problems.append(f"`{keys[0]}` is {one} in `{base.source}`, {two} in `{tuned.source}`")
     if base.layers != tuned.layers:
         problems.append(f"`{base.source}` has {base.layers} layers, `{tuned.source}` {tuned.layers}")
-    ahead = [entry.stored for one in (base, tuned) for entry in one.entries.values() if one.predicts_ahead(entry)]
+    # in order: the first is named
+    ahead = {entry.stored: None for one in (base, tuned) for entry in one.entries.values() if one.predicts_ahead(entry)}
     for name, entry in tuned.entries.items():
         if name in base.entries or entry.kind in ("buffer", "vision") or entry.stored in ahead:
             continue
@@ -72,7 +74,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str
         )
     notes = (*vocabulary_notes(base, tuned.source, rows), *config_notes(base.config, tuned.config))
     if ahead:
-        notes += (f"what predicts tokens further ahead stays the base's, such as `{ahead[0]}`",)
+        notes += (f"what predicts tokens further ahead stays the base's, such as `{next(iter(ahead))}`",)
     return own, rows, notes + rounding_notes(base, tuned, own)
 
 
@@ -84,43 +86,33 @@ def fits(entry: Entry, shape: tuple[int, ...]) -> bool:
 
 
 def vocabulary_notes(base: Checkpoint, tuned: str, rows: Mapping[str, int]) -> tuple[str, ...]:
-    """What is said of a fine-tune whose vocabulary has another number of rows."""
-    own = base.entries["embed_tokens.weight"].shape[0]
+    """What is said of a fine-tune whose vocabulary has another number of rows, by name of the tensor."""
     return tuple(
         f"`{tuned}` has {abs(number - own)} rows {'more' if number > own else 'fewer'} than `{base.source}` in its"
-        f" vocabulary ({number}, not {own}): "
-        + ("they are left out" if number > own else "the base's stay there")
-        + ", and the edit has the base's vocabulary and tokenizer"
-        for number in sorted(set(rows.values()))
+        f" vocabulary ({number}, not {own}): {'they are left out' if number > own else 'the others stay as they are'},"
+        " and an edit has the base's vocabulary and tokenizer"
+        for number, own in sorted({(number, base.entries[name].shape[0]) for name, number in rows.items()})
     )
 
 
 def rounding_notes(base: Checkpoint, tuned: Checkpoint, own: Mapping[str, str]) -> tuple[str, ...]:
     """What is said of a tuned that was rounded to a coarser type: how much of the change that makes, by a sample."""
-    rounding = change = 0.0
-    for name, other in own.items():
-        one, two = base.entries[name], tuned.entries[other]
-        if (one.dtype, two.dtype) in ROUNDED:
-            try:
-                before, after = _sample(base, one), _sample(tuned, two)
-            except CheckpointError:
-                continue  # of a checkpoint on the hub only headers are here
-            size = min(len(before), len(after))
-            with np.errstate(all="ignore"):  # NaN and infinity are for those to find who read all of it
-                rounding += float(np.square(_round(before, two.dtype) - before)[:size].sum())
-                change += float(np.square(after[:size] - before[:size]).sum())
-    coarser = sorted(
-        {tuned.entries[o].dtype for n, o in own.items() if (base.entries[n].dtype, tuned.entries[o].dtype) in ROUNDED}
-    )
-    if not coarser:
+    both = [(base.entries[name], tuned.entries[other]) for name, other in own.items()]
+    both = [(one, two) for one, two in both if (one.dtype, two.dtype) in ROUNDED]
+    if not both:
         return ()
-    share = (
-        f"about {min(100.0, 100 * rounding / change):.0f} % of the change's energy is that"
-        if change > 0
-        else "how much of the change that is was not measured"
-    )
+    rounding = change = 0.0
+    # of a checkpoint on the hub only the headers are here; NaN is found by what reads all of a tensor
+    with suppress(CheckpointError), np.errstate(all="ignore"):
+        for one, two in both:
+            before, after = _sample(base, one), _sample(tuned, two)
+            size = min(len(before), len(after))
+            rounding += float(np.square(_round(before, two.dtype) - before)[:size].sum())
+            change += float(np.square(after[:size] - before[:size]).sum())
+    share = f"about {min(100, 100 * rounding / change):.0f} %" if 0 < change < np.inf else "an unknown share"
     return (
-        f"`{tuned.source}` is rounded to {', '.join(coarser)}, which `{base.source}` is not: {share}, in every layer",
+        f"`{tuned.source}` was rounded to {both[0][1].dtype}, `{base.source}` is {both[0][0].dtype}: {share} of the"
+        " change's energy is rounding, and every layer counts as changed",
     )
 
 

@@ -113,7 +113,7 @@ def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> 
 def _under_own_config(model: torch.nn.Module, task_vector: TaskVector) -> torch.nn.Module | None:
     """The base's model under tuned's config, sharing the live one's weights; None if that gives the same outputs."""
     base, store = task_vector.base, task_vector.store
-    if not any(differences(base.config, store.config)):  # an adapter has no config
+    if not store.config or not any(differences(base.config, store.config)):  # an adapter has none
         return None
     from stethoscope.models.load import load_config, load_model
 
