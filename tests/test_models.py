@@ -1,14 +1,16 @@
 """Models: the device they run on, the sites that are read, and a forward restarted in the middle."""
 
+import json
+
 import pytest
 import torch
 from world import LAYOUTS, exact_sae, make, save_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.layers import LayerEdits
-from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.errors import CheckpointError, SAEError, StethoscopeError
 from stethoscope.models.forward import Recording, replaced_forward, run
-from stethoscope.models.load import decoder_layers, find_device, load_model
+from stethoscope.models.load import decoder_layers, find_device, load_model, load_tokenizer
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import on_device
 
@@ -129,3 +131,23 @@ def test_edits_are_read_once_while_they_fit(pair, change, monkeypatch):
         pass
     with pytest.raises(pytest.fail.Exception, match="read again"), tight.entered({0: 1.0}):
         pass
+
+
+FAULTS = [
+    ("config.json", {"hidden_size": "big"}), ("config.json", {"rope_parameters": {"rope_type": "new"}}),
+    ("config.json", {"hidden_act": "nope"}), ("config.json", {"num_attention_heads": 0}),
+    ("config.json", {"dtype": "float99"}), ("config.json", {"model_type": 5}), ("config.json", {"layer_types": ["x"]}),
+    ("tokenizer_config.json", {"tokenizer_class": 5}), ("tokenizer_config.json", {"added_tokens_decoder": 5}),
+    ("tokenizer.json", {"model": 5}),
+]  # fmt: skip
+
+
+def test_configs_that_make_no_sense_are_said_to(tokenizer, tmp_path):
+    make("llama untied").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for file, changes in FAULTS:
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(json.dumps(json.loads(before) | changes))
+        with pytest.raises(CheckpointError, match="cannot be loaded"):
+            (load_model if file == "config.json" else load_tokenizer)(tmp_path)
+        (tmp_path / file).write_text(before)

@@ -4,7 +4,7 @@ Whatever is not known to be without effect counts. Old and new spellings of the 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 # Names, types, training and generation; shapes, which the tensors show themselves.
 COSMETIC = frozenset(
@@ -16,25 +16,16 @@ COSMETIC = frozenset(
      "vocab_size"}
 )  # fmt: skip
 COSMETIC_ENDS = ("dropout", "_pdrop", "_token_id", "_token_ids", "_token_index", "_version", "aux_loss_coef")
-# What a config means that does not say: of any other value, one config alone does not tell whether it is the default.
-DEFAULTS = {"rope_theta": 10000, "rope_type": "default", "partial_rotary_factor": 1}
+DEFAULTS = {"rope_theta": 10000, "rope_type": "default"}
 TIED = "tie_word_embeddings"  # the tensors show it, too, where one config does not say
 
 
-class Differences(NamedTuple):
-    """What differs.
+def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> tuple[dict[str, tuple[Any, Any]], tuple[str, ...]]:
+    """Compare two configs, of a multimodal model what is its text part's.
 
-    Attributes:
-        values: key -> both values.
-        unknown: keys that only one config has; Transformers' default for the other may be the same.
+    Returns:
+        key -> both values; and keys that only one config has, of which Transformers' default may be the same.
     """
-
-    values: dict[str, tuple[Any, Any]]
-    unknown: tuple[str, ...]
-
-
-def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> Differences:
-    """Compare two configs, of a multimodal model what is its text part's."""
     left, right = (dict(_flat(_text(config))) for config in (one, two))
     values: dict[str, tuple[Any, Any]] = {}
     unknown = []
@@ -42,13 +33,13 @@ def differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> Differences:
         a, b = (side.get(key, DEFAULTS.get(key)) for side in (left, right))
         if a == b or (_is_nothing(a) and _is_nothing(b)):
             continue
-        if key in DEFAULTS or (key in left and key in right):
+        if key == "rope_type" or (key in left and key in right):
             values[key] = (a, b)
         elif key != TIED:
             unknown.append(key)
-    if all(side.get("rope_type", "default") == "default" for side in (left, right)):
+    if "rope_type" not in values and left.get("rope_type", "default") == "default":
         values.pop("max_position_embeddings", None)  # how far it was trained, then, and no more
-    return Differences(values, tuple(unknown))
+    return values, tuple(unknown)
 
 
 def config_notes(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> tuple[str, ...]:
@@ -74,17 +65,15 @@ def _text(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         rope = text.pop(name, None)
         if isinstance(rope, Mapping):
-            rope = dict(rope)
             # Gemma 3: values of their own for layers with a window
-            local = rope.pop("sliding_attention", None)
-            whole = rope.pop("full_attention", None)
-            if isinstance(local, Mapping):
-                text["rope_local_base_freq"] = local.get("rope_theta")
-            text |= {**rope, **(whole if isinstance(whole, Mapping) else {})}
+            whole, local = (rope.get(f"{kind}_attention") for kind in ("full", "sliding"))
+            if isinstance(whole, Mapping) and isinstance(local, Mapping):
+                rope = {**whole, "rope_local_base_freq": local.get("rope_theta")}
+            text |= rope
     if "type" in text:
         text["rope_type"] = text.pop("type")
     if text.get("use_sliding_window") is False:
-        text.pop("sliding_window", None)
+        text["sliding_window"] = None
     return text
 
 

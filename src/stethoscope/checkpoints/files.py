@@ -31,7 +31,8 @@ def inside(folder: Path, file: Path) -> bool:
 
 def refuse_links(folder: Path) -> None:
     """Raise for links that lead out of a folder: what they lead to is none of its files, and would be copied."""
-    if out := [path for path in sorted(folder.iterdir()) if path.is_symlink() and not inside(folder, path)]:
+    links = [path for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_file()]
+    if out := [path for path in links if not inside(folder, path)]:
         raise CheckpointError(
             f"links lead out of `{folder}`",
             problems=[f"`{path.name}` leads to `{path.resolve()}`" for path in out],
@@ -54,7 +55,8 @@ def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
     if single.exists():
         return {single.name: None}
     names = sorted(path.name for path in folder.glob("*.safetensors"))
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    others = {path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth")}
+    pickled = sorted(others - {"training_args.bin", "optimizer.pt", "scheduler.pt"})  # these are no weights
     if whole := [name for name in pickled if names and name.startswith("pytorch_model")]:
         _ambiguous(folder, [*names, *whole])
     if len(names) == 1:
@@ -79,7 +81,7 @@ def refuse_pickle(folder: Path, name: str) -> NoReturn:
 
 def _ambiguous(folder: Path, names: list[str]) -> NoReturn:
     raise CheckpointError(
-        f"`{folder}` holds several sets of weights, and Transformers would not load the one that its names say",
+        f"`{folder}` holds several sets of weights, and Transformers would load another than is read here",
         problems=[f"`{name}`" for name in names],
         hint="keep one of them",
     )

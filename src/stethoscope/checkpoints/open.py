@@ -20,10 +20,14 @@ from stethoscope.checkpoints.pair import match
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.errors import CheckpointError
 
-# Transformers' settings that dequantise a model when it is loaded, by quant_method
-DEQUANTISED = {
-    "fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig",
-}  # fmt: skip
+# What makes a plain model of a quantised one, by quant_method
+LOAD = "from_pretrained(NAME, quantization_config={}(dequantize=True))"
+DEQUANTISE = {
+    "fp8": LOAD.format("FineGrainedFP8Config"),
+    "mxfp4": LOAD.format("Mxfp4Config"),
+    "compressed-tensors": LOAD.format("CompressedTensorsConfig"),
+    "bitsandbytes": "from_pretrained(NAME).dequantize()",
+}
 QUANTISED = (".qweight", ".weight_scale", ".weight_scale_inv", ".weight.absmax", ".weight_packed", ".SCB", "_blocks")
 
 
@@ -110,7 +114,7 @@ def holds_adapter(folder: Path) -> bool:
             problems=[f"`{name}`" for name in sorted(adapter | whole)],
             hint="put the adapter's files and the model's into folders of their own, and give the one that is meant",
         )
-    return not whole
+    return bool(adapter) or not (folder / "config.json").is_file()
 
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
@@ -120,18 +124,13 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     if not about and not packed:
         return
     how = str(about.get("quant_method") or "") if isinstance(about, dict) else ""
-    if how == "bitsandbytes":
-        hint = "`AutoModelForCausalLM.from_pretrained(NAME).dequantize()` and `save_pretrained` do"
-    elif how in DEQUANTISED:
-        hint = (
-            f"`from_pretrained(NAME, quantization_config={DEQUANTISED[how]}(dequantize=True))` and `save_pretrained` do"
-        )
-    else:
-        hint = "Transformers cannot do that for this kind: take the model that it was made from"
+    hint = "take the model that it was made from, which an adapter of it fits, too"
+    if how in DEQUANTISE:
+        hint += f"; or `AutoModelForCausalLM.{DEQUANTISE[how]}` and `save_pretrained`"
     raise CheckpointError(
         f"`{checkpoint.source}` is quantised{f' ({how})' if how else ''}: its weights cannot be subtracted or edited",
         problems=[f"for instance `{name}`" for name in packed[:1]],
-        hint=f"dequantise it first: {hint}. An adapter trained on a quantised model fits the unquantised one",
+        hint=hint,
     )
 
 

@@ -119,7 +119,7 @@ def _under_own_config(model: torch.nn.Module, task_vector: TaskVector) -> torch.
 
     live: Any = model
     config = load_config(store.path)
-    if not differences(live.config.to_dict(), config.to_dict()).values:
+    if not differences(live.config.to_dict(), config.to_dict())[0]:
         return None
     config.get_text_config().vocab_size = live.config.get_text_config().vocab_size
     other = load_model(base.path, dtype=live.dtype, device=live.device, config=config)

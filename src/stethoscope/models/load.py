@@ -4,6 +4,8 @@ import ctypes
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +76,24 @@ def _keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, (1 << 31) - 1)
 
 
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Say what cannot be loaded: on a file that makes no sense Transformers raises whatever comes of it."""
+    try:
+        yield
+    except Exception as error:
+        why = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"the {what} cannot be loaded: {why}", hint="is one of its files damaged?") from error
+
+
 def load_config(path: str | Path) -> PreTrainedConfig:
     """A checkpoint's config, complete, without the code and the attention from a hub that it may name.
 
     Raises:
         CheckpointError: it cannot be loaded, or the model is of a class that Transformers does not have.
     """
-    try:
+    with _loading(f"model `{path}`"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the model `{path}` cannot be loaded: {error}") from error
     config._attn_implementation = config._experts_implementation = None  # PyTorch's own are taken
     return config
 
@@ -109,7 +119,7 @@ def load_model(
     """
     _keep_freed_memory()
     config = config or load_config(path)
-    try:
+    with _loading(f"model `{path}`"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
@@ -118,8 +128,6 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the model `{path}` cannot be loaded: {error}") from error
     model: PreTrainedModel
     model, info = loaded
     if info["missing_keys"]:
@@ -136,10 +144,8 @@ def load_model(
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer; it pads on the right, with the end token if it has no padding token."""
-    try:
+    with _loading(f"tokenizer of `{path}`"):
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer of `{path}` cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
