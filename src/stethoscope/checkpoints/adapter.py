@@ -37,7 +37,6 @@ PARTS: dict[tuple[str, ...], str] = {
     ("lora_B", "bias"): "bias",
     ("token_adapter", "trainable_tokens_delta"): "tokens",
 }
-EMBEDDING = "embed_tokens.weight"
 # options that change what the matrices mean, and are not reproduced here
 REFUSED = ("use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "target_parameters",
            "arrow_config", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
@@ -109,7 +108,7 @@ class AdapterTaskVector(TaskVector):
         if "A" not in change.parts:
             return None
         read = {part: self.store.read(key).float() for part, key in change.parts.items()}
-        if name in self.rows:  # a vocabulary's rows are those of B, or the columns of an embedding's A
+        if name in self.rows:
             side, count = "A" if change.transposed else "B", self.base.entries[name].shape[0]
             rows = (read[side].T if change.transposed else read[side])[:count]
             rows = torch.nn.functional.pad(rows, (0, 0, 0, count - len(rows)))
@@ -215,7 +214,7 @@ class AdapterTaskVector(TaskVector):
                 if (shape := self.store.entries[key].shape) != (len(tokens), *entry.shape[1:]):
                     problems.append(f"`{key}` is {list(shape)}, adapter_config.json names {len(tokens)} tokens")
                 if tokens and max(tokens) >= (own := entry.shape[0]):
-                    self.rows = {**self.rows, name: max(tokens) + 1}
+                    self.rows[name] = max(tokens) + 1
                     self.notes += (f"`{key}`: tokens from number {own} on, which the base lacks, are left out",)
                 changes[name] = Change(module=module, parts=parts, tokens=tokens)
             elif understood:
@@ -232,9 +231,8 @@ class AdapterTaskVector(TaskVector):
                     problems.append(f"`{module}`: use_dora is {dora}, its magnitude vector says otherwise")
                 if dora and made[0] < entry.shape[0]:
                     problems.append(f"`{module}`: DoRA of a vocabulary that is smaller than the base's")
-                self._cut(
-                    entry, made[0], *(parts[part] for part in ("B", "magnitude") if part in parts and not transposed)
-                )
+                ours = () if transposed else ("B", "magnitude")  # an embedding's rows are the columns of its A
+                self._cut(entry, made[0], *(parts[part] for part in ours if part in parts))
                 changes[name] = Change(module=module, parts=parts, transposed=transposed, scaling=scaling)
                 if bias is not None:
                     name = parse_name(f"{module}.bias").canonical
@@ -253,7 +251,7 @@ class AdapterTaskVector(TaskVector):
     def _cut(self, entry: Entry, rows: int, *keys: str) -> None:
         """Leave of a larger vocabulary the base's rows, and note how many it has."""
         if rows != entry.shape[0]:
-            self.rows = {**self.rows, entry.name: rows}
+            self.rows[entry.name] = rows
             self.store.entries |= {key: self.store.entries[key].first_rows(entry.shape[0]) for key in keys}
 
     def _token_numbers(self, module: str) -> tuple[int, ...]:
@@ -292,8 +290,10 @@ class AdapterTaskVector(TaskVector):
     def _head_is_embedding(self, head: str) -> bool:
         """Whether what stands for a head that the base does not have is what stands for its embedding."""
         split = {key: _split_key(key) for key in self.store}
-        same = [key for key, (module, part) in split.items() if part == split[head][1] and _tensor(module) == EMBEDDING]
-        return any(same_bytes(self.store, key, head) for key in same)
+        same = [key for key, (module, part) in split.items() if part == split[head][1] and key != head]
+        return any(
+            _tensor(split[key][0]) == "embed_tokens.weight" and same_bytes(self.store, key, head) for key in same
+        )
 
 
 def low_rank(task_vector: TaskVector, name: str) -> LoraFactors | None:

@@ -36,7 +36,7 @@ def refuse_links(folder: Path) -> None:
         raise CheckpointError(
             f"links lead out of `{folder}`",
             problems=[f"`{path.name}` leads to `{path.resolve()}`" for path in out],
-            hint="put the files themselves there, or give the folder in which they lie",
+            hint="put the files themselves there (`cp -rL`), or give the folder in which they lie",
         )
 
 

@@ -94,7 +94,10 @@ def open_task_vector(
         return AdapterTaskVector(base, folder, source=str(tuned) if remote else None)
     store = open_checkpoint(tuned, revision=revision, headers_only=headers_only)
     refuse_quantised(store)
-    return TaskVector(base, store, *match(base, store))
+    own, rows, notes = match(base, store)
+    change = TaskVector(base, store, own)
+    change.rows, change.notes = rows, notes
+    return change
 
 
 def holds_adapter(folder: Path) -> bool:

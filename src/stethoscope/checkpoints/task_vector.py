@@ -59,21 +59,14 @@ class TaskVector:
         notes: what of tuned does not get into an edit, in sentences.
     """
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        store: Checkpoint,
-        own: Mapping[str, str],
-        rows: Mapping[str, int] | None = None,
-        notes: tuple[str, ...] = (),
-    ) -> None:
+    def __init__(self, base: Checkpoint, store: Checkpoint, own: Mapping[str, str]) -> None:
         self.base = base
         self.store = store
         self.own = own
         self.source = store.source
         self.names = tuple(own)
-        self.rows = rows or {}
-        self.notes = notes
+        self.rows: dict[str, int] = {}
+        self.notes: tuple[str, ...] = ()
 
     def delta(self, name: str) -> Float[torch.Tensor, "..."]:
         """tuned - base in float32.
