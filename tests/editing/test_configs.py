@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from world import make, stir
 
@@ -23,6 +24,7 @@ CASES = {
     "rope_type": ("llama untied", {"rope_parameters": YARN}),
     "hidden_act": ("llama untied", {"hidden_act": "relu"}),
     "rms_norm_eps": ("llama untied", {"rms_norm_eps": 0.1}),
+    "tie_word_embeddings": ("llama untied", {"tie_word_embeddings": True}),
     "model_type": ("llama untied", {"model_type": "mistral", "sliding_window": 4}),
     "sliding_window": ("mistral", {"sliding_window": 4}),
     "query_pre_attn_scalar": ("gemma2", {"query_pre_attn_scalar": 1}),
@@ -35,6 +37,14 @@ CASES = {
 }
 
 
+def drop_head(folder):
+    """What `save_pretrained` leaves of a tied model."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["lm_head.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def save(layout, folder, changes):
     """A base, and a tuned of other weights whose config.json has other values."""
     model = make(layout)
@@ -42,6 +52,8 @@ def save(layout, folder, changes):
     stir(model).save_pretrained(folder / "tuned")
     path = folder / "tuned" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    if "tie_word_embeddings" in changes:
+        drop_head(folder / "tuned")
     base = open_checkpoint(folder / "base")
     return base, open_task_vector(base, folder / "tuned")
 

@@ -33,7 +33,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str
         CheckpointError: with every tensor that is missing, extra or of another shape.
     """
     head, embedding = "lm_head.weight", "embed_tokens.weight"
-    problems = []
+    problems, says_tied = [], config_value(tuned.config, "tie_word_embeddings")
     for keys in HEADS:
         one, two = config_value(base.config, *keys), config_value(tuned.config, *keys)
         if one is not None and two is not None and one != two:
@@ -50,7 +50,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str
     own: dict[str, str] = {}
     rows: dict[str, int] = {}
     for name, entry in base.entries.items():
-        tied = name == head and base.tied and name not in tuned.entries
+        tied = name == head and name not in tuned.entries and (base.tied or says_tied)
         other = tuned.entries.get(embedding if tied else name)
         if entry.kind == "buffer" or (other is None and entry.kind == "vision") or entry.stored in ahead:
             continue
