@@ -163,7 +163,9 @@ def _adapter_problems(task_vector: TaskVector, plan: EditPlan, chosen: dict[str,
     if not chosen:
         problems.append("the plan changes nothing that the adapter has")
     problems += [
-        f"`{name}` of an adapter has the rows of another vocabulary" for name in chosen if name in task_vector.rows
+        f"`{name}` of the adapter has another vocabulary's rows: edit layers, or write a checkpoint"
+        for name in chosen
+        if name in task_vector.rows
     ]
     return problems + [
         f"`{name}` cannot be scaled by {coefficient} in an adapter"
