@@ -4,6 +4,7 @@ import logging
 from functools import cache as cache_calls
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 from stethoscope.artifacts import new_folder
@@ -38,7 +39,7 @@ def unpack_base(cache: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     # Transformers would parse the file three times and list all tensors' names for each tensor: most of the time
-    once = {name: cache_calls(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
+    once: dict[str, Any] = {name: cache_calls(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with new_folder(folder) as unfinished, patch.multiple(gguf, **once):
         model = AutoModelForCausalLM.from_pretrained(
             package, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
