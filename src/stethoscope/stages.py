@@ -289,10 +289,13 @@ STAGES: tuple[Stage, ...] = (
         name="tradeoff",
         title="Trade-off: every method over its strength",
         needs=lambda recipe: (
-            "base", "tuned", "saes", "diagnose", "select", *recipe.corpora,
+            "base", "tuned", "saes", "diagnose", "select", "target", *recipe.protected,
             *(name for name in (HELD_OUT, GENERAL) if name in recipe.texts),
         ),
-        settings=lambda recipe: {**recipe.tradeoff.model_dump(), "coefficient": recipe.edit.coefficient},
+        settings=lambda recipe: {
+            **recipe.tradeoff.model_dump(), **recipe.edit.model_dump(include={"coefficient", "tokens"}),
+            "weights": recipe.protected,
+        },
         make=make.tradeoff,
         **_artifact("stethoscope.results.tradeoff", "TradeOff"),
         wanted=lambda _: False,

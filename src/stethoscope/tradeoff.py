@@ -57,7 +57,7 @@ def recipe_tradeoff(
     *,
     progress: Progress,
 ) -> TradeOff:
-    """Measure every method on a recipe's texts of ``evaluate``; the filter is made from its target and control text.
+    """Measure every method on a recipe's texts of ``evaluate``; the filter is made from its target and protected texts.
 
     Args:
         directions: layer -> what loads its feature directions, most specific first.
@@ -70,7 +70,8 @@ def recipe_tradeoff(
     if missing := [f"the recipe names no {name} text" for name in measured.values() if name not in recipe.texts]:
         hint = "name them as `evaluate.target` and `evaluate.control`"
         raise RecipeError("the trade-off needs texts that no edit was made from", problems=missing, hint=hint)
-    texts = {name: context.batches(name) for name in recipe.corpora}
+    weights = recipe.protected
+    texts = {name: context.batches(name, most=recipe.edit.tokens) for name in (TARGET, *weights)}
     others = [batch for name, text in texts.items() if name != TARGET for batch in text]
     importance = channel_importance(model, others, list(coefficients(task_vector, WHOLE)))
     selected = selection.coefficients or dict.fromkeys(selection.layers, recipe.edit.coefficient)
@@ -80,14 +81,30 @@ def recipe_tradeoff(
     rows = {name: context.rows(text, recipe.tradeoff.documents) for name, text in measured.items()}
     with TemporaryDirectory(dir=context.folder, prefix=".filters.") as folder:
         filters, strengths = Path(folder) / FILTER, sorted(recipe.tradeoff.strengths)
-        write_filters(model, task_vector, texts, filters, provenance=provenance, strengths=strengths, progress=progress)
+        write_filters(
+            model,
+            task_vector,
+            texts,
+            filters,
+            provenance=provenance,
+            strengths=strengths,
+            weights=weights,
+            progress=lambda done, total: progress(done, 2 * total),
+        )
         methods = [
             *filters_over(filters, task_vector, EditPlan.for_layers(selected)),
             Method("raw, best layers", "layers", raw),
             *rivals(context.base.layers, importance, seed=recipe.seed),
             projected(task_vector, directions),
         ]
-        return measure_tradeoff(model, task_vector, methods, rows, provenance=provenance, progress=progress)
+        return measure_tradeoff(
+            model,
+            task_vector,
+            methods,
+            rows,
+            provenance=provenance,
+            progress=lambda done, total: progress(total + done, 2 * total),
+        )
 
 
 def filters_over(folder: Path, task_vector: TaskVector, selected: EditPlan) -> list[Method]:
