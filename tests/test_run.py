@@ -445,7 +445,7 @@ def test_edit_undo_and_verify_from_the_command_line(world, tmp_path, capsys):
     assert "is not what its manifest says" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layers", ["x", "3-", "1,,2", "9"])
+@pytest.mark.parametrize("layers", ["x", "3-", "1,,2", "9", "3-1", "\u00b2", "0-999999999999"])
 def test_layers_that_are_none_are_refused(world, tmp_path, capsys, layers):
     options = ["--base", str(world / "base"), "--tuned", str(world / "tuned"), "--layers", layers]
     with pytest.raises(SystemExit) as stopped:

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stethoscope.errors import StethoscopeError
+from stethoscope.parsing import parse_json
 
 Built = TypeVar("Built")
 # typing.Self would say this better, but beartype cannot check it in a class that is not decorated as a whole.
@@ -170,9 +171,11 @@ def read_json(path: Path) -> Any:
         StethoscopeError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StethoscopeError(f"`{path}` is missing", hint="run the stage that writes it first") from error
+    except OSError as error:
+        raise StethoscopeError(f"cannot read `{path}`: {error.strerror}") from error
     except ValueError as error:
         raise StethoscopeError(f"`{path}` is not JSON: {error}") from error
 

@@ -1,10 +1,10 @@
 """Find the files of a folder that hold its weights. An index that names a file outside the folder is refused."""
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from stethoscope.errors import CheckpointError
+from stethoscope.parsing import parse_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -12,10 +12,10 @@ INDEX = "model.safetensors.index.json"
 def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     """A JSON file that holds an object, or a CheckpointError that says why not."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read `{path}`: {error.strerror}", hint=hint) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}", hint=hint) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"`{path}` is not a JSON object", hint=hint)
