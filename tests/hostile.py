@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,15 @@ def damage(path: Path, chance: random.Random) -> None:
         path.write_text(odd(json.loads(path.read_text()), chance))
     else:
         path.write_bytes(damaged(path.read_bytes(), chance))
+
+
+def assert_no_tracebacks(what: str, count: int, case: Callable[[random.Random], object]) -> None:
+    """Run a case with as many seeds: it passes, or raises an error for the user."""
+    found = []
+    for number, chance in enumerate(chances(what, count)):
+        try:
+            outcome(lambda chance=chance: case(chance))
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            found.append(f"{number}: {type(error).__name__}: {str(error)[:200]} ({last.filename}:{last.lineno})")
+    assert not found, "\n".join(found)

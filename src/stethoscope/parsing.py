@@ -68,7 +68,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple[int, int]:
-    """The number of values and of levels of a node with its aliases written out; an anchor stands before its aliases."""
+    """The number of values and of levels of a node, its aliases written out; an anchor stands before its aliases."""
     if id(node) in known:
         if (found := known[id(node)]) is None:
             raise ValueError("an alias stands inside its own anchor")

@@ -7,6 +7,8 @@ from stethoscope.errors import CheckpointError
 from stethoscope.parsing import parse_json
 
 INDEX = "model.safetensors.index.json"
+# Fields of config.json that count something, under the names that families give them.
+SIZES = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_layers")
 
 
 def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
@@ -38,6 +40,25 @@ def refuse_links(folder: Path) -> None:
             problems=[f"`{path.name}` leads to `{path.resolve()}`" for path in out],
             hint="put the files themselves there (`cp -rL`), or give the folder in which they lie",
         )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, its sizes whole numbers and its architectures names, or a CheckpointError that says why not."""
+    config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
+    text = config.get("text_config")
+    tables = {"": config, "text_config.": text if isinstance(text, dict) else {}}
+    problems = [
+        f"`{where}{key}` is `{str(value)[:60]}`, not a positive whole number"
+        for where, table in tables.items()
+        for key in SIZES
+        if (value := table.get(key)) is not None and (type(value) is not int or value < 1)
+    ]
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problems.append(f"`architectures` is `{str(names)[:60]}`, not a list of names")
+    if problems:
+        raise CheckpointError(f"`{folder / 'config.json'}` cannot be used", problems=problems, hint="fetch it again")
+    return config
 
 
 def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
