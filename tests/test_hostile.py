@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 from hostile import assert_no_tracebacks, damage
-from world import save_adapter, save_pair, make
+from world import make, save_adapter, save_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.plan import EditPlan

@@ -260,8 +260,8 @@ def _check_sound(sae: "SAE[Any]", folder: SAEFolder) -> None:
         raise ValueError(f"NaN or infinity in {', '.join(bad)}")
     if not _is_k(getattr(sae.cfg, "k", 1), folder.width):
         raise ValueError(f"`k` is `{sae.cfg.k}`, not a whole number from 1 to {folder.width}")
-    if not bool(sae.encode(sae.b_dec.new_zeros(1, folder.d_in)).isfinite().all()):
-        raise ValueError("its configuration makes NaN or infinity of every input")
+    if not bool(sae.encode(sae.b_dec.new_ones(1, folder.d_in)).isfinite().all()):
+        raise ValueError("its configuration makes NaN or infinity of a plain input")
 
 
 def _is_k(k: Any, width: Any) -> bool:
