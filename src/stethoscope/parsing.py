@@ -57,7 +57,7 @@ def parse_yaml(text: str) -> Any:
         if node is None:
             return None
         _measure(node, {})
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except RecursionError:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import yaml
 
 from stethoscope import stages
-from stethoscope.artifacts import write_text
+from stethoscope.artifacts import kept_for_one, write_text
 from stethoscope.errors import require
 from stethoscope.make import Results
 from stethoscope.recipe import Recipe
@@ -97,7 +97,7 @@ def run_recipe(
         until: the stage to run, with those that it needs; the whole recipe if None.
 
     Raises:
-        StethoscopeError: everything that is wrong with the recipe, before any long work.
+        StethoscopeError: everything that is wrong with the recipe, before any long work; another run in the folder.
     """
     reporter = reporter or Silent()
     with ExitStack() as stack:
@@ -108,10 +108,10 @@ def run_recipe(
             if recipe.ray:
                 require("ray", extra="ray")
             found = check_run(recipe, folder)
+            stack.enter_context(kept_for_one(folder))
             context = open_context(recipe, folder, found, stack)
         for note in found.notes:
             reporter.note(note)
-        folder.mkdir(parents=True, exist_ok=True)
         if until is None:
             write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         keys, results = dict(context.hashes), dict[str, Any]()

@@ -101,7 +101,7 @@ def test_a_training_that_was_stopped_again_and_again_gives_the_same_bytes(train,
         done = train(tmp_path / "stopped", stop_at=stop_at)
         assert not (tmp_path / "stopped").exists()
         assert len(list(checkpoints.glob("*"))) == (stop_at > 128)
-        half = checkpoints / ".step_99.abc.partial"
+        half = checkpoints / ".step_99.abc.stethoscope-partial"
         half.mkdir(parents=True, exist_ok=True)
         (half / "training.json").write_text("{")
     # the step that was interrupted had not been saved

@@ -23,7 +23,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_files
+from stethoscope.artifacts import canonical_json, kept_for_one, sha256_bytes, sha256_files
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
@@ -142,6 +142,7 @@ def evaluate_checkpoints(
         StethoscopeError: there is no such device.
         EvaluationError: as `evaluate`; vLLM is not installed; tokenizers or decoding settings differ between arms.
         CheckpointError: a checkpoint cannot be opened.
+        StethoscopeError: another process works in ``out``.
     """
     _check(checkpoints, limit)
     if backend == "vllm" and executor:
@@ -168,7 +169,7 @@ def evaluate_checkpoints(
 
     build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
     setup = partial(_set_up_worker, arms=folders, build=build, batch_size=batch_size, limit=limit, seed=seed)
-    with quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
+    with kept_for_one(out), quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
         tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), runner.tasks) for arm, folder in folders.items()}
         _check_alike("tokenizers", tokenizers, "the prompts would not be the same tokens: evaluate them apart")
         decoding = {arm: _decoding(folder) for arm, folder in folders.items()}

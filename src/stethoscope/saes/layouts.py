@@ -250,7 +250,7 @@ def read_dictionary(stored: Stored) -> Claim:
     hook_name = f"blocks.{trainer['layer']}.hook_{site}" if "layer" in trainer else ""
     sizes = trainer.get("activation_dim"), trainer.get("dict_size")
     tensors = {name: name for name in linear} if "W_enc" in stored.shapes else linear
-    options = {"apply_b_dec_to_input": kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")}
+    options: dict[str, Any] = {"apply_b_dec_to_input": kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")}
     if kind == "AutoEncoderTopK" and "k" not in stored.shapes:
         options["k"] = trainer.get("k")
     return Claim(hook_name, _DICTIONARIES.get(kind, "standard"), sizes, tensors, options, trainer.get("lm_name"))

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, new_folder, read_json, sha256_bytes, write_json
+from stethoscope.artifacts import canonical_json, kept_for_one, new_folder, read_json, sha256_bytes, write_json
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.models.sites import SITES
@@ -170,14 +170,15 @@ def train_saes(
     if not rows:
         raise SAEError("every document has only one token", hint="the first is never trained on: give longer text")
     begun = asdict(settings) | {"layers": layers, "text": documents_hash(documents), "model": _fingerprint(model)}
-    checkpoints = _Checkpoints(out, begun, seconds=checkpoint_seconds)
-    trainer = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
-    with new_folder(out, overwrite=overwrite) as folder:
-        saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
-        health = _measure(saes, stream, held_out)
-        table = {str(layer): {kind: h.to_dict() for kind, h in kinds.items()} for layer, kinds in health.items()}
-        write_json(folder / "health.json", {"settings": asdict(settings), "layers": table})
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    with kept_for_one(out.with_name(f"{out.name}.training")) as kept:
+        checkpoints = _Checkpoints(kept, begun, seconds=checkpoint_seconds)
+        trainer = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
+        with new_folder(out, overwrite=overwrite) as folder:
+            saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
+            health = _measure(saes, stream, held_out)
+            table = {str(layer): {kind: h.to_dict() for kind, h in kinds.items()} for layer, kinds in health.items()}
+            write_json(folder / "health.json", {"settings": asdict(settings), "layers": table})
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
     return health
 
 
@@ -258,8 +259,8 @@ class _Checkpoints:
         step, position: of the newest checkpoint, to resume from.
     """
 
-    def __init__(self, out: Path, begun: Mapping[str, Any], *, seconds: float) -> None:
-        self.folder = out.with_name(out.name + ".training")
+    def __init__(self, folder: Path, begun: Mapping[str, Any], *, seconds: float) -> None:
+        self.folder = folder
         self.begun, self.seconds, self.saved_at = begun, seconds, time.monotonic()
         self.step = max((int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")), default=0)
         self.newest = self.folder / f"step_{self.step}"
