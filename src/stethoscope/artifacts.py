@@ -59,9 +59,10 @@ def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
     A file is unchanged if its path, size, inode and times of change are.
     """
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_json(path)
+    except StethoscopeError:
         known = {}
+    known = {name: one for name, one in known.items() if isinstance(one, dict)} if isinstance(known, dict) else {}
     used = {}
 
     def hash_file(file: Path) -> str:
@@ -70,7 +71,7 @@ def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
         if known.get(name, {}).get("state") != state:
             known[name] = {"state": state, "sha256": sha256_file(file)}
         used[name] = known[name]
-        return str(used[name]["sha256"])
+        return str(used[name].get("sha256"))
 
     yield hash_file
     write_json(path, used)
@@ -320,6 +321,7 @@ class Artifact(Frozen):
         """The saved result if it was made from exactly these inputs, else None."""
         try:
             saved = cls.find(folder)
-        except StethoscopeError:
-            return None  # an older or damaged result is made again
+        except StethoscopeError as error:
+            log.warning("%s: it is made again", error.message)
+            return None
         return saved if saved and saved.provenance == provenance else None

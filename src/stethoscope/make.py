@@ -58,6 +58,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         executor=executor,
         progress=progress,
     )
+    (context.folder / "diagnosis.json").unlink(missing_ok=True)  # of other statistics than those beside it from now on
     save_statistics(context.folder / "statistics.safetensors", {n: one.statistics for n, one in collected.items()})
     return diagnose(
         collected,

@@ -6,6 +6,7 @@ result is current, shows its progress and saves it, and the command line gets a 
 Functions import what they need when they are called, so that listing the stages imports nothing heavy.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -14,8 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from stethoscope import filtering, make
 from stethoscope.artifacts import Provenance
+from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.open import open_checkpoint
+from stethoscope.editing.manifest import read_manifest
+from stethoscope.errors import StethoscopeError
 from stethoscope.make import Progress, Results
 from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT, SCALPEL_ARMS, Recipe
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from stethoscope.context import Context
@@ -66,8 +73,38 @@ def _load_plans(context: "Context", provenance: Provenance) -> "Planned | None":
     from stethoscope.selection.arms import load_plans
 
     planned = load_plans(context.folder, provenance, context.task_vector)
-    whole = planned is not None and ("selected" not in planned.plans or (context.folder / "edited").exists())
-    return planned if whole else None
+    if planned and "selected" in planned.plans and not _whole(lambda: _open_edit(context.folder / "edited")):
+        return None
+    return planned
+
+
+def _open_edit(folder: Path) -> None:
+    open_checkpoint(folder)
+    read_manifest(folder)
+
+
+def _whole(read: Callable[[], object]) -> bool:
+    """Whether something that a stage has written can be read; if not, it is made again."""
+    try:
+        read()
+    except StethoscopeError as error:
+        log.warning("%s: it is made again", error.message)
+        return False
+    return True
+
+
+def _load_diagnosis(context: "Context", provenance: Provenance) -> Any:
+    """The diagnosis with the statistics that it was made from."""
+    made = _artifact("stethoscope.results.diagnosis", "Diagnosis")["load"](context, provenance)
+    return made if made and _whole(lambda: read_header(context.folder / "statistics.safetensors")) else None
+
+
+def _load_filter(context: "Context", provenance: Provenance) -> Any:
+    """What is said of the filter, with every change that was written."""
+    from stethoscope.editing.filter import check_files
+
+    made = _artifact("stethoscope.results.filtering", "Filtering", lambda _: "filter")["load"](context, provenance)
+    return made if made and _whole(lambda: check_files(context.filters, made)) else None
 
 
 def _artifact(module: str, name: str, place: Callable[[Recipe], str] = lambda _recipe: "") -> dict[str, Any]:
@@ -152,7 +189,7 @@ STAGES: tuple[Stage, ...] = (
         needs=_diagnosis_needs,
         settings=_diagnosis_settings,
         make=make.diagnosis,
-        **_artifact("stethoscope.results.diagnosis", "Diagnosis"),
+        **_artifact("stethoscope.results.diagnosis", "Diagnosis") | {"load": _load_diagnosis},
         also=("evidence",),
         help="Score every layer with its SAE: how specific it is to the target, compared with chance.",
         says=_verdict_and_warnings,
@@ -218,7 +255,7 @@ STAGES: tuple[Stage, ...] = (
         needs=lambda recipe: ("base", "tuned", "diagnose", "target", *recipe.protected),
         settings=_filter_settings,
         make=filtering.make_filter,
-        **_artifact("stethoscope.results.filtering", "Filtering", lambda _: "filter") | {"save": None},
+        load=_load_filter,
         wanted=lambda recipe: recipe.filters,
         notes=lambda made: [made.verdict],
     ),

@@ -57,6 +57,13 @@ def _version(asked: bool) -> bool:
     return asked
 
 
+class _Warnings(logging.Handler):
+    """Shows the package's own warnings beside the bar of a stage."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(f"  {record.levelname.lower()}: {record.getMessage()}")
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -68,6 +75,8 @@ def _options(
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(level)  # some libraries set their loggers' levels themselves
     logging.basicConfig(level=level, handlers=[handler])
+    own = logging.getLogger("stethoscope")
+    own.handlers = [] if debug else [_Warnings(logging.WARNING)]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -201,7 +201,7 @@ class Outcomes(Display):
         note = json.dumps({"schema": SCHEMA, **self.provenance}, sort_keys=True)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"stethoscope": note.encode()})
         with new_file(path) as temporary:
-            pq.write_table(table, temporary)
+            pq.write_table(table, temporary, write_page_checksum=True)
 
     @classmethod
     def load(cls, path: Path) -> "Outcomes":
@@ -211,14 +211,15 @@ class Outcomes(Display):
             EvaluationError: the file is missing, is something else, or has a newer schema.
         """
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             note = json.loads((table.schema.metadata or {})[b"stethoscope"])
-        except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+            schema, frame = note.pop("schema"), table.to_pandas()
+        except Exception as error:  # a damaged file makes its readers raise almost anything
             hint = "give the `outcomes.parquet` of a run"
             raise EvaluationError(f"`{path}` does not hold outcomes: {error}", hint=hint) from error
-        if note.pop("schema") != SCHEMA:
+        if schema != SCHEMA:
             raise EvaluationError(f"`{path}` was written by another version of stethoscope", hint="evaluate again")
-        return cls(frame=table.to_pandas(), provenance=note)
+        return cls(frame=frame, provenance=note)
 
 
 def _items(numbers: Any) -> str:

@@ -6,6 +6,7 @@ run goes on where it stopped, inside a task too.
 """
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
+
+log = logging.getLogger(__name__)
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 
@@ -307,8 +310,8 @@ def _complete(
             for task in tasks:
                 key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
                 stored = out / "parts" / f"{_safe(arm)}.{_safe(task)}.{key[:16]}.parquet"
-                if stored.exists():
-                    frames[arm, task] = Outcomes.load(stored).frame
+                if (frame := _stored(stored, key)) is not None:
+                    frames[arm, task] = frame
                     tell(arm, task)
                 else:
                     missing.append(_Cell(arm=arm, task=task, key=key, stored=stored))
@@ -338,6 +341,20 @@ def _complete(
     outcomes.check_comparable()
     outcomes.save(out / "outcomes.parquet")
     return outcomes
+
+
+def _stored(path: Path, key: str) -> pd.DataFrame | None:
+    """The outcomes of one arm on one task as they were stored; None if they were not, or are damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = Outcomes.load(path)
+        if found.provenance.get("key") == key:
+            return found.frame
+    except EvaluationError as error:
+        log.debug("%s", error)
+    log.warning("`%s` is damaged: its arm is run again on its task", path)
+    return None
 
 
 def _check(arms: Mapping[str, Any], limit: int | None) -> None:
