@@ -1,19 +1,24 @@
 """Damaged and lying files: none of a thousand seeded cases ends in anything but a result or an error for the user."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from hostile import assert_no_tracebacks, chances, damage, damaged
+import yaml
+from hostile import ODD, assert_no_tracebacks, chances, damage, damaged
 from world import make, save_adapter, save_pair
 
-from stethoscope.artifacts import Provenance, sha256_file
+from stethoscope.artifacts import Provenance, file_name, sha256_file, write_text
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.manifest import write_results
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import write_edit
 from stethoscope.evaluation.harness import journal_line, read_journal
+from stethoscope.evaluation.harness_logs import write_logs
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.recipe import Recipe
 from stethoscope.results.comparison import Claim
@@ -23,6 +28,7 @@ from stethoscope.results.evidence import Evidence
 from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.run import run_recipe
+from stethoscope.stages import STAGES
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +83,44 @@ def test_parts(finished, tmp_path):
 
 
 ARTIFACTS = [Diagnosis, Evidence, Selection, Geometry, Edits, Claim]
+
+
+def test_every_name_becomes_a_file_of_its_own_in_its_folder(world, finished, tmp_path):
+    names = [name for name in ODD if isinstance(name, str)] + ["a/b", "a-b", "..", ".", "é" * 400, "general", "a.b"]
+    found = [file_name(name) for name in names]
+    assert len({name.lower() for name in found}) == len(set(names))
+    assert found[-2:] == ["general", "a.b"]
+    for name in found:
+        write_text(tmp_path / "inside" / name, "")
+        assert (tmp_path / "inside" / name).resolve().parent == tmp_path / "inside"
+    outcomes = Outcomes.load(finished / "outcomes.parquet")
+    frame = outcomes.frame.assign(arm="../../esc", task="../" + outcomes.frame["task"])
+    first = frame.drop_duplicates(["task", "item"])
+    written = write_logs(Outcomes(frame=first), tmp_path / "logs" / "deep")
+    assert all(path.is_relative_to(tmp_path / "logs" / "deep") and path.exists() for path in written)
+    hostile = {"controls": {"../../esc": {"dataset": "data/code.jsonl"}}, "validation": {"control": "../../esc"}}
+    recipe = Recipe.model_validate(yaml.safe_load((world / "recipe.yaml").read_text()) | hostile)
+    (stage,) = (stage for stage in STAGES if stage.name == "validate")
+    assert all(".." not in name for name in stage.wrote(recipe))
+
+
+def test_a_card_shows_names_from_elsewhere_as_text(sound, tmp_path):
+    name = "x`|<script>alert(1)</script>[y](https://z) ``` end " + "long " * 20
+    base = shutil.copytree(sound / "base", tmp_path / name.replace("/", ":"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["A|b\n\n# c`<img src=x>[y](z)"]}))
+    opened = open_checkpoint(base)
+    write_edit(opened, open_task_vector(opened, sound / "tuned"), EditPlan.for_layers([1]), tmp_path / "out")
+    row = {"task": name, "metric": name, "items": 3, "baseline": 0.5, "accuracy": 0.6, "p_adjusted": None}
+    write_results(tmp_path / "out", {"verdict": f"`{name}` gains", "baseline": name, "tasks": [row]})
+    _, front, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    text, fence, _ = body.partition("```yaml\n")
+    assert fence
+    assert not re.search(r"<\w|\[\w*\]\(|^# c", text, re.MULTILINE)
+    tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert set(tables) == {3, 8}
+    assert re.findall(r"^ {0,3}```", body, re.MULTILINE) == ["```", "```"]
 
 
 @pytest.mark.parametrize("kind", ARTIFACTS)

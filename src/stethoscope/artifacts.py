@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -80,6 +81,16 @@ def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys and no spaces, so that equal values have equal hashes; NaN is refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def file_name(name: str) -> str:
+    """What a file or folder is called that stands for a name: the name itself, or like it and with its hash.
+
+    >>> file_name("general-2"), file_name("../../esc")
+    ('general-2', 'esc-9fddcecd')
+    """
+    kept = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:64]
+    return name if name and kept == name else f"{kept or 'x'}-{sha256_bytes(name.encode('utf-8', 'replace'))[:8]}"
 
 
 @contextmanager

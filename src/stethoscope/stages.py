@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope import filtering, make
-from stethoscope.artifacts import Provenance
+from stethoscope.artifacts import Provenance, file_name
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.manifest import read_manifest
@@ -170,7 +170,7 @@ def _recommendation_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _validation_folder(recipe: Recipe) -> str:
-    return f"validation/{recipe.validation.control}"
+    return f"validation/{file_name(recipe.validation.control)}"
 
 
 def _set_size(made: "ScoreValidation", recipe: Recipe) -> int:

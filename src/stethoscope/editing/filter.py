@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Provenance, new_folder
+from stethoscope.artifacts import Provenance, file_name, new_folder
 from stethoscope.checkpoints.adapter import AdapterTaskVector, low_rank
 from stethoscope.checkpoints.checkpoint import torch_dtype
 from stethoscope.checkpoints.header import read_header
@@ -348,7 +348,7 @@ def _sum(a: Effect, b: Effect) -> Effect:
 
 
 def _path(folder: Path, strength: float, name: str) -> Path:
-    return folder / f"{strength:g}" / f"{name}.safetensors"
+    return folder / f"{strength:g}" / f"{file_name(name)}.safetensors"
 
 
 def _check(texts: Texts, strengths: Sequence[float], weights: Mapping[str, float]) -> None:

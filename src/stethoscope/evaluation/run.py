@@ -24,7 +24,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, kept_for_one, sha256_bytes, sha256_files
+from stethoscope.artifacts import canonical_json, file_name, kept_for_one, sha256_bytes, sha256_files
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
@@ -309,7 +309,7 @@ def _complete(
             state = identify(arm)
             for task in tasks:
                 key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
-                stored = out / "parts" / f"{_safe(arm)}.{_safe(task)}.{key[:16]}.parquet"
+                stored = out / "parts" / f"{file_name(arm)}.{file_name(task)}.{key[:16]}.parquet"
                 if (frame := _stored(stored, key)) is not None:
                     frames[arm, task] = frame
                     tell(arm, task)
@@ -384,7 +384,3 @@ def _decoding(folder: Path) -> str:
         return "{}"
     changed = GenerationConfig.from_pretrained(folder).to_diff_dict()
     return canonical_json({name: value for name, value in changed.items() if value and name not in HARMLESS})
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
