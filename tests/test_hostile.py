@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import yaml
 from hostile import ODD, assert_no_tracebacks, chances, damage, damaged
-from world import make, save_adapter, save_pair
+from safetensors.torch import load_file, save_file
+from world import changed, make, save_adapter, save_pair
 
 from stethoscope.artifacts import Provenance, file_name, sha256_file, write_text
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
@@ -17,6 +18,7 @@ from stethoscope.editing.manifest import write_results
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import write_edit
+from stethoscope.errors import StethoscopeError
 from stethoscope.evaluation.harness import journal_line, read_journal
 from stethoscope.evaluation.harness_logs import write_logs
 from stethoscope.evaluation.outcomes import Outcomes
@@ -146,3 +148,29 @@ def test_a_finished_run_of_which_much_is_damaged_is_made_whole_again(world, fini
             assert sha256_file(run / name) == sha256_file(finished / name), (number, name)
         assert verify(run / "edited").ok
     assert "made again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "value", "said"),
+    [
+        (
+            "tuned",
+            "adapter_model.safetensors",
+            float("nan"),
+            r"layers\.2\.mlp\.up_proj\S*` in `\S*/tuned/adapter_model",
+        ),
+        ("base", "model.safetensors", float("inf"), r"layers\.2\.mlp\.up_proj\S*` in `\S*/base/model"),
+        ("base", "model.safetensors", 3e38, "overflows in layer 2"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_named_before_listening(model, file, value, said, world, tmp_path):
+    folder = shutil.copytree(world / model, tmp_path / model)
+    tensors = load_file(folder / file)
+    for name in tensors:
+        if "layers.2.mlp.up_proj" in name:
+            tensors[name][1:, 1:] = value
+    save_file(tensors, folder / file, metadata={"format": "pt"})
+    recipe = Recipe.from_yaml(changed(world, tmp_path, **{model: str(folder)}))
+    with pytest.raises(StethoscopeError, match=said):
+        run_recipe(recipe, tmp_path / "run", until="diagnose")
+    assert not (tmp_path / "run" / "diagnosis.json").exists()

@@ -114,6 +114,7 @@ def run_recipe(
             reporter.note(note)
         if until is None:
             write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        checked = False
         keys, results = dict(context.hashes), dict[str, Any]()
         for stage in chosen_stages(recipe, until):
             needed = {name: keys[name] for name in stage.needs(recipe)}
@@ -122,6 +123,9 @@ def run_recipe(
             with reporter.stage(stage.title) as advance:
                 made = stage.load(context, provenance) if stage.load else None
                 if made is None:
+                    if stage.load and not checked:
+                        context.check_weights()  # before a model is loaded; a finished run does not need it
+                        checked = True
                     made = stage.make(context, MappingProxyType(results), provenance, advance)
                     if stage.save:
                         stage.save(folder, recipe, made)
