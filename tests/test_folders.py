@@ -1,6 +1,7 @@
 """Outputs of several processes: nobody's folder is deleted, a run's folder has one process, remains are cleared."""
 
 import errno
+import resource
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ import pytest
 from world import contents
 
 from stethoscope import artifacts
-from stethoscope.artifacts import kept_for_one, new_folder
+from stethoscope.artifacts import kept_for_one, new_folder, sha256_file
+from stethoscope.cli import main
 from stethoscope.editing.manifest import read_manifest
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify
@@ -25,7 +27,7 @@ def without_flags(*_: object) -> None:
     raise OSError(errno.ENOSYS, "not on this system")
 
 
-@pytest.fixture(params=["renameat2", "no renameat2"], autouse=True)
+@pytest.fixture(params=["renameat2", "no renameat2"])
 def system(request, monkeypatch):
     if request.param != "renameat2":
         monkeypatch.setattr(artifacts, "_renameat2", without_flags)
@@ -45,6 +47,7 @@ def working(path):
             process.kill()
 
 
+@pytest.mark.usefixtures("system")
 @pytest.mark.parametrize("what", ["folder", "file", "edit"])
 def test_what_appears_while_an_edit_works_is_left_alone(what, base, change, tmp_path):
     out = tmp_path / "out"
@@ -68,6 +71,7 @@ def test_what_appears_while_an_edit_works_is_left_alone(what, base, change, tmp_
         assert (out.read_text() if what == "file" else (out / "mine").read_text()) == "mine"
 
 
+@pytest.mark.usefixtures("system")
 def test_an_edit_that_is_overwritten_leaves_only_the_new(base, change, tmp_path):
     for layer in (0, 1):
         write_edit(base, change, EditPlan.for_layers([layer]), tmp_path / "out", overwrite=True)
@@ -90,6 +94,27 @@ def test_a_killed_process_leaves_no_lock_and_its_remains_go_with_the_next_comman
     with new_folder(tmp_path / "last"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dead-run", "last", "living-run", "other"]
+
+
+def test_a_disk_that_is_full_at_any_stage_is_a_message_and_the_run_goes_on(world, finished, tmp_path, capsys):
+    """For a disk stands a limit on the size of files: each of these is the first to be too large for it."""
+    command = ["run", str(world / "recipe.yaml"), "--out", str(tmp_path / "run"), "--quiet"]
+    firsts = (finished / name for name in ("statistics.safetensors", "edited/model.safetensors", "report.html"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for path in sorted(firsts, key=lambda path: path.stat().st_size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size - 1, hard))
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                main(command)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2, (path, said)
+        assert "is full" in said, path
+        assert not list(tmp_path.rglob(f"*{artifacts.PARTIAL}"))
+    main(command)
+    for name in ("comparison.json", "statistics.safetensors", "edited/model.safetensors"):
+        assert sha256_file(tmp_path / "run" / name) == sha256_file(finished / name)
 
 
 def test_two_runs_in_one_folder_are_told_of_each_other(world, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -272,6 +273,22 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, copy, mo
     for kind in (TextLoss, TextDivergence):
         assert kind.load(copy / "losses/general/tuned") == kind.load(finished / "losses/general/tuned")
     assert sha256_file(copy / "comparison.json") == sha256_file(finished / "comparison.json")
+
+
+def test_a_run_whose_edit_is_written_needs_no_room_for_another(world, copy, tmp_path, monkeypatch):
+    class Usage(NamedTuple):
+        total: int = 1000
+        used: int = 1000
+        free: int = 0
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
+    (copy / "comparison.json").unlink()
+    run(world / "recipe.yaml", copy)
+    assert (copy / "comparison.json").exists()
+    with pytest.raises(StethoscopeError, match="GB free"):  # another edit is to be written
+        run(changed(world, tmp_path, edit={"coefficient": 0.5, "filter": "none"}), copy)
+    assert open_checkpoint(copy / "edited").layers == LAYERS
+    assert "GB free" in refusal(world / "recipe.yaml", tmp_path / "new")
 
 
 def test_another_target_runs_the_diagnosis_again(world, finished, copy, tmp_path):

@@ -19,7 +19,7 @@ from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, show, stage_command
 from stethoscope.cli.weights import apply, edit, push, train_saes, undo, verify
-from stethoscope.errors import StethoscopeError, install
+from stethoscope.errors import StethoscopeError, install, refused_by_system
 from stethoscope.stages import STAGES
 
 __all__ = ["ConsoleReporter", "app", "cache_folder", "main"]
@@ -122,6 +122,11 @@ def main(arguments: list[str] | None = None) -> None:
         warn(f"  {command_line(*argv)}")
         sys.exit(TERMINATED if terminated else INTERRUPTED)
     except Exception as error:
+        if "--debug" not in argv and (refused := refused_by_system(error)):
+            warn(f"error: {refused}")
+            if RESUMED & set(argv[:2]):
+                warn(f"\nfinished work is kept; go on with\n  {command_line(*argv)}")
+            sys.exit(USER_ERROR)
         if not hasattr(error, "format_message"):  # what typer raises for a wrong command, from a private module
             raise
         about = getattr(getattr(error, "ctx", None), "command_path", "stethoscope")
