@@ -3,22 +3,25 @@
 import json
 import re
 import shutil
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from hostile import ODD, assert_no_tracebacks, chances, damage, damaged
+from hostile import ODD, assert_no_tracebacks, chances, damage, damaged, odd, outcome
 from safetensors.torch import load_file, save_file
 from world import changed, make, save_adapter, save_pair
 
 from stethoscope.artifacts import Provenance, file_name, sha256_file, write_text
+from stethoscope.check import check_recipe
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.manifest import write_results
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.verify import verify
 from stethoscope.editing.writer import write_edit
-from stethoscope.errors import StethoscopeError
+from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.harness import journal_line, read_journal
 from stethoscope.evaluation.harness_logs import write_logs
 from stethoscope.evaluation.outcomes import Outcomes
@@ -40,6 +43,78 @@ def sound(tmp_path_factory):
     save_pair("llama untied", folder, shard="8KB")
     save_adapter(make("llama untied"), folder / "lora", r=2, target_modules=["q_proj", "up_proj"])
     return folder
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghi")
+)
+TABLES = "b: &b {x: 1}\n" + "".join(f"c{n}: &c{n} {{<<: [*b, *b], x: *b}}\nb: &b *c{n}\n" for n in range(30))
+WRITTEN = [
+    BOMB,
+    TABLES,
+    "[" * 5000,
+    "{a: " * 3000,
+    "seed: 2026-13-45",
+    "base: ~nobody-at-all/x",
+    'base: "\\0"',
+    "\0",
+    "a: &a [*a]",
+    "? [a]\n: b",
+    "!!bool maybe",
+    "!!timestamp x",
+    "!!python/object:os.system x",
+    "a: 0b_",
+    "a: *nope",
+    "a: " + "9" * 5000,
+    "a: .inf\nseed: .nan",
+    "x: " * 200,
+    "x" * 200_000,
+    "{<<: 3}",
+    "1: 2\nnull: 3",
+    "--- a\n--- b",
+    "evaluate: {tasks: [../../x], data: ~nobody/x, include_path: " + "x" * 5000 + "}",
+    "%YAML 9.9\n---\na",
+    "calibrate: {coefficients: [.nan]}\ntradeoff: {strengths: [.inf]}\ndiagnose: {sae_memory_gb: .inf}",
+]
+
+
+def test_recipes(world, tmp_path):
+    whole = yaml.safe_load((world / "recipe.yaml").read_text()) | {
+        "controls": {"other": {"dataset": "data/code.jsonl"}},
+        "calibrate": {side: {"dataset": f"data/calibration-{side}.jsonl"} for side in ("target", "control")},
+        "edit": {"filter": 1.5, "protect": {"code": {"dataset": "data/code.jsonl", "weight": 2.0}}},
+        "diagnose": {"block_size": 4, "sae_memory_gb": 1.0},
+    }
+    path = world / "hostile.yaml"  # paths in it are relative to itself
+
+    def check(changes=()):
+        check_recipe(Recipe.from_yaml(path, changes), tmp_path / "run", offline=True)
+
+    def case(chance):
+        path.write_bytes(odd(whole, chance).encode() if chance.random() < 0.8 else damaged(safe, chance))
+        check()
+
+    safe = yaml.safe_dump(whole).encode()
+    try:
+        assert_no_tracebacks("recipes", 120, case)
+        for text in WRITTEN:
+            start = time.monotonic()
+            for written in (text, f"{yaml.safe_dump(whole)}\n{text}"):
+                path.write_text(written, encoding="utf-8")
+                outcome(check)
+            path.write_bytes(safe)
+            key, _, value = text.partition(": ")
+            outcome(lambda key=key, value=value: check([f"{key}={value}"]))
+            assert time.monotonic() - start < 30, text[:80]
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("text", [BOMB, "[" * 5000, "a: &a [*a]", "a: 2026-13-45", "x: " + "y" * 200_000])
+def test_a_yaml_file_beyond_the_limits_is_refused(text, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="not YAML that can be used"):
+        Recipe.from_yaml(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("file", ["model-*.safetensors", "model.safetensors.index.json", "config.json", "adapter_*"])
