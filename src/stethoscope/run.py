@@ -3,6 +3,7 @@
 A stage whose inputs did not change is not run again; its saved result is read instead.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import yaml
 
 from stethoscope import stages
-from stethoscope.artifacts import kept_for_one, write_text
-from stethoscope.errors import require
+from stethoscope.artifacts import Provenance, kept_for_one, write_text
+from stethoscope.errors import StethoscopeError, require
 from stethoscope.make import Results
 from stethoscope.recipe import Recipe
 from stethoscope.stages import Stage
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
+    from stethoscope.context import Context
     from stethoscope.results.comparison import Comparison
     from stethoscope.results.selection import Selection
 
@@ -121,7 +125,7 @@ def run_recipe(
             provenance = provenance_of(recipe.seed, needed, stage.settings(recipe))
             keys[stage.name] = provenance.key
             with reporter.stage(stage.title) as advance:
-                made = stage.load(context, provenance) if stage.load else None
+                made = _saved(stage, context, provenance)
                 if made is None:
                     if stage.load and not checked:
                         context.check_weights()  # before a model is loaded; a finished run does not need it
@@ -137,6 +141,18 @@ def run_recipe(
 
         render_report(folder)  # a finished run's report shows later results too
     return RunResult(folder=folder, results=MappingProxyType(results))
+
+
+def _saved(stage: Stage, context: "Context", provenance: Provenance) -> Any:
+    """The saved result of a stage, if it is current and whole; else None, and the stage is run again."""
+    made = stage.load(context, provenance) if stage.load else None
+    try:
+        if made is not None:
+            stage.check(context, made)
+    except StethoscopeError as error:
+        log.warning("%s: it is made again", error.message)
+        return None
+    return made
 
 
 def chosen_stages(recipe: Recipe, until: str | None) -> list[Stage]:

@@ -6,7 +6,6 @@ result is current, shows its progress and saves it, and the command line gets a 
 Functions import what they need when they are called, so that listing the stages imports nothing heavy.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -18,14 +17,12 @@ from stethoscope.artifacts import Provenance, file_name
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.manifest import read_manifest
-from stethoscope.errors import StethoscopeError
 from stethoscope.make import Progress, Results
 from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT, SCALPEL_ARMS, Recipe
 
-log = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from stethoscope.context import Context
+    from stethoscope.results.filtering import Filtering
     from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
@@ -41,6 +38,7 @@ class Stage:
         make: makes the result with a given provenance from the context and earlier results.
         settings: values of the recipe that also decide the result.
         load: reads a saved result if it has this provenance, else returns None; without, the result is always made.
+        check: raises a StethoscopeError where other files that belong to a saved result are missing or damaged.
         save: writes a result in the run's folder; without, ``make`` saves it.
         wanted: whether a whole run includes it.
         notes: lines that the reporter shows about a result.
@@ -58,6 +56,7 @@ class Stage:
     make: "Callable[[Context, Results, Provenance, Progress], Any]"
     settings: Callable[[Recipe], Mapping[str, Any]] = lambda _recipe: {}
     load: "Callable[[Context, Provenance], Any] | None" = None
+    check: "Callable[[Context, Any], object]" = lambda _context, _made: None
     save: Callable[[Path, Recipe, Any], Any] | None = None
     wanted: Callable[[Recipe], bool] = lambda _recipe: True
     notes: Callable[[Any], Iterable[str]] = lambda _made: ()
@@ -72,39 +71,19 @@ class Stage:
 def _load_plans(context: "Context", provenance: Provenance) -> "Planned | None":
     from stethoscope.selection.arms import load_plans
 
-    planned = load_plans(context.folder, provenance, context.task_vector)
-    if planned and "selected" in planned.plans and not _whole(lambda: _open_edit(context.folder / "edited")):
-        return None
-    return planned
+    return load_plans(context.folder, provenance, context.task_vector)
 
 
-def _open_edit(folder: Path) -> None:
-    open_checkpoint(folder)
-    read_manifest(folder)
+def _check_edit(context: "Context", planned: "Planned") -> None:
+    if "selected" in planned.plans:
+        open_checkpoint(context.folder / "edited")
+        read_manifest(context.folder / "edited")
 
 
-def _whole(read: Callable[[], object]) -> bool:
-    """Whether something that a stage has written can be read; if not, it is made again."""
-    try:
-        read()
-    except StethoscopeError as error:
-        log.warning("%s: it is made again", error.message)
-        return False
-    return True
-
-
-def _load_diagnosis(context: "Context", provenance: Provenance) -> Any:
-    """The diagnosis with the statistics that it was made from."""
-    made = _artifact("stethoscope.results.diagnosis", "Diagnosis")["load"](context, provenance)
-    return made if made and _whole(lambda: read_header(context.folder / "statistics.safetensors")) else None
-
-
-def _load_filter(context: "Context", provenance: Provenance) -> Any:
-    """What is said of the filter, with every change that was written."""
+def _check_filter(context: "Context", made: "Filtering") -> None:
     from stethoscope.editing.filter import check_files
 
-    made = _artifact("stethoscope.results.filtering", "Filtering", lambda _: "filter")["load"](context, provenance)
-    return made if made and _whole(lambda: check_files(context.filters, made)) else None
+    check_files(context.filters, made)
 
 
 def _artifact(module: str, name: str, place: Callable[[Recipe], str] = lambda _recipe: "") -> dict[str, Any]:
@@ -189,7 +168,8 @@ STAGES: tuple[Stage, ...] = (
         needs=_diagnosis_needs,
         settings=_diagnosis_settings,
         make=make.diagnosis,
-        **_artifact("stethoscope.results.diagnosis", "Diagnosis") | {"load": _load_diagnosis},
+        **_artifact("stethoscope.results.diagnosis", "Diagnosis"),
+        check=lambda context, _: read_header(context.folder / "statistics.safetensors"),
         also=("evidence",),
         help="Score every layer with its SAE: how specific it is to the target, compared with chance.",
         says=_verdict_and_warnings,
@@ -255,7 +235,8 @@ STAGES: tuple[Stage, ...] = (
         needs=lambda recipe: ("base", "tuned", "diagnose", "target", *recipe.protected),
         settings=_filter_settings,
         make=filtering.make_filter,
-        load=_load_filter,
+        **_artifact("stethoscope.results.filtering", "Filtering", lambda _: "filter") | {"save": None},
+        check=_check_filter,
         wanted=lambda recipe: recipe.filters,
         notes=lambda made: [made.verdict],
     ),
@@ -286,6 +267,7 @@ STAGES: tuple[Stage, ...] = (
         settings=_edited_layers,
         make=make.edit,
         load=_load_plans,
+        check=_check_edit,
         notes=_warnings,
     ),
     Stage(
