@@ -2,8 +2,10 @@
 
 import errno
 import resource
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -115,6 +117,21 @@ def test_a_disk_that_is_full_at_any_stage_is_a_message_and_the_run_goes_on(world
     main(command)
     for name in ("comparison.json", "statistics.safetensors", "edited/model.safetensors"):
         assert sha256_file(tmp_path / "run" / name) == sha256_file(finished / name)
+
+
+def test_a_run_that_is_killed_and_killed_again_ends_as_one_that_was_not(world, finished, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "stethoscope.cli", "run", str(world / "recipe.yaml"), "--out", str(out), "--quiet"]
+    for appears in ("statistics.safetensors", "parts/*.jsonl", None):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None:
+                if appears and any(out.glob(appears)):
+                    process.kill()
+                time.sleep(0.01)
+        assert process.returncode == (-signal.SIGKILL if appears else 0)
+    for name in ("comparison.json", "edits.json", "statistics.safetensors", "edited/model.safetensors"):
+        assert sha256_file(out / name) == sha256_file(finished / name)
+    assert not list(tmp_path.rglob(f"*{artifacts.PARTIAL}"))
 
 
 def test_two_runs_in_one_folder_are_told_of_each_other(world, tmp_path):
