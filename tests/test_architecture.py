@@ -31,7 +31,7 @@ ORDER = [
     {"results"},
     {"charts"},
     {"artifacts"},
-    {"errors", "lazy", "display"},
+    {"errors", "lazy", "display", "parsing"},
 ]
 
 

@@ -28,6 +28,7 @@ from stethoscope.diagnosis.collect import CollectedActivations, Piece, collect_a
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
+from stethoscope.evaluation.harness import journal_line
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints
 from stethoscope.executor import RayExecutor, WorkerContext, versions
@@ -222,7 +223,8 @@ def test_workers_go_on_inside_a_task(workers_of, world, model, tokenizer, arms, 
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     assert len(lines) >= 6
     lines[0]["response"] = "from the journal"
-    write_lines(journal, lines)
+    del lines[0]["check"]
+    journal.write_text("".join([journal_line(lines[0]), *(json.dumps(line) + "\n" for line in lines[1:])]))
     frame = evaluate(model, tokenizer, PLANS, ["sums", "picks"], executor=workers_of(2), **given).frame
     others = frame["response"] != "from the journal"
     assert (~others).sum() == 1

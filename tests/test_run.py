@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import combinations
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -274,6 +275,22 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, copy, mo
     assert sha256_file(copy / "comparison.json") == sha256_file(finished / "comparison.json")
 
 
+def test_a_run_whose_edit_is_written_needs_no_room_for_another(world, copy, tmp_path, monkeypatch):
+    class Usage(NamedTuple):
+        total: int = 1000
+        used: int = 1000
+        free: int = 0
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage())
+    (copy / "comparison.json").unlink()
+    run(world / "recipe.yaml", copy)
+    assert (copy / "comparison.json").exists()
+    with pytest.raises(StethoscopeError, match="GB free"):  # another edit is to be written
+        run(changed(world, tmp_path, edit={"coefficient": 0.5, "filter": "none"}), copy)
+    assert open_checkpoint(copy / "edited").layers == LAYERS
+    assert "GB free" in refusal(world / "recipe.yaml", tmp_path / "new")
+
+
 def test_another_target_runs_the_diagnosis_again(world, finished, copy, tmp_path):
     text = write_texts(tmp_path / "other.jsonl", "something else entirely ")
     run(changed(world, tmp_path, target={"dataset": str(text)}), copy, until="diagnose")
@@ -445,7 +462,7 @@ def test_edit_undo_and_verify_from_the_command_line(world, tmp_path, capsys):
     assert "is not what its manifest says" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("layers", ["x", "3-", "1,,2", "9"])
+@pytest.mark.parametrize("layers", ["x", "3-", "1,,2", "9", "3-1", "\u00b2", "0-999999999999"])
 def test_layers_that_are_none_are_refused(world, tmp_path, capsys, layers):
     options = ["--base", str(world / "base"), "--tuned", str(world / "tuned"), "--layers", layers]
     with pytest.raises(SystemExit) as stopped:

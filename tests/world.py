@@ -1,7 +1,9 @@
 """What tests work on: tiny real models of every layout, SAEs, texts, tasks, planted task vectors, a whole folder."""
 
 import json
+import os
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -465,6 +467,10 @@ def write_logs(
 
 def interrupt(*_args: object, **_options: object) -> None:
     raise KeyboardInterrupt
+
+
+def terminate(*_args: object, **_options: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

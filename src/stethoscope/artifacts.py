@@ -3,11 +3,14 @@
 An output that exists is complete: it is written beside its place and renamed into it.
 """
 
+import ctypes
+import errno
 import fcntl
-import glob
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +22,14 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stethoscope.errors import StethoscopeError
+from stethoscope.parsing import parse_json
+
+log = logging.getLogger(__name__)
+
+PARTIAL = ".stethoscope-partial"  # the end of the name of what is not finished, locked while its process lives
+ALONE = fcntl.LOCK_EX | fcntl.LOCK_NB
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # linux/fs.h
+NOT_SUPPORTED = (errno.ENOSYS, errno.EINVAL)
 
 Built = TypeVar("Built")
 # typing.Self would say this better, but beartype cannot check it in a class that is not decorated as a whole.
@@ -49,9 +60,10 @@ def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
     A file is unchanged if its path, size, inode and times of change are.
     """
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_json(path)
+    except StethoscopeError:
         known = {}
+    known = {name: one for name, one in known.items() if isinstance(one, dict)} if isinstance(known, dict) else {}
     used = {}
 
     def hash_file(file: Path) -> str:
@@ -60,7 +72,7 @@ def remembered_hashes(path: Path) -> Iterator[Callable[[Path], str]]:
         if known.get(name, {}).get("state") != state:
             known[name] = {"state": state, "sha256": sha256_file(file)}
         used[name] = known[name]
-        return str(used[name]["sha256"])
+        return str(used[name].get("sha256"))
 
     yield hash_file
     write_json(path, used)
@@ -71,20 +83,39 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
 
 
+def file_name(name: str) -> str:
+    """What a file or folder is called that stands for a name: the name itself, or like it and with its hash.
+
+    >>> file_name("general-2"), file_name("../../esc")
+    ('general-2', 'esc-9fddcecd')
+    """
+    kept = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:64]
+    return name if name and kept == name else f"{kept or 'x'}-{sha256_bytes(name.encode('utf-8', 'replace'))[:8]}"
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path`` that becomes ``path`` if the block succeeds, else vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+    temporary = Path(name)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, ALONE)
+        yield temporary
+        with temporary.open("rb") as file:  # a library may have put another in its place
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        os.close(handle)
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -96,52 +127,117 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside ``path`` that becomes ``path`` if the block succeeds, else vanishes.
 
-    A process that is killed leaves a hidden ``.name.*.partial`` behind; the next to write the same path removes it.
-
     Raises:
-        StethoscopeError: ``path`` exists and ``overwrite`` is false.
+        StethoscopeError: ``path`` exists, or does by the time the block ends, and ``overwrite`` is false.
     """
     if path.exists() and not overwrite:
-        raise StethoscopeError(f"the output `{path}` exists", hint="choose another folder or remove it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        if (lock := _locked(stale)) is not None:  # its process has ended
-            shutil.rmtree(stale, ignore_errors=True)
-            os.close(lock)
-    made = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    temporary = made.with_name(made.name + ".partial")
-    # locked under its first name, so that nobody sees an unlocked `.partial` that is alive
-    lock = _locked(made)
+        raise _exists(path)
+    with scratch_folder(path) as made:
+        yield made
+        made.chmod(0o755)
+        _publish(made, path, overwrite=overwrite)
+
+
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """Yield an empty hidden folder beside a path that vanishes in the end.
+
+    What a process that was killed leaves behind is removed by the next that writes to, or beside, the same place.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(beside.parent)
+    made = Path(tempfile.mkdtemp(dir=beside.parent, prefix=f".{beside.name}."))
+    temporary = made.with_name(made.name + PARTIAL)
+    handle = os.open(made, os.O_RDONLY)
     try:
+        with suppress(OSError):  # under its first name, so that nobody sees an unlocked partial folder that is alive
+            fcntl.flock(handle, ALONE)
         made.rename(temporary)
         yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            old = made.with_name(made.name + ".old.partial")
-            path.rename(old)  # not removed in place: half of it would look like all of it
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     finally:
-        if lock is not None:
-            os.close(lock)
+        _remove(temporary)
+        _remove(made)
+        os.close(handle)
 
 
-def _locked(folder: Path) -> int | None:
-    """A handle that locks a folder until it is closed or its process ends; None if another process holds the lock."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
+def _publish(made: Path, path: Path, *, overwrite: bool) -> None:
+    """Give a folder its name. What has it already is left alone or, to be overwritten, changes places in one step."""
+    try:
+        _renameat2(made, path, RENAME_NOREPLACE)
+        return
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, *NOT_SUPPORTED):
+            raise
+    if not path.exists():
+        made.rename(path)  # the system would put it in place of an empty folder, but of no file and no other folder
+    elif not overwrite:
+        raise _exists(path)
+    else:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
+            _renameat2(made, path, RENAME_EXCHANGE)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            old = made.with_name(f".old{made.name}")
+            path.rename(old)  # not removed in place: half of it would look like all of it
+            made.rename(path)
+            old.rename(made)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> None:
+    """Linux' rename with flags; an OSError of `NOT_SUPPORTED` where the C library or the file system has none."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here = -100  # AT_FDCWD: relative paths are relative to the working folder
+    if function is None or function(here, os.fsencode(source), here, os.fsencode(target), flags):
+        code = ctypes.get_errno() if function else errno.ENOSYS
+        raise OSError(code, os.strerror(code), str(target))
+
+
+def _exists(path: Path) -> StethoscopeError:
+    return StethoscopeError(f"the output `{path}` exists", hint="choose another folder or remove it first")
+
+
+@contextmanager
+def kept_for_one(folder: Path) -> Iterator[Path]:
+    """Keep other processes out of a folder, made if need be, and yield it; the lock dies with its process.
+
+    Raises:
+        StethoscopeError: another process works in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, ALONE)
+        except BlockingIOError as error:
+            hint = "wait for it to end, or choose another folder"
+            raise StethoscopeError(f"another process works in `{folder}`", hint=hint) from error
         except OSError:
-            os.close(handle)
-    return None
+            log.debug("the file system of `%s` has no locks", folder)
+        remove_partial(folder)
+        remove_partial(folder.parent)
+        yield folder
+    finally:
+        os.close(handle)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that have ended left unfinished in a folder."""
+    for stale in folder.glob(f".*{PARTIAL}"):
+        with suppress(OSError):
+            handle = os.open(stale, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, ALONE)
+                _remove(stale)
+            finally:
+                os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Frozen(BaseModel):
@@ -170,9 +266,11 @@ def read_json(path: Path) -> Any:
         StethoscopeError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StethoscopeError(f"`{path}` is missing", hint="run the stage that writes it first") from error
+    except OSError as error:
+        raise StethoscopeError(f"cannot read `{path}`: {error.strerror}") from error
     except ValueError as error:
         raise StethoscopeError(f"`{path}` is not JSON: {error}") from error
 
@@ -234,6 +332,7 @@ class Artifact(Frozen):
         """The saved result if it was made from exactly these inputs, else None."""
         try:
             saved = cls.find(folder)
-        except StethoscopeError:
-            return None  # an older or damaged result is made again
+        except StethoscopeError as error:
+            log.warning("%s: it is made again", error.message)
+            return None
         return saved if saved and saved.provenance == provenance else None

@@ -203,7 +203,7 @@ def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub
                 size[entry.layer] += entry.nbytes
         layers = [layer for layer, _ in size.most_common(None if recipe.filters else recipe.select.k)]
         plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
-        found.edit = preview(found.base, found.task_vector, plan, folder / "edited", overwrite=True)
+        found.edit = preview(found.base, found.task_vector, plan, folder / "edited", overwrite=True, resumes=True)
         found.problems += found.edit.problems
         found.notes += [f"warning: {text}" for text in found.edit.warnings]
 

@@ -3,17 +3,20 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import Provenance, canonical_json, remembered_hashes, sha256_bytes, sha256_files
 from stethoscope.check import Check
 from stethoscope.checkpoints.checkpoint import Checkpoint
-from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.checkpoints.header import Entry
+from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.editing.transfer import in_parallel
+from stethoscope.errors import CheckpointError
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
 from stethoscope.recipe import Recipe
 from stethoscope.saes.open import SAEFolder, load_sae
@@ -67,6 +70,30 @@ class Context:
     def dtype(self) -> "torch.dtype":
         """The type of weights of the model here and of the workers' models."""
         return preferred_dtype("cuda" if self.recipe.ray and self.recipe.ray.gpus else self.device)
+
+    def check_weights(self) -> None:
+        """Look for NaN and infinity in every weight of base and tuned.
+
+        Raises:
+            CheckpointError: some are, with every tensor and its file.
+        """
+        tensors = [
+            (store, entry)
+            for store in (self.base, self.task_vector.store)
+            for entry in store.entries.values()
+            if entry.kind != "buffer"
+        ]
+
+        def sound(store: Checkpoint, entry: Entry) -> bool:
+            return all(bytes_finite(piece, entry.dtype) for piece in store.pieces(entry))
+
+        found = in_parallel([(entry.nbytes, partial(sound, store, entry)) for store, entry in tensors])
+        if bad := [one for one, finite in zip(tensors, found, strict=True) if not finite]:
+            raise CheckpointError(
+                "weights are NaN or infinite",
+                problems=[f"`{entry.stored}` in `{store.path / entry.file}`" for store, entry in bad],
+                hint="the training diverged, or the file is damaged",
+            )
 
     @cached_property
     def model(self) -> "PreTrainedModel":

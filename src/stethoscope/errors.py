@@ -1,5 +1,8 @@
 """What a user can get wrong, said once: what is wrong, and a hint."""
 
+import errno
+import os
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -24,6 +27,25 @@ class StethoscopeError(Exception):
         if self.hint:
             lines += ["", f"hint: {self.hint}"]
         return "\n".join(lines)
+
+
+def refused_by_system(error: BaseException) -> StethoscopeError | None:
+    """What the operating system refuses, in words: a full disk, a place to write to, memory; None for other errors.
+
+    Libraries in Rust and C++ give the system's number, or less, in a text of their own.
+    """
+    said = str(error)
+    number = getattr(error, "errno", None) or int((re.findall(r"os error (\d+)", said) or [0])[0])
+    place = f" `{error.filename}`" if getattr(error, "filename", None) else ""  # type: ignore[attr-defined]
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "file write failed" in said:
+        return StethoscopeError(f"the disk is full:{place or f' {said[:200]}'}", hint="free some space")
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG):
+        why = os.strerror(number)
+        return StethoscopeError(f"cannot use{place or ' a file'}: {why}", hint="choose a folder that you can write to")
+    short = r"out of memory|allocate memory|could not create a primitive"  # PyTorch's and oneDNN's words
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(short, said):
+        return StethoscopeError(f"there is not enough memory: {said[:200]}", hint="smaller batches or models take less")
+    return None
 
 
 class CheckpointError(StethoscopeError):

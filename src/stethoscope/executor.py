@@ -16,9 +16,10 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -368,18 +369,20 @@ class RayExecutor:
         if self._ray.is_initialized():
             return
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        on_end = signal.getsignal(signal.SIGTERM)
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             self._ray.init(address=self.options.address, **quiet)
         except ConnectionError as error:
             if self.options.address != "auto":
-                raise StethoscopeError(
-                    f"there is no Ray cluster at `{self.options.address}`", hint="`auto` starts one on this machine"
-                ) from error
+                hint = "`auto` starts one on this machine"
+                raise StethoscopeError(f"there is no Ray cluster at `{self.options.address}`", hint=hint) from error
             cpus = max(os.cpu_count() or 1, (self.options.workers or 1) * self.context.threads)
             self._ray.init(num_cpus=cpus, include_dashboard=False, **quiet)
             log.info("started a Ray cluster on this machine with %d CPUs", cpus)
         self._started_ray = True
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, on_end)  # Ray's own would end the process with no word
 
 
 def versions() -> dict[str, str]:

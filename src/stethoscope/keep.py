@@ -5,7 +5,6 @@
 Of every five documents of a text, three make the filter, one chooses its strength and one is measured.
 """
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stethoscope.artifacts import Provenance, canonical_json, sha256_bytes
+from stethoscope.artifacts import Provenance, canonical_json, scratch_folder, sha256_bytes
 from stethoscope.checkpoints.checkpoint import Checkpoint, fingerprint
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.filter import STRENGTHS, TARGET, FilteredChange, write_filters
@@ -112,14 +111,13 @@ def keep_skill(
         | {"settings": sha256_bytes(canonical_json([wanted.tokens, wanted.max_tokens, wanted.layers]).encode())}
     )
     strengths = STRENGTHS if wanted.strength is None else (wanted.strength,)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.filter.") as folder:
+    with scratch_folder(out) as folder:
         with reporter.stage("Collect moments and filter") as advance:
             write_filters(
                 model,
                 task_vector,
                 texts.moments,
-                filters := Path(folder) / "filters",
+                filters := folder / "filters",
                 provenance=provenance,
                 strengths=strengths,
                 weights=wanted.weights,

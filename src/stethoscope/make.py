@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stethoscope.artifacts import Provenance
+from stethoscope.artifacts import Provenance, file_name
 from stethoscope.errors import RecipeError
 from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT
 
@@ -58,6 +58,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         executor=executor,
         progress=progress,
     )
+    (context.folder / "diagnosis.json").unlink(missing_ok=True)  # of other statistics than those beside it from now on
     save_statistics(context.folder / "statistics.safetensors", {n: one.statistics for n, one in collected.items()})
     return diagnose(
         collected,
@@ -282,7 +283,7 @@ def _target_losses(
     losses = {}
     rows = cache(partial(context.rows, HELD_OUT))  # not tokenized where every loss is saved
     for number, (name, provenance) in enumerate(_arm_keys(context, plans, HELD_OUT).items()):
-        folder = context.folder / "losses" / HELD_OUT.replace(" ", "-") / name
+        folder = context.folder / "losses" / HELD_OUT.replace(" ", "-") / file_name(name)
         saved = TextLoss.load_if_current(folder, provenance)
         if saved is None:
             ids, starts = rows()
@@ -303,7 +304,7 @@ def _costs(
     if not context.found.texts.get(GENERAL):
         return {}
     keys = _arm_keys(context, plans, GENERAL)
-    places = {name: context.folder / "losses" / GENERAL / name for name in plans}
+    places = {name: context.folder / "losses" / GENERAL / file_name(name) for name in plans}
     known = {name: DocumentCosts.load_if_current(places[name], keys[name]) for name in plans}
     missing = {name: plan for name, plan in plans.items() if known[name] is None}
     groups = context.held_together(missing) if missing else []

@@ -6,10 +6,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stethoscope.errors import RecipeError
+from stethoscope.parsing import local_path, parse_yaml, read_yaml
 
 ScalpelArm = Literal[
     "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
@@ -33,17 +33,17 @@ def _resolved(name: str, info: Any) -> str:
     """A path in the recipe's folder where that exists or the name is written as a path, else the name: a hub id."""
     if info.context is None:
         return name
-    path = info.context / Path(name).expanduser()
+    path = local_path(info.context, Path(name))
     written_as_path = name.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".parquet", ".txt")
     return str(path) if written_as_path or path.exists() else name
 
 
 PathOrHubId = Annotated[str, AfterValidator(_resolved)]
-LocalPath = Annotated[Path, AfterValidator(lambda path, info: info.context / path if info.context else path)]
+LocalPath = Annotated[Path, AfterValidator(lambda path, info: local_path(info.context, path) if info.context else path)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Text(_Section):
@@ -69,7 +69,7 @@ class LossText(Text):
 class ProtectedText(Text):
     """Text on which the edit should change nothing."""
 
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=1.0, gt=0)
     """Weight of its effects in the filter."""
 
 
@@ -80,7 +80,7 @@ class Select(_Section):
     """The policy, see `selection.policies`."""
     k: int | None = Field(default=None, ge=1)
     """Number of layers, for ``top_k`` and ``spread``."""
-    z: float = Field(default=3.0, allow_inf_nan=False)
+    z: float = 3.0
     """Minimum excess in standard deviations of the null, for ``threshold``."""
     alpha: float = Field(default=0.05, gt=0, lt=1)
     """Family-wise significance level, for ``significant``."""
@@ -108,7 +108,7 @@ class Calibrate(_Section):
     """Other text that uses the skill; with a ``prompt``, only the loss of what follows it counts."""
     control: LossText
     """Other text that does not use it."""
-    budget: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    budget: float | None = Field(default=None, gt=0)
     """Share by which control loss may rise; without one, a nat of control weighs a nat of target for the policy
     ``calibrated``, and the recommended edit may cost 0.01 nats."""
     coefficients: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
@@ -120,9 +120,9 @@ class Calibrate(_Section):
 class EditOptions(_Section):
     """The edit of the selected layers, and the filter that spares other text."""
 
-    coefficient: float = Field(default=1.0, allow_inf_nan=False)
+    coefficient: float = 1.0
     """Factor of the task vector in the selected layers; negative removes the skill, and nothing is filtered then."""
-    filter: Literal["auto", "none"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
+    filter: Literal["auto", "none"] | Annotated[float, Field(ge=0)] = "auto"
     """The filter's strength: ``auto`` finds layers, coefficient and strength of a recommended edit together; a number
     fixes the strength; ``none`` makes no filter, and the edit is the raw change in the selected layers."""
     tokens: int = Field(default=20_000, ge=1)
@@ -224,7 +224,7 @@ class Ray(_Section):
     """Number of workers; as many as the cluster has room for if None; 0 for none: all is done in this process."""
     threads: int | None = Field(default=None, ge=1)
     """CPUs per worker; if None as many as PyTorch uses here, for which results are the same, or one beside a GPU."""
-    gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    gpus: float = Field(default=0.0, ge=0)
     """GPUs per worker, one or a share of it; 0 for CPUs only."""
 
 
@@ -349,11 +349,11 @@ class Recipe(_Section):
             RecipeError: the file is missing or not YAML, or names, types and values in it are wrong, all at once.
         """
         try:
-            value = yaml.safe_load(path.read_text(encoding="utf-8"))
+            value = read_yaml(path)
         except OSError as error:
             raise RecipeError(f"the recipe `{path}` cannot be read: {error.strerror}") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RecipeError(f"the recipe `{path}` is not YAML: {error}") from error
+        except ValueError as error:
+            raise RecipeError(f"the recipe `{path}` is not YAML that can be used: {error}") from error
         if not isinstance(value, dict):
             raise RecipeError(f"the recipe `{path}` is not a mapping of keys to values")
         for change in changes:
@@ -375,10 +375,10 @@ def _change(value: dict[str, Any], change: str) -> None:
         value = value.setdefault(section, {}) if isinstance(value, dict) else {}
     try:
         if not (equals and key and isinstance(value, dict)):
-            raise RecipeError(f"`--set {change}` is not `section.key=value`", hint="`--set select.k=3`")
-        value[key] = yaml.safe_load(given)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the value in `--set {change}` is not YAML: {error}") from error
+            raise RecipeError(f"`--set {change[:80]}` is not `section.key=value`", hint="`--set select.k=3`")
+        value[key] = parse_yaml(given)
+    except ValueError as error:
+        raise RecipeError(f"the value in `--set {change[:80]}` is not YAML: {error}") from error
 
 
 def _problem(error: dict[str, Any]) -> str:
@@ -393,7 +393,7 @@ def _problem(error: dict[str, Any]) -> str:
         close = get_close_matches(str(error["loc"][-1]), list(section.model_fields), n=1)
         message = f"{place}: unknown key"
     else:
-        given = "" if error["type"] in ("missing", "value_error") else f" (given: `{error['input']}`)"
+        given = "" if error["type"] in ("missing", "value_error") else f" (given: `{str(error['input'])[:80]}`)"
         known = re.findall(r"'([^']+)'", str(error.get("ctx", {}).get("expected", "")))
         close = get_close_matches(str(error["input"]), known, n=1)
         message = f"{place or 'recipe'}: {error['msg']}{given}"

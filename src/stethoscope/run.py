@@ -3,6 +3,7 @@
 A stage whose inputs did not change is not run again; its saved result is read instead.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import yaml
 
 from stethoscope import stages
-from stethoscope.artifacts import write_text
-from stethoscope.errors import require
+from stethoscope.artifacts import Provenance, kept_for_one, write_text
+from stethoscope.errors import StethoscopeError, require
 from stethoscope.make import Results
 from stethoscope.recipe import Recipe
 from stethoscope.stages import Stage
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
+    from stethoscope.context import Context
     from stethoscope.results.comparison import Comparison
     from stethoscope.results.selection import Selection
 
@@ -97,7 +101,7 @@ def run_recipe(
         until: the stage to run, with those that it needs; the whole recipe if None.
 
     Raises:
-        StethoscopeError: everything that is wrong with the recipe, before any long work.
+        StethoscopeError: everything that is wrong with the recipe, before any long work; another run in the folder.
     """
     reporter = reporter or Silent()
     with ExitStack() as stack:
@@ -108,20 +112,24 @@ def run_recipe(
             if recipe.ray:
                 require("ray", extra="ray")
             found = check_run(recipe, folder)
+            stack.enter_context(kept_for_one(folder))
             context = open_context(recipe, folder, found, stack)
         for note in found.notes:
             reporter.note(note)
-        folder.mkdir(parents=True, exist_ok=True)
         if until is None:
             write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        checked = False
         keys, results = dict(context.hashes), dict[str, Any]()
         for stage in chosen_stages(recipe, until):
             needed = {name: keys[name] for name in stage.needs(recipe)}
             provenance = provenance_of(recipe.seed, needed, stage.settings(recipe))
             keys[stage.name] = provenance.key
             with reporter.stage(stage.title) as advance:
-                made = stage.load(context, provenance) if stage.load else None
+                made = _saved(stage, context, provenance)
                 if made is None:
+                    if stage.load and not checked:
+                        context.check_weights()  # before a model is loaded; a finished run does not need it
+                        checked = True
                     made = stage.make(context, MappingProxyType(results), provenance, advance)
                     if stage.save:
                         stage.save(folder, recipe, made)
@@ -133,6 +141,18 @@ def run_recipe(
 
         render_report(folder)  # a finished run's report shows later results too
     return RunResult(folder=folder, results=MappingProxyType(results))
+
+
+def _saved(stage: Stage, context: "Context", provenance: Provenance) -> Any:
+    """The saved result of a stage, if it is current and whole; else None, and the stage is run again."""
+    made = stage.load(context, provenance) if stage.load else None
+    try:
+        if made is not None:
+            stage.check(context, made)
+    except StethoscopeError as error:
+        log.warning("%s: it is made again", error.message)
+        return None
+    return made
 
 
 def chosen_stages(recipe: Recipe, until: str | None) -> list[Stage]:

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope import filtering, make
-from stethoscope.artifacts import Provenance
+from stethoscope.artifacts import Provenance, file_name
+from stethoscope.checkpoints.header import read_header
+from stethoscope.checkpoints.open import open_checkpoint
+from stethoscope.editing.manifest import read_manifest
 from stethoscope.make import Progress, Results
 from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT, SCALPEL_ARMS, Recipe
 
 if TYPE_CHECKING:
     from stethoscope.context import Context
+    from stethoscope.results.filtering import Filtering
     from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
@@ -34,6 +38,7 @@ class Stage:
         make: makes the result with a given provenance from the context and earlier results.
         settings: values of the recipe that also decide the result.
         load: reads a saved result if it has this provenance, else returns None; without, the result is always made.
+        check: raises a StethoscopeError where other files that belong to a saved result are missing or damaged.
         save: writes a result in the run's folder; without, ``make`` saves it.
         wanted: whether a whole run includes it.
         notes: lines that the reporter shows about a result.
@@ -51,6 +56,7 @@ class Stage:
     make: "Callable[[Context, Results, Provenance, Progress], Any]"
     settings: Callable[[Recipe], Mapping[str, Any]] = lambda _recipe: {}
     load: "Callable[[Context, Provenance], Any] | None" = None
+    check: "Callable[[Context, Any], object]" = lambda _context, _made: None
     save: Callable[[Path, Recipe, Any], Any] | None = None
     wanted: Callable[[Recipe], bool] = lambda _recipe: True
     notes: Callable[[Any], Iterable[str]] = lambda _made: ()
@@ -65,9 +71,19 @@ class Stage:
 def _load_plans(context: "Context", provenance: Provenance) -> "Planned | None":
     from stethoscope.selection.arms import load_plans
 
-    planned = load_plans(context.folder, provenance, context.task_vector)
-    whole = planned is not None and ("selected" not in planned.plans or (context.folder / "edited").exists())
-    return planned if whole else None
+    return load_plans(context.folder, provenance, context.task_vector)
+
+
+def _check_edit(context: "Context", planned: "Planned") -> None:
+    if "selected" in planned.plans:
+        open_checkpoint(context.folder / "edited")
+        read_manifest(context.folder / "edited")
+
+
+def _check_filter(context: "Context", made: "Filtering") -> None:
+    from stethoscope.editing.filter import check_files
+
+    check_files(context.filters, made)
 
 
 def _artifact(module: str, name: str, place: Callable[[Recipe], str] = lambda _recipe: "") -> dict[str, Any]:
@@ -133,7 +149,7 @@ def _recommendation_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _validation_folder(recipe: Recipe) -> str:
-    return f"validation/{recipe.validation.control}"
+    return f"validation/{file_name(recipe.validation.control)}"
 
 
 def _set_size(made: "ScoreValidation", recipe: Recipe) -> int:
@@ -153,6 +169,7 @@ STAGES: tuple[Stage, ...] = (
         settings=_diagnosis_settings,
         make=make.diagnosis,
         **_artifact("stethoscope.results.diagnosis", "Diagnosis"),
+        check=lambda context, _: read_header(context.folder / "statistics.safetensors"),
         also=("evidence",),
         help="Score every layer with its SAE: how specific it is to the target, compared with chance.",
         says=_verdict_and_warnings,
@@ -219,6 +236,7 @@ STAGES: tuple[Stage, ...] = (
         settings=_filter_settings,
         make=filtering.make_filter,
         **_artifact("stethoscope.results.filtering", "Filtering", lambda _: "filter") | {"save": None},
+        check=_check_filter,
         wanted=lambda recipe: recipe.filters,
         notes=lambda made: [made.verdict],
     ),
@@ -249,6 +267,7 @@ STAGES: tuple[Stage, ...] = (
         settings=_edited_layers,
         make=make.edit,
         load=_load_plans,
+        check=_check_edit,
         notes=_warnings,
     ),
     Stage(

@@ -11,7 +11,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -19,7 +18,7 @@ from jaxtyping import Float, Float64
 from numpy import ndarray
 from torch import Tensor
 
-from stethoscope.artifacts import Provenance
+from stethoscope.artifacts import Provenance, scratch_folder
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.filter import FilteredChange, write_filters
@@ -79,8 +78,8 @@ def recipe_tradeoff(
     best = [one.layer for one in by_score]
     raw = {float(k): EditPlan.for_layers(best[:k]) for k in range(len(best), -1, -1)}
     rows = {name: context.rows(text, recipe.tradeoff.documents) for name, text in measured.items()}
-    with TemporaryDirectory(dir=context.folder, prefix=".filters.") as folder:
-        filters, strengths = Path(folder) / FILTER, sorted(recipe.tradeoff.strengths)
+    with scratch_folder(context.folder / "filters") as folder:
+        filters, strengths = folder / FILTER, sorted(recipe.tradeoff.strengths)
         write_filters(
             model,
             task_vector,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from world import interrupt
+from world import interrupt, terminate
 
 from stethoscope.cli import main
 from stethoscope.cli.options import RecipeOptions
@@ -75,14 +75,17 @@ def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):
     assert f"{100 * geometry.total.share:.1f}" in whole
 
 
-def test_a_run_interrupted_goes_on_with_the_command_that_it_names(world, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("ends", "code", "word"), [(interrupt, 130, "interrupted"), (terminate, 143, "terminated")])
+def test_a_run_stopped_goes_on_with_the_command_that_it_names(ends, code, word, world, tmp_path, monkeypatch, capsys):
     arguments = ["run", str(world / "recipe.yaml"), "--out", str(tmp_path / "a run")]
     with monkeypatch.context() as patched:
-        patched.setattr("stethoscope.evaluation.comparison.compare", interrupt)
+        patched.setattr("stethoscope.evaluation.comparison.compare", ends)
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
-    assert stopped.value.code == 130
-    command = shlex.split(capsys.readouterr().err.splitlines()[-1])
+    assert stopped.value.code == code
+    said = capsys.readouterr().err
+    assert f"{word}: finished work is kept" in said
+    command = shlex.split(said.splitlines()[-1])
     assert command == ["stethoscope", *arguments]
     monkeypatch.setattr("stethoscope.diagnosis.collect.collect_activations", None)  # it is not done again
     main(command[1:])

@@ -274,7 +274,7 @@ def test_a_release_corrects_what_a_configuration_says(hub):
 def test_saes_in_a_file_each_are_found_by_release_repository_and_folder(hub):
     repository = hub("Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_50")
     for layer in range(28):
-        shapes = {"W_enc": (10, 6), "W_dec": (6, 10), "b_enc": (10,), "b_dec": (6,)}
+        shapes = {"W_enc": (64, 6), "W_dec": (6, 64), "b_enc": (64,), "b_dec": (6,)}
         torch.save({name: torch.randn(shape) for name, shape in shapes.items()}, repository / f"layer{layer}.sae.pt")
     saes = open_saes("qwen-scope-3-1.7b-base-w32k-l50", "layer{layer}")
     assert list(saes) == list(range(28))

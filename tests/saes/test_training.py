@@ -1,6 +1,7 @@
 """SAEs trained on a tiny model, and health on an SAE whose answer is known."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -101,7 +102,7 @@ def test_a_training_that_was_stopped_again_and_again_gives_the_same_bytes(train,
         done = train(tmp_path / "stopped", stop_at=stop_at)
         assert not (tmp_path / "stopped").exists()
         assert len(list(checkpoints.glob("*"))) == (stop_at > 128)
-        half = checkpoints / ".step_99.abc.partial"
+        half = checkpoints / ".step_99.abc.stethoscope-partial"
         half.mkdir(parents=True, exist_ok=True)
         (half / "training.json").write_text("{")
     # the step that was interrupted had not been saved
@@ -228,3 +229,18 @@ def test_health_merges_in_any_grouping_and_of_nothing_is_undefined():
     assert whole.variance_explained == pytest.approx(1 - float(residual.square().sum() / variance.square().sum()))
     none = measure_health(sae, hidden[:0]).health()
     assert (none.variance_explained, none.l0) == (None, None)
+
+
+def test_a_checkpoint_of_a_training_that_is_damaged_is_not_used(train, tmp_path, caplog):
+    train(tmp_path / "whole", checkpoint_seconds=1e9)
+    for file in ("training.json", "*.safetensors"):
+        train(tmp_path / "saes", stop_at=1408)
+        (newest,) = (tmp_path / "saes.training").iterdir()
+        damaged = next(newest.rglob(file))
+        damaged.write_bytes(damaged.read_bytes()[:-9])
+        (tmp_path / "saes.training" / "step_other").mkdir()
+        assert train(tmp_path / "saes")[0] == 128
+        assert "is damaged: the training begins again" in caplog.text
+        assert contents(tmp_path / "saes") == contents(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "saes")
+        caplog.clear()

@@ -53,6 +53,14 @@ def test_layers_whose_rank_is_chance_are_warned_of():
     assert "leave these layers their rank: 3;" in warning
 
 
+@pytest.mark.parametrize("options", [{"k": 2}, {"policy": "spread", "k": 2}, {"policy": "gap"}])
+def test_a_choice_of_layers_that_are_all_chance_says_so_in_its_verdict(options):
+    made = choose([0.1, 0.05, 0.2, 0.15], **options)
+    assert made.verdict.endswith("none of them stands out from chance.")
+    assert any("stands out from chance" in warning for warning in made.warnings)
+    assert "chance" not in choose([0.1, 0.5, 0.2, 0.15], **options).verdict
+
+
 def test_a_flagged_layer_is_left_out_unless_the_user_insists():
     made = choose([0.1, 0.9, 0.2], (1,), k=1)
     assert made.layers == (2,)

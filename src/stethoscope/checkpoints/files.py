@@ -1,21 +1,23 @@
 """Find the files of a folder that hold its weights. An index that names a file outside the folder is refused."""
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from stethoscope.errors import CheckpointError
+from stethoscope.parsing import parse_json
 
 INDEX = "model.safetensors.index.json"
+# Fields of config.json that count something, under the names that families give them.
+SIZES = ("hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_layers")
 
 
 def read_json_object(path: Path, *, hint: str) -> dict[str, Any]:
     """A JSON file that holds an object, or a CheckpointError that says why not."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"cannot read `{path}`: {error.strerror}", hint=hint) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"`{path}` is not valid JSON: {error}", hint=hint) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"`{path}` is not a JSON object", hint=hint)
@@ -38,6 +40,25 @@ def refuse_links(folder: Path) -> None:
             problems=[f"`{path.name}` leads to `{path.resolve()}`" for path in out],
             hint="put the files themselves there (`cp -rL`), or give the folder in which they lie",
         )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json, its sizes whole numbers and its architectures names, or a CheckpointError that says why not."""
+    config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
+    text = config.get("text_config")
+    tables = {"": config, "text_config.": text if isinstance(text, dict) else {}}
+    problems = [
+        f"`{where}{key}` is `{str(value)[:60]}`, not a positive whole number"
+        for where, table in tables.items()
+        for key in SIZES
+        if (value := table.get(key)) is not None and (type(value) is not int or value < 1)
+    ]
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        problems.append(f"`architectures` is `{str(names)[:60]}`, not a list of names")
+    if problems:
+        raise CheckpointError(f"`{folder / 'config.json'}` cannot be used", problems=problems, hint="fetch it again")
+    return config
 
 
 def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:

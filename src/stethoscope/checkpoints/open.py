@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, config_value
-from stethoscope.checkpoints.files import read_json_object, refuse_links, weight_files
+from stethoscope.checkpoints.files import read_config, refuse_links, weight_files
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.hub import from_hub, headers_from_hub
 from stethoscope.checkpoints.pair import match
@@ -56,7 +56,7 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_on
             f"`{path}` is a PEFT adapter, not a checkpoint", hint="adapters can be `tuned`, not `base`"
         )
     refuse_links(folder)
-    config = read_json_object(folder / "config.json", hint="a checkpoint folder has a config.json")
+    config = read_config(folder)
     if named := config.get("transformers_weights"):
         raise CheckpointError(
             f"config.json of `{path}` has Transformers load other weights, `transformers_weights: {named}`",

@@ -5,8 +5,10 @@ Nothing heavy is imported before a command needs it.
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from typing import Annotated
 
@@ -17,15 +19,15 @@ from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, show, stage_command
 from stethoscope.cli.weights import apply, edit, push, train_saes, undo, verify
-from stethoscope.errors import StethoscopeError, install
+from stethoscope.errors import StethoscopeError, install, refused_by_system
 from stethoscope.stages import STAGES
 
 __all__ = ["ConsoleReporter", "app", "cache_folder", "main"]
 
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault of this program, with a traceback; 2 something that you can mend, with a message"
-    " and a hint; 130 interrupted. A verdict of no benefit is a result, and exits with 0."
+    " and a hint; 130 interrupted; 143 terminated. A verdict of no benefit is a result, and exits with 0."
 )
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "A recipe, end to end": (run, demo, check, show, report),
@@ -55,6 +57,13 @@ def _version(asked: bool) -> bool:
     return asked
 
 
+class _Warnings(logging.Handler):
+    """Shows the package's own warnings beside the bar of a stage."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(f"  {record.levelname.lower()}: {record.getMessage()}")
+
+
 @app.callback()
 def _options(
     version: Annotated[
@@ -66,6 +75,8 @@ def _options(
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(level)  # some libraries set their loggers' levels themselves
     logging.basicConfig(level=level, handlers=[handler])
+    own = logging.getLogger("stethoscope")
+    own.handlers = [] if debug else [_Warnings(logging.WARNING)]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -75,7 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault(variable, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     argv = sys.argv[1:] if arguments is None else arguments
+    terminated = False
+
+    def terminate(_signal: int, _frame: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt  # what is unwound after Ctrl-C is then, too
+
+    before = signal.getsignal(signal.SIGTERM)
     try:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, terminate)
         # Typer hands back an exit code in place of Ctrl-C; a command that ends well gives None.
         code = app(argv, prog_name="stethoscope", standalone_mode=False)
         if code == INTERRUPTED:
@@ -96,10 +117,16 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         kept = RESUMED & set(argv[:2])
-        warn("\ninterrupted: " + ("finished work is kept; go on with" if kept else "nothing was written; again with"))
+        ended = "terminated" if terminated else "interrupted"
+        warn(f"\n{ended}: " + ("finished work is kept; go on with" if kept else "nothing was written; again with"))
         warn(f"  {command_line(*argv)}")
-        sys.exit(INTERRUPTED)
+        sys.exit(TERMINATED if terminated else INTERRUPTED)
     except Exception as error:
+        if "--debug" not in argv and (refused := refused_by_system(error)):
+            warn(f"error: {refused}")
+            if RESUMED & set(argv[:2]):
+                warn(f"\nfinished work is kept; go on with\n  {command_line(*argv)}")
+            sys.exit(USER_ERROR)
         if not hasattr(error, "format_message"):  # what typer raises for a wrong command, from a private module
             raise
         about = getattr(getattr(error, "ctx", None), "command_path", "stethoscope")
@@ -107,4 +134,6 @@ def main(arguments: list[str] | None = None) -> None:
         warn(f"error: {said[:1].lower()}{said[1:]}\n\nhint: `{about} --help` lists what there is")
         sys.exit(USER_ERROR)
     finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
         hush(False)

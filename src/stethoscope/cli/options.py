@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -95,18 +96,21 @@ def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def parse_layers(text: str) -> list[int]:
-    """Layer numbers from `3,5-8`.
+    """Layer numbers from `3,5-8`, each once.
 
     Raises:
         StethoscopeError: the text is something else.
     """
-    layers: list[int] = []
+    layers: dict[int, None] = {}
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise StethoscopeError(f"`{part}` in `--layers {text}` is not a layer", hint="write `3,5-8`, or `all`")
-        layers += range(int(first), int(last or first) + 1)
-    return layers
+        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part, re.ASCII)  # no model has 10,000 layers
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise StethoscopeError(
+                f"`{part[:80]}` in `--layers` is neither a layer nor a range that rises", hint="write `3,5-8`, or `all`"
+            )
+        layers |= dict.fromkeys(range(first, last + 1))
+    return list(layers)
 
 
 def labelled(text: str) -> tuple[str, str | None]:

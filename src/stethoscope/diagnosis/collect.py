@@ -361,7 +361,7 @@ class Collector:
         layers = {layer: some.freeze() for layer, some in sums.items()}
         for layer, found in layers.items():
             if not np.isfinite(found.sums).all():
-                raise SAEError(f"the SAE of layer {layer} gave activations that are not finite")
+                raise SAEError(f"the model overflows in layer {layer} or before, or its SAE: try bfloat16 or float32")
         return FeatureStatistics(layers=layers)
 
     def _why_broken(self, document: Document) -> str | None:

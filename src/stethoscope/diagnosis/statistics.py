@@ -14,6 +14,7 @@ from numpy import ndarray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from stethoscope.artifacts import new_file
 from stethoscope.errors import StethoscopeError
 
 _NAMES = ("sums", "fired", "maxima", "tokens", "sinks")
@@ -106,16 +107,14 @@ class FeatureStatistics:
 
 def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
     """Write the statistics of named corpora to one safetensors file."""
-    save_file(
-        {
-            f"{corpus}.{layer}.{name}": np.ascontiguousarray(getattr(statistics, name))
-            for corpus, features in corpora.items()
-            for layer, statistics in features.layers.items()
-            for name in _NAMES
-        },
-        path,
-    )
-    path.chmod(0o644)  # safetensors lets nobody but the user read what it writes
+    arrays = {
+        f"{corpus}.{layer}.{name}": np.ascontiguousarray(getattr(statistics, name))
+        for corpus, features in corpora.items()
+        for layer, statistics in features.layers.items()
+        for name in _NAMES
+    }
+    with new_file(path) as temporary:
+        save_file(arrays, temporary)
 
 
 def load_statistics(path: Path) -> dict[str, FeatureStatistics]:

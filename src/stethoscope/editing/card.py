@@ -1,5 +1,7 @@
 """The model card of an edit, and the mergekit recipe that does the same where there is one."""
 
+import html
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,12 +49,13 @@ def mergekit_recipe(task_vector: TaskVector, plan: EditPlan) -> str | None:
         "dtype": "float32",
         "out_dtype": str(base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"),
     }
-    return yaml.safe_dump(recipe, sort_keys=False)
+    return yaml.safe_dump(recipe, sort_keys=False, width=1 << 20)  # a folded name could end the card's block of code
 
 
 def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """README.md of an edit, with the metadata that the hub reads."""
-    base, tuned, kind = manifest["base"]["source"], manifest["tuned"]["source"], manifest["kind"]
+    base, tuned = (_plain(manifest[key]["source"]) for key in ("base", "tuned"))
+    kind = manifest["kind"]
     changed = {name: record for name, record in manifest["tensors"].items() if record.get("from") != "base"}
     metadata: dict[str, Any] = {"tags": ["stethoscope", "model-editing"]}
     if "/" in base:
@@ -71,11 +74,14 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
         "adapter": f"The part of the adapter `{tuned}` for `{base}` that changes some layers.",
     }[kind]
     transform = manifest["plan"]["transform"]
-    at = {key: f" at `{revision}`" if (revision := manifest[key].get("revision")) else "" for key in ("base", "tuned")}
+    at = {
+        key: f" at `{_plain(revision)}`" if (revision := manifest[key].get("revision")) else ""
+        for key in ("base", "tuned")
+    }
     rows = {
         "base": f"`{base}`{at['base']}",
         "tuned": f"`{tuned}`{at['tuned']}",
-        "architecture": ", ".join(config.get("architectures") or ["unknown"]),
+        "architecture": ", ".join(f"`{_plain(one)}`" for one in config.get("architectures") or ["unknown"]),
         "layers changed": ", ".join(map(str, manifest["layers"])) or "none",
         "tensors changed": f"{len(changed)} of {len(manifest['tensors'])}" if kind == "checkpoint" else len(changed),
         "transform": _transform(transform),
@@ -86,7 +92,14 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     for note in manifest.get("notes", ()):
         lines += [f"Note: {note}.", ""]
     if results:
-        lines += ["## Results", "", results["verdict"], "", *_result_rows(results), ""]
+        lines += [
+            "## Results",
+            "",
+            html.escape(" ".join(results["verdict"].split()), quote=False).replace("[", "&#91;"),
+            "",
+            *_result_rows(results),
+            "",
+        ]
     lines += ["`manifest.json` has the plan and the hash of every tensor; `stethoscope verify` checks them."]
     if manifest.get("mergekit"):
         lines += ["", "The same edit for mergekit:", "", "```yaml", manifest["mergekit"].rstrip(), "```"]
@@ -95,12 +108,19 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _plain(name: object) -> str:
+    """A name from elsewhere without what could end its place in the card, or be more than text there."""
+    return " ".join(re.sub(r"[|<>\[\]`]", " ", str(name)).split())
+
+
 def _transform(described: Mapping[str, Any] | None) -> str:
     if not described:
         return "none, the raw change"
     if described.get("kind") != "filter":
-        return f"`{described.get('kind', 'see manifest.json')}`"
-    tokens = ", ".join(f"{name} ({count:,} tokens)" for name, count in described["tokens"].items() if name != "target")
+        return f"`{_plain(described.get('kind', 'see manifest.json'))}`"
+    tokens = ", ".join(
+        f"{_plain(name)} ({count:,} tokens)" for name, count in described["tokens"].items() if name != "target"
+    )
     return f"filter of strength {described['strength']:g} that protects {tokens}"
 
 
@@ -127,7 +147,7 @@ def _model_index(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _result_rows(results: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"| task | metric | items | {results['baseline']}, % | edited, % | change | adjusted p |",
+        f"| task | metric | items | {_plain(results['baseline'])}, % | edited, % | change | adjusted p |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["tasks"]:
@@ -135,5 +155,5 @@ def _result_rows(results: Mapping[str, Any]) -> list[str]:
         p = "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.2g}"
         change = 100 * (row["accuracy"] - row["baseline"])
         cells = f"{row['items']} | {before:.1f} | {after:.1f} | {change:+.1f} | {p}"
-        lines.append(f"| {row['task']} | {row['metric']} | {cells} |")
+        lines.append(f"| {_plain(row['task'])} | {_plain(row['metric'])} | {cells} |")
     return lines

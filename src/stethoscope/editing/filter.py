@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stethoscope.artifacts import Provenance, new_folder
+from stethoscope.artifacts import Provenance, file_name, new_folder
 from stethoscope.checkpoints.adapter import AdapterTaskVector, low_rank
 from stethoscope.checkpoints.checkpoint import torch_dtype
+from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.moments import Inputs, Moments, Progress, Role, Texts, collect_moments, roles
@@ -173,7 +174,12 @@ def write_filters(
             found.append(LayerFiltering(layer=layer, separability=mean, raw=sums[0], filtered=tuple(sums[1:])))
         tokens = {name: sum(int(batch.countable.sum()) for batch in text) for name, text in texts.items()}
         filtering = Filtering(
-            provenance=provenance, strengths=tuple(strengths), weights=weights, tokens=tokens, layers=tuple(found)
+            provenance=provenance,
+            strengths=tuple(strengths),
+            weights=weights,
+            tokens=tokens,
+            layers=tuple(found),
+            tensors=len(names),
         )
         filtering.save(folder)
     return filtering
@@ -242,6 +248,22 @@ class _Part:
         dtype = torch_dtype(task_vector.base.entries[self.name].dtype)
         change = change.T if self.role in ("rows", "token") else change
         return {"change": change.reshape(self.shape).to("cpu", dtype).contiguous()}
+
+
+def check_files(folder: Path, filtering: Filtering) -> None:
+    """Check by their headers that all changes are there that `write_filters` has written.
+
+    Raises:
+        CheckpointError: one is missing or damaged.
+    """
+    for strength in filtering.strengths:
+        files = [*(folder / f"{strength:g}").glob("*.safetensors")]
+        for path in files:
+            read_header(path)
+        if len(files) != filtering.tensors:
+            raise CheckpointError(
+                f"`{folder}` has {len(files)} of {filtering.tensors} changes of strength {strength:g}"
+            )
 
 
 class FilteredChange:
@@ -326,7 +348,7 @@ def _sum(a: Effect, b: Effect) -> Effect:
 
 
 def _path(folder: Path, strength: float, name: str) -> Path:
-    return folder / f"{strength:g}" / f"{name}.safetensors"
+    return folder / f"{strength:g}" / f"{file_name(name)}.safetensors"
 
 
 def _check(texts: Texts, strengths: Sequence[float], weights: Mapping[str, float]) -> None:

@@ -57,8 +57,13 @@ def preview(
     *,
     kind: str = "checkpoint",
     overwrite: bool = False,
+    resumes: bool = False,
 ) -> Preview:
-    """What `write_edit` with the same arguments will do; reads no weights and writes nothing."""
+    """What `write_edit` with the same arguments will do; reads no weights and writes nothing.
+
+    Args:
+        resumes: what ``out`` holds may be this edit already, so that a disk with no room for another is a warning.
+    """
     chosen = coefficients(task_vector, plan)
     entries = {name: base.entries[name] for name in chosen}
     whole = {n for n, c in chosen.items() if c == 1 and plan.transform is None and task_vector.raw(n)}
@@ -92,8 +97,13 @@ def preview(
         problems += _adapter_problems(task_vector, plan, chosen)
     problems += output_problems(out, base.path, task_vector.store.path, overwrite=overwrite)
     needed, free = written + SMALL_FILES, _disk_free(out)
+    warnings = (*task_vector.notes, *_code(base), *_taken_back(task_vector, layers))
     if needed > free:
-        problems.append(f"`{out}` needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+        full = f"`{out}` needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        if resumes and out.exists():
+            warnings = (*warnings, f"{full}: enough only if the edit there is this one")
+        else:
+            problems.append(full)
     return Preview(
         layers=layers,
         tensors=len(chosen),
@@ -104,7 +114,7 @@ def preview(
         disk_free=free,
         seconds=round(1.0 + written / COPY_RATE + (changed - copied) / ARITHMETIC_RATE, 1),
         problems=tuple(problems),
-        warnings=(*task_vector.notes, *_code(base), *_taken_back(task_vector, layers)),
+        warnings=warnings,
         hint="nothing has been written" if problems else None,
     )
 

@@ -22,7 +22,7 @@ from stethoscope.artifacts import new_folder
 from stethoscope.checkpoints.checkpoint import Checkpoint, hash_tensor
 from stethoscope.checkpoints.header import Entry
 from stethoscope.editing.manifest import describe_tensor
-from stethoscope.errors import CheckpointError
+from stethoscope.errors import CheckpointError, refused_by_system
 from stethoscope.lazy import torch
 
 Result = TypeVar("Result")
@@ -103,11 +103,9 @@ def output_folder(out: Path, *, overwrite: bool = False, sync: bool = True) -> I
                 for path in (*folder.iterdir(), folder):
                     _sync(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message, hint = f"the disk of `{out}` is full", "free some space, or write `patch` instead of `checkpoint`"
-        else:
-            message, hint = f"cannot write `{out}`: {error.strerror or error}", "choose a folder that you can write to"
-        raise CheckpointError(message, hint=hint) from error
+        known = refused_by_system(error)
+        said = known.message if known else error.strerror or str(error)
+        raise CheckpointError(f"cannot write `{out}`: {said}", hint=known.hint if known else None) from error
     if sync:
         _sync(out.parent)
 

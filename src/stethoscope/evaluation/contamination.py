@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy import ndarray
 
+from stethoscope.artifacts import new_file
 from stethoscope.display import first_of
 from stethoscope.errors import EvaluationError, StethoscopeError
 from stethoscope.text.documents import Document
@@ -58,7 +59,8 @@ class Seen:
 
     def save(self, folder: Path) -> None:
         """Write ``seen.npy``."""
-        np.save(folder / FILE, self.runs, allow_pickle=False)
+        with new_file(folder / FILE) as temporary, temporary.open("wb") as file:
+            np.save(file, self.runs, allow_pickle=False)
 
     @classmethod
     def load(cls, folder: Path) -> "Seen":

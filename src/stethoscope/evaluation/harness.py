@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         """Responses of the requests, in their order; equal prompts are generated once unless sampled."""
         if any(request.args[1].get("do_sample") for request in requests):
             return super().generate_until(requests, disable_tqdm=True)
-        self._generations = _read_journal(self.journal) if self.journal else {}
+        self._generations = read_journal(self.journal) if self.journal else {}
         groups: dict[str, list[Instance]] = {}
         for request in requests:
             groups.setdefault(canonical_json(request.args[1]), []).append(request)
@@ -95,7 +96,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             if self.journal:
                 self.journal.parent.mkdir(parents=True, exist_ok=True)
                 with self.journal.open("a", encoding="utf-8") as file:
-                    file.writelines(json.dumps({"key": key, **asdict(one)}) + "\n" for key, one in made.items())
+                    file.writelines(journal_line({"key": key, **asdict(one)}) for key, one in made.items())
             self.on_items(len(batch))
 
     def _decode(self, prompts: list[list[int]], prefix: Prefix, stops: list[str], limit: int) -> list[Generation]:
@@ -139,13 +140,23 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         return bool(self._agreed)
 
 
-def _read_journal(path: Path) -> dict[str, Generation]:
-    """What was generated so far, by key; a line cut short by an interruption is dropped from the file."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):  # the interruption came while this line was written
-        write_text(path, "".join(lines := lines[:-1]))
-    entries = map(json.loads, lines)
-    return {entry.pop("key"): Generation(**entry) for entry in entries}
+def read_journal(path: Path) -> dict[str, Generation]:
+    """What was generated so far, by key; lines that are cut short or damaged are dropped from the file."""
+    found, lines = {}, path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, TypeError, AttributeError, RecursionError):
+            entry = json.loads(line)
+            if line == journal_line({name: value for name, value in entry.items() if name != "check"}).encode():
+                found[line] = entry
+    if len(found) < len(lines):
+        logger.warning("%d lines of `%s` are damaged: these answers are made again", len(lines) - len(found), path)
+        write_text(path, b"".join(found).decode())
+    return {e["key"]: Generation(**{n: v for n, v in e.items() if n not in ("key", "check")}) for e in found.values()}
+
+
+def journal_line(entry: dict[str, Any]) -> str:
+    """A line of the journal, with a hash by which it is known to be as it was written."""
+    return json.dumps({**entry, "check": sha256_bytes(canonical_json(entry).encode())[:16]}) + "\n"
 
 
 class _Stop:

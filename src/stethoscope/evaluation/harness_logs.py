@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from stethoscope.artifacts import sha256_bytes, write_text
+from stethoscope.artifacts import file_name, sha256_bytes, write_text
 from stethoscope.display import first_of
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.outcomes import SOURCE, Outcomes
@@ -238,7 +238,7 @@ def write_logs(
                 for row in outcomes.rows(arm, name).to_dict("records")
                 for sample in _samples(row, outcomes.metrics, first, asked.get(row["item"]))
             ]
-            path = out / arm / f"samples_{name}_{time}.jsonl"
+            path = out / file_name(arm) / f"samples_{file_name(name)}_{time}.jsonl"
             write_text(path, "".join(lines))
             written.append(path)
     return written

@@ -18,17 +18,24 @@ def unknown_tasks(names: Sequence[str], include_path: Path | None = None) -> dic
     Returns:
         those by name, each with known names that are close to it.
     """
-    missing = [name for name in names if not Path(name).is_file()]
+    missing = [name for name in names if not _is_file(name)]
     known = _named(include_path.rglob("*.yaml")) if include_path is not None else set()
     # Most tasks lie in a folder called as they begin, or in `benchmarks`; to read all 14,000 files takes a second.
     starts = {"benchmarks", *(re.split(r"[_-]", name)[0] for name in missing)}
-    near = {folder for start in starts for folder in _harness().glob(f"{start}*") if start.isalnum()}
+    near = {folder for start in starts if start.isalnum() for folder in _harness().glob(f"{start}*")}
     for folders in (set(), near, {_harness()}):
         known |= _named(path for folder in folders for path in folder.rglob("*"))
         missing = [name for name in missing if name not in known]
         if not missing:
             break
     return {name: get_close_matches(name, known, n=3) for name in missing}
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # no file can be called so
+        return False
 
 
 def _harness() -> Path:

@@ -7,7 +7,6 @@ template), a column ``source`` may say which.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy import stats
 
+from stethoscope.artifacts import new_file
 from stethoscope.display import Display, Rows, first_of, percent, table_of
 from stethoscope.errors import EvaluationError
 
@@ -200,13 +200,8 @@ class Outcomes(Display):
         table = pa.Table.from_pandas(self.frame, preserve_index=False)
         note = json.dumps({"schema": SCHEMA, **self.provenance}, sort_keys=True)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), b"stethoscope": note.encode()})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            pq.write_table(table, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with new_file(path) as temporary:
+            pq.write_table(table, temporary, write_page_checksum=True)
 
     @classmethod
     def load(cls, path: Path) -> "Outcomes":
@@ -216,14 +211,15 @@ class Outcomes(Display):
             EvaluationError: the file is missing, is something else, or has a newer schema.
         """
         try:
-            table = pq.read_table(path)
+            table = pq.read_table(path, page_checksum_verification=True)
             note = json.loads((table.schema.metadata or {})[b"stethoscope"])
-        except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+            schema, frame = note.pop("schema"), table.to_pandas()
+        except Exception as error:  # a damaged file makes its readers raise almost anything
             hint = "give the `outcomes.parquet` of a run"
             raise EvaluationError(f"`{path}` does not hold outcomes: {error}", hint=hint) from error
-        if note.pop("schema") != SCHEMA:
+        if schema != SCHEMA:
             raise EvaluationError(f"`{path}` was written by another version of stethoscope", hint="evaluate again")
-        return cls(frame=table.to_pandas(), provenance=note)
+        return cls(frame=frame, provenance=note)
 
 
 def _items(numbers: Any) -> str:

@@ -6,6 +6,7 @@ run goes on where it stopped, inside a task too.
 """
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, sha256_bytes, sha256_files
+from stethoscope.artifacts import canonical_json, file_name, kept_for_one, sha256_bytes, sha256_files
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
@@ -33,6 +34,8 @@ from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
+
+log = logging.getLogger(__name__)
 
 __all__ = ["evaluate", "evaluate_checkpoints", "load_tasks", "weights_hash"]
 
@@ -142,6 +145,7 @@ def evaluate_checkpoints(
         StethoscopeError: there is no such device.
         EvaluationError: as `evaluate`; vLLM is not installed; tokenizers or decoding settings differ between arms.
         CheckpointError: a checkpoint cannot be opened.
+        StethoscopeError: another process works in ``out``.
     """
     _check(checkpoints, limit)
     if backend == "vllm" and executor:
@@ -168,7 +172,7 @@ def evaluate_checkpoints(
 
     build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
     setup = partial(_set_up_worker, arms=folders, build=build, batch_size=batch_size, limit=limit, seed=seed)
-    with quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
+    with kept_for_one(out), quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
         tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), runner.tasks) for arm, folder in folders.items()}
         _check_alike("tokenizers", tokenizers, "the prompts would not be the same tokens: evaluate them apart")
         decoding = {arm: _decoding(folder) for arm, folder in folders.items()}
@@ -305,9 +309,9 @@ def _complete(
             state = identify(arm)
             for task in tasks:
                 key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
-                stored = out / "parts" / f"{_safe(arm)}.{_safe(task)}.{key[:16]}.parquet"
-                if stored.exists():
-                    frames[arm, task] = Outcomes.load(stored).frame
+                stored = out / "parts" / f"{file_name(arm)}.{file_name(task)}.{key[:16]}.parquet"
+                if (frame := _stored(stored, key)) is not None:
+                    frames[arm, task] = frame
                     tell(arm, task)
                 else:
                     missing.append(_Cell(arm=arm, task=task, key=key, stored=stored))
@@ -339,6 +343,20 @@ def _complete(
     return outcomes
 
 
+def _stored(path: Path, key: str) -> pd.DataFrame | None:
+    """The outcomes of one arm on one task as they were stored; None if they were not, or are damaged."""
+    if not path.exists():
+        return None
+    try:
+        found = Outcomes.load(path)
+        if found.provenance.get("key") == key:
+            return found.frame
+    except EvaluationError as error:
+        log.debug("%s", error)
+    log.warning("`%s` is damaged: its arm is run again on its task", path)
+    return None
+
+
 def _check(arms: Mapping[str, Any], limit: int | None) -> None:
     if not arms:
         raise EvaluationError("there is no arm to evaluate", hint="`{'base': contextlib.nullcontext}` is the least")
@@ -366,7 +384,3 @@ def _decoding(folder: Path) -> str:
         return "{}"
     changed = GenerationConfig.from_pretrained(folder).to_diff_dict()
     return canonical_json({name: value for name, value in changed.items() if value and name not in HARMLESS})
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)

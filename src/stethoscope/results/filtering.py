@@ -48,11 +48,13 @@ class Filtering(Display, Artifact):
         weights: protected text -> its weight.
         tokens: text -> tokens that the moments are over.
         layers: the layers, then the tensors outside them.
+        tensors: how many changes lie beside it at each strength.
     """
 
     FILE: ClassVar[str] = "filter.json"
 
     strengths: tuple[float, ...]
+    tensors: int = 0
     weights: dict[str, float]
     tokens: dict[str, int]
     layers: tuple[LayerFiltering, ...]

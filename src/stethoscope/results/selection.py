@@ -19,6 +19,7 @@ class Selection(Display, Artifact):
 
     Attributes:
         coefficients: layer -> coefficient, where the policy chose them too.
+        specific: how many of the layers chosen stand out from chance; None in a selection of before.
         warnings: what a reader should know before believing the choice.
     """
 
@@ -28,12 +29,14 @@ class Selection(Display, Artifact):
     layers: tuple[int, ...]
     coefficients: dict[int, float] | None = None
     choices: tuple[LayerChoice, ...]
+    specific: int | None = None
     warnings: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
-        """One sentence: how many layers by which policy, and which."""
-        return f"`{self.policy}` chooses {len(self.layers)} of {len(self.choices)} layers: {listed(self.layers)}."
+        """One sentence: how many layers by which policy, which, and whether none of them stands out from chance."""
+        said = f"`{self.policy}` chooses {len(self.layers)} of {len(self.choices)} layers: {listed(self.layers)}"
+        return said + ("; none of them stands out from chance." if self.specific == 0 else ".")
 
     def table(self) -> Rows:
         """A row per layer: whether it was chosen, and why."""

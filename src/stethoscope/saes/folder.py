@@ -1,5 +1,6 @@
 """One SAE on disk: what it is and reads, checked against the headers of its files, without its weights."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,12 @@ class Stored:
     def table(self, name: str) -> dict[str, Any]:
         """A table of the configuration, empty where there is none."""
         return value if isinstance(value := self.config.get(name), dict) else {}
+
+    def number(self, name: str, value: Any, *, above: float = -math.inf) -> None:
+        """Add a problem where a value is no finite number above a limit."""
+        if type(value) not in (int, float) or not above < value < math.inf:
+            limit = f" above {above:g}" if above > -math.inf else ""
+            self.problems.append(f"`{name}` is `{str(value)[:60]}`, not a number{limit}")
 
     def matrix(self, name: str) -> tuple[int, int]:
         """The two sizes of a matrix, for layouts whose configuration does not give them."""

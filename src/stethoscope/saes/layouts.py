@@ -76,6 +76,8 @@ def read_sae_lens(stored: Stored) -> Claim:
         stored.problems.append(
             f"it reads scaled activations but does not say the scale (normalize_activations: {normalized})"
         )
+    if config.get("norm_scaling_factor") is not None:
+        stored.number("norm_scaling_factor", config["norm_scaling_factor"], above=0.0)
     if about.get("hook_head_index", about.get("hook_point_head_index")) is not None:
         stored.problems.append("it reads one attention head, which is not supported")
     loading = about.get("model_from_pretrained_kwargs")
@@ -84,11 +86,17 @@ def read_sae_lens(stored: Stored) -> Claim:
             "it reads TransformerLens' centred residual stream (center_writing_weights), not the model's"
         )
     hook_name = str(about.get("hf_hook_name") or about.get("hook_name") or about.get("hook_point") or "")
-    hook_name = hook_name.replace("{layer}", str(about.get("hook_point_layer")))
+    layer = about.get("hook_layer", about.get("hook_point_layer"))
+    hook_name = hook_name.replace("{layer}", str(layer))
+    if layer is not None and f".{layer}." not in f"{hook_name}.":
+        stored.problems.append(f"`hook_layer` is `{layer}`, but it reads `{hook_name}`")
     own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}  # a value per feature
     names = ("W_enc", "W_dec", "b_dec", *own.get(architecture.split("_", 1)[0], ("b_enc",)))
     sizes = [config.get(name) for name in ("d_in", "d_sae", "d_out" if architecture.endswith("transcoder") else "d_in")]
-    return Claim(hook_name, architecture, sizes, {name: name for name in names}, model_name=about.get("model_name"))
+    older = config.get("activation_fn_kwargs")
+    k = config.get("k", older.get("k") if isinstance(older, dict) else None)
+    options = {"k": k} if architecture.startswith("topk") else {}
+    return Claim(hook_name, architecture, sizes, {name: name for name in names}, options, about.get("model_name"))
 
 
 def convert_sae_lens(folder: SAEFolder, config: dict[str, Any], state: State) -> Converted:
@@ -119,14 +127,13 @@ def read_sparsify(stored: Stored) -> Claim:
         stored.problems.append(f"the activation function `{activation}` is not supported; this is: topk")
     unsupported = [name for name in ("signed", "embed_skip", "gram_lookup") if config.get(name)]
     stored.problems.extend(f"`{name}` is not supported" for name in unsupported)
-    if not isinstance(k := config.get("k"), int) or k < 1:
-        stored.problems.append(f"`k` is `{k}`, not a positive whole number")
     module, transcode, run = stored.where.name, bool(config.get("transcode")), stored.where.parent / "config.json"
     hook_name, architecture = (f"{module}.input", "topk_transcoder") if transcode else (module, "topk")
     sizes = config.get("d_in"), stored.matrix("encoder.weight")[0]
     tensors = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias", "W_dec": "W_dec", "b_dec": "b_dec"}
     model_name = read_json_object(run, hint="fetch it again").get("model") if run.is_file() else None
-    return Claim(hook_name, architecture, sizes, tensors, {"apply_b_dec_to_input": not transcode, "k": k}, model_name)
+    options = {"apply_b_dec_to_input": not transcode, "k": config.get("k")}
+    return Claim(hook_name, architecture, sizes, tensors, options, model_name)
 
 
 GEMMA_TAPS = {
@@ -189,9 +196,8 @@ def read_llama_scope(stored: Stored) -> Claim:
     if config.get("hook_point_out", hook) != hook:
         stored.problems.append("it is a transcoder, which is not supported in Llama Scope's layout")
     norm = stored.table("dataset_average_activation_norm").get("in")
-    for name, value in (("jump_relu_threshold", config.get("jump_relu_threshold")), ("average norm", norm)):
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            stored.problems.append(f"`{name}` is `{value}`, not a number")
+    stored.number("jump_relu_threshold", config.get("jump_relu_threshold"))
+    stored.number("average norm", norm, above=0.0)
     sizes = config.get("d_model"), config.get("d_sae")
     tensors = {"W_enc": "encoder.weight.T", "b_enc": "encoder.bias"}
     tensors |= {"W_dec": "decoder.weight.T", "b_dec": "decoder.bias"}
@@ -244,7 +250,9 @@ def read_dictionary(stored: Stored) -> Claim:
     hook_name = f"blocks.{trainer['layer']}.hook_{site}" if "layer" in trainer else ""
     sizes = trainer.get("activation_dim"), trainer.get("dict_size")
     tensors = {name: name for name in linear} if "W_enc" in stored.shapes else linear
-    options = {"apply_b_dec_to_input": kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")}
+    options: dict[str, Any] = {"apply_b_dec_to_input": kind not in ("AutoEncoderNew", "JumpReluAutoEncoder")}
+    if kind == "AutoEncoderTopK" and "k" not in stored.shapes:
+        options["k"] = trainer.get("k")
     return Claim(hook_name, _DICTIONARIES.get(kind, "standard"), sizes, tensors, options, trainer.get("lm_name"))
 
 
@@ -254,8 +262,8 @@ def convert_dictionary(folder: SAEFolder, config: dict[str, Any], tensors: State
     state, options = renamed(tensors, {**others, **folder.tensors}), sae_lens_config(folder)
     if config["trainer"]["dict_class"] in ("GatedAutoEncoder", "JumpReluAutoEncoder"):
         state = unit_decoder(state)
-    if folder.architecture == "topk":
-        options["k"] = int(tensors["k"]) if "k" in tensors else config["trainer"]["k"]
+    if "k" in tensors and folder.architecture == "topk":
+        options["k"] = int(tensors["k"])
     if options["architecture"] == "jumprelu":
         state["threshold"] = state["threshold"].expand(folder.width).clone()
     else:

@@ -7,7 +7,7 @@ sae = load_sae(saes[12])                                                    # a 
 """
 
 import logging
-import pickle
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -151,7 +151,9 @@ def read_folder(path: Path, overrides: Mapping[str, Any] | None = None) -> SAEFo
     d_in, width, d_out = (*claim.sizes, claim.sizes[0])[:3]
     for size, value in (("d_in", d_in), ("d_sae", width)):
         if type(value) is not int or value < 1:
-            problems.append(f"`{size}` is `{value}`, not a positive whole number")
+            problems.append(f"`{size}` is `{str(value)[:60]}`, not a positive whole number")
+    if "k" in claim.options and not _is_k(claim.options["k"], width):
+        problems.append(f"`k` is `{str(claim.options['k'])[:60]}`, not a whole number from 1 to {width}")
     if claim.architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         problems.append(f"the architecture `{claim.architecture}` is not supported; these are: {known}")
@@ -215,9 +217,16 @@ def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]
         sae: SAE[Any] = SAE.load_from_disk(
             folder.path, converter=lambda *_args, **_options: ({**config, **settings}, state)
         )
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, CheckpointError) as error:
-        raise SAEError(f"the SAE `{folder.path}` cannot be loaded: {error}") from error
-    return sae.requires_grad_(False).eval()
+        sae.requires_grad_(False).eval()
+        _check_sound(sae, folder)
+    except Exception as error:  # a damaged file makes the readers of its format raise almost anything
+        file = folder.path / folder.files[-1]
+        raise SAEError(
+            f"the SAE of layer {folder.layer} cannot be loaded: {_said(error)}",
+            problems=[f"from `{file}`"],
+            hint="fetch or train it again",
+        ) from error
+    return sae
 
 
 def _in_folder(folder: Path, sae_id: str | None) -> Found:
@@ -245,6 +254,24 @@ def _in_folder(folder: Path, sae_id: str | None) -> Found:
     return [(None, path, {}) for path in sorted(paths)]
 
 
+def _check_sound(sae: "SAE[Any]", folder: SAEFolder) -> None:
+    """Raise ValueError for what would fail, or spoil every number, only once the SAE is used."""
+    if bad := [f"`{name}`" for name, value in sae.state_dict().items() if not bool(value.isfinite().all())]:
+        raise ValueError(f"NaN or infinity in {', '.join(bad)}")
+    if not _is_k(getattr(sae.cfg, "k", 1), folder.width):
+        raise ValueError(f"`k` is `{sae.cfg.k}`, not a whole number from 1 to {folder.width}")
+    if not bool(sae.encode(sae.b_dec.new_ones(1, folder.d_in)).isfinite().all()):
+        raise ValueError("its configuration makes NaN or infinity of a plain input")
+
+
+def _is_k(k: Any, width: Any) -> bool:
+    return type(k) is int and type(width) is int and 1 <= k <= width
+
+
+def _said(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
 def _layout_of(path: Path) -> str | None:
     """The layout of a folder by the files in it, or of a file that is an SAE itself; None if there is no SAE."""
     if path.name.endswith(ONE_FILE) and path.is_file():
@@ -261,28 +288,38 @@ def _read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Shapes of the tensors of a `.safetensors`, `.npz` or `.pt` file, from its headers, and what is wrong with it."""
     try:
         if path.suffix == ".safetensors":
-            return {name: entry.shape for name, entry in read_header(path).items()}, []
-        if path.suffix == ".npz":
-            from numpy.lib import format as npy
+            shapes = {name: entry.shape for name, entry in read_header(path).items()}
+        elif path.suffix == ".npz":
+            shapes = _npz_shapes(path)
+        else:
+            import torch  # alone reads this format's headers
 
-            shapes = {}
-            with zipfile.ZipFile(path) as archive:
-                for name in archive.namelist():
-                    with archive.open(name) as member:
-                        npy.read_magic(member)
-                        shapes[name.removesuffix(".npy")] = npy.read_array_header_1_0(member)[0]
-            return shapes, []
-
-        import torch  # alone reads this format's headers
-
-        tensors = dict(torch.load(path, map_location="meta", weights_only=True))
-        return {str(name): tuple(value.shape) for name, value in tensors.items() if hasattr(value, "shape")}, []
+            tensors = dict(torch.load(path, map_location="meta", weights_only=True))
+            shapes = {str(name): tuple(value.shape) for name, value in tensors.items() if hasattr(value, "shape")}
     except CheckpointError as error:
         return {}, list(error.problems) or [f"`{path.name}`: {error.message}"]
     except OSError as error:
         return {}, [f"`{path.name}` cannot be read: {error}"]
-    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, RuntimeError):
-        return {}, [f"`{path.name}` is damaged, or holds more than tensors"]
+    except Exception as error:  # as in `load_sae`
+        log.debug("`%s`", path, exc_info=True)
+        return {}, [f"`{path.name}` is damaged, or holds more than tensors: {_said(error)}"]
+    return shapes, [] if shapes else [f"`{path.name}` holds no tensors"]
+
+
+def _npz_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays in an archive of NumPy's, of which no more is unpacked than their headers."""
+    from numpy.lib import format as npy
+
+    shapes = {}
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as member:
+                reader = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
+                shape, _, dtype = reader(member)
+                if math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
+                    raise ValueError(f"`{info.filename}` is {dtype} {shape}, its bytes are not as many")
+            shapes[info.filename.removesuffix(".npy")] = shape
+    return shapes
 
 
 def _read_tensors(path: Path) -> "dict[str, torch.Tensor]":

@@ -5,10 +5,12 @@
 The same call resumes a stopped training from its last checkpoint, in `saes.training`, and gives the same SAEs.
 """
 
+import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import canonical_json, new_folder, read_json, sha256_bytes, write_json
+from stethoscope.artifacts import (
+    canonical_json,
+    kept_for_one,
+    new_folder,
+    read_json,
+    sha256_bytes,
+    sha256_file,
+    write_json,
+)
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.models.sites import SITES
@@ -35,6 +45,8 @@ from stethoscope.saes.activations import ActivationStream, Position
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.layouts import unit_decoder
 from stethoscope.text.documents import Document, documents_hash
+
+log = logging.getLogger(__name__)
 
 # Encoder rows start as this multiple of the decoder's, so that many overlapping features fire on a token at first.
 INIT_GAIN = 0.15
@@ -170,14 +182,15 @@ def train_saes(
     if not rows:
         raise SAEError("every document has only one token", hint="the first is never trained on: give longer text")
     begun = asdict(settings) | {"layers": layers, "text": documents_hash(documents), "model": _fingerprint(model)}
-    checkpoints = _Checkpoints(out, begun, seconds=checkpoint_seconds)
-    trainer = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
-    with new_folder(out, overwrite=overwrite) as folder:
-        saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
-        health = _measure(saes, stream, held_out)
-        table = {str(layer): {kind: h.to_dict() for kind, h in kinds.items()} for layer, kinds in health.items()}
-        write_json(folder / "health.json", {"settings": asdict(settings), "layers": table})
-    shutil.rmtree(checkpoints.folder, ignore_errors=True)
+    with kept_for_one(out.with_name(f"{out.name}.training")) as kept:
+        checkpoints = _Checkpoints(kept, begun, seconds=checkpoint_seconds)
+        trainer = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
+        with new_folder(out, overwrite=overwrite) as folder:
+            saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
+            health = _measure(saes, stream, held_out)
+            table = {str(layer): {kind: h.to_dict() for kind, h in kinds.items()} for layer, kinds in health.items()}
+            write_json(folder / "health.json", {"settings": asdict(settings), "layers": table})
+        shutil.rmtree(checkpoints.folder, ignore_errors=True)
     return health
 
 
@@ -258,14 +271,15 @@ class _Checkpoints:
         step, position: of the newest checkpoint, to resume from.
     """
 
-    def __init__(self, out: Path, begun: Mapping[str, Any], *, seconds: float) -> None:
-        self.folder = out.with_name(out.name + ".training")
+    def __init__(self, folder: Path, begun: Mapping[str, Any], *, seconds: float) -> None:
+        self.folder = folder
         self.begun, self.seconds, self.saved_at = begun, seconds, time.monotonic()
-        self.step = max((int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*")), default=0)
+        steps = (path.name.removeprefix("step_") for path in self.folder.glob("step_*"))
+        self.step = max((int(step) for step in steps if step.isdecimal()), default=0)
         self.newest = self.folder / f"step_{self.step}"
-        saved: dict[str, Any] = (
-            read_json(self.newest / "training.json") if self.step else {"begun": begun, "position": (0, 0)}
-        )
+        saved = self._read() if self.step else None
+        if saved is None:
+            self.step, saved = 0, {"begun": begun, "position": (0, 0)}
         self.position, known = tuple(saved["position"]), saved["begun"]
         if differ := [name for name in {**known, **begun} if known.get(name) != begun.get(name)]:
             raise SAEError(
@@ -273,6 +287,16 @@ class _Checkpoints:
                 problems=[f"{name} was `{known.get(name)}`, now it is `{begun.get(name)}`" for name in differ],
                 hint="pass the same settings and text to resume it, or remove that folder to start again",
             )
+
+    def _read(self) -> dict[str, Any] | None:
+        """What the newest checkpoint says of itself; None if any of its files is damaged: it is removed then."""
+        with suppress(StethoscopeError, OSError, KeyError, TypeError):
+            saved: dict[str, Any] = read_json(self.newest / "training.json")
+            if saved["files"] == _hashes(self.newest):
+                return saved
+        log.warning("the checkpoint `%s` is damaged: the training begins again", self.newest)
+        shutil.rmtree(self.newest)
+        return None
 
     def save_if_due(self, trainer: MultiSAETrainer, position: Position, step: int) -> None:
         """Write a checkpoint if the last one is old enough, complete or not at all, then remove the others."""
@@ -282,11 +306,18 @@ class _Checkpoints:
         with new_folder(self.newest) as folder:
             for name, one in trainer.trainers.items():
                 one.save_checkpoint(checkpoint_name=name, base_path=folder)
-            write_json(folder / "training.json", {"begun": self.begun, "position": position})
+            saved = {"begun": self.begun, "position": position, "files": _hashes(folder)}
+            write_json(folder / "training.json", saved)
         for path in self.folder.iterdir():
             if path != self.newest:
                 shutil.rmtree(path, ignore_errors=True)
         self.saved_at = time.monotonic()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """The hash of every file of a checkpoint but the one that says them."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "training.json"]
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

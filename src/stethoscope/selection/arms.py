@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stethoscope.artifacts import Provenance
+from stethoscope.artifacts import Provenance, new_file
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.filter import FilteredChange
 from stethoscope.editing.plan import EditPlan, Transform
@@ -179,8 +179,8 @@ def save_plans(folder: Path, planned: Planned, energy: Mapping[int, float], *, p
             bases |= plan.transform.tensors()
     (folder / BASES).unlink(missing_ok=True)
     if bases:
-        save_file(bases, folder / BASES)
-        (folder / BASES).chmod(0o644)  # safetensors lets nobody but the user read what it writes
+        with new_file(folder / BASES) as temporary:
+            save_file(bases, temporary)
     whole = sum(energy.values())
     made = Edits(
         provenance=provenance,

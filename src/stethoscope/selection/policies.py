@@ -9,7 +9,7 @@ from stethoscope.artifacts import Provenance
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import Select
 from stethoscope.results.calibration import Calibration
-from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
+from stethoscope.results.diagnosis import ALPHA, Diagnosis, LayerDiagnosis
 from stethoscope.results.selection import LayerChoice, Selection
 
 STEADY = 0.5  # of the resamples: a chosen layer that holds its rank in fewer is warned of
@@ -107,6 +107,8 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
     places = {layer.layer: place for place, layer in enumerate(ranked, 1)}
     ahead = _ahead(ranked, options) if options.policy == "spread" else {}
     warnings = []
+    if not (specific := beyond_chance(diagnosis, chosen)):
+        warnings.append(f"no chosen layer stands out from chance by `{diagnosis.score}`: others may do as well")
     # a layer that is chosen for its depth segment may lose its rank among all
     if (shaky := unsteady(diagnosis, chosen)) and not ahead:
         warnings.append(
@@ -117,6 +119,7 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
         provenance=provenance or Provenance(),
         policy=options.policy,
         layers=tuple(sorted(chosen)),
+        specific=specific,
         warnings=tuple(warnings),
         choices=tuple(_choice(layer, layer.layer in chosen, places, ahead) for layer in diagnosis.layers),
     )
@@ -125,6 +128,11 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
 def unsteady(diagnosis: Diagnosis, layers: Collection[int]) -> list[int]:
     """Those of some layers that hold their rank in fewer than half of the resamples."""
     return [layer.layer for layer in diagnosis.layers if layer.layer in layers and layer.stability < STEADY]
+
+
+def beyond_chance(diagnosis: Diagnosis, layers: Collection[int]) -> int:
+    """How many of some layers stand out from chance."""
+    return sum(layer.layer in layers and layer.p_familywise <= ALPHA for layer in diagnosis.layers)
 
 
 def select_calibrated(diagnosis: Diagnosis, calibration: Calibration, *, provenance: Provenance) -> Selection:
@@ -149,6 +157,7 @@ def select_calibrated(diagnosis: Diagnosis, calibration: Calibration, *, provena
         policy="calibrated",
         layers=tuple(sorted(chosen)),
         coefficients=chosen,
+        specific=beyond_chance(diagnosis, chosen),
         choices=tuple(choice(layer) for layer in diagnosis.layers),
     )
 
