@@ -1,6 +1,7 @@
 """`evaluate`: arms truly swap, runs resume, what cannot be run or compared is refused."""
 
 import gc
+import math
 import weakref
 from contextlib import contextmanager, nullcontext
 
@@ -12,7 +13,7 @@ from world import interrupt, write_task
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import run
 from stethoscope.evaluation import tasks as task_files
-from stethoscope.evaluation.comparison import aa_floor
+from stethoscope.evaluation.comparison import aa_floor, compare
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
 from stethoscope.models.load import load_model
@@ -103,7 +104,7 @@ def test_given_keys_stand_for_weights(stirred_llama, tokenizer, make_task, tmp_p
 def test_unknown_and_empty_tasks_are_named(make_task, monkeypatch):
     folder = make_task()
     make_task("hollow", items=0)
-    with pytest.raises(EvaluationError, match="have no items") as caught:
+    with pytest.raises(EvaluationError, match="nothing to compare") as caught:
         load_tasks(["sums", "hollow"], folder)
     assert "`hollow`" in str(caught.value)
     assert "`sums`" not in str(caught.value)
@@ -174,15 +175,61 @@ def test_checkpoints_that_cannot_be_compared_are_refused(checkpoints, make_task,
         evaluate_checkpoints(checkpoints, ["sums"], **options)
 
 
-def test_a_task_without_a_metric_per_item_is_named(stirred_llama, tokenizer, make_task, tmp_path):
+def test_tasks_that_give_no_result_per_item_are_refused_before_any_work(make_task):
     folder = make_task()
-    metric = {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
-    rows = [{"problem": f"one and {n}"} for n in ("one", "two", "three")]
-    write_task(
-        folder, "rolling", rows, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{problem}}",
-        generation_kwargs=None, metric_list=[metric],
-    )  # fmt: skip
-    outcomes = evaluate(stirred_llama, tokenizer, BASE, ["rolling"], out=tmp_path, include_path=folder)
-    assert len(outcomes.frame) == 3
-    with pytest.raises(EvaluationError, match="`rolling` has no metric per item"):
-        outcomes.metric_of("rolling")
+    for name, output, metric in (("cola", "multiple_choice", "mcc"), ("wmt", "generate_until", "bleu")):
+        choice = {"doc_to_choice": ["one", "two"], "generation_kwargs": None} if name == "cola" else {}
+        whole = [{"metric": metric, "aggregation": {"mcc": "matthews_corrcoef"}.get(metric, metric)}]
+        write_task(folder, name, [{"problem": "a", "answer": "one"}], output_type=output, metric_list=whole, **choice)
+    with pytest.raises(EvaluationError, match=r"`cola` scores no item(.|\n)*`wmt` scores no item"):
+        load_tasks(["sums", "cola", "wmt"], folder)
+
+
+def test_a_metric_without_aggregation_is_told(make_task):
+    folder = make_task()
+    (folder / "own.py").write_text("def t_func(references, predictions):\n    return 1.0\n")
+    write_task(folder, "own", [{"problem": "a", "answer": "b"}], metric_list=[{"metric": "OWN"}])
+    task = folder / "own.yaml"
+    task.write_text(task.read_text().replace("OWN", "!function own.t_func"))
+    with pytest.raises(EvaluationError, match=r"`own`: .*needs `aggregation`"):
+        load_tasks(["own"], folder)
+
+
+ROLLING = {
+    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{problem}}",
+    "generation_kwargs": None, "metric_list": None,
+}  # fmt: skip
+
+
+def test_texts_are_scored_in_bits_per_byte_each_and_fewer_are_better(
+    stirred_llama, tokenizer, make_task, tmp_path, capfd
+):
+    folder = make_task()
+    texts = ["one and one", "two\u00e9 and more of it", "x" * 700]  # the last is longer than the model's window
+    write_task(folder, "rolling", [{"problem": text} for text in texts], **ROLLING)
+    arms = {"base": nullcontext, "edited": edited(stirred_llama, 30.0)}
+    outcomes = evaluate(stirred_llama, tokenizer, arms, ["rolling"], out=tmp_path, include_path=folder, batch_size=2)
+    base = outcomes.rows("base", "rolling")
+    assert outcomes.metric_of("rolling") == "bits_per_byte"
+    for text, bits, nats in zip(texts[:2], base["bits_per_byte"], base["byte_perplexity"], strict=False):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        losses = -stirred_llama(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        assert bits == pytest.approx(float(losses.sum()) / len(text.encode()) / math.log(2), rel=1e-4)
+        assert nats == pytest.approx(bits * math.log(2))
+    (contrast,) = compare(outcomes).contrasts
+    (task,) = contrast.tasks
+    assert (task.scale.unit, task.scale.higher_is_better) == ("bits per byte", False)
+    assert task.difference.difference == pytest.approx(task.accuracy_a - task.accuracy_b)
+    assert capfd.readouterr().err.count("it/s") == 0  # no bar of the harness
+
+
+def test_log_likelihoods_of_items_are_nats_and_more_are_better(stirred_llama, tokenizer, make_task, tmp_path, capfd):
+    folder = make_task()
+    metrics = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
+    rows = [{"problem": f"one and {n}", "answer": "x"} for n in ("one", "two", "three")]
+    write_task(folder, "lambada", rows, output_type="loglikelihood", generation_kwargs=None, metric_list=metrics)
+    outcomes = evaluate(stirred_llama, tokenizer, BASE, ["lambada"], out=tmp_path, include_path=folder)
+    assert (outcomes.frame["perplexity"] < 0).all()
+    scale = outcomes.scale("lambada")
+    assert (scale.unit, scale.higher_is_better) == ("nats", True)
+    assert capfd.readouterr().err.count("it/s") == 0

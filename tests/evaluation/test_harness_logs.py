@@ -218,3 +218,25 @@ def test_the_logs_command(outcomes, tmp_path, capsys):
     assert f"next: stethoscope compare {tmp_path / 'logs' / 'base'} {tmp_path / 'logs' / 'edited'}" in shown
     _, shown, _ = run_cli(capsys, "logs", tmp_path / "run", tmp_path / "one", "--arm", "edited", "--json")
     assert json.loads(shown) == {"edited": str(tmp_path / "one" / "edited")}
+
+
+def test_the_direction_of_a_metric_comes_from_the_results_file_beside_a_log(models, tasks, tmp_path):
+    choice = (tasks / "choice.yaml").read_text()
+    (tmp_path / "tasks").mkdir()
+    changed = choice.replace("higher_is_better: true", "higher_is_better: false").replace("task: choice", "task: lower")
+    (tmp_path / "tasks" / "lower.yaml").write_text(changed)
+    folders = [write_logs(m, tmp_path / "tasks", tmp_path / n, ["lower"], batch_size=4) for n, m in models.items()]
+    one, two = (read_results(folder, arm=arm) for arm, folder in zip(("a", "b"), folders, strict=True))
+    joined, _ = join(one, two)
+    (task,) = compare(joined, baseline="a").contrasts[0].tasks
+    assert task.scale.higher_is_better is False
+    assert task.difference.difference == pytest.approx(task.accuracy_a - task.accuracy_b)
+    # logs of ours keep it
+    save_logs(joined, tmp_path / "ours")
+    assert read_results(tmp_path / "ours" / "b").scale("lower") == task.scale
+    # two results files that disagree, and none
+    results = next(folders[1].glob("results_*.json"))
+    results.write_text(results.read_text().replace('"acc": false', '"acc": true'))
+    assert join(one, read_results(folders[1], arm="b"))[0].scale("lower").higher_is_better is True
+    results.write_text("{")
+    assert read_results(folders[1]).scale("lower").higher_is_better is True  # by its name

@@ -82,7 +82,9 @@ def compare(
     metric: Annotated[str | None, typer.Option(help="Metric to compare; each task's own by default.")] = None,
     margin: Annotated[
         list[str] | None,
-        typer.Option(metavar="SHARE|TASK=SHARE", help="Accepted loss of accuracy; 0.02 by default."),
+        typer.Option(
+            metavar="SHARE|TASK=LOSS", help="Accepted loss: 0.02 of shares by default; of a task in its unit."
+        ),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Tasks corrected together; the others are controls.")] = None,
     correction: Annotated[Literal["holm", "bh"], typer.Option(help="Correction for multiple tests.")] = "holm",

@@ -127,13 +127,11 @@ def _model_index(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _result_rows(results: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"| task | metric | items | {results['baseline']}, % | edited, % | change | adjusted p |",
+        f"| task | metric | items | {results['baseline']} | edited | gain | adjusted p |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["tasks"]:
-        before, after = 100 * row["baseline"], 100 * row["accuracy"]
+        metric = ", ".join(filter(None, [row["metric"], row["scale"] or "%"]))
         p = "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.2g}"
-        change = 100 * (row["accuracy"] - row["baseline"])
-        cells = f"{row['items']} | {before:.1f} | {after:.1f} | {change:+.1f} | {p}"
-        lines.append(f"| {row['task']} | {row['metric']} | {cells} |")
+        lines.append(f"| {row['task']} | {metric} | {row['items']} | {' | '.join(row['shown'])} | {p} |")
     return lines

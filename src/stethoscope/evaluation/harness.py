@@ -67,6 +67,17 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             self._generate_group({_key(*request.args): request.args[0] for request in group}, group[0].args[1])
         return [self._generations[_key(*request.args)].response for request in requests]
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods as the harness has them, without its bars."""
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Those of whole texts, likewise."""
+        return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
     def _generate_group(self, contexts: Mapping[str, str], settings: dict[str, Any]) -> None:
         """Greedy responses to prompts of equal settings, by key, longest first, as the harness does."""
         kwargs = normalize_gen_kwargs(dict(settings), self.max_gen_toks)

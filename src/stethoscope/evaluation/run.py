@@ -29,7 +29,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.harness_logs import to_rows
-from stethoscope.evaluation.outcomes import Outcomes
+from stethoscope.evaluation.outcomes import DIRECTIONS, Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
@@ -332,7 +332,8 @@ def _complete(
         tell(cell.arm, cell.task)
     outcomes = Outcomes(
         frame=pd.concat([frames[arm, task] for arm in runner.arms for task in tasks], ignore_index=True),
-        provenance={**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")},
+        provenance={**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
+        | {DIRECTIONS: {name: dict(task.higher_is_better()) for name, task in tasks.items()}},
     )
     outcomes.check_comparable()
     outcomes.save(out / "outcomes.parquet")

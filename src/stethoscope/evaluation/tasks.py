@@ -36,6 +36,8 @@ SUBJECTS = {
     "minerva_math_precalc": "Precalculus",
 }
 _TEXTS = ("problem", "solution")
+# Aggregations of the harness that take predictions, not results.
+_OF_ALL = {"bleu", "brier_score", "bypass_agg", "chrf", "chrfpp", "f1_score", "matthews_corrcoef", "ter"}
 _SCHEMA = (
     'one JSON object a line: {"problem": ..., "level": ..., "type": "Number Theory", "solution": "... \\\\boxed{4}"}'
 )
@@ -85,14 +87,17 @@ def load_tasks(
             with quiet_harness():
                 found = manager.load([spec])["tasks"]
             problems += [f"`{task}` has no items" for task, built in found.items() if not len(built.eval_docs)]
+            problems += [f"`{task}` {why}" for task, built in found.items() if (why := _scores_no_item(built))]
             tasks |= found
         except Exception as error:  # whatever a task's own code and data raise
             said = str(error).strip() or type(error).__name__
+            if isinstance(error, KeyError) and error.args == (None,):  # the default that the harness looks for
+                said = "a metric of its `metric_list` needs `aggregation` and `higher_is_better`"
             problems.append(f"`{name}`: {said.splitlines()[0]}")
     if problems:
         offline = "; `--data DIR` gives Minerva Math local items" if data is None and minerva else ""
         raise EvaluationError(
-            "these tasks could not be built, or have no items",
+            "these tasks could not be built, or have nothing to compare",
             problems=problems,
             hint=f"is the data there? `lm_eval validate --tasks ...` checks the rest{offline}",
         )
@@ -101,6 +106,13 @@ def load_tasks(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     return tasks
+
+
+def _scores_no_item(task: Task) -> str | None:
+    """Why a task has no result per item, where that is plain from how it sums its metrics up."""
+    sums = {name: getattr(function, "__name__", "") for name, function in task.aggregation().items()}
+    names = ", ".join(f"`{name}`" for name in sums)
+    return f"scores no item by itself: {names} is of all items together" if set(sums.values()) <= _OF_ALL else None
 
 
 def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
