@@ -8,11 +8,14 @@ import pytest
 import torch
 from pyarrow import parquet
 from tokenizers import processors
-from world import write_lines
+from transformers import PreTrainedTokenizerFast
+from world import SMALL, build, gpt2, make_tokenizer, write_lines
 
 from stethoscope.errors import StethoscopeError
+from stethoscope.evaluation.text_loss import document_losses
+from stethoscope.models.load import load_tokenizer
 from stethoscope.text.documents import documents_hash, read_documents
-from stethoscope.text.tokens import batches, counted_tokens, tokenize
+from stethoscope.text.tokens import _say_cut, batches, counted_tokens, tokenize
 
 TEXTS = ["first text", "second\u2028text", "third"]
 CHATS = [
@@ -244,3 +247,32 @@ def test_batches_count_what_was_asked_for(tokenizer):
         batches(rows, tokenizer, counted=counted) for counted in (None, counted_tokens(documents, tokenizer))
     )
     assert torch.equal(plain.countable, same.countable)
+
+
+@pytest.mark.parametrize("kind", ["learned", "rope"])
+def test_documents_longer_than_the_models_window_are_cut_there_and_it_is_said(kind, chat_tokenizer, tmp_path, caplog):
+    model = gpt2(vocab_size=259, n_positions=32) if kind == "learned" else build("Llama", **SMALL | {"vocab_size": 259})
+    window = 32 if kind == "learned" else 64
+    model.save_pretrained(tmp_path)
+    chat_tokenizer(CHATML).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    _say_cut.cache_clear()
+    for documents in (["ab" * n for n in (5, 40)], CHATS):
+        rows = tokenize(documents, tokenizer)
+        assert max(map(len, rows)) == window
+        assert [len(mask) for mask in counted_tokens(documents, tokenizer)] == [len(row) for row in rows]
+        assert document_losses(model, rows).tokens.max() == window - 1
+    assert [record.getMessage() for record in caplog.records if "are cut" in record.getMessage()] == [
+        f"the model reads {window} tokens at most: documents are cut there, not at 1024"
+    ]
+    assert [len(row) for row in tokenize(["ab" * 40], tokenizer, max_tokens=20)] == [20]
+
+
+def test_a_tokenizer_without_padding_and_end_token_pads_what_is_masked(tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
+    assert (bare.pad_token_id, bare.eos_token_id) == (None, None)
+    documents = ["cdefg", "hi"]
+    (batch,), (known,) = (batches(tokenize(documents, one), one) for one in (bare, tokenizer))
+    assert torch.equal(batch.attention_mask, known.attention_mask)
+    assert torch.equal(batch.countable, known.countable)
+    assert not batch.countable[~batch.attention_mask].any()

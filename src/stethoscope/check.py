@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint, config_value
 from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.hub import require_hub_id
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
@@ -268,6 +268,9 @@ def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
                 f"the {count} documents of the {name} text are fewer than {FEWEST_HELD_BACK}: a fifth judges edits\n"
                 "    hint: give more, or set `edit: {filter: none}`"
             )
+    window = found.base and config_value(found.base.config, "max_position_embeddings", "n_positions", "n_ctx")
+    if window and window < recipe.diagnose.max_tokens:
+        found.notes.append(f"note: the base reads {window} tokens at most, and documents are cut there")
     size = recipe.diagnose.block_size
     for name in recipe.corpora:
         count = len(found.texts.get(name, ()))

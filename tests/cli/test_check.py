@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from world import changed
 
 from stethoscope.check import check_recipe
 from stethoscope.cli import main
@@ -124,3 +125,9 @@ def test_a_rehearsal_builds_the_tasks_starts_nothing_and_can_be_really_quiet(wor
     assert found["seen_items"] == {}
     assert done.stderr == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_window_shorter_than_the_documents_may_be_is_noted(world, tmp_path):
+    for most, noted in ((4096, 0), (4097, 1)):
+        recipe = Recipe.from_yaml(changed(world, tmp_path, diagnose={"block_size": 4, "max_tokens": most}))
+        assert sum("4096 tokens at most" in note for note in check_recipe(recipe, tmp_path / "run").notes) == noted

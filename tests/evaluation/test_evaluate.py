@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pandas as pd
 import pytest
 import torch
-from world import interrupt, write_task
+from world import gpt2, interrupt, write_task
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import run
@@ -233,3 +233,32 @@ def test_log_likelihoods_of_items_are_nats_and_more_are_better(stirred_llama, to
     scale = outcomes.scale("lambada")
     assert (scale.unit, scale.higher_is_better) == ("nats", True)
     assert capfd.readouterr().err.count("it/s") == 0
+
+
+def test_prompts_longer_than_the_models_window_lose_their_beginning_and_it_is_said(
+    checkpoints, tokenizer, make_task, tmp_path, caplog
+):
+    folder = make_task()
+    choice = {"output_type": "multiple_choice", "doc_to_choice": ["one", "two"], "doc_to_target": 1}
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    rows = [{"problem": "a" * n, "answer": "a"} for n in (3, 90)]
+    write_task(folder, "choice", rows, metric_list=metrics, generation_kwargs=None, **choice)
+    model = gpt2(vocab_size=259, n_positions=64)
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    options = {"out": tmp_path / "out", "include_path": folder, "batch_size": 4}
+    outcomes = evaluate_checkpoints({"base": tmp_path / "gpt2"}, ["sums", "choice"], **options)
+    assert len(outcomes.frame) == 16 + 2
+    said = [record.getMessage() for record in caplog.records if "beginning" in record.getMessage()]
+    assert said == [
+        "16 of 16 prompts are longer than the 40 tokens that leave room for 24 new ones: their beginning is cut off",
+        "2 of 4 prompts are longer than the model's 64 tokens: their beginning is cut off",
+    ]
+    write_task(folder, "long", rows, generation_kwargs={"until": ["x"], "max_gen_toks": 64})
+    with pytest.raises(EvaluationError, match="no room for 64 new"):
+        evaluate_checkpoints({"base": tmp_path / "gpt2"}, ["long"], **options)
+    write_task(
+        folder, "wide", rows, metric_list=metrics, generation_kwargs=None, **choice | {"doc_to_choice": ["a", "b" * 70]}
+    )
+    with pytest.raises(EvaluationError, match="answer is longer"):
+        evaluate_checkpoints({"base": tmp_path / "gpt2"}, ["wide"], **options)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import ConsoleReporter, command_line, say, warn
+from stethoscope.cli.console import ConsoleReporter, WarningPrinter, command_line, say, warn
 from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, show, stage_command
@@ -66,6 +66,9 @@ def _options(
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(level)  # some libraries set their loggers' levels themselves
     logging.basicConfig(level=level, handlers=[handler])
+    own = logging.getLogger("stethoscope")
+    own.setLevel(logging.NOTSET if debug else logging.WARNING)
+    own.handlers = [] if debug else [WarningPrinter()]  # this function may be called again
 
 
 def main(arguments: list[str] | None = None) -> None:
