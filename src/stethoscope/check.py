@@ -33,7 +33,7 @@ from stethoscope.recipe import (
     Recipe,
 )
 from stethoscope.saes.open import SAEFolder, check_fit, open_saes
-from stethoscope.text.documents import Document, read_documents
+from stethoscope.text.documents import Document, read_documents, read_prompted
 
 # There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
 OTHERS: tuple[ArmName, ...] = ("random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid")
@@ -251,10 +251,11 @@ def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
             found.unseen[f"{name} text"] = text.dataset
             continue
         options: dict[str, Any] = {"limit": text.documents, "split": text.split}
-        documents = found.attempt(read_documents, text.dataset, field=text.field, **options)
-        prompts = None
-        if documents and isinstance(text, LossText) and text.prompt:
-            prompts = found.attempt(read_documents, text.dataset, field=text.prompt, **options)
+        if isinstance(text, LossText) and text.prompt:
+            options |= {"prompt": text.prompt}
+            documents, prompts = found.attempt(read_prompted, text.dataset, field=text.field, **options) or ([], [])
+        else:
+            documents, prompts = found.attempt(read_documents, text.dataset, field=text.field, **options), None
         if prompts and not all(isinstance(part, str) for part in (*prompts, *documents)):
             found.problems.append(f"the {name} text has chats, which take no `prompt`\n    hint: leave `prompt` out")
         elif prompts:

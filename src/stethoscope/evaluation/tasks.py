@@ -91,6 +91,8 @@ def load_tasks(
             tasks |= found
         except Exception as error:  # whatever a task's own code and data raise
             said = str(error).strip() or type(error).__name__
+            if error.__cause__ and str(error.__cause__):  # what a data set is not readable for
+                said = f"{said.splitlines()[0]}: {error.__cause__}"
             if isinstance(error, KeyError) and error.args == (None,):  # the default that the harness looks for
                 said = "a metric of its `metric_list` needs `aggregation` and `higher_is_better`"
             problems.append(f"`{name}`: {said.splitlines()[0]}")
