@@ -201,6 +201,11 @@ class Comparison(Display):
         return self.scales.get(task, {}).get(name, Scale())
 
     @property
+    def together(self) -> list[str]:
+        """The tasks of the family that are pooled, see `Contrast`."""
+        return [t.task for t in self.contrasts[0].together] if self.contrasts else self.family
+
+    @property
     def edit(self) -> str:
         """The arm that a run's edit is: the ``recommended`` one, or ``selected`` where there is none."""
         return "recommended" if any(row["arm"] == "recommended" for row in self.accuracy) else "selected"

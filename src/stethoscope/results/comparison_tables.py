@@ -42,7 +42,6 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
     """What was measured -> its rows: accuracy on target tasks and on all their items, on controls, change of loss."""
     rows = {(row["task"], row["arm"]): row for row in comparison.accuracy}
     names = short_names([*comparison.family, *comparison.controls])
-    together = [t.task for t in comparison.contrasts[0].together] if comparison.contrasts else comparison.family
     contrasts = {arm: comparison.find(arm) for arm in comparison.arms}
 
     def accuracy(name: str, tasks: list[str], whole: bool = False) -> Line:
@@ -83,13 +82,13 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
         "loss on held-out target text": [c.target_loss if c else None for c in contrasts.values()],
         "loss on control text": [c.loss if c else None for c in contrasts.values()],
     }
-    whole = [accuracy(WHOLE, together, whole=True)] if together else []
+    whole = accuracy(WHOLE, comparison.together, whole=True)
 
     def title(group: str, tasks: list[str]) -> str:
         return group + ("" if any(comparison.scale(task).label for task in tasks) else ": accuracy, %")
 
     groups = {
-        title("Target", comparison.family): [*(accuracy(names[task], [task]) for task in comparison.family), *whole],
+        title("Target", comparison.family): [*(accuracy(names[task], [task]) for task in comparison.family), whole],
         title("Control", comparison.controls): [accuracy(names[task], [task]) for task in comparison.controls],
         "Change of loss, nats per token": [loss(name, found) for name, found in losses.items() if any(found)],
     }
