@@ -21,7 +21,7 @@ from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.errors import RecipeError, StethoscopeError, require
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
-from stethoscope.evaluation.names import unknown_tasks
+from stethoscope.evaluation.names import task_functions, unknown_tasks
 from stethoscope.recipe import (
     ATTRIBUTION,
     FEWEST_BLOCKS,
@@ -138,6 +138,12 @@ def check_recipe(recipe: Recipe, folder: Path, *, offline: bool = False) -> Chec
         for name, near in unknown_tasks([*options.tasks, *options.control_tasks], options.include_path).items():
             hint = f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
             found.problems.append(f"the task `{name}` is not known{hint}")
+        for file, functions in task_functions([*options.tasks, *options.control_tasks], options.include_path).items():
+            said = f"`{file}` runs Python when its task is built: {', '.join(f'`{name}`' for name in functions)}"
+            if options.task_code:
+                found.notes.append(f"note: {said}")
+            else:
+                found.problems.append(f"{said}\n    hint: read it, then set `evaluate: {{task_code: true}}`")
     if options.data is not None and not options.data.exists():
         found.problems.append(f"the data `{options.data}` does not exist")
     found.raise_problems()
@@ -161,7 +167,8 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     from stethoscope.models.load import find_device
 
     found.attempt(find_device, recipe.device)
-    where: dict[str, Any] = {"include_path": options.include_path, "data": options.data, "seed": recipe.seed}
+    where: dict[str, Any] = {name: getattr(options, name) for name in ("include_path", "data", "task_code")}
+    where["seed"] = recipe.seed
     tasks = found.attempt(load_tasks, options.tasks, **where) or {}
     controls = (found.attempt(load_tasks, options.control_tasks, **where) if options.control_tasks else {}) or {}
     found.tasks, found.control_tasks = list(tasks), list(controls)

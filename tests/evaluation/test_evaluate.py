@@ -14,6 +14,7 @@ from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import run
 from stethoscope.evaluation import tasks as task_files
 from stethoscope.evaluation.comparison import aa_floor, compare
+from stethoscope.evaluation.names import task_functions
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
 from stethoscope.models.load import load_model
@@ -192,7 +193,44 @@ def test_a_metric_without_aggregation_is_told(make_task):
     task = folder / "own.yaml"
     task.write_text(task.read_text().replace("OWN", "!function own.t_func"))
     with pytest.raises(EvaluationError, match=r"`own`: .*needs `aggregation`"):
-        load_tasks(["own"], folder)
+        load_tasks(["own"], folder, task_code=True)
+
+
+@pytest.mark.parametrize("place", ["in the file", "included", "in a group", "by its path", "importable"])
+def test_python_that_task_files_of_ones_own_name_runs_only_if_allowed(place, make_task, tmp_path):
+    folder = make_task()
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n\ndef text(doc):\n    return doc['problem']\n")
+    write_task(folder, "own", [{"problem": "a", "answer": "b"}], doc_to_text="TEXT")
+    task = folder / "own.yaml"
+    name = "os.path.basename" if place == "importable" else "own.text"
+    task.write_text(task.read_text().replace("TEXT", f"!function {name}"))
+    asked = str(task) if place == "by its path" else "own"
+    if place == "included":
+        task.rename(folder / "_base.yaml")
+        task.write_text("include: _base.yaml\ntask: own\n")
+    if place == "in a group":
+        (folder / "g.yaml").write_text("group: both\ntask: [own, sums]\n")
+        asked = "both"
+    with pytest.raises(EvaluationError, match=rf"`!function {name}` in .* would run Python"):
+        load_tasks([asked], folder)
+    assert not ran.exists()
+    if place not in ("in a group", "importable"):
+        files = task_functions([asked, "sums"], folder)
+        assert list(files.values()) == [["own.text"]]
+        assert "own" in load_tasks([asked], folder, task_code=True)
+        assert ran.exists()
+    assert task_functions(["sums", "minerva_math"], folder) == {}  # the harness' own are not named
+
+
+def test_templates_of_task_files_run_in_a_sandbox(make_task, tmp_path):
+    folder = make_task()
+    ran = tmp_path / "ran"
+    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}"
+    write_task(folder, "jinja", [{"problem": "a", "answer": "b"}], doc_to_text=template)
+    with pytest.raises(EvaluationError, match=r"`jinja`: .*unsafe"):
+        load_tasks(["jinja"], folder)
+    assert not ran.exists()
 
 
 ROLLING = {

@@ -49,6 +49,7 @@ def evaluate(
     *,
     out: Path,
     include_path: Path | None = None,
+    task_code: bool = False,
     data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
@@ -67,6 +68,7 @@ def evaluate(
         tasks: names of harness tasks or groups, or paths of YAML files.
         out: folder for ``outcomes.parquet`` and, under ``parts/``, what is finished so far.
         include_path: folder of further task YAMLs; if it holds all tasks, the harness' own are not read (10 s).
+        task_code: run Python functions that task files of one's own name.
         data: local files of ``minerva_math``'s items (see `tasks.load_tasks`).
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
@@ -102,7 +104,7 @@ def evaluate(
         return weights_hash(loaded())
 
     _check(arms, limit)
-    build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+    build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
     setup = partial(_set_up_worker, arms=arms, build=build, batch_size=batch_size, limit=limit, seed=seed)
     with quiet_harness(), closing(_TaskRunner(arms, opened, build(), limit, seed)) as runner:
         settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, runner.tasks)}
@@ -118,6 +120,7 @@ def evaluate_checkpoints(
     out: Path,
     backend: Literal["hf", "vllm"] = "hf",
     include_path: Path | None = None,
+    task_code: bool = False,
     data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
@@ -166,7 +169,7 @@ def evaluate_checkpoints(
         files = folders[arm].iterdir()
         return sha256_files([p for p in files if p.suffix in {".json", ".safetensors", ".jinja", ".model"}])
 
-    build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+    build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
     setup = partial(_set_up_worker, arms=folders, build=build, batch_size=batch_size, limit=limit, seed=seed)
     with quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
         tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), runner.tasks) for arm, folder in folders.items()}

@@ -14,14 +14,22 @@ from typing import Any
 
 import lm_eval.api.task
 import lm_eval.tasks
+import lm_eval.utils
 from datasets import Dataset
+from jinja2 import BaseLoader, StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, _yaml_loader
 
 from stethoscope.artifacts import sha256_bytes
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.text.documents import json_lines
+
+# The harness renders a task file's templates without a sandbox, so that they could run any code.
+_sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+_sandbox.filters |= lm_eval.utils.env.filters
+lm_eval.utils.env = _sandbox
 
 _TEMPLATES = Path(lm_eval.tasks.__file__).parent / "minerva_math"
 GROUP = "minerva_math"
@@ -44,17 +52,23 @@ _SCHEMA = (
 
 
 def load_tasks(
-    names: Sequence[str], include_path: Path | None = None, *, data: Path | None = None, seed: int = 0
+    names: Sequence[str],
+    include_path: Path | None = None,
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+    task_code: bool = False,
 ) -> dict[str, Task]:
     """Build harness tasks by name, group or YAML path, groups taken apart into their tasks.
 
     Args:
         data: where ``minerva_math`` and its tasks find their items instead of the hub: a folder with a file per subject
             (`algebra.jsonl`, ...) or one file of all, `test.jsonl`; or that file.
+        task_code: run Python functions that task files outside the harness' package name with `!function`.
 
     Raises:
-        EvaluationError: unknown names (all of them, with near matches), tasks that cannot be built or are empty, files
-            or lines that are not in the MATH schema.
+        EvaluationError: unknown names (all of them, with near matches), tasks that cannot be built or are empty, or
+            have code that may not run; files or lines that are not in the MATH schema.
     """
     if not names:
         raise EvaluationError("there is no task to evaluate")
@@ -84,7 +98,7 @@ def load_tasks(
     problems = []
     for name, spec in wanted.items():
         try:
-            with quiet_harness():
+            with quiet_harness(), _code(allowed=task_code):
                 found = manager.load([spec])["tasks"]
             problems += [f"`{task}` has no items" for task, built in found.items() if not len(built.eval_docs)]
             problems += [f"`{task}` {why}" for task, built in found.items() if (why := _scores_no_item(built))]
@@ -128,6 +142,24 @@ def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
     settings = {name: value for name, value in task.dump_config().items() if name != "custom_dataset"}
     asked = [[i.args, i.doc] for i in task.instances]
     return sha256_bytes(json.dumps([settings, asked], sort_keys=True, default=plain).encode())
+
+
+@contextmanager
+def _code(*, allowed: bool) -> Iterator[None]:
+    """Unless it is allowed, let the harness import no function for task files outside its own package."""
+    load = _yaml_loader._import_func_in_yml
+
+    def refuse(function: str, folder: Path) -> Any:
+        if _TEMPLATES.parent.resolve() not in folder.resolve().parents:
+            hint = "read it, then `evaluate --allow-task-code`, or `evaluate: {task_code: true}` in the recipe"
+            raise EvaluationError(f"`!function {function}` in `{folder}` would run Python; {hint}")
+        return load(function, folder)
+
+    _yaml_loader._import_func_in_yml = load if allowed else refuse
+    try:
+        yield
+    finally:
+        _yaml_loader._import_func_in_yml = load
 
 
 @contextmanager
