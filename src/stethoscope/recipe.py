@@ -285,8 +285,8 @@ class Recipe(_Section):
             raise ValueError("`arms` must hold `base`, which the others are compared with")
         if self.select.policy == "calibrated" and self.calibrate is None:
             raise ValueError("the policy `calibrated` needs a section `calibrate` with texts")
-        if self.validation.control not in self.all_controls:
-            raise ValueError(f"`validation.control` is `{self.validation.control}`, none of {[*self.all_controls]}")
+        if self.validation.control not in (known := [*self.all_controls]):
+            raise ValueError(f"`validation.control`: no control `{self.validation.control}`, only {', '.join(known)}")
         if not self.filters and (without := [arm for arm in self.arms if arm in FILTERED_ARMS]):
             raise ValueError(f"{', '.join(f'`{arm}`' for arm in without)} of `arms` takes a filter, see `edit.filter`")
         own = {"target", "control", GENERAL, HELD_OUT, "calibration target", "calibration control"}

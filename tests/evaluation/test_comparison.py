@@ -13,7 +13,7 @@ from stethoscope.evaluation.comparison import aa_floor, compare
 from stethoscope.evaluation.inference import ratio_difference
 from stethoscope.evaluation.outcomes import Outcomes, PerDocument
 from stethoscope.results.comparison import Comparison
-from stethoscope.results.comparison_tables import accuracy_rows, by_task, contrast_rows, gain_rows, noise
+from stethoscope.results.comparison_tables import WHOLE, accuracy_rows, by_task, contrast_rows, gain_rows, noise
 
 
 def rows(arm, task, right, *, extracted=True, truncated=False, prompt="p"):
@@ -296,6 +296,11 @@ def test_tasks_of_several_units_are_not_pooled_together():
     assert contrast.verdict.startswith("Mixed")
     assert "over 1 task of 2" in contrast.verdict
     assert (contrast.improved, contrast.worsened) == (["t"], ["u"])
+    result = compare(Outcomes(frame=frame, provenance=told))
+    assert [line.name for line in by_task(result)["Target"]] == ["t", "u, bits per byte, lower is better", WHOLE]
+    header, *body = accuracy_rows(result)
+    assert header[3:5] == ["acc", "bits_per_byte, bits per byte, lower is better"]
+    assert [row[3:5] for row in body] == [["50.0", "-"], ["100.0", "-"], ["-", "1.5"], ["-", "1.65"]]
 
 
 def test_what_was_saved_before_metrics_had_scales_reads_as_shares(tmp_path):

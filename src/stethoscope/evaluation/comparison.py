@@ -114,7 +114,7 @@ def compare(
     return Comparison(
         seed=seed, inputs=dict(inputs or {}), baseline=baseline, family=tasks, controls=controls, alpha=alpha,
         margin=margin, adjustment=adjustment, accuracy=_accuracy(outcomes, metric), contrasts=contrasts,
-        scales={task: {name: outcomes.scale(task, name) for name in outcomes.metrics} for task in outcomes.tasks},
+        scales={task: outcomes.scales(task) for task in outcomes.tasks},
         noise=[floor for again, arm in twice.items() for floor in aa_floor(outcomes, arm, again, metric=metric)],
     )  # fmt: skip
 

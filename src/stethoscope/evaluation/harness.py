@@ -88,16 +88,17 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             )
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        long = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
-        self._say_cut(long, len(requests), f"model's {self.max_length} tokens")
+        long = [len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests]
+        self._say_cut(long, f"model's {self.max_length} tokens")
         if any(len(answer) > self.max_length for _, _, answer in requests):
             raise EvaluationError(f"an answer is longer than the model's window of {self.max_length} tokens")
         return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
-    def _say_cut(self, count: int, total: int, most: str) -> None:
+    def _say_cut(self, long: list[bool], most: str) -> None:
         """Few-shot examples come first, and what is too long loses its beginning, as by the harness."""
-        if count:
-            logger.warning("%d of %d prompts are longer than the %s: their beginning is cut off", count, total, most)
+        if any(long):
+            said = "%d of %d prompts are longer than the %s: their beginning is cut off"
+            logger.warning(said, sum(long), len(long), most)
 
     def _generate_group(self, contexts: Mapping[str, str], settings: dict[str, Any]) -> None:
         """Greedy responses to prompts of equal settings, by key, longest first, as the harness does."""
@@ -112,9 +113,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
         ids, mask = self.tok_batch_encode(list(contexts.values()), truncation=self.truncation)
         whole = {k: row[keep.bool()].tolist() for k, row, keep in zip(contexts, ids, mask, strict=True)}
         self._say_cut(
-            sum(len(row) > room for row in whole.values()),
-            len(whole),
-            f"{room} tokens that leave room for {limit} new ones",
+            [len(row) > room for row in whole.values()], f"{room} tokens that leave room for {limit} new ones"
         )
         prompts = {key: row[-room:] for key, row in whole.items()}
         order = sorted(prompts, key=lambda k: (-len(prompts[k]), contexts[k]))

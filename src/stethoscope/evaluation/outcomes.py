@@ -98,6 +98,11 @@ class Outcomes(Display):
         values = self.frame.loc[self.frame["task"] == task, name].dropna()
         return scale_of(name, values.tolist(), self.provenance.get(DIRECTIONS, {}).get(task))
 
+    def scales(self, task: str) -> dict[str, Scale]:
+        """Those of every metric that the task has."""
+        scored = self.frame.loc[self.frame["task"] == task, self.metrics].notna().any()
+        return {name: self.scale(task, name) for name in self.metrics if scored[name]}
+
     def rows(self, arm: str, task: str) -> pd.DataFrame:
         """One arm's rows of one task, by item.
 
@@ -187,24 +192,24 @@ class Outcomes(Display):
         table[values] = table[values].mul([scale.factor for scale in found], axis=0)
         table["task"] = [scales[task].named(task) for task in table["task"]]
         shares = all(scale.is_share for scale in found)
+        x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])} if shares else {"title": None}
         known = [next((k for k in COLOURS if arm.startswith(k)), "other") for arm in self.arms]
         scale = alt.Scale(domain=self.arms, range=[COLOURS[name] for name in known])
         base = alt.Chart(table).encode(
             y=alt.Y("arm:N", sort=None, title=None), color=alt.Color("arm:N", scale=scale, legend=None)
         )
-        x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])} if shares else {"title": None}
         rule = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("low:Q", **x), x2="high:Q")
-        tooltip = tips(
-            "task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".1f" if shares else ".4~g") for name in values)
-        )
+        tooltip = tips("task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".3~r") for name in values))
         point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tooltip)
-        order = [scales[task].named(task) for task in self.tasks]
-        rows = alt.Row("task:N", sort=order, title=None, header=alt.Header(labelAngle=0, labelAlign="left"))
+        rows = alt.Row(
+            "task:N",
+            sort=[*dict.fromkeys(table["task"])],
+            title=None,
+            header=alt.Header(labelAngle=0, labelAlign="left"),
+        )
         chart = alt.layer(rule, point).properties(width=width).facet(row=rows)
         chart = chart.resolve_scale(x="shared" if shares else "independent")
-        return configured(
-            chart.properties(title=title("accuracy with its exact 95 % interval" if shares else "result"))
-        )
+        return configured(chart.properties(title=title("result, of shares with an exact 95 % interval")))
 
     @property
     def verdict(self) -> str:

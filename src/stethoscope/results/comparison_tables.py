@@ -45,14 +45,14 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
     contrasts = {arm: comparison.find(arm) for arm in comparison.arms}
 
     def accuracy(name: str, tasks: list[str], whole: bool = False) -> Line:
-        cells, sizes, scale = [], set(), comparison.scale(tasks[0])
+        cells, sizes, scales = [], set(), {comparison.scale(task) for task in tasks}
+        scale = comparison.scale(tasks[0]) if len(scales) == 1 else Scale(unit=comparison.scale(tasks[0]).unit)
         for arm, contrast in contrasts.items():
             mine = [rows[task, arm] for task in tasks if (task, arm) in rows]
             total = sum(row["n"] for row in mine)
             sizes |= {total} if total else set()
-            one_way = len({comparison.scale(task).higher_is_better for task in tasks}) == 1
-            mean = sum(row["n"] * row["accuracy"] for row in mine) / total if total and one_way else None
-            value = scale.text(mean)
+            known = total and len(scales) == 1
+            value = scale.text(sum(row["n"] * row["accuracy"] for row in mine) / total if known else None)
             tested = contrast.task(tasks[0]) if contrast and not whole else None
             if contrast and whole:
                 test = contrast.pooled_mcnemar
@@ -118,9 +118,7 @@ def accuracy_rows(comparison: Comparison) -> Rows:
     """A row per task and arm: every metric, and what tells format and length from correctness; shares in percent."""
     metrics = list(dict.fromkeys(name for row in comparison.accuracy for name in row["metrics"]))
     order = [*comparison.family, *comparison.controls]
-    scales = {
-        name: comparison.scale(task, name) for task in reversed(order) for name in comparison.scales.get(task, ())
-    }
+    scales = {name: scale for task in reversed(order) for name, scale in comparison.scales.get(task, {}).items()}
     return table_of(
         {
             "%": str(row["task"]),
