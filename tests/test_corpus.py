@@ -252,7 +252,9 @@ def test_documents_longer_than_the_models_window_are_cut_there_and_it_is_said(ki
     model = gpt2(vocab_size=259, n_positions=32) if kind == "learned" else build("Llama", **SMALL | {"vocab_size": 259})
     window = 32 if kind == "learned" else 64
     model.save_pretrained(tmp_path)
-    chat_tokenizer(CHATML).save_pretrained(tmp_path)
+    own = chat_tokenizer(CHATML)
+    own.model_max_length = 8  # as another model's
+    own.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     _say_cut.cache_clear()
     for documents in (["ab" * n for n in (5, 40)], CHATS):

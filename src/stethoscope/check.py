@@ -69,6 +69,12 @@ class Check:
     seen: Seen = field(default_factory=lambda: Seen.of([]))
     seen_items: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def window(self) -> int | None:
+        """How many tokens the base reads, if its config says so."""
+        names = ("max_position_embeddings", "n_positions", "n_ctx")
+        return config_value(self.base.config, *names) if self.base else None
+
     def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The value of a call, or None if it raises an error for the user, which becomes a problem."""
         try:
@@ -163,7 +169,7 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     found, options = Check(), recipe.evaluate
     _open(found, recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     # the harness takes seconds to import
-    from stethoscope.evaluation.tasks import load_tasks
+    from stethoscope.evaluation.tasks import load_tasks, new_tokens
     from stethoscope.models.load import find_device
 
     found.attempt(find_device, recipe.device)
@@ -172,6 +178,12 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     tasks = found.attempt(load_tasks, options.tasks, **where) or {}
     controls = (found.attempt(load_tasks, options.control_tasks, **where) if options.control_tasks else {}) or {}
     found.tasks, found.control_tasks = list(tasks), list(controls)
+    for name, task in {**tasks, **controls}.items():
+        if found.window and (most := new_tokens(task)) >= found.window:
+            found.problems.append(
+                f"`{name}` lets a model write {most} tokens, but the base's window has {found.window} with the prompt\n"
+                "    hint: give the task's `generation_kwargs` a smaller `max_gen_toks`"
+            )
     held_out = (GENERAL, HELD_OUT)
     found.seen = Seen.of(text for name, texts in found.texts.items() if name not in held_out for text in texts)
     found.seen_items = seen_items({**tasks, **controls}, found.seen, limit=options.limit)
@@ -276,8 +288,7 @@ def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
                 f"the {count} documents of the {name} text are fewer than {FEWEST_HELD_BACK}: a fifth judges edits\n"
                 "    hint: give more, or set `edit: {filter: none}`"
             )
-    window = found.base and config_value(found.base.config, "max_position_embeddings", "n_positions", "n_ctx")
-    if window and window < recipe.diagnose.max_tokens:
+    if (window := found.window) and window < recipe.diagnose.max_tokens:
         found.notes.append(f"note: the base reads {window} tokens at most, and documents are cut there")
     size = recipe.diagnose.block_size
     for name in recipe.corpora:

@@ -19,6 +19,7 @@ from datasets import Dataset
 from jinja2 import BaseLoader, StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.task import Task
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager, _yaml_loader
 
 from stethoscope.artifacts import sha256_bytes
@@ -129,6 +130,13 @@ def _scores_no_item(task: Task) -> str | None:
     sums = {name: getattr(function, "__name__", "") for name, function in task.aggregation().items()}
     names = ", ".join(f"`{name}`" for name in sums)
     return f"scores no item by itself: {names} is of all items together" if set(sums.values()) <= _OF_ALL else None
+
+
+def new_tokens(task: Task) -> int:
+    """The most tokens that a task lets a model write for an item."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return 0
+    return int(normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))["max_gen_toks"])
 
 
 def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
