@@ -25,7 +25,8 @@ from scipy.stats import linregress, spearmanr
 from stethoscope.evaluation.comparison import compare
 from stethoscope.evaluation.inference import ratio_difference
 from stethoscope.evaluation.outcomes import Outcomes, PerDocument
-from stethoscope.results.comparison import Comparison, Contrast, PairedDifference
+from stethoscope.results.comparison import Comparison, Contrast
+from stethoscope.results.paired import PairedDifference
 from stethoscope.results.validation import Beaten
 
 HERE = Path(__file__).parent

@@ -8,11 +8,14 @@ import pytest
 import torch
 from pyarrow import parquet
 from tokenizers import processors
-from world import write_lines
+from transformers import PreTrainedTokenizerFast
+from world import SMALL, build, gpt2, make_tokenizer, write_lines
 
 from stethoscope.errors import StethoscopeError
-from stethoscope.text.documents import documents_hash, read_documents
-from stethoscope.text.tokens import batches, counted_tokens, tokenize
+from stethoscope.evaluation.text_loss import document_losses
+from stethoscope.models.load import load_tokenizer
+from stethoscope.text.documents import documents_hash, read_documents, read_prompted
+from stethoscope.text.tokens import _say_cut, batches, counted_tokens, tokenize
 
 TEXTS = ["first text", "second\u2028text", "third"]
 CHATS = [
@@ -123,10 +126,11 @@ def test_a_dataset_on_the_hub_must_be_in_the_cache_without_a_network(monkeypatch
 @pytest.mark.parametrize(
     ("rows", "problems"),
     [
-        ([{"text": "a"}, {"texts": "b"}, {"text": " "}], ["no text in field `text` (it has: texts)", "no text"]),
+        ([{"text": "a"}, {"texts": "b"}, 3], ["no text in field `text` (it has: texts)", "(it has: int)"]),
         ([{"text": [{"role": "user"}]}], ["message 1 is not a table with `role` and `content`, both text"]),
         ([{"text": "a"}, {"text": CHATS[0]}], ["a text in some rows and a chat in others"]),
-        ([{"text": [{"from": "human", "value": "a"}]}, {"text": 3}], ["message 1", "no text in field"]),
+        ([{"text": [{"from": "human"}]}, {"text": 3}], ["message 1", "line 2: no text"]),
+        ([{"text": [{"role": "user", "content": [{"type": "image"}]}]}, {"text": ["a"]}], ["message 1", "message 1"]),
     ],
 )
 def test_bad_rows_are_all_named(rows, problems, tmp_path):
@@ -137,9 +141,6 @@ def test_bad_rows_are_all_named(rows, problems, tmp_path):
 
 
 def test_bad_files_say_what_is_wrong(tmp_path):
-    with pytest.raises(StethoscopeError) as caught:
-        read_documents(table(tmp_path / "rows.parquet", "text", ["a", "", None]))
-    assert [problem.split(":")[0] for problem in caught.value.problems] == ["row 2", "row 3"]
     table(tmp_path / "a.parquet", "body", TEXTS)
     saved(tmp_path / "a", "body", TEXTS)
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
@@ -244,3 +245,112 @@ def test_batches_count_what_was_asked_for(tokenizer):
         batches(rows, tokenizer, counted=counted) for counted in (None, counted_tokens(documents, tokenizer))
     )
     assert torch.equal(plain.countable, same.countable)
+
+
+@pytest.mark.parametrize("kind", ["learned", "rope"])
+def test_documents_longer_than_the_models_window_are_cut_there_and_it_is_said(kind, chat_tokenizer, tmp_path, caplog):
+    model = gpt2(vocab_size=259, n_positions=32) if kind == "learned" else build("Llama", **SMALL | {"vocab_size": 259})
+    window = 32 if kind == "learned" else 64
+    model.save_pretrained(tmp_path)
+    own = chat_tokenizer(CHATML)
+    own.model_max_length = 8  # as another model's
+    own.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    _say_cut.cache_clear()
+    for documents in (["ab" * n for n in (5, 40)], CHATS):
+        rows = tokenize(documents, tokenizer)
+        assert max(map(len, rows)) == window
+        assert [len(mask) for mask in counted_tokens(documents, tokenizer)] == [len(row) for row in rows]
+        assert document_losses(model, rows).tokens.max() == window - 1
+    assert [record.getMessage() for record in caplog.records if "are cut" in record.getMessage()] == [
+        f"the model reads {window} tokens at most: documents are cut there, not at 1024"
+    ]
+    assert [len(row) for row in tokenize(["ab" * 40], tokenizer, max_tokens=20)] == [20]
+
+
+def test_a_tokenizer_without_padding_and_end_token_pads_what_is_masked(tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
+    assert (bare.pad_token_id, bare.eos_token_id) == (None, None)
+    documents = ["cdefg", "hi"]
+    (batch,), (known,) = (batches(tokenize(documents, one), one) for one in (bare, tokenizer))
+    assert torch.equal(batch.attention_mask, known.attention_mask)
+    assert torch.equal(batch.countable, known.countable)
+    assert not batch.countable[~batch.attention_mask].any()
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "folder"])
+def test_blank_rows_are_skipped_and_counted_and_a_byte_order_mark_is_read(form, tmp_path, caplog):
+    values = ["a", None, " ", "b", "", "c"]
+    if form == "jsonl":
+        path = write_lines(tmp_path / "a.jsonl", [*({"text": value} for value in values), None])
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    else:
+        path = (table if form == "parquet" else saved)(tmp_path / f"a.{form}", "text", values)
+    assert read_documents(path) == ["a", "b", "c"]
+    assert f"{4 if form == 'jsonl' else 3} blank rows" in caplog.text
+    assert read_documents(path, limit=2) == ["a", "b"]  # of those that are there
+    with pytest.raises(StethoscopeError, match="holds no documents: its 2 rows are blank"):
+        read_documents(write_lines(tmp_path / "b.jsonl", [{"text": None}, {"text": "\n"}]))
+
+
+def test_documents_keep_their_prompts_where_rows_are_skipped(tmp_path):
+    rows = [{"q": f"q{n}", "a": f"a{n}"} for n in range(5)]
+    rows[1]["a"], rows[3]["q"] = "", None
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    assert read_prompted(path, field="a", prompt="q") == (["a0", "a2", "a4"], ["q0", "q2", "q4"])
+
+
+def test_half_a_surrogate_pair_is_read_as_a_replacement_and_said(chat_tokenizer, tmp_path, caplog):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\\ud83d b"}\n{"text": "\\uD83D\\uDE00 \\ufffd"}\n{"text": "c\\uDE00"}\n')
+    documents = read_documents(path)
+    assert documents == ["a\ufffd b", "\U0001f600 \ufffd", "c\ufffd"]
+    assert "2 lines hold half of a surrogate pair" in caplog.text
+    assert len(documents_hash(documents)) == 64
+    path.write_text('{"text": [{"role": "user", "content": "\\ude00"}]}')
+    ((message,),) = read_documents(path)
+    assert message["content"] == "\ufffd"
+    assert counted_text(chat_tokenizer(CHATML), [[message]]) == [["\ufffd"]]
+
+
+SHARE = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]}]
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CALLS = [
+    {"role": "user", "content": "h"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "3", "name": "add"},
+    {"role": "assistant", "content": "it is 3"},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "folder"])
+@pytest.mark.parametrize(
+    ("chat", "said"),
+    [
+        (SHARE, [("system", "s"), ("user", "h"), ("assistant", "g")]),
+        (PARTS, [("user", "a b")]),
+        (CALLS, [("user", "h"), ("assistant", ""), ("tool", "3"), ("assistant", "it is 3")]),
+    ],
+    ids=["sharegpt", "parts", "calls"],
+)
+def test_chats_are_read_in_every_form_in_which_they_are_published(chat, said, form, chat_tokenizer, tmp_path):
+    if form == "jsonl":
+        path = write_lines(tmp_path / "a.jsonl", [{"chat": chat}])
+    else:
+        path = (table if form == "parquet" else saved)(tmp_path / f"a.{form}", "chat", [chat])
+    (found,) = read_documents(path, field="chat")
+    assert [(message["role"], message["content"]) for message in found] == said
+    assert counted_text(chat_tokenizer(CHATML), [found]) == [[content for _, content in said if content]]
+    if chat is CALLS:
+        assert found[1]["tool_calls"] == [CALL]
+        assert found[2]["name"] == "add"
+
+
+def test_chats_as_tables_of_lists_are_read(tmp_path):
+    columns = {"from": ["human", "gpt"], "value": ["h", "g"]}
+    (found,) = read_documents(write_lines(tmp_path / "a.jsonl", [{"text": columns}]))
+    assert found == [{"role": "user", "content": "h"}, {"role": "assistant", "content": "g"}]
+    columns["value"].pop()
+    with pytest.raises(StethoscopeError, match="line 1: no text"):
+        read_documents(write_lines(tmp_path / "a.jsonl", [{"text": columns}, {"text": {}}]))

@@ -350,7 +350,7 @@ def test_workers_that_cannot_be_are_refused_and_nothing_else_needs_ray(workers_o
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StethoscopeError) as caught:
         RayExecutor(Ray(), WorkerContext())
-    assert str(caught.value) == 'workers need Ray: `pip install "sae-stethoscope[ray]"`'
+    assert "sae-stethoscope[ray]" in str(caught.value)
     source = Path(stethoscope.__file__).parent
     importing = [path for path in source.rglob("*.py") if re.search(r"^ *(import|from) ray\b", path.read_text(), re.M)]
     assert importing == [source / "executor.py"]

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.checkpoint import Checkpoint, config_value
 from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.hub import require_hub_id
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
@@ -21,7 +21,7 @@ from stethoscope.editing.preview import Preview, preview
 from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.errors import RecipeError, StethoscopeError, require
 from stethoscope.evaluation.contamination import Seen, refuse_seen, seen_items
-from stethoscope.evaluation.names import unknown_tasks
+from stethoscope.evaluation.names import task_functions, unknown_tasks
 from stethoscope.recipe import (
     ATTRIBUTION,
     FEWEST_BLOCKS,
@@ -33,7 +33,7 @@ from stethoscope.recipe import (
     Recipe,
 )
 from stethoscope.saes.open import SAEFolder, check_fit, open_saes
-from stethoscope.text.documents import Document, read_documents
+from stethoscope.text.documents import Document, read_documents, read_prompted
 
 # There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
 OTHERS: tuple[ArmName, ...] = ("random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid")
@@ -68,6 +68,12 @@ class Check:
     control_tasks: list[str] = field(default_factory=list)
     seen: Seen = field(default_factory=lambda: Seen.of([]))
     seen_items: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens the base reads, if its config says so."""
+        names = ("max_position_embeddings", "n_positions", "n_ctx")
+        return config_value(self.base.config, *names) if self.base else None
 
     def attempt(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """The value of a call, or None if it raises an error for the user, which becomes a problem."""
@@ -138,6 +144,12 @@ def check_recipe(recipe: Recipe, folder: Path, *, offline: bool = False) -> Chec
         for name, near in unknown_tasks([*options.tasks, *options.control_tasks], options.include_path).items():
             hint = f"; did you mean {' or '.join(f'`{n}`' for n in near)}?" if near else ""
             found.problems.append(f"the task `{name}` is not known{hint}")
+        for file, functions in task_functions([*options.tasks, *options.control_tasks], options.include_path).items():
+            said = f"`{file}` runs Python when its task is built: {', '.join(f'`{name}`' for name in functions)}"
+            if options.task_code:
+                found.notes.append(f"note: {said}")
+            else:
+                found.problems.append(f"{said}\n    hint: read it, then set `evaluate: {{task_code: true}}`")
     if options.data is not None and not options.data.exists():
         found.problems.append(f"the data `{options.data}` does not exist")
     found.raise_problems()
@@ -157,14 +169,21 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     found, options = Check(), recipe.evaluate
     _open(found, recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     # the harness takes seconds to import
-    from stethoscope.evaluation.tasks import load_tasks
+    from stethoscope.evaluation.tasks import load_tasks, new_tokens
     from stethoscope.models.load import find_device
 
     found.attempt(find_device, recipe.device)
-    where: dict[str, Any] = {"include_path": options.include_path, "data": options.data, "seed": recipe.seed}
+    where: dict[str, Any] = {name: getattr(options, name) for name in ("include_path", "data", "task_code")}
+    where["seed"] = recipe.seed
     tasks = found.attempt(load_tasks, options.tasks, **where) or {}
     controls = (found.attempt(load_tasks, options.control_tasks, **where) if options.control_tasks else {}) or {}
     found.tasks, found.control_tasks = list(tasks), list(controls)
+    for name, task in {**tasks, **controls}.items():
+        if found.window and (most := new_tokens(task)) >= found.window:
+            found.problems.append(
+                f"`{name}` lets a model write {most} tokens, but the base's window has {found.window} with the prompt\n"
+                "    hint: give the task's `generation_kwargs` a smaller `max_gen_toks`"
+            )
     held_out = (GENERAL, HELD_OUT)
     found.seen = Seen.of(text for name, texts in found.texts.items() if name not in held_out for text in texts)
     found.seen_items = seen_items({**tasks, **controls}, found.seen, limit=options.limit)
@@ -251,10 +270,11 @@ def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
             found.unseen[f"{name} text"] = text.dataset
             continue
         options: dict[str, Any] = {"limit": text.documents, "split": text.split}
-        documents = found.attempt(read_documents, text.dataset, field=text.field, **options)
-        prompts = None
-        if documents and isinstance(text, LossText) and text.prompt:
-            prompts = found.attempt(read_documents, text.dataset, field=text.prompt, **options)
+        if isinstance(text, LossText) and text.prompt:
+            options |= {"prompt": text.prompt}
+            documents, prompts = found.attempt(read_prompted, text.dataset, field=text.field, **options) or ([], [])
+        else:
+            documents, prompts = found.attempt(read_documents, text.dataset, field=text.field, **options), None
         if prompts and not all(isinstance(part, str) for part in (*prompts, *documents)):
             found.problems.append(f"the {name} text has chats, which take no `prompt`\n    hint: leave `prompt` out")
         elif prompts:
@@ -268,6 +288,8 @@ def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
                 f"the {count} documents of the {name} text are fewer than {FEWEST_HELD_BACK}: a fifth judges edits\n"
                 "    hint: give more, or set `edit: {filter: none}`"
             )
+    if (window := found.window) and window < recipe.diagnose.max_tokens:
+        found.notes.append(f"note: the base reads {window} tokens at most, and documents are cut there")
     size = recipe.diagnose.block_size
     for name in recipe.corpora:
         count = len(found.texts.get(name, ()))

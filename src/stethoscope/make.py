@@ -255,6 +255,7 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
         [*options.tasks, *options.control_tasks],
         out=context.folder,
         include_path=options.include_path,
+        task_code=options.task_code,
         data=options.data,
         limit=options.limit,
         batch_size=options.batch_size,

@@ -23,8 +23,7 @@ ArmName = Literal[
 FILTERED_ARMS: tuple[FilteredArm, ...] = get_args(FilteredArm)
 SCALPEL_ARMS: tuple[ScalpelArm, ...] = get_args(ScalpelArm)
 ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scaled", "projected")
-# Blocks of documents in a text: fewer have so few relabellings that no layer could ever be significant at 5 %.
-FEWEST_BLOCKS = 4
+FEWEST_BLOCKS = 4  # of documents: fewer have so few relabellings that no layer could ever be significant at 5 %
 ATTRIBUTION = "attribution"  # the score that needs the task vector
 GENERAL, HELD_OUT = "general", "held-out target"  # names of the texts of `evaluate`
 
@@ -179,6 +178,8 @@ class Evaluate(_Section):
     """Tasks that the edit might hurt."""
     include_path: LocalPath | None = None
     """A folder with further task definitions."""
+    task_code: bool = False
+    """Run the Python functions that these name with ``!function``; read them first."""
     data: LocalPath | None = None
     """Local items of ``minerva_math``, a folder or one file."""
     limit: int | None = Field(default=None, ge=1)
@@ -284,9 +285,8 @@ class Recipe(_Section):
             raise ValueError("`arms` must hold `base`, which the others are compared with")
         if self.select.policy == "calibrated" and self.calibrate is None:
             raise ValueError("the policy `calibrated` needs a section `calibrate` with texts")
-        if self.validation.control not in self.all_controls:
-            known = ", ".join(self.all_controls)
-            raise ValueError(f"`validation.control`: there is no control `{self.validation.control}`, only {known}")
+        if self.validation.control not in (known := [*self.all_controls]):
+            raise ValueError(f"`validation.control`: no control `{self.validation.control}`, only {', '.join(known)}")
         if not self.filters and (without := [arm for arm in self.arms if arm in FILTERED_ARMS]):
             raise ValueError(f"{', '.join(f'`{arm}`' for arm in without)} of `arms` takes a filter, see `edit.filter`")
         own = {"target", "control", GENERAL, HELD_OUT, "calibration target", "calibration control"}

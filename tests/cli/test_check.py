@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from world import changed, write_task
 
-from stethoscope.check import check_recipe
+from stethoscope.check import check_recipe, check_run
 from stethoscope.cli import main
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.errors import RecipeError
@@ -124,3 +125,31 @@ def test_a_rehearsal_builds_the_tasks_starts_nothing_and_can_be_really_quiet(wor
     assert found["seen_items"] == {}
     assert done.stderr == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_a_window_shorter_than_the_documents_may_be_is_noted(world, tmp_path):
+    for most, noted in ((4096, 0), (4097, 1)):
+        recipe = Recipe.from_yaml(changed(world, tmp_path, diagnose={"block_size": 4, "max_tokens": most}))
+        assert sum("4096 tokens at most" in note for note in check_recipe(recipe, tmp_path / "run").notes) == noted
+
+
+def test_a_task_that_leaves_no_room_for_its_prompt_is_refused_before_any_work(world, tmp_path):
+    write_task(tmp_path, "long", [{"problem": "a", "answer": "b"}], generation_kwargs={"max_gen_toks": 4096})
+    evaluate = {"tasks": ["long"], "control_tasks": [], "include_path": str(tmp_path)}
+    with pytest.raises(RecipeError, match=r"`long` .*4096 tokens"):
+        check_run(Recipe.from_yaml(changed(world, tmp_path, evaluate)), tmp_path / "run")
+
+
+def test_check_names_the_python_of_task_files_and_refuses_it_unless_allowed(world, tmp_path):
+    write_task(tmp_path, "own", [{"problem": "a", "answer": "b"}], doc_to_text="TEXT")
+    task = tmp_path / "own.yaml"
+    task.write_text(task.read_text().replace("TEXT", "!function own.text"))
+    evaluate = {"tasks": ["own"], "control_tasks": [], "include_path": str(tmp_path)}
+    recipe = Recipe.from_yaml(changed(world, tmp_path, evaluate))
+    with pytest.raises(RecipeError) as caught:
+        check_recipe(recipe, tmp_path / "run")
+    (problem,) = caught.value.problems
+    assert "`own.text`" in problem
+    assert "task_code" in problem
+    allowed = Recipe.from_yaml(changed(world, tmp_path, evaluate | {"task_code": True}))
+    assert any("`own.text`" in note for note in check_recipe(allowed, tmp_path / "run").notes)

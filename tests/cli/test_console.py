@@ -103,6 +103,22 @@ def test_quiet_hushes_libraries_until_the_command_ends(monkeypatch, capfd):
         library.removeHandler(handler)
 
 
+def test_what_the_library_warns_of_is_said_unless_quiet(monkeypatch, capfd):
+    def report(_: Path) -> Path:
+        logging.getLogger("stethoscope.text").warning("12 rows are skipped")
+        raise StethoscopeError("what matters")
+
+    monkeypatch.setattr("stethoscope.checkpoints.open.open_checkpoint", report)
+    for quiet, said in (
+        (["--quiet"], ""),
+        ([], "warning: 12 rows are skipped\n"),
+        ([], "warning: 12 rows are skipped\n"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["edit", "--base", "x", "--tuned", "x", "--layers", "all", "--out", "y", *quiet])
+        assert capfd.readouterr().err == f"{said}error: what matters\n"
+
+
 def test_one_plain_line_a_stage_or_one_bar_on_a_terminal(monkeypatch, capsys):
     seconds = iter(range(0, 10_000, 45))
     with monkeypatch.context() as patched:

@@ -1,8 +1,11 @@
 """`compare` on made outcomes whose answer is known, and what it refuses."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 from statsmodels.stats.proportion import proportion_confint
 
 from stethoscope.errors import EvaluationError, StethoscopeError
@@ -10,7 +13,7 @@ from stethoscope.evaluation.comparison import aa_floor, compare
 from stethoscope.evaluation.inference import ratio_difference
 from stethoscope.evaluation.outcomes import Outcomes, PerDocument
 from stethoscope.results.comparison import Comparison
-from stethoscope.results.comparison_tables import accuracy_rows, contrast_rows, gain_rows, noise
+from stethoscope.results.comparison_tables import WHOLE, accuracy_rows, by_task, contrast_rows, gain_rows, noise
 
 
 def rows(arm, task, right, *, extracted=True, truncated=False, prompt="p"):
@@ -149,7 +152,8 @@ def test_margins_metrics_and_a_verdict_for_each_task():
 def test_a_metric_between_0_and_1_has_an_interval_and_reasons():
     task = compare(pair_of([0.2, 0.5, 0.9, 0.1], [0.4, 0.5, 0.8, 0.6])).contrast("edit").tasks[0]
     assert (task.mcnemar, task.unpaired, task.smallest_detectable_gain, task.flips) == (None, None, None, None)
-    assert set(task.reasons) == {"unpaired", "mcnemar", "p_adjusted", "smallest_detectable_gain", "flips"}
+    assert set(task.reasons) == {"unpaired", "mcnemar", "p", "smallest_detectable_gain", "flips"}
+    assert task.p_adjusted == pytest.approx(stats.ttest_rel([0.2, 0.5, 0.9, 0.1], [0.4, 0.5, 0.8, 0.6]).pvalue)
     assert task.difference.low < 0.15 < task.difference.high
 
 
@@ -206,3 +210,108 @@ def test_files_that_are_not_ours_are_refused(tmp_path):
     for kind, name in ((Comparison, "x"), (Outcomes, "x"), (Outcomes, "missing")):
         with pytest.raises(StethoscopeError):
             kind.load(tmp_path / name)
+
+
+def scored(metric, base, edit, *, task="t", higher=None):
+    """The outcomes of `base` and `edit` by one metric, whose direction the task tells if ``higher`` is not None."""
+    made = outcomes(*(rows(arm, task, found) for arm, found in (("base", base), ("edit", edit))))
+    told = {} if higher is None else {"higher_is_better": {task: {metric: higher}}}
+    return Outcomes(frame=made.frame.rename(columns={"exact_match": metric}), provenance=told)
+
+
+def test_a_metric_that_is_better_when_lower_turns_every_judgement(tmp_path):
+    never, always = [0] * 60, [1] * 59 + [0]
+    rise = compare(scored("pct_stereotype", never, always, higher=False))
+    task = rise.contrast("edit").tasks[0]
+    assert rise.verdict.startswith("`edit` is worse than `base`")
+    assert (rise.contrast("edit").worsened, rise.contrast("edit").improved) == (["t"], [])
+    assert task.verdict.startswith("`edit` is worse")
+    assert "lower is better" in task.verdict
+    assert (task.accuracy_a, task.accuracy_b) == (0, pytest.approx(59 / 60))
+    assert (task.difference.difference, task.non_inferiority.shown) == (pytest.approx(-59 / 60), False)
+    assert (task.mcnemar.b, task.mcnemar.c) == (59, 0)  # items that only the base got right
+    cell = by_task(rise)["Target"][0].cells[1]
+    assert (cell.value, cell.change, cell.stars, cell.kind) == ("98.3", "-98.3", "***", "worse")
+    assert contrast_rows(rise.contrasts[0])[1][3:6] == ["0.0", "98.3", "-98.3"]
+    assert rise.plot().to_dict()["datasets"]["arms"][0]["gain"] == pytest.approx(-100 * 59 / 60)
+    fall = compare(scored("pct_stereotype", always, never, higher=False))
+    assert fall.verdict.startswith("`edit` beats `base` by +98.3 points")
+    assert fall.contrast("edit").not_degraded == ["t"]
+    fall.save(tmp_path / "c.json")
+    assert Comparison.load(tmp_path / "c.json") == fall
+
+
+def test_a_direction_that_is_not_known_is_said():
+    contrast = compare(scored("toxicity", [0] * 60, [1] * 60)).contrast("edit")
+    assert "not known of `toxicity`" in contrast.verdict
+    assert "if more is better" in contrast.tasks[0].verdict
+    assert "not known" in contrast_rows(contrast)[1][1]
+    known = compare(scored("acc", [0] * 60, [1] * 60)).contrast("edit")
+    assert "known" not in known.verdict + known.tasks[0].verdict
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "unit", "better"),
+    [
+        ("perplexity", False, "nats", True),  # of an item the harness gives the log-likelihood
+        ("bits_per_byte", None, "bits per byte", False),
+        ("likelihood_diff", False, "likelihood_diff", False),
+        ("rouge_diff", True, "rouge_diff", True),
+    ],
+)
+def test_points_are_for_shares_and_other_metrics_have_their_unit(metric, higher, unit, better):
+    base = -np.linspace(10, 20, 40) if metric == "perplexity" else np.linspace(1, 2, 40)
+    made = scored(metric, base, base + np.linspace(0.1, 0.3, 40), higher=higher)
+    result = compare(made)
+    contrast = result.contrast("edit")
+    task = contrast.tasks[0]
+    assert contrast.verdict.startswith("`edit` beats `base` by +0.2" if better else "`edit` is worse than `base`: -0.2")
+    assert (contrast.improved, contrast.worsened) == ((["t"], []) if better else ([], ["t"]))
+    header, row = contrast_rows(contrast)
+    cells = dict(zip(header, row, strict=True))
+    assert unit in cells["metric"]
+    assert (cells["to"], cells["gain"]) == (f"{task.accuracy_b:.4g}", "+0.2" if better else "-0.2")
+    assert by_task(result)["Target"][0].cells[1].kind == ("better" if better else "worse")
+    told = [contrast.verdict, task.verdict, *header, *row, *result.table()[0], *made.table()[0]]
+    assert not [text for text in told if "points" in text or (text.endswith(" %") and "interval" not in text)]
+    assert result.plot().to_dict()["title"]["text"].endswith(f"in {unit}")
+    assert made.plot().to_dict()
+    # a margin of shares means nothing here; one in the metric's unit does
+    assert (task.non_inferiority.margin, task.non_inferiority.shown) == (None, None)
+    bound = compare(made, margins={"t": 1.0}).contrast("edit")
+    assert bound.tasks[0].non_inferiority.shown is True
+    assert "a loss of its margin or more is ruled out in every task" in bound.verdict
+    assert f"a loss of 1 {unit}" in bound.tasks[0].verdict
+
+
+def test_tasks_of_several_units_are_not_pooled_together():
+    bits = np.linspace(1, 2, 30)
+    shares = scored("acc", [0, 1] * 15, [1] * 30, higher=True)
+    other = scored("bits_per_byte", bits, bits + np.linspace(0.1, 0.2, 30), task="u", higher=False)
+    told = {"higher_is_better": shares.provenance["higher_is_better"] | other.provenance["higher_is_better"]}
+    frame = pd.concat([shares.frame, other.frame], ignore_index=True)
+    contrast = compare(Outcomes(frame=frame, provenance=told)).contrast("edit")
+    assert (contrast.pooled.n, contrast.pooled.difference) == (30, 0.5)
+    assert contrast.pooled_mcnemar == contrast.task("t").mcnemar
+    assert contrast.verdict.startswith("Mixed")
+    assert "over 1 task of 2" in contrast.verdict
+    assert (contrast.improved, contrast.worsened) == (["t"], ["u"])
+    result = compare(Outcomes(frame=frame, provenance=told))
+    assert [line.name for line in by_task(result)["Target"]] == ["t", "u, bits per byte, lower is better", WHOLE]
+    header, *body = accuracy_rows(result)
+    assert header[3:5] == ["acc", "bits_per_byte, bits per byte, lower is better"]
+    assert [row[3:5] for row in body] == [["50.0", "-"], ["100.0", "-"], ["-", "1.5"], ["-", "1.65"]]
+
+
+def test_what_was_saved_before_metrics_had_scales_reads_as_shares(tmp_path):
+    made = compare(pair_of([0, 1, 1], [1, 1, 1]))
+    saved = made.to_dict()
+    del saved["scales"]
+    for contrast in saved["contrasts"]:
+        del contrast["scale"]
+        for task in contrast["tasks"]:
+            del task["scale"]
+    (tmp_path / "c.json").write_text(json.dumps(saved))
+    old = Comparison.load(tmp_path / "c.json")
+    assert old.contrasts == made.contrasts
+    assert by_task(old) == by_task(made)

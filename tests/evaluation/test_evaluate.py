@@ -1,18 +1,20 @@
 """`evaluate`: arms truly swap, runs resume, what cannot be run or compared is refused."""
 
 import gc
+import math
 import weakref
 from contextlib import contextmanager, nullcontext
 
 import pandas as pd
 import pytest
 import torch
-from world import interrupt, write_task
+from world import gpt2, interrupt, write_task
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import run
 from stethoscope.evaluation import tasks as task_files
-from stethoscope.evaluation.comparison import aa_floor
+from stethoscope.evaluation.comparison import aa_floor, compare
+from stethoscope.evaluation.names import task_functions
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
 from stethoscope.models.load import load_model
@@ -103,7 +105,7 @@ def test_given_keys_stand_for_weights(stirred_llama, tokenizer, make_task, tmp_p
 def test_unknown_and_empty_tasks_are_named(make_task, monkeypatch):
     folder = make_task()
     make_task("hollow", items=0)
-    with pytest.raises(EvaluationError, match="have no items") as caught:
+    with pytest.raises(EvaluationError, match="nothing to compare") as caught:
         load_tasks(["sums", "hollow"], folder)
     assert "`hollow`" in str(caught.value)
     assert "`sums`" not in str(caught.value)
@@ -174,15 +176,127 @@ def test_checkpoints_that_cannot_be_compared_are_refused(checkpoints, make_task,
         evaluate_checkpoints(checkpoints, ["sums"], **options)
 
 
-def test_a_task_without_a_metric_per_item_is_named(stirred_llama, tokenizer, make_task, tmp_path):
+def test_tasks_that_give_no_result_per_item_are_refused_before_any_work(make_task):
     folder = make_task()
-    metric = {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}
-    rows = [{"problem": f"one and {n}"} for n in ("one", "two", "three")]
+    for name, output, metric in (("cola", "multiple_choice", "mcc"), ("wmt", "generate_until", "bleu")):
+        choice = {"doc_to_choice": ["one", "two"], "generation_kwargs": None} if name == "cola" else {}
+        whole = [{"metric": metric, "aggregation": {"mcc": "matthews_corrcoef"}.get(metric, metric)}]
+        write_task(folder, name, [{"problem": "a", "answer": "one"}], output_type=output, metric_list=whole, **choice)
+    with pytest.raises(EvaluationError, match=r"`cola` scores no item(.|\n)*`wmt` scores no item"):
+        load_tasks(["sums", "cola", "wmt"], folder)
+
+
+def test_a_metric_without_aggregation_is_told(make_task):
+    folder = make_task()
+    (folder / "own.py").write_text("def t_func(references, predictions):\n    return 1.0\n")
+    write_task(folder, "own", [{"problem": "a", "answer": "b"}], metric_list=[{"metric": "OWN"}])
+    task = folder / "own.yaml"
+    task.write_text(task.read_text().replace("OWN", "!function own.t_func"))
+    with pytest.raises(EvaluationError, match=r"`own`: .*needs `aggregation`"):
+        load_tasks(["own"], folder, task_code=True)
+
+
+@pytest.mark.parametrize("place", ["in the file", "included", "in a group", "by its path", "importable"])
+def test_python_that_task_files_of_ones_own_name_runs_only_if_allowed(place, make_task, tmp_path):
+    folder = make_task()
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\n\ndef text(doc):\n    return doc['problem']\n")
+    write_task(folder, "own", [{"problem": "a", "answer": "b"}], doc_to_text="TEXT")
+    task = folder / "own.yaml"
+    name = "os.path.basename" if place == "importable" else "own.text"
+    task.write_text(task.read_text().replace("TEXT", f"!function {name}"))
+    asked = str(task) if place == "by its path" else "own"
+    if place == "included":
+        task.rename(folder / "_base.yaml")
+        task.write_text("include: _base.yaml\ntask: own\n")
+    if place == "in a group":
+        (folder / "g.yaml").write_text("group: both\ntask: [own, sums]\n")
+        asked = "both"
+    with pytest.raises(EvaluationError, match=rf"`!function {name}` in .* would run Python"):
+        load_tasks([asked], folder)
+    assert not ran.exists()
+    if place not in ("in a group", "importable"):
+        files = task_functions([asked, "sums"], folder)
+        assert list(files.values()) == [["own.text"]]
+        assert "own" in load_tasks([asked], folder, task_code=True)
+        assert ran.exists()
+    assert task_functions(["sums", "minerva_math"], folder) == {}  # the harness' own are not named
+
+
+def test_templates_of_task_files_run_in_a_sandbox(make_task, tmp_path):
+    folder = make_task()
+    ran = tmp_path / "ran"
+    template = "{{ cycler.__init__.__globals__.os.system('touch " + str(ran) + "') }}"
+    write_task(folder, "jinja", [{"problem": "a", "answer": "b"}], doc_to_text=template)
+    with pytest.raises(EvaluationError, match=r"`jinja`: .*unsafe"):
+        load_tasks(["jinja"], folder)
+    assert not ran.exists()
+
+
+ROLLING = {
+    "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{problem}}",
+    "generation_kwargs": None, "metric_list": None,
+}  # fmt: skip
+
+
+def test_texts_are_scored_in_bits_per_byte_each_and_fewer_are_better(
+    stirred_llama, tokenizer, make_task, tmp_path, capfd
+):
+    folder = make_task()
+    texts = ["one and one", "two\u00e9 and more of it", "x" * 700]  # the last is longer than the model's window
+    write_task(folder, "rolling", [{"problem": text} for text in texts], **ROLLING)
+    arms = {"base": nullcontext, "edited": edited(stirred_llama, 30.0)}
+    outcomes = evaluate(stirred_llama, tokenizer, arms, ["rolling"], out=tmp_path, include_path=folder, batch_size=2)
+    base = outcomes.rows("base", "rolling")
+    assert outcomes.metric_of("rolling") == "bits_per_byte"
+    for text, bits, nats in zip(texts[:2], base["bits_per_byte"], base["byte_perplexity"], strict=False):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        losses = -stirred_llama(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+        assert bits == pytest.approx(float(losses.sum()) / len(text.encode()) / math.log(2), rel=1e-4)
+        assert nats == pytest.approx(bits * math.log(2))
+    (contrast,) = compare(outcomes).contrasts
+    (task,) = contrast.tasks
+    assert (task.scale.unit, task.scale.higher_is_better) == ("bits per byte", False)
+    assert task.difference.difference == pytest.approx(task.accuracy_a - task.accuracy_b)
+    assert capfd.readouterr().err.count("it/s") == 0  # no bar of the harness
+
+
+def test_log_likelihoods_of_items_are_nats_and_more_are_better(stirred_llama, tokenizer, make_task, tmp_path, capfd):
+    folder = make_task()
+    metrics = [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}]
+    rows = [{"problem": f"one and {n}", "answer": "x"} for n in ("one", "two", "three")]
+    write_task(folder, "lambada", rows, output_type="loglikelihood", generation_kwargs=None, metric_list=metrics)
+    outcomes = evaluate(stirred_llama, tokenizer, BASE, ["lambada"], out=tmp_path, include_path=folder)
+    assert (outcomes.frame["perplexity"] < 0).all()
+    scale = outcomes.scale("lambada")
+    assert (scale.unit, scale.higher_is_better) == ("nats", True)
+    assert capfd.readouterr().err.count("it/s") == 0
+
+
+def test_prompts_longer_than_the_models_window_lose_their_beginning_and_it_is_said(
+    checkpoints, tokenizer, make_task, tmp_path, caplog
+):
+    folder = make_task()
+    choice = {"output_type": "multiple_choice", "doc_to_choice": ["one", "two"], "doc_to_target": 1}
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    rows = [{"problem": "a" * n, "answer": "a"} for n in (3, 90)]
+    write_task(folder, "choice", rows, metric_list=metrics, generation_kwargs=None, **choice)
+    model = gpt2(vocab_size=259, n_positions=64)
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    options = {"out": tmp_path / "out", "include_path": folder, "batch_size": 4}
+    outcomes = evaluate_checkpoints({"base": tmp_path / "gpt2"}, ["sums", "choice"], **options)
+    assert len(outcomes.frame) == 16 + 2
+    said = [record.getMessage() for record in caplog.records if "beginning" in record.getMessage()]
+    assert said == [
+        "16 of 16 prompts are longer than the 40 tokens that leave room for 24 new ones: their beginning is cut off",
+        "2 of 4 prompts are longer than the model's 64 tokens: their beginning is cut off",
+    ]
+    write_task(folder, "long", rows, generation_kwargs={"until": ["x"], "max_gen_toks": 64})
+    with pytest.raises(EvaluationError, match="no room for 64 new"):
+        evaluate_checkpoints({"base": tmp_path / "gpt2"}, ["long"], **options)
     write_task(
-        folder, "rolling", rows, output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{problem}}",
-        generation_kwargs=None, metric_list=[metric],
-    )  # fmt: skip
-    outcomes = evaluate(stirred_llama, tokenizer, BASE, ["rolling"], out=tmp_path, include_path=folder)
-    assert len(outcomes.frame) == 3
-    with pytest.raises(EvaluationError, match="`rolling` has no metric per item"):
-        outcomes.metric_of("rolling")
+        folder, "wide", rows, metric_list=metrics, generation_kwargs=None, **choice | {"doc_to_choice": ["a", "b" * 70]}
+    )
+    with pytest.raises(EvaluationError, match="answer is longer"):
+        evaluate_checkpoints({"base": tmp_path / "gpt2"}, ["wide"], **options)

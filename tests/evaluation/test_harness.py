@@ -4,7 +4,10 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedTokenizerFast
+from world import make_tokenizer
 
+from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import decoding, harness
 from stethoscope.evaluation.harness import SharedPrefixLM
 from stethoscope.evaluation.run import load_tasks
@@ -106,3 +109,23 @@ def test_journal_survives_a_torn_line(stirred_llama, tokenizer, asked, decoded, 
     assert again.generate_until(asked) == whole
     assert decoded == [4, 4]
     assert sum(seen) == 16
+
+
+@pytest.mark.parametrize("shares", [True, False])
+@pytest.mark.parametrize("begin", ["<s>", None])
+def test_a_tokenizer_without_padding_and_end_token(begin, shares, stirred_llama, tokenizer, asked, monkeypatch):
+    bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer, bos_token=begin)
+    stirred_llama.generation_config.eos_token_id = stirred_llama.config.eos_token_id = None
+    if not shares:
+        monkeypatch.setattr(harness, "can_share", lambda *_: False)
+    ours, known = (SharedPrefixLM(stirred_llama, one, batch_size=5) for one in (bare, tokenizer))
+    assert ours.generate_until(asked) == known.generate_until(asked)
+    assert (bare.pad_token, bare.eos_token, len(bare)) == (None, None, 259)  # left as it was
+    choices = [Instance("loglikelihood", {}, ("one and", text), i) for i, text in enumerate((" one", " twelve"))]
+    assert ours.loglikelihood(choices) == known.loglikelihood(choices)
+    texts = [Instance("loglikelihood_rolling", {}, ("one and one",), 0)]
+    if begin:
+        assert ours.loglikelihood_rolling(texts) == known.loglikelihood_rolling(texts)
+    else:
+        with pytest.raises(EvaluationError, match="no begin and no end token"):
+            ours.loglikelihood_rolling(texts)

@@ -4,13 +4,15 @@ import json
 import shutil
 
 import pytest
-from world import read_lines, write_lines, write_logs
+import torch
+from world import read_lines, write_lines, write_logs, write_task
 
 from stethoscope import cli
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.comparison import compare
 from stethoscope.evaluation.harness_logs import join, read_results
 from stethoscope.evaluation.harness_logs import write_logs as save_logs
+from stethoscope.evaluation.run import evaluate_checkpoints
 from stethoscope.evaluation.tasks import load_tasks
 
 TASKS = ["sums", "choice"]
@@ -218,3 +220,42 @@ def test_the_logs_command(outcomes, tmp_path, capsys):
     assert f"next: stethoscope compare {tmp_path / 'logs' / 'base'} {tmp_path / 'logs' / 'edited'}" in shown
     _, shown, _ = run_cli(capsys, "logs", tmp_path / "run", tmp_path / "one", "--arm", "edited", "--json")
     assert json.loads(shown) == {"edited": str(tmp_path / "one" / "edited")}
+
+
+def test_the_direction_of_a_metric_comes_from_the_results_file_beside_a_log(models, tasks, tmp_path):
+    choice = (tasks / "choice.yaml").read_text()
+    (tmp_path / "tasks").mkdir()
+    changed = choice.replace("higher_is_better: true", "higher_is_better: false").replace("task: choice", "task: lower")
+    (tmp_path / "tasks" / "lower.yaml").write_text(changed)
+    folders = [write_logs(m, tmp_path / "tasks", tmp_path / n, ["lower"], batch_size=4) for n, m in models.items()]
+    one, two = (read_results(folder, arm=arm) for arm, folder in zip(("a", "b"), folders, strict=True))
+    joined, _ = join(one, two)
+    (task,) = compare(joined, baseline="a").contrasts[0].tasks
+    assert task.scale.higher_is_better is False
+    assert task.difference.difference == pytest.approx(task.accuracy_a - task.accuracy_b)
+    # logs of ours keep it
+    save_logs(joined, tmp_path / "ours")
+    assert read_results(tmp_path / "ours" / "b").scale("lower") == task.scale
+    # two results files that disagree, and none
+    results = next(folders[1].glob("results_*.json"))
+    results.write_text(results.read_text().replace('"acc": false', '"acc": true'))
+    assert join(one, read_results(folders[1], arm="b"))[0].scale("lower").higher_is_better is True
+    results.write_text("{")
+    assert read_results(folders[1]).scale("lower").higher_is_better is True  # by its name
+
+
+def test_logs_of_whole_texts_are_read_and_written_in_bits_per_byte(models, tmp_path, tasks, capsys):
+    rows = [{"problem": text} for text in ("one and one", "two\u00e9 and more")]
+    settings = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{problem}}"}
+    write_task(tmp_path, "rolling", rows, **settings, generation_kwargs=None, metric_list=None)
+    theirs = write_logs(models["base"], tmp_path, tmp_path / "theirs", ["rolling"], batch_size=1)
+    options = {"include_path": tmp_path, "dtype": torch.float32, "out": tmp_path / "run"}
+    ours = evaluate_checkpoints(models, ["rolling"], **options)
+    save_logs(ours, tmp_path / "ours")
+    for folder in (theirs, tmp_path / "ours" / "base"):
+        read = read_results(folder, arm="base").rows("base", "rolling")["bits_per_byte"]
+        assert read.tolist() == pytest.approx(ours.rows("base", "rolling")["bits_per_byte"].tolist(), rel=1e-4)
+    found = compared(capsys, f"{theirs}=base", f"{tmp_path / 'ours' / 'edited'}=edited")
+    assert found["tasks"]["rolling"]["scale"] == {"unit": "bits per byte", "higher_is_better": False}
+    code, out, _ = run_cli(capsys, "compare", theirs, tmp_path / "ours" / "edited")
+    assert (code, "points" in out, "bits per byte" in out) == (0, False, True)

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import results
 
-from stethoscope.results.comparison import PairedDifference
+from stethoscope.results.paired import PairedDifference
 from stethoscope.results.validation import Beaten
 
 

@@ -15,7 +15,7 @@ _ARMS = {
     "projected": ("projected", "triangle-down"),
     "random": ("other", "circle"),
 }
-_GAIN = "mean gain on the target tasks over the baseline, in points"
+_GAIN = "mean gain on the target tasks over the baseline, in {}"
 _COST = "control loss, change in nats per token (right is worse)"
 
 _FEW_RANDOM = 4  # more random sets than this are named as a group
@@ -23,20 +23,20 @@ _WIDTHS = (295, 640, 950)  # pixels at which labels should not cover each other
 _HEIGHT = 360
 
 
-def trade_off(rows: Sequence[Mapping[str, Any]], baseline: str, *, width: int) -> alt.LayerChart:
+def trade_off(rows: Sequence[Mapping[str, Any]], baseline: str, *, unit: str = "points", width: int) -> alt.LayerChart:
     """Target gain of each arm over the baseline against what it costs on control text; see `Comparison.plot`.
 
     Args:
-        rows: by arm the gain in points and the cost in nats per token, each with its interval; None is not known.
+        rows: by arm the gain in ``unit`` and the cost in nats per token, each with its interval; None is not known.
             Without any cost the gains alone are drawn.
     """
     looks = [next((v for k, v in _ARMS.items() if row["arm"].startswith(k)), ("edit", "triangle-up")) for row in rows]
     drawn_rows = [{**row, "colour": COLOURS[c], "shape": shape} for row, (c, shape) in zip(rows, looks, strict=True)]
     priced = [row for row in drawn_rows if row["cost"] is not None]
-    return _plane(baseline, priced, width) if priced else _gains(drawn_rows, width)
+    return _plane(baseline, priced, unit, width) if priced else _gains(drawn_rows, unit, width)
 
 
-def _plane(baseline: str, arms: Sequence[dict[str, Any]], width: int) -> alt.LayerChart:
+def _plane(baseline: str, arms: Sequence[dict[str, Any]], unit: str, width: int) -> alt.LayerChart:
     here = {"arm": baseline, "gain": 0.0, "cost": 0.0, "colour": COLOURS["ink"], "shape": "circle"}
     rows = [here, *arms]
     domains = {name: _reach([row.get(f"{name}{end}") for row in rows for end in ("", "_low", "_high")])
@@ -55,7 +55,7 @@ def _plane(baseline: str, arms: Sequence[dict[str, Any]], width: int) -> alt.Lay
     at = {"x": x("cost"), "y": y("gain")}
     whisker = base.mark_rule(strokeWidth=1.5, opacity=0.55)
     points = base.mark_point(filled=True, size=90, opacity=1).encode(
-        **at, shape=alt.Shape("shape:N", scale=None), tooltip=_tips()
+        **at, shape=alt.Shape("shape:N", scale=None), tooltip=_tips(unit)
     )
     beside = {name: alt.expr(f"datum.{name}") for name in ("align", "dx", "dy")}
     zero = rule("zero", 0.0, strokeDash=[2, 3])
@@ -66,26 +66,26 @@ def _plane(baseline: str, arms: Sequence[dict[str, Any]], width: int) -> alt.Lay
         whisker.encode(x=x("cost_low"), x2="cost_high:Q", y=at["y"]),
         points,
         base.mark_text(**beside, baseline="middle", fontSize=12).encode(**at, text="label:N"),
-        heading=_GAIN,
+        heading=_GAIN.format(unit),
         data={"arms": rows},
         width=width,
         height=_HEIGHT,
     )
 
 
-def _gains(rows: Sequence[dict[str, Any]], width: int) -> alt.LayerChart:
+def _gains(rows: Sequence[dict[str, Any]], unit: str, width: int) -> alt.LayerChart:
     base = alt.Chart(alt.NamedData(name="arms")).encode(
         y=alt.Y("arm:N", sort=None, title=None), color=alt.Color("colour:N", scale=None)
     )
-    x = {"axis": axis("+.3~f"), "title": "points"}
+    x = {"axis": axis("+.3~f"), "title": unit}
     points = base.mark_point(filled=True, size=90, opacity=1).encode(
-        x=alt.X("gain:Q", **x), shape=alt.Shape("shape:N", scale=None), tooltip=_tips()[:4]
+        x=alt.X("gain:Q", **x), shape=alt.Shape("shape:N", scale=None), tooltip=_tips(unit)[:4]
     )
     return drawn(
         rule("zero", 0.0, "line").encode(x="zero:Q"),
         base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("gain_low:Q", **x), x2="gain_high:Q"),
         points,
-        heading=_GAIN,
+        heading=_GAIN.format(unit),
         data={"arms": rows},
         width=width,
         height=36 * len(rows) + 20,
@@ -143,12 +143,13 @@ def _reach(values: Sequence[float | None]) -> list[float]:
     return [low - margin, high + margin]
 
 
-def _tips() -> list[alt.Tooltip]:
+def _tips(unit: str) -> list[alt.Tooltip]:
+    form = "+.1f" if unit == "points" else "+.3~g"
     return tips(
         "arm:N",
-        ("gain:Q", "+.1f", "gain, points"),
-        ("gain_low:Q", "+.1f", "interval from"),
-        ("gain_high:Q", "+.1f", "to"),
+        ("gain:Q", form, f"gain, {unit}"),
+        ("gain_low:Q", form, "interval from"),
+        ("gain_high:Q", form, "to"),
         ("cost:Q", "+.4f", "control loss, nats"),
         ("cost_low:Q", "+.4f", "interval from "),
         ("cost_high:Q", "+.4f", "to "),

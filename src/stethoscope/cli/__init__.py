@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from stethoscope.cli.console import ConsoleReporter, command_line, say, warn
+from stethoscope.cli.console import ConsoleReporter, WarningPrinter, command_line, say, warn
 from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, show, stage_command
@@ -57,13 +57,6 @@ def _version(asked: bool) -> bool:
     return asked
 
 
-class _Warnings(logging.Handler):
-    """Shows the package's own warnings beside the bar of a stage."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warn(f"  {record.levelname.lower()}: {record.getMessage()}")
-
-
 @app.callback()
 def _options(
     version: Annotated[
@@ -76,7 +69,8 @@ def _options(
     handler.setLevel(level)  # some libraries set their loggers' levels themselves
     logging.basicConfig(level=level, handlers=[handler])
     own = logging.getLogger("stethoscope")
-    own.handlers = [] if debug else [_Warnings(logging.WARNING)]
+    own.setLevel(logging.NOTSET if debug else logging.WARNING)
+    own.handlers = [] if debug else [WarningPrinter()]  # this function may be called again
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ Data goes to stdout, everything else to stderr.
 """
 
 import json
+import logging
 import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -119,6 +120,13 @@ def warn(text: str) -> None:
 def say_json(value: Any) -> None:
     """Print JSON on stdout."""
     print(json.dumps(value, indent=1))  # noqa: T201 - the one place that prints
+
+
+class WarningPrinter(logging.Handler):
+    """Prints what the library warns of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warn(f"warning: {record.getMessage()}")
 
 
 def show_rows(rows: Sequence[Sequence[str]]) -> None:

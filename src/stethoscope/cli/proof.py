@@ -22,6 +22,9 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for outcomes and comparison; an unfinished one is continued.")],
     data: Annotated[Path | None, typer.Option(help="Local JSONL in the MATH schema for `minerva_math`.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder of further task YAMLs.")] = None,
+    allow_task_code: Annotated[
+        bool, typer.Option("--allow-task-code", help="Run the Python that task files of your own name.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(help="Maximum items per task.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 32,
     backend: Annotated[Literal["hf", "vllm"], typer.Option(help="Generation backend.")] = "hf",
@@ -47,6 +50,7 @@ def evaluate(
             out=out,
             backend=backend,
             include_path=include_path,
+            task_code=allow_task_code,
             data=data,
             limit=limit,
             batch_size=batch_size,
@@ -82,7 +86,9 @@ def compare(
     metric: Annotated[str | None, typer.Option(help="Metric to compare; each task's own by default.")] = None,
     margin: Annotated[
         list[str] | None,
-        typer.Option(metavar="SHARE|TASK=SHARE", help="Accepted loss of accuracy; 0.02 by default."),
+        typer.Option(
+            metavar="SHARE|TASK=LOSS", help="Accepted loss: 0.02 of shares by default; of a task in its unit."
+        ),
     ] = None,
     family: Annotated[str | None, typer.Option(help="Tasks corrected together; the others are controls.")] = None,
     correction: Annotated[Literal["holm", "bh"], typer.Option(help="Correction for multiple tests.")] = "holm",
@@ -164,7 +170,8 @@ def _tasks_of(run: Path) -> tuple[dict[str, Any], int]:
     options = recipe.evaluate
     try:
         names = [*options.tasks, *options.control_tasks]
-        return load_tasks(names, options.include_path, data=options.data, seed=recipe.seed), recipe.seed
+        where: dict[str, Any] = {name: getattr(options, name) for name in ("include_path", "data", "task_code")}
+        return load_tasks(names, **where, seed=recipe.seed), recipe.seed
     except StethoscopeError as error:
         warn(f"warning: {error}")
         return {}, recipe.seed

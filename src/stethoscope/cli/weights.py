@@ -124,9 +124,10 @@ def edit(
 def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, **settings: Any) -> "Wanted":
     """The texts of a filtered edit, read; every one that cannot be is named."""
     from stethoscope.keep import Wanted
-    from stethoscope.text.documents import read_documents
+    from stethoscope.text.documents import read_documents, read_prompted
 
     texts: dict[str, Any] = {}
+    prompts: list[Any] = []
     weights: dict[str, float] = {}
     problems = []
     for given in (str(keep), *protect):
@@ -135,7 +136,10 @@ def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, 
         try:
             if name in texts:
                 problems.append(f"two texts are called `{name}`: rename the file `{path}`")
-            texts[name] = read_documents(path, field=field)
+            if prompt and not texts:
+                texts[name], prompts = read_prompted(path, field=field, prompt=prompt)
+            else:
+                texts[name] = read_documents(path, field=field)
             if weight is not None:
                 weights[name] = float(weight)
         except StethoscopeError as error:
@@ -145,7 +149,6 @@ def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, 
             problems.append(f"the weight `{weight}` of `{path}` is not a number")
     if problems:
         raise StethoscopeError("the texts cannot be used", problems=problems, hint="`--field` names the field to read")
-    prompts = read_documents(keep, field=prompt) if prompt else ()
     return Wanted(keep=texts.pop("target"), prompts=prompts, protect=texts, weights=weights, **settings)
 
 

@@ -147,13 +147,12 @@ def _model_index(name: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _result_rows(results: Mapping[str, Any]) -> list[str]:
     lines = [
-        f"| task | metric | items | {_plain(results['baseline'])}, % | edited, % | change | adjusted p |",
+        f"| task | metric | items | {_plain(results['baseline'])} | edited | gain | adjusted p |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in results["tasks"]:
-        before, after = 100 * row["baseline"], 100 * row["accuracy"]
+        metric = ", ".join(filter(None, [row["metric"], row["scale"] or "%"]))
         p = "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.2g}"
-        change = 100 * (row["accuracy"] - row["baseline"])
-        cells = f"{row['items']} | {before:.1f} | {after:.1f} | {change:+.1f} | {p}"
-        lines.append(f"| {_plain(row['task'])} | {_plain(row['metric'])} | {cells} |")
+        cells = [_plain(row["task"]), _plain(metric), str(row["items"]), *row["shown"], p]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from stethoscope.display import listed, p_value, points
+from stethoscope.display import listed, p_value
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.inference import (
     adjust,
@@ -26,10 +26,10 @@ from stethoscope.results.comparison import (
     Contrast,
     Flips,
     NoiseFloor,
-    NonInferiority,
-    PairedDifference,
     TaskContrast,
 )
+from stethoscope.results.paired import PairedDifference
+from stethoscope.results.scale import SHARE, Scale
 
 AGAIN = "_again"  # an arm named so is its namesake evaluated a second time
 Costs = Mapping[str, PerDocument]
@@ -67,7 +67,8 @@ def compare(
             target text, and divergence from the base, whose own is zero.
         metric: the metric that decides; each task's own (`Outcomes.metric_of`) if not given.
         alpha: level of every test; intervals have confidence 1 - alpha.
-        margin: the loss of accuracy that non-inferiority would accept; ``margins`` has others by task.
+        margin: the loss that non-inferiority would accept, of shares; ``margins`` has others by task, each in its
+            metric's unit. Other metrics than shares have no margin unless one is given there.
         adjustment: ``holm`` or ``bh``.
         seed: of the bootstrap.
         inputs: hashes of what the outcomes were made from, by name; kept with the result.
@@ -95,12 +96,11 @@ def compare(
         pair = _Pair(outcomes=outcomes, a=a, b=b, alpha=alpha, seed=seed)
         compared = []
         for names in (tasks, controls):
-            bounds = {task: (margins or {}).get(task, margin) for task in names}
-            found = [pair.on_task(task, metric or outcomes.metric_of(task), bounds[task]) for task in names]
-            adjusted = adjust([f["mcnemar"].p_value if f["mcnemar"] else None for f in found], adjustment)
+            found = [pair.on_task(t, metric or outcomes.metric_of(t), margin, margins or {}) for t in names]
+            adjusted = adjust([entry.pop("p_value") for entry in found], adjustment)
             for entry, p in zip(found, adjusted, strict=True):
-                verdict = _task_verdict(entry["difference"], entry["non_inferiority"], p, a, b, alpha)
-                compared.append(TaskContrast(**entry, in_family=names is tasks, p_adjusted=p, verdict=verdict))
+                task = TaskContrast(**entry, in_family=names is tasks, p_adjusted=p)
+                compared.append(replace(task, verdict=_task_verdict(task, a, b, alpha)))
         significant = [t for t in compared if t.p_adjusted is not None and t.p_adjusted < alpha]
         contrast = Contrast(
             a=a, b=b, tasks=compared, **pair.pooled([t for t in compared if t.in_family]),
@@ -114,6 +114,7 @@ def compare(
     return Comparison(
         seed=seed, inputs=dict(inputs or {}), baseline=baseline, family=tasks, controls=controls, alpha=alpha,
         margin=margin, adjustment=adjustment, accuracy=_accuracy(outcomes, metric), contrasts=contrasts,
+        scales={task: outcomes.scales(task) for task in outcomes.tasks},
         noise=[floor for again, arm in twice.items() for floor in aa_floor(outcomes, arm, again, metric=metric)],
     )  # fmt: skip
 
@@ -154,8 +155,8 @@ class _Pair:
     def _bootstrap(self) -> dict[str, Any]:
         return {"confidence": 1 - self.alpha, "rng": np.random.default_rng(self.seed)}
 
-    def on_task(self, task: str, metric: str, margin: float) -> dict[str, Any]:
-        """The fields of a `TaskContrast`, without what takes the other tasks."""
+    def on_task(self, task: str, metric: str, margin: float, margins: Mapping[str, float]) -> dict[str, Any]:
+        """The fields of a `TaskContrast`, without what takes the other tasks, and ``p_value``, not yet corrected."""
         rows_a, rows_b = (self.outcomes.rows(arm, task) for arm in (self.a, self.b))
         x, y = (rows[metric].to_numpy(dtype=np.float64) for rows in (rows_a, rows_b))
         if unscored := [arm for arm, values in ((self.a, x), (self.b, y)) if np.isnan(values).any()]:
@@ -164,19 +165,27 @@ class _Pair:
                 problems=[f"arm `{arm}`" for arm in unscored],
                 hint=f"choose a metric that scores every item; there are: {', '.join(self.outcomes.metrics)}",
             )
+        scale, means = self.outcomes.scale(task, metric), (float(x.mean()), float(y.mean()))
+        if scale.higher_is_better is False:  # turned, so that more is better in all that follows
+            x, y = (1 - x, 1 - y) if scale.is_share else (-x, -y)
         sources, n = _sources(rows_a), len(x)
         binary = np.isin(np.concatenate([x, y]), (0, 1)).all()
         method: Literal["bootstrap", "score"] = "score" if binary and sources is None else "bootstrap"
         drawn = {**self._bootstrap, "clusters": sources}  # the second interval goes on where the first one stopped
+        difference = paired_difference(x, y, method=method, **drawn)
         found: dict[str, Any] = {
-            "task": task, "metric": metric, "n": n, "accuracy_a": float(x.mean()), "accuracy_b": float(y.mean()),
-            "difference": paired_difference(x, y, method=method, **drawn),
-            "non_inferiority": non_inferiority(x, y, margin, **drawn),
+            "task": task, "metric": metric, "scale": scale, "n": n, "accuracy_a": means[0], "accuracy_b": means[1],
+            "difference": difference,
+            "non_inferiority": non_inferiority(x, y, margins.get(task, margin if scale.is_share else None), **drawn),
         }  # fmt: skip
         if not binary:
             why = f"`{metric}` is not 0 or 1 for every item"
-            undefined = dict.fromkeys(("unpaired", "mcnemar", "smallest_detectable_gain", "flips"))
-            return found | undefined | {"reasons": dict.fromkeys((*undefined, "p_adjusted"), why)}
+            names = ("unpaired", "mcnemar", "smallest_detectable_gain", "flips")
+            missing, p, how = dict.fromkeys(names), None, {"p_adjusted": "all items differ alike"}
+            if error := difference.standard_error:
+                p = float(2 * stats.t.sf(abs(difference.difference) / error, difference.clusters - 1))
+                how = {"p": f"of a paired t-test, as {why}"}
+            return found | missing | {"p_value": p, "reasons": dict.fromkeys(names, why) | how}
         detectable = smallest_detectable_gain(n, float((x != y).mean()), alpha=self.alpha)
         flips = _flips(rows_a, rows_b, x, y)
         reasons = {
@@ -186,22 +195,30 @@ class _Pair:
         }
         return found | {
             "unpaired": unpaired_z(int(x.sum()), n, int(y.sum()), n),
-            "mcnemar": mcnemar_exact(int((x > y).sum()), int((y > x).sum())),
+            "mcnemar": (test := mcnemar_exact(int((x > y).sum()), int((y > x).sum()))),
+            "p_value": test.p_value,
             "smallest_detectable_gain": detectable.gain,
             "flips": flips,
             "reasons": {name: reason for name, reason in reasons.items() if reason},
         }
 
     def pooled(self, family: Sequence[TaskContrast]) -> dict[str, Any]:
-        """The tasks of the family as one, items resampled within tasks."""
+        """The tasks of the family that share a unit as one, items resampled within tasks."""
+        unit = SHARE if any(t.scale.is_share for t in family) else family[0].scale.unit
+        family = [t for t in family if t.scale.unit == unit]
         rows = {arm: [self.outcomes.rows(arm, t.task) for t in family] for arm in (self.a, self.b)}
-        x, y = (np.concatenate([r[t.metric] for r, t in zip(own, family, strict=True)]) for own in rows.values())
+        signs = [-1 if t.scale.higher_is_better is False else 1 for t in family]
+        x, y = (
+            np.concatenate([sign * r[t.metric] for r, t, sign in zip(own, family, signs, strict=True)])
+            for own in rows.values()
+        )
         known = [labels for own in rows[self.a] if (labels := _sources(own)) is not None]
         sources = np.concatenate(known) if len(known) == len(family) else None
         strata = np.repeat(np.arange(len(family)), [t.n for t in family])
         tests = [t.mcnemar for t in family if t.mcnemar]
         exact = mcnemar_exact(sum(m.b for m in tests), sum(m.c for m in tests)) if len(tests) == len(family) else None
         return {
+            "scale": Scale(unit=unit),
             "pooled": paired_difference(x, y, strata=strata, clusters=sources, **self._bootstrap),
             "pooled_mcnemar": exact,
         }
@@ -265,10 +282,12 @@ def _flips(rows_a: pd.DataFrame, rows_b: pd.DataFrame, x: NDArray[np.float64], y
 def _overall_verdict(contrast: Contrast, *, margin: float, alpha: float) -> str:
     """One sentence on a whole contrast: gain or not, over the family; what got worse; what is ruled out; its cost."""
     a, b, pooled, worsened = contrast.a, contrast.b, contrast.pooled, listed(contrast.worsened)
-    tested = f"{len(contrast.family)} task{'' if len(contrast.family) == 1 else 's'}"
+    pooled_over, unknown = len(contrast.together), [t for t in contrast.tasks if t.scale.higher_is_better is None]
+    tested = f"{pooled_over} task{'' if pooled_over == 1 else 's'}"
+    tested += "" if pooled_over == len(contrast.family) else f" of {len(contrast.family)}, the others in other units"
     better = sum(t.task in contrast.improved for t in contrast.family)
     differs = contrast.significant(alpha)
-    gain = f"{points(pooled.difference)} points{_in_brackets(pooled, '+.1f', 100)} over {tested}"
+    gain = f"{contrast.gain} over {tested}"
     if better or (differs and pooled.difference > 0):
         if worsened:
             words = f"Mixed: `{b}` against `{a}` gains {gain}, but is significantly worse on {worsened}"
@@ -279,33 +298,41 @@ def _overall_verdict(contrast: Contrast, *, margin: float, alpha: float) -> str:
         words = f"`{b}` is worse than `{a}`: {gain}" + (f", significantly on {worsened}" if worsened else "")
     else:
         words = f"No evidence of benefit: `{b}` against `{a}` gives {gain}"
-    everywhere = {t.non_inferiority.margin for t in contrast.tasks} <= {margin}
+    bounded = [t for t in contrast.tasks if t.non_inferiority.margin is not None]
+    everywhere = all(t.scale.is_share and t.non_inferiority.margin == margin for t in bounded)
     bound = f"a loss of {100 * margin:g} points" if everywhere else "a loss of its margin"
     safe, tasks = len(contrast.not_degraded), len(contrast.tasks)
-    words += f"; {bound} or more is ruled out in {'every task' if safe == tasks else f'{safe} of {tasks} tasks'}"
+    if bounded:
+        where = "every task" if safe == tasks else f"{safe} of {len(bounded)} tasks"
+        words += f"; {bound} or more is ruled out in {where}"
     measured = contrast.target_loss, contrast.loss, contrast.divergence
     for what, change in zip(("target loss", "control loss", "divergence from the base"), measured, strict=True):
         if change is not None:
-            words += f"; {what} {change.difference:+.3f} nats per token{_in_brackets(change, '+.3f', 1)}"
+            words += f"; {what} {change.difference:+.3f} nats per token{_in_brackets(change)}"
+    if unknown:
+        which = listed(f"`{t.metric}` of {t.task}" for t in unknown)
+        words += f"; whether more is better is not known of {which}, and is taken to be so"
     return words + "."
 
 
-def _task_verdict(
-    difference: PairedDifference, bound: NonInferiority, p_adjusted: float | None, a: str, b: str, alpha: float
-) -> str:
+def _task_verdict(task: TaskContrast, a: str, b: str, alpha: float) -> str:
     """One sentence on one task: do the arms differ, and is a loss of the margin ruled out."""
-    differs = difference.above or difference.below if p_adjusted is None else p_adjusted < alpha
-    p = "" if p_adjusted is None else f", adjusted p = {p_value(p_adjusted)}"
-    gain = f"({points(difference.difference)} points{p})"
+    difference, bound, scale = task.difference, task.non_inferiority, task.scale
+    differs = difference.above or difference.below if task.p_adjusted is None else task.p_adjusted < alpha
+    p = "" if task.p_adjusted is None else f", adjusted p = {p_value(task.p_adjusted)}"
+    known = {True: "", False: ", lower is better", None: ", if more is better"}[scale.higher_is_better]
+    gain = f"({scale.words(difference.difference)}{known}{p})"
     if not differs:
         words = f"no evidence that `{b}` and `{a}` differ {gain}"
     else:
         words = f"`{b}` is {'better' if difference.difference > 0 else 'worse'} than `{a}` {gain}"
-    margin = f"a loss of {100 * bound.margin:g} points or more is"
+    if bound.margin is None:
+        return f"{words}."
+    margin = f"a loss of {scale.factor * bound.margin:g} {scale.of_gains} or more is"
     if bound.shown is None:
         return f"{words}; whether {margin} ruled out is not defined: {bound.reason}."
     return f"{words}; {margin}{'' if bound.shown else ' not'} ruled out."
 
 
-def _in_brackets(difference: PairedDifference, form: str, scale: int) -> str:
-    return "" if difference.low is None or difference.high is None else f" ({difference.text(form, scale)})"
+def _in_brackets(change: PairedDifference) -> str:
+    return "" if change.low is None or change.high is None else f" ({change.text('+.3f')})"

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_text
+from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.decoding import Prefix, agrees, can_share, common_prefix, decode_greedily, encode_prefix
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        self._can_begin = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+        super().__init__(pretrained=model, tokenizer=_complete(tokenizer), batch_size=batch_size, backend="causal")
         self.journal: Path | None = None
         self.on_items: Callable[[int], None] = lambda _: None
         self._generations: dict[str, Generation] = {}
@@ -68,15 +71,52 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             self._generate_group({_key(*request.args): request.args[0] for request in group}, group[0].args[1])
         return [self._generations[_key(*request.args)].response for request in requests]
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-likelihoods as the harness has them, without its bars."""
+        self._check_begin(all(request.args[0] for request in requests))
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Those of whole texts, likewise."""
+        self._check_begin(False)
+        return list(super().loglikelihood_rolling(requests, disable_tqdm=True))
+
+    def _check_begin(self, follows: bool) -> None:
+        if not (follows or self._can_begin):
+            raise EvaluationError(
+                "the tokenizer has no begin and no end token, so nothing stands before a text's first token",
+                hint="leave out tasks that score whole texts, or answers to an empty prompt",
+            )
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        long = [len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests]
+        self._say_cut(long, f"model's {self.max_length} tokens")
+        if any(len(answer) > self.max_length for _, _, answer in requests):
+            raise EvaluationError(f"an answer is longer than the model's window of {self.max_length} tokens")
+        return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+    def _say_cut(self, long: list[bool], most: str) -> None:
+        """Few-shot examples come first, and what is too long loses its beginning, as by the harness."""
+        if any(long):
+            said = "%d of %d prompts are longer than the %s: their beginning is cut off"
+            logger.warning(said, sum(long), len(long), most)
+
     def _generate_group(self, contexts: Mapping[str, str], settings: dict[str, Any]) -> None:
         """Greedy responses to prompts of equal settings, by key, longest first, as the harness does."""
         kwargs = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
         limit = kwargs.pop("max_gen_toks")
         stops = handle_stop_sequences(kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, False))
-        ids, mask = self.tok_batch_encode(
-            list(contexts.values()), left_truncate_len=self.max_length - limit, truncation=self.truncation
+        if (room := self.max_length - limit) < 1:
+            raise EvaluationError(
+                f"the model's window of {self.max_length} tokens has no room for {limit} new ones",
+                hint="give the task's `generation_kwargs` a smaller `max_gen_toks`",
+            )
+        ids, mask = self.tok_batch_encode(list(contexts.values()), truncation=self.truncation)
+        whole = {k: row[keep.bool()].tolist() for k, row, keep in zip(contexts, ids, mask, strict=True)}
+        self._say_cut(
+            [len(row) > room for row in whole.values()], f"{room} tokens that leave room for {limit} new ones"
         )
-        prompts = {k: row[keep.bool()].tolist() for k, row, keep in zip(contexts, ids, mask, strict=True)}
+        prompts = {key: row[-room:] for key, row in whole.items()}
         order = sorted(prompts, key=lambda k: (-len(prompts[k]), contexts[k]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         todo = [batch for batch in batches if not self._generations.keys() >= set(batch)]
@@ -157,6 +197,22 @@ def read_journal(path: Path) -> dict[str, Generation]:
 def journal_line(entry: dict[str, Any]) -> str:
     """A line of the journal, with a hash by which it is known to be as it was written."""
     return json.dumps({**entry, "check": sha256_bytes(canonical_json(entry).encode())[:16]}) + "\n"
+
+
+def _complete(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer with an end and a padding token, as the harness needs them.
+
+    Those that it would add have no row in the model's embedding: here the end is a text that the model never writes,
+    and padding, which is masked, is any token.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.eos_token_id is not None:
+        return tokenizer
+    tokenizer = deepcopy(tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    if tokenizer.eos_token_id is None:
+        tokenizer.add_special_tokens({"eos_token": "<|no end token|>"})
+    return tokenizer
 
 
 class _Stop:

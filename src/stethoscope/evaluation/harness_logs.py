@@ -6,6 +6,7 @@ write_logs(Outcomes.load(Path("run/outcomes.parquet")), Path("logs"))   # logs/A
 
 import importlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from stethoscope.artifacts import file_name, sha256_bytes, write_text
+from stethoscope.artifacts import file_name, read_json, sha256_bytes, write_json, write_text
 from stethoscope.display import first_of
-from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.outcomes import SOURCE, Outcomes
+from stethoscope.errors import EvaluationError, StethoscopeError
+from stethoscope.evaluation.outcomes import DIRECTIONS, SOURCE, Outcomes
+from stethoscope.results.scale import LIKELIHOODS
 from stethoscope.text.documents import json_lines
 
 if TYPE_CHECKING:
@@ -55,10 +57,19 @@ def to_rows(
         else:
             rows[item] = {"arm": arm, "task": task, **_describe(sample, extract, generation)}
         for metric in sample["metrics"]:
-            value = sample[metric]
-            rows[item][metric + own] = float(value) if isinstance(value, (int, float)) else None
+            rows[item][metric + own] = _value(metric, sample[metric])
     frame = pd.DataFrame(list(rows.values()))
     return frame.astype({"extracted": "boolean", "truncated": "boolean", "generated_tokens": "Int64"})
+
+
+def _value(metric: str, value: Any) -> float | None:
+    """An item's number; None where only all items together have one.
+
+    Of a whole text the harness gives its log-likelihood, and over how many words or bytes.
+    """
+    if metric in LIKELIHOODS and isinstance(value, Sequence) and value[1]:
+        return -float(value[0]) / value[1] / (math.log(2) if metric == "bits_per_byte" else 1)
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def _describe(sample: Sample, extract: Callable[..., str] | None, generation: Callable[..., Any] | None) -> Sample:
@@ -105,7 +116,8 @@ def read_results(path: Path, *, arm: str | None = None, source: str | None = Non
         match = _LOG.fullmatch(path.name)
         logs, name = {match["task"] if match else path.stem: path}, arm or path.stem
     parts = [_read_log(log, task, name, source) for task, log in logs.items()]
-    return Outcomes(frame=pd.concat(parts, ignore_index=True))
+    told = {task: _directions(log, task) for task, log in logs.items()}
+    return Outcomes(frame=pd.concat(parts, ignore_index=True), provenance={DIRECTIONS: told})
 
 
 def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcomes, list[str]]:
@@ -138,7 +150,12 @@ def join(a: Outcomes, b: Outcomes, *, shared_only: bool = False) -> tuple[Outcom
         raise EvaluationError("the arms share no item", problems=missing, hint=hint)
     one, two = (frame[frame["key"].isin(shared)] for frame in frames)
     two = two.assign(item=two["key"].map(dict(zip(one["key"], one["item"], strict=True))))
-    joined = Outcomes(frame=pd.concat([one, two], ignore_index=True).drop(columns="key"))
+    told: dict[str, dict[str, bool | None]] = {}
+    for task, found in [pair for outcomes in (a, b) for pair in outcomes.provenance.get(DIRECTIONS, {}).items()]:
+        known = told.setdefault(task, {})
+        known |= {name: None if known.get(name, higher) != higher else higher for name, higher in found.items()}
+    frame = pd.concat([one, two], ignore_index=True).drop(columns="key")
+    joined = Outcomes(frame=frame, provenance={DIRECTIONS: told})
     joined.check_comparable()
     return joined, missing
 
@@ -168,6 +185,18 @@ def _newest_logs(folder: Path) -> dict[str, Path]:
             hint="give one of these folders",
         )
     return {match["task"]: path for match, path in sorted(matches, key=lambda found: found[0].group("task", "time"))}
+
+
+def _directions(log: Path, task: str) -> dict[str, bool | None]:
+    """Which metrics of a task are better when higher, from the results file that lm_eval wrote beside a log."""
+    match = _LOG.fullmatch(log.name)
+    own = [log.with_name(f"results_{match['time']}.json")] if match else []
+    for path in [*own, *sorted(log.parent.glob("results_*.json"), reverse=True)]:
+        try:
+            return dict(read_json(path)["higher_is_better"][task])
+        except (StethoscopeError, KeyError, TypeError, ValueError):
+            continue  # a folder may hold other results
+    return {}
 
 
 def _read_log(path: Path, task: str, arm: str, source: str | None) -> pd.DataFrame:
@@ -205,7 +234,8 @@ def write_logs(
     arms: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Path]:
-    """Write what `lm_eval --log_samples --output_path OUT` would have: a folder per arm, a file per task.
+    """Write what `lm_eval --log_samples --output_path OUT` would have: a folder per arm, a file per task, and the
+    part of its results file that says which metrics are better when higher.
 
     A log has a line per item and filter. What another filter than the first took from a response is not kept in
     outcomes, so its lines have its metrics and no filtered response.
@@ -241,6 +271,8 @@ def write_logs(
             path = out / file_name(arm) / f"samples_{file_name(name)}_{time}.jsonl"
             write_text(path, "".join(lines))
             written.append(path)
+    for arm in chosen if DIRECTIONS in outcomes.provenance else ():
+        write_json(out / file_name(arm) / f"results_{time}.json", {DIRECTIONS: outcomes.provenance[DIRECTIONS]})
     return written
 
 

@@ -17,11 +17,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
 from stethoscope.errors import EvaluationError
-from stethoscope.results.comparison import McNemar, NonInferiority, PairedDifference, UnpairedZ
+from stethoscope.results.paired import McNemar, NonInferiority, PairedDifference, UnpairedZ
 
 Floats = NDArray[np.float64]
 _Ends = tuple[float | None, float | None, str | None]  # of an interval, or why it has none
 _NO_FLIP = "the arms agree on every item"
+_NO_MARGIN = "no margin is given in the unit of this metric"
 
 
 class DetectableGain(NamedTuple):
@@ -136,7 +137,7 @@ def ratio_difference(
 def non_inferiority(
     a: ArrayLike,
     b: ArrayLike,
-    margin: float,
+    margin: float | None,
     *,
     confidence: float = 0.95,
     rng: np.random.Generator | None = None,
@@ -146,21 +147,23 @@ def non_inferiority(
 
     Results of 0 and 1 without clusters use Tango's score test, which is defined even where the arms agree on
     every item; all else the bootstrap, without a p-value. Arguments are as for `paired_difference`; ``margin`` is
-    positive and in the results' unit, and the one-sided level is (1 - confidence) / 2.
+    positive and in the results' unit, and the one-sided level is (1 - confidence) / 2. Without a margin nothing is
+    shown, and the smallest one that could be is found.
     """
-    if not margin > 0:
+    if margin is not None and not margin > 0:
         raise EvaluationError(f"the margin `{margin}` is not positive", hint="0.02 stands for 2 points")
     x, y = _paired(a, b)
     binary = clusters is None and bool(np.isin([x, y], (0, 1)).all())
     method: Literal["bootstrap", "score"] = "score" if binary else "bootstrap"
     found = paired_difference(x, y, confidence=confidence, method=method, rng=rng, clusters=clusters)
     low, p_value = found.low, None
-    if binary and margin < 1:
+    if binary and margin is not None and margin < 1:
         p_value = float(stats.norm.sf(score_statistic(int((y < x).sum()), int((y > x).sum()), len(x), -margin)))
     return NonInferiority(
         n=found.n, margin=margin, difference=found.difference, low=low, p_value=p_value,
-        shown=None if low is None else low > -margin, smallest_margin=None if low is None else max(-low, 0.0),
-        confidence=confidence, reason=found.reason,
+        shown=None if low is None or margin is None else low > -margin,
+        smallest_margin=None if low is None else max(-low, 0.0),
+        confidence=confidence, reason=found.reason or (_NO_MARGIN if margin is None else None),
     )  # fmt: skip
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 _PLAIN = re.compile(r"""^["']?(?:task|group|tag)["']?[ \t]*:[ \t]*["']?([^\s"'\[#]+)""", re.MULTILINE)
 _LIST = re.compile(r"""^["']?tag["']?[ \t]*:[ \t]*(?:\[([^\]]*)\]|((?:\r?\n[ \t]*-[ \t]+\S+)+))""", re.MULTILINE)
 
+_FUNCTION = re.compile(r"!function[ \t]+([^\s,\]}#]+)")
+_INCLUDE = re.compile(r"""^["']?include["']?[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
+
 
 def unknown_tasks(names: Sequence[str], include_path: Path | None = None) -> dict[str, list[str]]:
     """The names that are no task, group or tag of the harness, none of ``include_path``, and no YAML file.
@@ -36,6 +39,24 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except OSError:  # no file can be called so
         return False
+
+
+def task_functions(names: Sequence[str], include_path: Path | None = None) -> dict[str, list[str]]:
+    """Python functions (`!function`) in the files of tasks that are not the harness' own, and in what those include.
+
+    Returns:
+        their names by file. A group's tasks are not followed.
+    """
+    files = [Path(name) for name in names if _is_file(name)]
+    if include_path is not None:
+        files += [path for path in sorted(include_path.rglob("*.yaml")) if _named([path]) & set(names)]
+    found: dict[Path, list[str]] = {}
+    for path in files:  # which grows
+        if path not in found and path.is_file() and _harness() not in path.resolve().parents:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found[path] = _FUNCTION.findall(text)
+            files += [path.parent / name for name in _INCLUDE.findall(text)]
+    return {str(path): functions for path, functions in found.items() if functions}
 
 
 def _harness() -> Path:

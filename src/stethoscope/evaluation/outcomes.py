@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from stethoscope.artifacts import new_file
-from stethoscope.display import Display, Rows, first_of, percent, table_of
+from stethoscope.display import Display, Rows, first_of, table_of
 from stethoscope.errors import EvaluationError
+from stethoscope.results.scale import Scale, scale_of
 
 SCHEMA = 1
 KEYS = ("arm", "task", "item", "item_hash", "prompt_hash")
 DETAILS = ("extracted", "truncated", "generated_tokens", "response", "answer", "target")
 SOURCE = "source"
-_PREFERRED = ("exact_match", "math_verify", "acc")
+DIRECTIONS = "higher_is_better"
+_PREFERRED = ("exact_match", "math_verify", "acc", "bits_per_byte")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,10 @@ class PerDocument:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Outcomes(Display):
-    """Results of several arms on the same items: a row each in ``frame``, and the settings that all arms share."""
+    """Results of several arms on the same items: a row each in ``frame``, and the settings that all arms share.
+
+    ``provenance`` may tell under ``higher_is_better`` by task and metric which direction is better.
+    """
 
     frame: pd.DataFrame
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -80,12 +85,23 @@ class Outcomes(Display):
         return replace(self, frame=self.frame.assign(arm=arm))
 
     def metric_of(self, task: str) -> str:
-        """The metric that decides a task: exact_match, math_verify or acc if it has one, else its first."""
+        """The metric that decides a task: exact_match, math_verify, acc or bits_per_byte, else its first."""
         scored = self.frame.loc[self.frame["task"] == task, self.metrics].notna().any()
         present = [name for name in (*_PREFERRED, *self.metrics) if scored.get(name)]
         if not present:
             raise EvaluationError(f"task `{task}` has no metric per item", hint="choose a task that scores each item")
         return present[0]
+
+    def scale(self, task: str, metric: str | None = None) -> Scale:
+        """Unit and direction of a metric on a task; of the deciding one if not given."""
+        name = metric or self.metric_of(task)
+        values = self.frame.loc[self.frame["task"] == task, name].dropna()
+        return scale_of(name, values.tolist(), self.provenance.get(DIRECTIONS, {}).get(task))
+
+    def scales(self, task: str) -> dict[str, Scale]:
+        """Those of every metric that the task has."""
+        scored = self.frame.loc[self.frame["task"] == task, self.metrics].notna().any()
+        return {name: self.scale(task, name) for name in self.metrics if scored[name]}
 
     def rows(self, arm: str, task: str) -> pd.DataFrame:
         """One arm's rows of one task, by item.
@@ -156,7 +172,7 @@ class Outcomes(Display):
         return self.frame.copy()
 
     def plot(self, *, metric: str | None = None, width: int = 480) -> Any:
-        """Accuracy of every arm on each task with an exact 95 % interval, an Altair chart ``width`` pixels wide.
+        """Every arm on each task, shares with an exact 95 % interval, an Altair chart ``width`` pixels wide.
 
         Args:
             metric: as for `accuracy`.
@@ -166,21 +182,34 @@ class Outcomes(Display):
         from stethoscope.charts.style import COLOURS, configured, tips, title
 
         table = self.accuracy(metric)
-        table[["low", "high"]] = [_exact_interval(k, n) for k, n in zip(table["correct"], table["n"], strict=True)]
-        shares = ["accuracy", "low", "high"]
-        table[shares] *= 100
+        scales = {task: self.scale(task, metric) for task in self.tasks}
+        found = [scales[task] for task in table["task"]]
+        table[["low", "high"]] = [
+            _exact_interval(k, n) if scale.is_share else (k / n, k / n)
+            for k, n, scale in zip(table["correct"], table["n"], found, strict=True)
+        ]
+        values = ["accuracy", "low", "high"]
+        table[values] = table[values].mul([scale.factor for scale in found], axis=0)
+        table["task"] = [scales[task].named(task) for task in table["task"]]
+        shares = all(scale.is_share for scale in found)
+        x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])} if shares else {"title": None}
         known = [next((k for k in COLOURS if arm.startswith(k)), "other") for arm in self.arms]
         scale = alt.Scale(domain=self.arms, range=[COLOURS[name] for name in known])
         base = alt.Chart(table).encode(
             y=alt.Y("arm:N", sort=None, title=None), color=alt.Color("arm:N", scale=scale, legend=None)
         )
-        x = {"title": "percent", "scale": alt.Scale(domain=[0, 100])}
         rule = base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(x=alt.X("low:Q", **x), x2="high:Q")
-        tooltip = tips("task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".1f") for name in shares))
+        tooltip = tips("task:N", "arm:N", "metric:N", "n:Q", *((f"{name}:Q", ".3~r") for name in values))
         point = base.mark_point(filled=True, size=70, opacity=1).encode(x=alt.X("accuracy:Q", **x), tooltip=tooltip)
-        rows = alt.Row("task:N", sort=self.tasks, title=None, header=alt.Header(labelAngle=0, labelAlign="left"))
+        rows = alt.Row(
+            "task:N",
+            sort=[*dict.fromkeys(table["task"])],
+            title=None,
+            header=alt.Header(labelAngle=0, labelAlign="left"),
+        )
         chart = alt.layer(rule, point).properties(width=width).facet(row=rows)
-        return configured(chart.properties(title=title("accuracy with its exact 95 % interval")))
+        chart = chart.resolve_scale(x="shared" if shares else "independent")
+        return configured(chart.properties(title=title("result, of shares with an exact 95 % interval")))
 
     @property
     def verdict(self) -> str:
@@ -189,10 +218,13 @@ class Outcomes(Display):
         return ", ".join(f"{count} {name}{'' if count == 1 else 's'}" for name, count in counts.items()) + "."
 
     def table(self) -> Rows:
-        """Accuracy in percent: a row per task, a column per arm."""
-        wide = self.accuracy().pivot(index="task", columns="arm", values="accuracy").loc[self.tasks]
+        """Every task's deciding metric: a row per task, a column per arm; shares in percent."""
+        means = self.accuracy().set_index(["task", "arm"])["accuracy"]
+        scales = {task: self.scale(task) for task in self.tasks}
+        title = "result" if any(scale.label for scale in scales.values()) else "accuracy, %"
         return table_of(
-            {"accuracy, %": str(task), **{arm: percent(row[arm]) for arm in self.arms}} for task, row in wide.iterrows()
+            {title: scales[task].named(task), **{arm: scales[task].text(means.get((task, arm))) for arm in self.arms}}
+            for task in self.tasks
         )
 
     def save(self, path: Path) -> None:

@@ -30,7 +30,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.harness_logs import to_rows
-from stethoscope.evaluation.outcomes import Outcomes
+from stethoscope.evaluation.outcomes import DIRECTIONS, Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
@@ -52,6 +52,7 @@ def evaluate(
     *,
     out: Path,
     include_path: Path | None = None,
+    task_code: bool = False,
     data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
@@ -70,6 +71,7 @@ def evaluate(
         tasks: names of harness tasks or groups, or paths of YAML files.
         out: folder for ``outcomes.parquet`` and, under ``parts/``, what is finished so far.
         include_path: folder of further task YAMLs; if it holds all tasks, the harness' own are not read (10 s).
+        task_code: run Python functions that task files of one's own name.
         data: local files of ``minerva_math``'s items (see `tasks.load_tasks`).
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
@@ -105,7 +107,7 @@ def evaluate(
         return weights_hash(loaded())
 
     _check(arms, limit)
-    build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+    build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
     setup = partial(_set_up_worker, arms=arms, build=build, batch_size=batch_size, limit=limit, seed=seed)
     with quiet_harness(), closing(_TaskRunner(arms, opened, build(), limit, seed)) as runner:
         settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, runner.tasks)}
@@ -121,6 +123,7 @@ def evaluate_checkpoints(
     out: Path,
     backend: Literal["hf", "vllm"] = "hf",
     include_path: Path | None = None,
+    task_code: bool = False,
     data: Path | None = None,
     limit: int | None = None,
     batch_size: int = 32,
@@ -170,7 +173,7 @@ def evaluate_checkpoints(
         files = folders[arm].iterdir()
         return sha256_files([p for p in files if p.suffix in {".json", ".safetensors", ".jinja", ".model"}])
 
-    build = partial(load_tasks, tasks, include_path, data=data, seed=seed)
+    build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
     setup = partial(_set_up_worker, arms=folders, build=build, batch_size=batch_size, limit=limit, seed=seed)
     with kept_for_one(out), quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
         tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), runner.tasks) for arm, folder in folders.items()}
@@ -336,7 +339,8 @@ def _complete(
         tell(cell.arm, cell.task)
     outcomes = Outcomes(
         frame=pd.concat([frames[arm, task] for arm in runner.arms for task in tasks], ignore_index=True),
-        provenance={**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")},
+        provenance={**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
+        | {DIRECTIONS: {name: dict(task.higher_is_better()) for name, task in tasks.items()}},
     )
     outcomes.check_comparable()
     outcomes.save(out / "outcomes.parquet")

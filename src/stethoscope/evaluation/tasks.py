@@ -14,14 +14,23 @@ from typing import Any
 
 import lm_eval.api.task
 import lm_eval.tasks
+import lm_eval.utils
 from datasets import Dataset
+from jinja2 import BaseLoader, StrictUndefined
+from jinja2.sandbox import SandboxedEnvironment
 from lm_eval.api.task import Task
-from lm_eval.tasks import TaskManager
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager, _yaml_loader
 
 from stethoscope.artifacts import sha256_bytes
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.text.documents import json_lines
+
+# The harness renders a task file's templates without a sandbox, so that they could run any code.
+_sandbox = SandboxedEnvironment(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+_sandbox.filters |= lm_eval.utils.env.filters
+lm_eval.utils.env = _sandbox
 
 _TEMPLATES = Path(lm_eval.tasks.__file__).parent / "minerva_math"
 GROUP = "minerva_math"
@@ -36,23 +45,31 @@ SUBJECTS = {
     "minerva_math_precalc": "Precalculus",
 }
 _TEXTS = ("problem", "solution")
+# Aggregations of the harness that take predictions, not results.
+_OF_ALL = {"bleu", "brier_score", "bypass_agg", "chrf", "chrfpp", "f1_score", "matthews_corrcoef", "ter"}
 _SCHEMA = (
     'one JSON object a line: {"problem": ..., "level": ..., "type": "Number Theory", "solution": "... \\\\boxed{4}"}'
 )
 
 
 def load_tasks(
-    names: Sequence[str], include_path: Path | None = None, *, data: Path | None = None, seed: int = 0
+    names: Sequence[str],
+    include_path: Path | None = None,
+    *,
+    data: Path | None = None,
+    seed: int = 0,
+    task_code: bool = False,
 ) -> dict[str, Task]:
     """Build harness tasks by name, group or YAML path, groups taken apart into their tasks.
 
     Args:
         data: where ``minerva_math`` and its tasks find their items instead of the hub: a folder with a file per subject
             (`algebra.jsonl`, ...) or one file of all, `test.jsonl`; or that file.
+        task_code: run Python functions that task files outside the harness' package name with `!function`.
 
     Raises:
-        EvaluationError: unknown names (all of them, with near matches), tasks that cannot be built or are empty, files
-            or lines that are not in the MATH schema.
+        EvaluationError: unknown names (all of them, with near matches), tasks that cannot be built or are empty, or
+            have code that may not run; files or lines that are not in the MATH schema.
     """
     if not names:
         raise EvaluationError("there is no task to evaluate")
@@ -82,17 +99,22 @@ def load_tasks(
     problems = []
     for name, spec in wanted.items():
         try:
-            with quiet_harness():
+            with quiet_harness(), _code(allowed=task_code):
                 found = manager.load([spec])["tasks"]
             problems += [f"`{task}` has no items" for task, built in found.items() if not len(built.eval_docs)]
+            problems += [f"`{task}` {why}" for task, built in found.items() if (why := _scores_no_item(built))]
             tasks |= found
         except Exception as error:  # whatever a task's own code and data raise
             said = str(error).strip() or type(error).__name__
+            if error.__cause__ and str(error.__cause__):  # what a data set is not readable for
+                said = f"{said.splitlines()[0]}: {error.__cause__}"
+            if isinstance(error, KeyError) and error.args == (None,):  # the default that the harness looks for
+                said = "a metric of its `metric_list` needs `aggregation` and `higher_is_better`"
             problems.append(f"`{name}`: {said.splitlines()[0]}")
     if problems:
         offline = "; `--data DIR` gives Minerva Math local items" if data is None and minerva else ""
         raise EvaluationError(
-            "these tasks could not be built, or have no items",
+            "these tasks could not be built, or have nothing to compare",
             problems=problems,
             hint=f"is the data there? `lm_eval validate --tasks ...` checks the rest{offline}",
         )
@@ -101,6 +123,20 @@ def load_tasks(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     return tasks
+
+
+def _scores_no_item(task: Task) -> str | None:
+    """Why a task has no result per item, where that is plain from how it sums its metrics up."""
+    sums = {name: getattr(function, "__name__", "") for name, function in task.aggregation().items()}
+    names = ", ".join(f"`{name}`" for name in sums)
+    return f"scores no item by itself: {names} is of all items together" if set(sums.values()) <= _OF_ALL else None
+
+
+def new_tokens(task: Task) -> int:
+    """The most tokens that a task lets a model write for an item."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return 0
+    return int(normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))["max_gen_toks"])
 
 
 def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
@@ -114,6 +150,24 @@ def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
     settings = {name: value for name, value in task.dump_config().items() if name != "custom_dataset"}
     asked = [[i.args, i.doc] for i in task.instances]
     return sha256_bytes(json.dumps([settings, asked], sort_keys=True, default=plain).encode())
+
+
+@contextmanager
+def _code(*, allowed: bool) -> Iterator[None]:
+    """Unless it is allowed, let the harness import no function for task files outside its own package."""
+    load = _yaml_loader._import_func_in_yml
+
+    def refuse(function: str, folder: Path) -> Any:
+        if _TEMPLATES.parent.resolve() not in folder.resolve().parents:
+            hint = "read it, then `evaluate --allow-task-code`, or `evaluate: {task_code: true}` in the recipe"
+            raise EvaluationError(f"`!function {function}` in `{folder}` would run Python; {hint}")
+        return load(function, folder)
+
+    _yaml_loader._import_func_in_yml = load if allowed else refuse
+    try:
+        yield
+    finally:
+        _yaml_loader._import_func_in_yml = load
 
 
 @contextmanager

@@ -143,13 +143,27 @@ def load_model(
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer; it pads on the right, with the end token if it has no padding token."""
+    """Load a checkpoint's tokenizer; it pads on the right, with the end token if it has no padding token.
+
+    Its ``model_max_length`` is the model's window, to which `text.tokens.tokenize` cuts documents.
+    """
     with _loading(f"tokenizer of `{path}`"):
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
+    tokenizer.model_max_length = _window(path) or tokenizer.model_max_length  # which is often another model's
+    # what is longer is cut and said, so Transformers need not warn of it
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
+
+
+def _window(path: str | Path) -> int | None:
+    """How many tokens a checkpoint's model has positions for, or was trained to read, if it says so."""
+    try:
+        return getattr(load_config(path).get_text_config(decoder=True), "max_position_embeddings", None)
+    except CheckpointError:  # a tokenizer without a model
+        return None
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from stethoscope.display import interval, listed, points, ranged
-from stethoscope.results.comparison import Comparison, Contrast, PairedDifference, is_random
+from stethoscope.display import interval, listed, ranged
+from stethoscope.results.comparison import Comparison, Contrast, is_random
 from stethoscope.results.diagnosis import Diagnosis, LayerDiagnosis
 from stethoscope.results.edits import Edits
 from stethoscope.results.geometry import Geometry
@@ -81,7 +81,7 @@ def _against_random(comparison: Comparison) -> str:
         says = f"The selected layers do worse than {sets(worse)}"
     else:
         says = "No evidence that the selected layers are better than random ones"
-    differences = "; ".join(f"{_points(c.pooled)} over `{c.a}`" for c in contrasts)
+    differences = "; ".join(f"{c.gain} over `{c.a}`" for c in contrasts)
     return f"{says}, on all target items together: {differences}."
 
 
@@ -128,12 +128,6 @@ def layer_facts(layer: LayerDiagnosis, diagnosis: Diagnosis) -> str:
     return f"{text} Excluded: {layer.flag}." if layer.flag else text
 
 
-def _points(difference: PairedDifference) -> str:
-    """A difference of accuracies in points, with its interval where it has one."""
-    text = f"{points(difference.difference)} points"
-    return text if difference.low is None else f"{text} ({difference.text(scale=100)})"
-
-
 class _Gain(NamedTuple):
     """What one arm gains over another, whether its interval lies above or below 0, and the gain in words."""
 
@@ -147,7 +141,7 @@ def _gained(contrast: Contrast, *, accuracy: bool = False) -> _Gain:
     """The fall of loss on held-out target text where that was measured, else, or if asked for, the rise of accuracy."""
     loss, pooled = contrast.target_loss, contrast.pooled
     if loss is None or accuracy:
-        return _Gain(pooled.difference, pooled.above, pooled.below, _points(pooled))
+        return _Gain(pooled.difference, pooled.above, pooled.below, contrast.gain)
     text = f"{-loss.difference:+.3f} nats per token"
     if loss.low is not None and loss.high is not None:
         text += f" ({interval(-loss.high, -loss.low, '+.3f')})"

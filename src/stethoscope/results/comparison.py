@@ -9,80 +9,13 @@ from typing import Any, ClassVar, Literal
 from pydantic import TypeAdapter
 
 from stethoscope.artifacts import Artifact, read_versioned, write_json
-from stethoscope.display import NONE, Display, Rows, interval, number, p_value, points, table_of
+from stethoscope.display import NONE, Display, Rows, number, p_value, table_of
 from stethoscope.errors import EvaluationError
+from stethoscope.results.paired import McNemar, NonInferiority, PairedDifference, UnpairedZ
+from stethoscope.results.scale import Scale
 
 SCHEMA = 1
 CAUSES = {"format": "no answer found", "truncation": "cut off by the limit", "correctness": "wrong answer"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnpairedZ:
-    """Two proportions compared as if their items were unrelated."""
-
-    share_a: float
-    share_b: float
-    difference: float
-    statistic: float | None
-    p_value: float | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class McNemar:
-    """Exact McNemar test: ``b`` items that only arm a got right, ``c`` that only arm b did."""
-
-    b: int
-    c: int
-    p_value: float
-    reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairedDifference:
-    """Mean of b - a over ``n`` items, with an interval; ``clusters`` counts the units resampled."""
-
-    n: int
-    clusters: int
-    difference: float
-    low: float | None
-    high: float | None
-    standard_error: float | None
-    confidence: float
-    method: str
-    reason: str | None = None
-
-    @property
-    def above(self) -> bool:
-        """Whether the whole interval lies above 0."""
-        return self.low is not None and self.low > 0
-
-    @property
-    def below(self) -> bool:
-        """Whether the whole interval lies below 0."""
-        return self.high is not None and self.high < 0
-
-    def text(self, form: str = "+.1f", scale: int = 1) -> str:
-        """The interval as text; ``-`` without one."""
-        return interval(self.low, self.high, form, scale)
-
-
-@dataclass(frozen=True, kw_only=True)
-class NonInferiority:
-    """Whether b is shown not to be worse than a by ``margin`` or more; ``shown`` is None where undefined.
-
-    ``smallest_margin`` is the smallest margin for which these data would have shown it.
-    """
-
-    n: int
-    margin: float
-    difference: float
-    low: float | None
-    p_value: float | None
-    shown: bool | None
-    smallest_margin: float | None
-    confidence: float
-    reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +33,11 @@ class Flips:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskContrast:
-    """One arm against another on one task; ``p_adjusted`` is McNemar's p-value corrected over the family.
+    """One arm against another on one task; ``p_adjusted`` is corrected over the family.
 
-    ``reasons`` says of each value that is ``None`` why it is not defined, by field.
+    ``accuracy_a`` and ``accuracy_b`` are means of the metric, whose unit and direction ``scale`` has. All else is of
+    gains: a positive ``difference`` means that b is better, even if less is better. The p-value is McNemar's, or a
+    paired t-test's where results are not 0 or 1. ``reasons`` says of each value that is ``None`` why it is not defined.
     """
 
     task: str
@@ -120,6 +55,7 @@ class TaskContrast:
     flips: Flips | None
     verdict: str = ""
     reasons: dict[str, str] = field(default_factory=dict)
+    scale: Scale = field(default_factory=Scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +90,8 @@ def flipped(tasks: Sequence[TaskContrast], cause: str) -> Change | None:
 class Contrast:
     """Arm ``b`` against arm ``a`` on every task, pooled over the family, and on control text.
 
-    ``pooled`` weighs items equally and resamples within tasks; ``improved``, ``worsened`` and ``not_degraded`` name
+    ``pooled`` is the gain over the family's tasks of one unit, in ``scale``: shares if there are any; it weighs items
+    equally and resamples within tasks. ``improved``, ``worsened`` and ``not_degraded`` name
     tasks. On control text, in nats per token, positive where b is worse: ``loss`` is the change of loss,
     ``divergence`` how much further from the base b is than a (Kullback-Leibler; from zero where a is the base).
     ``target_loss`` is the change of loss on held-out target text, negative where b is better.
@@ -172,6 +109,7 @@ class Contrast:
     verdict: str
     divergence: PairedDifference | None = None
     target_loss: PairedDifference | None = None
+    scale: Scale = field(default_factory=Scale)
 
     def task(self, name: str) -> TaskContrast | None:
         """The contrast on one task, if there is one."""
@@ -182,6 +120,17 @@ class Contrast:
         """The tasks whose gain is claimed."""
         return [t for t in self.tasks if t.in_family]
 
+    @property
+    def together(self) -> list[TaskContrast]:
+        """Those of one unit, which ``pooled`` is over."""
+        return [t for t in self.family if t.scale.unit == self.scale.unit]
+
+    @property
+    def gain(self) -> str:
+        """The pooled gain in words, with its interval where it has one."""
+        text, pooled = self.scale.words(self.pooled.difference), self.pooled
+        return text if pooled.low is None else f"{text} ({pooled.text(self.scale.form, self.scale.factor)})"
+
     def significant(self, alpha: float) -> bool:
         """Whether the arms differ over the family: by McNemar's test, or by the interval where there is none."""
         test, pooled = self.pooled_mcnemar, self.pooled
@@ -191,7 +140,8 @@ class Contrast:
         """The verdict and each task's accuracies in plain values, as a model's card has them."""
         tasks = [
             {"task": t.task, "metric": t.metric, "items": t.n, "baseline": t.accuracy_a, "accuracy": t.accuracy_b}
-            | {"p_adjusted": t.p_adjusted}
+            | {"p_adjusted": t.p_adjusted, "scale": t.scale.label}
+            | {"shown": [t.scale.text(t.accuracy_a), t.scale.text(t.accuracy_b), t.scale.gain(t.difference.difference)]}
             for t in self.tasks
         ]
         return {"verdict": self.verdict, "baseline": self.a, "tasks": tasks}
@@ -221,7 +171,8 @@ class Comparison(Display):
     """Every contrast that was asked for, with the settings and the inputs (hashes by name) that it rests on.
 
     ``accuracy`` has a row per task and arm; its ``metrics`` are the means of all the task's metrics, not only of the
-    one that decides. ``noise`` is empty unless an arm was evaluated twice.
+    one that decides, and ``scales`` has their units and directions by task. ``noise`` is empty unless an arm was
+    evaluated twice.
     """
 
     seed: int
@@ -235,6 +186,7 @@ class Comparison(Display):
     accuracy: list[dict[str, Any]]
     contrasts: list[Contrast]
     noise: list[NoiseFloor] = field(default_factory=list)
+    scales: dict[str, dict[str, Scale]] = field(default_factory=dict)
 
     @property
     def arms(self) -> list[str]:
@@ -242,6 +194,16 @@ class Comparison(Display):
         run = list(dict.fromkeys(row["arm"] for row in self.accuracy))
         first = [arm for arm in (self.baseline, "recommended", "selected") if arm in run]
         return list(dict.fromkeys([*first, *run]))
+
+    def scale(self, task: str, metric: str | None = None) -> Scale:
+        """Unit and direction of a metric on a task, of the deciding one if not given."""
+        name = metric or next((str(row["metric"]) for row in self.accuracy if row["task"] == task), "")
+        return self.scales.get(task, {}).get(name, Scale())
+
+    @property
+    def together(self) -> list[str]:
+        """The tasks of the family that are pooled, see `Contrast`."""
+        return [t.task for t in self.contrasts[0].together] if self.contrasts else self.family
 
     @property
     def edit(self) -> str:
@@ -269,6 +231,7 @@ class Comparison(Display):
                 z, test, bound = t.unpaired, t.mcnemar, t.non_inferiority
                 rows.append({
                     **arms, "task": t.task, "in_family": t.in_family, "n": t.n,
+                    "metric": t.metric, "unit": t.scale.unit, "higher_is_better": t.scale.higher_is_better,
                     "accuracy_a": t.accuracy_a, "accuracy_b": t.accuracy_b, **_interval(t.difference),
                     "z": z.statistic if z else None, "p_unpaired": z.p_value if z else None,
                     "only_a": test.b if test else None, "only_b": test.c if test else None,
@@ -319,24 +282,26 @@ class Comparison(Display):
 
         rows = []
         for contrast in (c for arm in self.arms if arm not in without and (c := self.find(arm))):
-            gain, cost = contrast.pooled, contrast.loss
+            gain, cost, factor = contrast.pooled, contrast.loss, contrast.scale.factor
             rows.append({
                 "arm": contrast.b,
-                "gain": 100 * gain.difference,
-                "gain_low": None if gain.low is None else 100 * gain.low,
-                "gain_high": None if gain.high is None else 100 * gain.high,
+                "gain": factor * gain.difference,
+                "gain_low": None if gain.low is None else factor * gain.low,
+                "gain_high": None if gain.high is None else factor * gain.high,
                 "cost": cost.difference if cost else None,
                 "cost_low": cost.low if cost else None,
                 "cost_high": cost.high if cost else None,
             })  # fmt: skip
-        return trade_off(rows, self.baseline, width=width)
+        unit = next((contrast.scale.of_gains for contrast in self.contrasts), "points")
+        return trade_off(rows, self.baseline, unit=unit, width=width)
 
     def table(self) -> Rows:
         """A row per contrast: the gain over all tasks of the family, and what it costs on control text."""
         return table_of(
-            {"from": c.a, "to": c.b, "items": str(c.pooled.n), "gain, points": points(c.pooled.difference)}
+            {"from": c.a, "to": c.b, "items": str(c.pooled.n)}
             | {
-                "interval": c.pooled.text(scale=100),
+                f"gain, {c.scale.of_gains}": c.scale.gain(c.pooled.difference),
+                "interval": c.pooled.text(c.scale.form, c.scale.factor),
                 "p exact": p_value(c.pooled_mcnemar.p_value if c.pooled_mcnemar else None),
                 "control loss, nats per token": number(c.loss.difference if c.loss else None, "+.4f"),
                 "interval of the loss": c.loss.text("+.4f") if c.loss else NONE,

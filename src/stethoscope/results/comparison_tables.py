@@ -3,18 +3,20 @@
 from dataclasses import dataclass
 from typing import Any
 
-from stethoscope.display import NONE, Rows, number, p_value, percent, points, short_names, table_of
-from stethoscope.results.comparison import CAUSES, Comparison, Contrast, PairedDifference, flipped
+from stethoscope.display import NONE, Rows, number, p_value, percent, short_names, table_of
+from stethoscope.results.comparison import CAUSES, Comparison, Contrast, flipped
+from stethoscope.results.paired import PairedDifference
+from stethoscope.results.scale import Scale
 
 WHOLE = "all target items"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A value of one arm, and how it differs from the baseline's.
+    """A value of one arm, and what it gains over the baseline's.
 
     Attributes:
-        change: in points; ``interval`` is its interval.
+        change: the gain, above 0 where the arm is better, in points for shares; ``interval`` is its interval.
         stars: one each for an adjusted p below 0.05, 0.01 and 0.001.
         kind: ``better`` or ``worse`` where the difference is significant, else empty.
     """
@@ -43,21 +45,24 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
     contrasts = {arm: comparison.find(arm) for arm in comparison.arms}
 
     def accuracy(name: str, tasks: list[str], whole: bool = False) -> Line:
-        cells, sizes = [], set()
+        cells, sizes, scales = [], set(), {comparison.scale(task) for task in tasks}
+        scale = comparison.scale(tasks[0]) if len(scales) == 1 else Scale(unit=comparison.scale(tasks[0]).unit)
         for arm, contrast in contrasts.items():
             mine = [rows[task, arm] for task in tasks if (task, arm) in rows]
             total = sum(row["n"] for row in mine)
             sizes |= {total} if total else set()
-            value = percent(sum(row["n"] * row["accuracy"] for row in mine) / total if total else None)
+            known = total and len(scales) == 1
+            value = scale.text(sum(row["n"] * row["accuracy"] for row in mine) / total if known else None)
             tested = contrast.task(tasks[0]) if contrast and not whole else None
             if contrast and whole:
                 test = contrast.pooled_mcnemar
-                cells.append(_cell(value, contrast.pooled, test.p_value if test else None, comparison.alpha))
+                cells.append(_cell(value, contrast.pooled, test.p_value if test else None, comparison.alpha, scale))
             elif tested:
-                cells.append(_cell(value, tested.difference, tested.p_adjusted, comparison.alpha))
+                cells.append(_cell(value, tested.difference, tested.p_adjusted, comparison.alpha, scale))
             else:
                 cells.append(Cell(value=value))
-        return Line(name=name, items="/".join(map(str, sorted(sizes))), cells=cells, kind="total" if whole else "")
+        items = "/".join(map(str, sorted(sizes)))
+        return Line(name=scale.named(name), items=items, cells=cells, kind="total" if whole else "")
 
     def loss(name: str, losses: list[PairedDifference | None]) -> Line:
         cells = [
@@ -77,22 +82,27 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
         "loss on held-out target text": [c.target_loss if c else None for c in contrasts.values()],
         "loss on control text": [c.loss if c else None for c in contrasts.values()],
     }
-    whole = accuracy(WHOLE, comparison.family, whole=True)
+    whole = accuracy(WHOLE, comparison.together, whole=True)
+
+    def title(group: str, tasks: list[str]) -> str:
+        return group + ("" if any(comparison.scale(task).label for task in tasks) else ": accuracy, %")
+
     groups = {
-        "Target: accuracy, %": [*(accuracy(names[task], [task]) for task in comparison.family), whole],
-        "Control: accuracy, %": [accuracy(names[task], [task]) for task in comparison.controls],
+        title("Target", comparison.family): [*(accuracy(names[task], [task]) for task in comparison.family), whole],
+        title("Control", comparison.controls): [accuracy(names[task], [task]) for task in comparison.controls],
         "Change of loss, nats per token": [loss(name, found) for name, found in losses.items() if any(found)],
     }
     return {title: lines for title, lines in groups.items() if lines}
 
 
-def _cell(value: str, difference: PairedDifference, p: float | None, alpha: float) -> Cell:
+def _cell(value: str, difference: PairedDifference, p: float | None, alpha: float, scale: Scale) -> Cell:
+    clear = difference.above or difference.below if p is None else p < alpha
     return Cell(
         value=value,
-        change=points(difference.difference),
-        interval=difference.text(scale=100),
+        change=scale.gain(difference.difference),
+        interval=difference.text(scale.form, scale.factor),
         stars="" if p is None else "*" * sum(p < level for level in (0.05, 0.01, 0.001)),
-        kind=("better" if difference.difference > 0 else "worse") if p is not None and p < alpha else "",
+        kind=("better" if difference.difference > 0 else "worse") if clear else "",
     )
 
 
@@ -100,22 +110,29 @@ def accuracy_table(comparison: Comparison) -> Rows:
     """`by_task` without intervals; ``*`` marks a significant difference from the baseline."""
     lines = [line for lines in by_task(comparison).values() for line in lines]
     body = [[line.name, *(f"{cell.value}{'*' if cell.kind else ' '}" for cell in line.cells)] for line in lines]
-    return [["accuracy, %", *comparison.arms], *body]
+    labels = [comparison.scale(task).label for task in (*comparison.family, *comparison.controls)]
+    return [["result" if any(labels) else "accuracy, %", *comparison.arms], *body]
 
 
 def accuracy_rows(comparison: Comparison) -> Rows:
-    """A row per task and arm: every metric, and what tells format and length from correctness, in percent."""
+    """A row per task and arm: every metric, and what tells format and length from correctness; shares in percent."""
     metrics = list(dict.fromkeys(name for row in comparison.accuracy for name in row["metrics"]))
     order = [*comparison.family, *comparison.controls]
+    scales = {name: scale for task in reversed(order) for name, scale in comparison.scales.get(task, {}).items()}
     return table_of(
         {
             "%": str(row["task"]),
             "arm": str(row["arm"]),
             "items": str(row["n"]),
-            **{name: percent(row["metrics"].get(name)) for name in metrics},
+            **{
+                scales.get(name, Scale()).named(name): comparison.scale(row["task"], name).text(
+                    row["metrics"].get(name)
+                )
+                for name in metrics
+            },
             "extracted": percent(row["extracted"]),
             "cut off": percent(row["truncated"]),
-            "right of extracted": percent(row["accuracy_extracted"]),
+            "right of extracted": comparison.scale(row["task"], row["metric"]).text(row["accuracy_extracted"]),
             "tokens": number(row["generated_tokens"], ".0f"),
         }
         for row in sorted(comparison.accuracy, key=lambda row: order.index(row["task"]))
@@ -125,37 +142,39 @@ def accuracy_rows(comparison: Comparison) -> Rows:
 def contrast_rows(contrast: Contrast) -> Rows:
     """A row per task and one for all of the family: what changed, and whether chance explains it; shares in percent.
 
-    The last four columns say what so many items could and did rule out.
+    A gain is above 0 where the arm under test is better, be that more of the metric or less. The last four columns
+    say what so many items could and did rule out.
     """
     pooled, rows = contrast.pooled, []
     for t in contrast.tasks:
-        bound, z = t.non_inferiority, t.unpaired
+        bound, z, scale = t.non_inferiority, t.unpaired, t.scale
         rows.append(
             {
                 f"{contrast.a} to {contrast.b}": t.task,
-                "metric": t.metric,
+                "metric": scale.named(t.metric),
                 "items": str(t.n),
-                "from %": percent(t.accuracy_a),
-                "to %": percent(t.accuracy_b),
-                **_change(t.difference, t.mcnemar),
+                "from": scale.text(t.accuracy_a),
+                "to": scale.text(t.accuracy_b),
+                **_change(t.difference, t.mcnemar, scale),
                 "p adjusted": p_value(t.p_adjusted),
                 "z unpaired": number(z.statistic if z else None, "+.2f"),
                 "p of z": p_value(z.p_value if z else None),
-                "margin": f"{100 * bound.margin:g}",
+                "margin": NONE if bound.margin is None else f"{scale.factor * bound.margin:g}",
                 "loss of it ruled out": {None: NONE, True: "yes", False: "no"}[bound.shown],
-                "smallest provable margin": percent(bound.smallest_margin),
+                "smallest provable margin": scale.text(bound.smallest_margin),
                 "smallest visible gain": percent(t.smallest_detectable_gain),
             }
         )
-    whole = {**dict.fromkeys(rows[0], ""), **_change(pooled, contrast.pooled_mcnemar), "items": str(pooled.n)}
+    whole = dict.fromkeys(rows[0], "") | _change(pooled, contrast.pooled_mcnemar, contrast.scale)
+    whole |= {"items": str(pooled.n), "metric": contrast.scale.unit}
     whole[next(iter(whole))] = WHOLE
     return table_of([*rows, whole] if len(rows) > 1 else rows)
 
 
-def _change(difference: PairedDifference, test: Any) -> dict[str, str]:
+def _change(difference: PairedDifference, test: Any, scale: Scale) -> dict[str, str]:
     return {
-        "change": points(difference.difference),
-        f"{100 * difference.confidence:g} % interval": difference.text(scale=100),
+        "gain": scale.gain(difference.difference),
+        f"{100 * difference.confidence:g} % interval": difference.text(scale.form, scale.factor),
         "lost : gained": f"{test.b} : {test.c}" if test else NONE,
         "p exact": p_value(test.p_value if test else None),
     }

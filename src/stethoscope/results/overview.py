@@ -1,6 +1,6 @@
 """What a comparison comes to: a sentence on whether to use the edit, and a row for each model that matters."""
 
-from stethoscope.display import Rows, listed, percent, points, short_names, table_of
+from stethoscope.display import NONE, Rows, listed, short_names, table_of
 from stethoscope.results.comparison import Comparison, Contrast, is_random
 
 FREE = 0.01  # nats per token by which the loss may rise before that counts as damage
@@ -13,12 +13,16 @@ def headline(comparison: Comparison) -> str:
     contrast = comparison.find(comparison.edit)
     if contrast is None:
         return comparison.verdict
-    gain, certain = _gain(contrast), contrast.significant(comparison.alpha)
+    if unknown := [f"`{t.metric}` of {t.task}" for t in contrast.family if t.scale.higher_is_better is None]:
+        return (
+            f"Judge this edit yourself: it is not known whether more is better of {listed(unknown)} ({contrast.gain})."
+        )
+    gain, certain = contrast.gain, contrast.significant(comparison.alpha)
     if not certain or contrast.pooled.difference <= 0:
         why = "it is worse than the base model" if certain else "no evidence that it is better than the base model"
-        return f"Do not use this edit: {why} ({gain} points)."
+        return f"Do not use this edit: {why} ({gain})."
     share = share_of_gain(comparison, contrast)
-    gains = f"it gains {gain} points" + (f", {share} of the fine-tune's gain" if share else "")
+    gains = f"it gains {gain}" + (f", {share} of the fine-tune's gain" if share else "")
     if cost := damage(comparison, contrast):
         return f"Use this edit only if its damage is acceptable: {gains}, but {cost}."
     return f"Use this edit: {gains}, and nothing that was measured became clearly worse."
@@ -49,27 +53,26 @@ def overview(comparison: Comparison) -> Rows:
     One set of random layers stands for all.
     """
     names = short_names([*comparison.family, *comparison.controls])
+    tasks = comparison.together
+    scales = {comparison.scale(task) for task in tasks}
+    scale = comparison.scale(tasks[0])
+    result = scale.label or "accuracy, %"
     compared = [arm for arm in comparison.arms if comparison.find(arm)]
     first = [next((arm for arm in compared if arm.startswith(name)), None) for name in SHOWN]
     others = [arm for arm in compared if not is_random(arm) and arm != "tuned"]
     chosen = list(dict.fromkeys([*filter(None, first), *others]))[: MOST - 2]
     rows = []
     for arm in (comparison.baseline, *chosen, *(["tuned"] if "tuned" in compared else [])):
-        found = [r["accuracy"] for r in comparison.accuracy if r["arm"] == arm and r["task"] in comparison.family]
-        row = dict.fromkeys(("gain, points", "of the fine-tune's", "control loss, nats", "significantly worse on"), "")
+        found = [r["accuracy"] for r in comparison.accuracy if r["arm"] == arm and r["task"] in tasks]
+        row = dict.fromkeys(("gain", "of the fine-tune's", "control loss, nats", "significantly worse on"), "")
         if contrast := comparison.find(arm):
             loss = contrast.loss
             row = {
-                "gain, points": _gain(contrast),
+                "gain": contrast.gain,
                 "of the fine-tune's": share_of_gain(comparison, contrast),
                 "control loss, nats": f"{loss.difference:+.3f} ({loss.text('+.3f')})" if loss else "",
                 "significantly worse on": listed(names[task] for task in contrast.worsened),
             }
-        rows.append({"model": arm, "accuracy, %": percent(sum(found) / len(found)), **row})
+        rows.append({"model": arm, result: scale.text(sum(found) / len(found)) if len(scales) == 1 else NONE, **row})
     filled = [head for head in rows[0] if any(row[head] for row in rows)]
     return table_of({head: row[head] for head in filled} for row in rows)
-
-
-def _gain(contrast: Contrast) -> str:
-    pooled = contrast.pooled
-    return points(pooled.difference) + ("" if pooled.low is None else f" ({pooled.text(scale=100)})")

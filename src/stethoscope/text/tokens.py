@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class TokenBatch:
 def tokenize(
     documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int = 1024
 ) -> list[list[int]]:
-    """Token ids per document, cut at ``max_tokens``.
+    """Token ids per document, cut at ``max_tokens``, and at what the tokenizer says that the model can read.
 
     A text gets the special tokens that the tokenizer adds itself; a chat is rendered with the model's template, which
     brings its own.
@@ -62,13 +63,21 @@ def tokenize(
     """
     texts = [text if isinstance(text, str) else _render(text, tokenizer, i) for i, text in enumerate(documents)]
     chats = bool(documents) and not isinstance(documents[0], str)
-    rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens, add_special_tokens=not chats)[
+    most = min(max_tokens, tokenizer.model_max_length)
+    rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=most, add_special_tokens=not chats)[
         "input_ids"
     ]
+    if most < max_tokens and max(map(len, rows), default=0) == most:
+        _say_cut(most, max_tokens)
     empty = [f"document {i}" for i, row in enumerate(rows) if not row]
     if empty:
         raise StethoscopeError("some documents have no tokens", problems=empty)
     return rows
+
+
+@cache  # once, not for every block of documents
+def _say_cut(most: int, asked: int) -> None:
+    log.warning("the model reads %d tokens at most: documents are cut there, not at %d", most, asked)
 
 
 def within(most: int, rows: list[list[int]]) -> list[list[int]]:
@@ -142,6 +151,7 @@ def _content(
 ) -> list[bool]:
     """Mark the tokens of a rendered chat that overlap the content of its messages, or of the assistant's."""
     text = _render(chat, tokenizer, number)
+    max_tokens = min(max_tokens, tokenizer.model_max_length)
     found = _content_spans(chat, tokenizer, number, text, tags=False) or _content_spans(
         chat, tokenizer, number, text, tags=True
     )
@@ -212,7 +222,7 @@ def batches(
         size = max(1, batch_tokens // len(rows[order[0]]))
         chosen, order = order[:size], order[size:]
         width = len(rows[chosen[0]])
-        ids = torch.full((len(chosen), width), int(tokenizer.pad_token_id), dtype=torch.int64)
+        ids = torch.full((len(chosen), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
         attention, countable, predicted = torch.zeros((3, len(chosen), width), dtype=torch.bool)
         for place, i in enumerate(chosen):
             ids[place, : len(rows[i])] = torch.tensor(rows[i], dtype=torch.int64)
