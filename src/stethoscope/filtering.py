@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stethoscope.results.filtering import Filtering
     from stethoscope.text.tokens import TokenBatch
 
-DAMAGE = 0.01  # nats per token by which the loss on a text may rise
+KEPT = 0.95  # of the largest gain within the budget: the recommended edit is that of least damage with it
 COEFFICIENTS = (0.5, 0.75, 1.0, 1.25, 1.5)
 STRENGTH = 1.0  # of filtered arms where no strength is fixed or recommended
 RATE = 0.001  # share of a text's tokens on which a feature must fire to be judged by what the filter passes
@@ -145,8 +145,9 @@ def recommendation(context: "Context", results: Results, provenance: Provenance,
         seen={name: context.hashes[text] for name, text in recipe.judged.items()},
         provenance=provenance,
         coefficients=COEFFICIENTS,
-        budget=share or DAMAGE,
+        budget=share or recipe.edit.budget,
         in_nats=not share,
+        keep=KEPT,
         strengths=(*sorted(strengths(recipe), reverse=True), *raw),
         most_forwards=float(recipe.edit.forwards),
         executor=context.executor,

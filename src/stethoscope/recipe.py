@@ -108,8 +108,7 @@ class Calibrate(_Section):
     control: LossText
     """Other text that does not use it."""
     budget: float | None = Field(default=None, gt=0)
-    """Share by which control loss may rise; without one, a nat of control weighs a nat of target for the policy
-    ``calibrated``, and the recommended edit may cost 0.01 nats."""
+    """Share by which control loss may rise; without one, the policy ``calibrated`` sets a nat against a nat."""
     coefficients: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
     """Coefficients to try."""
     per_layer: bool = False
@@ -126,6 +125,8 @@ class EditOptions(_Section):
     fixes the strength; ``none`` makes no filter, and the edit is the raw change in the selected layers."""
     tokens: int = Field(default=20_000, ge=1)
     """Maximum tokens of each text for the filter, from the top; a fifth as many judge edits."""
+    budget: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    """Nats per token by which a recommended edit may raise the loss on any other text; not with `calibrate.budget`."""
     forwards: int = Field(default=24, ge=3)
     """Forwards of the text that judges edits, for the search of the recommended one."""
     protect: dict[str, ProtectedText] = {}

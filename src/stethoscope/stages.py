@@ -144,8 +144,8 @@ def _filter_settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def _recommendation_settings(recipe: Recipe) -> dict[str, Any]:
-    budget = recipe.calibrate.budget if recipe.calibrate else None
-    return {"judged": recipe.judged, "budget": budget, "forwards": recipe.edit.forwards}
+    share = recipe.calibrate.budget if recipe.calibrate else None
+    return {"judged": recipe.judged, "share": share, **recipe.edit.model_dump(include={"budget", "forwards"})}
 
 
 def _validation_folder(recipe: Recipe) -> str:

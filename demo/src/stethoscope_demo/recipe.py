@@ -11,7 +11,8 @@ import yaml
 from stethoscope.artifacts import write_text
 from stethoscope.recipe import ArmName
 from stethoscope_demo.base_model import unpack_base
-from stethoscope_demo.tasks import write_tasks, write_text_corpora
+from stethoscope_demo.items import CONTROL_TASKS, MATH_SUBJECTS
+from stethoscope_demo.tasks import task_name, write_tasks, write_text_corpora
 
 ADAPTER = Path(str(files("stethoscope_demo"))) / "adapter"
 SAES = Path(str(files("stethoscope_demo"))) / "saes"
@@ -43,19 +44,22 @@ def prepare_demo(cache: Path, *, size: Size, reporter: Reporter) -> Path:
     recipe = folder / f"recipe-{size}.yaml"
     write_text(recipe, _YAML_HEAD + yaml.safe_dump(demo_recipe(base, size=size), sort_keys=False))
     if size != "full":
-        fewer = f"{LIMITS[size]} items a task, not {LIMITS['full']}; fewer arms and less text"
+        fewer = f"{LIMITS[size]} items a task, not {LIMITS['full']}; fewer tasks, arms and documents"
         reporter.note(f"{fewer}, so intervals are wide; `--full` runs all")
     return recipe
 
 
 _YAML_HEAD = "# The embedded demo; `stethoscope run` on a copy of this file is a start for a recipe of your own.\n"
-LIMITS: dict[Size, int] = {"quick": 4, "default": 16, "full": 250}  # items of each of nine tasks, for every arm
+LIMITS: dict[Size, int] = {"quick": 6, "default": 16, "full": 250}  # items of each task, for every arm
 
 
 def demo_recipe(base: Path, *, size: Size) -> dict[str, object]:
     """The recipe as data; paths are relative to the folder that `prepare_demo` fills."""
     full = size == "full"
-    documents = {"quick": 35, "default": 84, "full": 182}[size]
+    subjects = [task_name(subject) for subject in MATH_SUBJECTS[: {"quick": 2, "default": 4, "full": 7}[size]]]
+    controls = [task_name(task) for task in CONTROL_TASKS[size == "quick" :]]
+    documents = {"quick": 16, "default": 56, "full": 182}[size]
+    measured = {"quick": 4, "default": 16, "full": 70}[size]
     arms = ["base", "tuned", "recommended", "selected", "scaled", *(["random_layers"] if size == "default" else [])]
     return {
         "base": str(base),
@@ -64,29 +68,26 @@ def demo_recipe(base: Path, *, size: Size) -> dict[str, object]:
         "target": {"dataset": "target.jsonl", "field": "solution", "prompt": "prompt", "documents": documents},
         "control": {"dataset": "control.jsonl", "documents": documents},
         "score": "mass_shift",
-        "diagnose": {"block_size": 8},
+        "diagnose": {"block_size": 8 if size != "quick" else 4},
         "select": {"policy": "top_k", "k": 5},
         "edit": {
             "coefficient": 1.0,
-            "filter": "auto",
-            "tokens": {"quick": 3000, "default": 8000, "full": 20_000}[size],
-            "forwards": {"quick": 7, "default": 10, "full": 24}[size],
+            "filter": 3.0 if size == "quick" else "auto",
+            "tokens": {"quick": 2000, "default": 6000, "full": 20_000}[size],
+            "budget": 0.05,
+            "forwards": {"quick": 5, "default": 8, "full": 24}[size],
             "protect": {"letters": {"dataset": "letters.jsonl", "weight": 0.5}},
         },
         "arms": list(get_args(ArmName)) if full else arms,
         "random_sets": 2 if full else 1,
         "evaluate": {
-            "tasks": ["stethoscope_math"],
-            "control_tasks": ["stethoscope_control"],
+            "tasks": subjects,
+            "control_tasks": controls,
             "include_path": "tasks",
             "limit": LIMITS[size],
             "batch_size": 100,
-            "control": {"dataset": "general.jsonl", "documents": {"quick": 8, "default": 30, "full": 60}[size]},
-            "target": {
-                "dataset": "held_out.jsonl",
-                "prompt": "prompt",
-                "documents": {"quick": 7, "default": 35, "full": 70}[size],
-            },
+            "control": {"dataset": "general.jsonl", "documents": measured},
+            "target": {"dataset": "held_out.jsonl", "prompt": "prompt", "documents": measured},
         },
         "seed": 0,
     }

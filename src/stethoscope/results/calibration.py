@@ -47,7 +47,7 @@ class Calibration(Display, Artifact):
         z: each layer's score relative to its null, as it was given.
         budget: the share, or nats, by which control loss may rise, see ``rule``; None weighs a nat against a nat.
         base_loss: nats per token of each corpus.
-        best: the point of best trade-off; ``choice`` is the simplest that is not clearly worse.
+        best: the point of best trade-off; ``choice`` is the one to make, see ``rule``.
         forwards: of the whole calibration text, that were spent.
         seen: corpus -> hash of its documents, which no claim may be tested on.
     """

@@ -44,6 +44,7 @@ def calibrate(
     coefficients: Sequence[float] = COEFFICIENTS,
     budget: float | None = None,
     in_nats: bool = False,
+    keep: float | None = None,
     strengths: Sequence[float | None] = (None,),
     per_layer: bool = False,
     most_forwards: float = MOST_FORWARDS,
@@ -53,8 +54,8 @@ def calibrate(
     """Find the threshold and the coefficient.
 
     The choice follows the one-standard-error rule: of the edits within the budget, the one with the fewest layers, then
-    the least control cost, whose value is within one standard error (paired over documents) of the best's. The base
-    itself is among them, so an edit that gains nothing certain is not made.
+    the least control cost, whose value is within one standard error (paired over documents) of the best's; with ``keep``
+    it is that of least cost with this share of the best's value. No edit is made that gains nothing certain.
 
     Args:
         texts: ``target`` and ``control`` calibration text, and any others on which an edit costs something.
@@ -64,6 +65,7 @@ def calibrate(
         budget: the share (0.01: 1 % worse) by which the loss on any other text may rise, with a standard error to
             spare; or the nats per token, on average, if ``in_nats``. The best is then the largest gain within it;
             without one it is the largest gain less cost.
+        keep: a share of the largest value, such as 0.95.
         strengths: of the filters that ``edits`` has, from the strongest; None is the raw change. With others, sets that
             are spread over the stack are tried, too, and the search begins with all layers.
         per_layer: go on from the choice by coordinate search, one layer's coefficient at a time.
@@ -87,7 +89,7 @@ def calibrate(
         return cost <= budget if in_nats else cost + error <= budget * base
 
     affordable = None if budget is None else within
-    search = Search(measured, depth=depth, affordable=affordable, most=most_forwards, progress=progress)
+    search = Search(measured, depth=depth, affordable=affordable, keep=keep, most=most_forwards, progress=progress)
     grid, order = sorted(set(coefficients)), sorted(z, key=lambda layer: (-z[layer], layer))
     search_sets(search, order, grid, strengths)
     choice = search.choice()
@@ -95,7 +97,8 @@ def calibrate(
     if budget is not None:
         worse = f"{budget:g} nats per token" if in_nats else f"{100 * budget:g} %"
         rule = f"largest target gain with control loss at most {worse} worse"
-    rule += ", then the fewest layers and least cost within one standard error"
+    within_error = "fewest layers and least cost within one standard error"
+    rule += f", then the {within_error if keep is None else f'least cost with {keep:.0%} of it'}"
     if per_layer:
         choice = search_layers(search, choice, grid)
         rule += ", then one layer's coefficient at a time while that gains more than a standard error"
@@ -156,6 +159,7 @@ class Search:
         *,
         depth: int,
         affordable: Callable[[float, float, float], bool] | None,
+        keep: float | None,
         most: float,
         progress: Progress | None,
     ) -> None:
@@ -163,9 +167,11 @@ class Search:
         Args:
             affordable: whether an edit may be, by the base's loss on a text, its rise, and the standard error of that;
                 without it a nat that is lost weighs as much as one that is gained.
+            keep: see `calibrate`.
             most: forwards of the whole text.
         """
         self._measured, self._depth, self._affordable, self._most = measured, depth, affordable, most
+        self._keep = keep
         self._progress = progress
         self.spent = 0.0
         self.effects: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = {}
@@ -226,8 +232,11 @@ class Search:
         return max(self.effects, key=lambda key: (self.value(key), -len(key)))
 
     def choice(self) -> Key:
-        """The edit with the fewest layers, then the least cost, that is not clearly worse than the best."""
+        """The simplest edit that is not clearly worse than the best, or the cheapest with a share of its value."""
         best = self.best()
+        if self._keep is not None and self.clearly_worse(BASE, best):
+            kept = [key for key in self.effects if self.value(key) >= self._keep * self.value(best)]
+            return min(kept, key=lambda key: (self.cost(key), len(key), str(key)))
         alike = [key for key in self.effects if self.value(key) > -math.inf and not self.clearly_worse(key, best)]
         return min(alike, key=lambda key: (len(key), self.cost(key), str(key)))
 
@@ -351,6 +360,4 @@ def _reason(choice: CalibrationPoint, best: CalibrationPoint) -> str:
     )
     if choice == best:
         return f"{edit(choice)} is the best found: {figures}"
-    return (
-        f"{edit(choice)}: {figures}; not clearly worse than the best found, {edit(best)} (gain {best.target_gain:.4f})"
-    )
+    return f"{edit(choice)}: {figures}; the best found, {edit(best)}, gains {best.target_gain:.4f}"
