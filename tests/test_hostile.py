@@ -188,7 +188,14 @@ def test_a_card_shows_names_from_elsewhere_as_text(sound, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["A|b\n\n# c`<img src=x>[y](z)"]}))
     opened = open_checkpoint(base)
     write_edit(opened, open_task_vector(opened, sound / "tuned"), EditPlan.for_layers([1]), tmp_path / "out")
-    row = {"task": name, "metric": name, "items": 3, "baseline": 0.5, "accuracy": 0.6, "p_adjusted": None}
+    row = {
+        "task": name,
+        "metric": name,
+        "items": 3,
+        "p_adjusted": None,
+        "scale": "",
+        "shown": ["50.0", "60.0", "+10.0"],
+    }
     write_results(tmp_path / "out", {"verdict": f"`{name}` gains", "baseline": name, "tasks": [row]})
     _, front, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
@@ -198,6 +205,13 @@ def test_a_card_shows_names_from_elsewhere_as_text(sound, tmp_path):
     tables = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert set(tables) == {3, 8}
     assert re.findall(r"^ {0,3}```", body, re.MULTILINE) == ["```", "```"]
+
+
+def test_a_message_can_be_printed_whatever_the_file_holds(tmp_path):
+    (tmp_path / Claim.FILE).write_text('{"schema_version": "\\ud83d"}')
+    with pytest.raises(StethoscopeError) as caught:
+        Claim.load(tmp_path)
+    assert "\\ud83d" in str(caught.value).encode("utf-8").decode()
 
 
 @pytest.mark.parametrize("kind", ARTIFACTS)

@@ -17,10 +17,10 @@ class StethoscopeError(Exception):
     """
 
     def __init__(self, message: str, *, hint: str | None = None, problems: Sequence[str] = ()) -> None:
-        self.message = message
-        self.hint = hint
-        self.problems = tuple(problems)
-        super().__init__(message)
+        self.message = _printable(message)
+        self.hint = hint and _printable(hint)
+        self.problems = tuple(map(_printable, problems))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         lines = [self.message, *(f"  - {problem}" for problem in self.problems)]
@@ -46,6 +46,11 @@ def refused_by_system(error: BaseException) -> StethoscopeError | None:
     if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(short, said):
         return StethoscopeError(f"there is not enough memory: {said[:200]}", hint="smaller batches or models take less")
     return None
+
+
+def _printable(text: str) -> str:
+    """Text that can be written: a file may hold half of a surrogate pair, which is quoted."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 class CheckpointError(StethoscopeError):

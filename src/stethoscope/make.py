@@ -389,8 +389,7 @@ def tradeoff(context: "Context", results: Results, provenance: Provenance, progr
     """Measure the filter and its rivals over their strengths."""
     from stethoscope.tradeoff import recipe_tradeoff
 
-    found = _features(context, results["diagnose"])
-    directions = {layer: lambda load=load: load().directions for layer, load in found.items()}
+    directions = {n: lambda load=load: load().directions for n, load in _features(context, results["diagnose"]).items()}
     return recipe_tradeoff(context, results["diagnose"], results["select"], directions, provenance, progress=progress)
 
 

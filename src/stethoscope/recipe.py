@@ -305,8 +305,8 @@ class Recipe(_Section):
     @property
     def filters(self) -> bool:
         """Whether changes are filtered, and an edit is recommended: not where no arm is one, or a skill is removed."""
-        edits = bool({"selected", *FILTERED_ARMS} & set(self.arms))
-        return edits and self.edit.filter != "none" and self.edit.coefficient > 0
+        edits = {"selected", *FILTERED_ARMS} & set(self.arms)
+        return bool(edits) and self.edit.filter != "none" and self.edit.coefficient > 0
 
     @property
     def evaluated(self) -> tuple[ArmName, ...]:
@@ -365,7 +365,6 @@ class Recipe(_Section):
             raise RecipeError(
                 f"the recipe `{path}` has mistakes",
                 problems=[_problem(item) for item in error.errors()],  # type: ignore[arg-type]
-                hint="`stethoscope check` reads a recipe without running it",
             ) from error
 
 

@@ -54,8 +54,8 @@ def calibrate(
     """Find the threshold and the coefficient.
 
     The choice follows the one-standard-error rule: of the edits within the budget, the one with the fewest layers, then
-    the least control cost, whose value is within one standard error (paired over documents) of the best's; with ``keep``
-    it is that of least cost with this share of the best's value. No edit is made that gains nothing certain.
+    the least control cost, whose value is within one standard error (paired over documents) of the best's; with
+    ``keep`` it is that of least cost with this share of the best's value. No edit is made that gains nothing certain.
 
     Args:
         texts: ``target`` and ``control`` calibration text, and any others on which an edit costs something.
