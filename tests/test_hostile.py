@@ -188,14 +188,8 @@ def test_a_card_shows_names_from_elsewhere_as_text(sound, tmp_path):
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["A|b\n\n# c`<img src=x>[y](z)"]}))
     opened = open_checkpoint(base)
     write_edit(opened, open_task_vector(opened, sound / "tuned"), EditPlan.for_layers([1]), tmp_path / "out")
-    row = {
-        "task": name,
-        "metric": name,
-        "items": 3,
-        "p_adjusted": None,
-        "scale": "",
-        "shown": ["50.0", "60.0", "+10.0"],
-    }
+    scores = {"items": 3, "baseline": 0.5, "accuracy": 0.6, "p_adjusted": None}
+    row = {"task": name, "metric": name, "scale": "", "shown": ["50.0", "60.0", "+10.0"], **scores}
     write_results(tmp_path / "out", {"verdict": f"`{name}` gains", "baseline": name, "tasks": [row]})
     _, front, body = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == "transformers"
