@@ -63,7 +63,8 @@ class Keeping(Display, Artifact):
         """The share of the gain kept, and the damage beside the fine-tune's."""
         edit, tuned = self.variants[EDIT], self.variants[TUNED]
         if tuned.gain.low is None or tuned.gain.low <= 0:
-            return "No evidence that the fine-tune is better on the target text, so there is nothing to keep."
+            nothing = "No evidence that the fine-tune is better on the target text, so there is nothing to keep."
+            return f"{nothing} If the skill shows in answers alone, `--prompt` names the field before them."
         costs = [
             f"{damage.shown('+.3f')} on {name} (fine-tune {tuned.damage[name].shown('+.3f')})"
             for name, damage in edit.damage.items()
