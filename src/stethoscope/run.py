@@ -15,6 +15,7 @@ import yaml
 
 from stethoscope import stages
 from stethoscope.artifacts import Provenance, kept_for_one, write_text
+from stethoscope.checkpoints.files import refuse_links
 from stethoscope.errors import StethoscopeError, require
 from stethoscope.make import Results
 from stethoscope.recipe import Recipe
@@ -113,6 +114,7 @@ def run_recipe(
                 require("ray", extra="ray")
             found = check_run(recipe, folder)
             stack.enter_context(kept_for_one(folder))
+            refuse_links(folder, deep=True)
             context = open_context(recipe, folder, found, stack)
         for note in found.notes:
             reporter.note(note)

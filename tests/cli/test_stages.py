@@ -59,6 +59,26 @@ def test_a_finished_run_is_shown_without_loading_a_model(finished, tmp_path):
         main(["show", str(tmp_path)])
 
 
+@pytest.mark.parametrize("place", ["evidence.json", "losses", "parts/new.parquet"])
+def test_links_that_lead_out_of_a_run_are_refused(world, run, tmp_path, capsys, place):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    if (run / place).is_dir():
+        shutil.rmtree(run / place)
+        (run / place).symlink_to(outside)
+    else:
+        (run / place).unlink(missing_ok=True)
+        (run / place).symlink_to(world / "recipe.yaml")
+    before = (run / "report.html").read_bytes()
+    for command in (["run", str(world / "recipe.yaml"), "--out", str(run)], ["show", str(run)], ["report", str(run)]):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        assert f"`{place}` leads to" in capsys.readouterr().err
+    assert (run / "report.html").read_bytes() == before
+    assert not list(outside.iterdir())
+
+
 def test_select_says_why_and_geometry_what_is_kept(world, run, capsys):
     main(["select", str(world / "recipe.yaml"), "--out", str(run)])
     shown = lines_of(capsys)

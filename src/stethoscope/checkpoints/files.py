@@ -31,13 +31,18 @@ def inside(folder: Path, file: Path) -> bool:
     return any(place.is_relative_to(one) for one in (home, *blobs))
 
 
-def refuse_links(folder: Path) -> None:
-    """Raise for links that lead out of a folder: what they lead to is none of its files, and would be copied."""
-    links = [path for path in sorted(folder.iterdir()) if path.is_symlink() and path.is_file()]
+def refuse_links(folder: Path, *, deep: bool = False) -> None:
+    """Raise for links that lead out of a folder: what they lead to is none of its files, and would be copied.
+
+    Args:
+        deep: look into folders within, and at links to folders.
+    """
+    found = sorted(folder.rglob("*") if deep else folder.iterdir())
+    links = [path for path in found if path.is_symlink() and (deep or path.is_file())]
     if out := [path for path in links if not inside(folder, path)]:
         raise CheckpointError(
             f"links lead out of `{folder}`",
-            problems=[f"`{path.name}` leads to `{path.resolve()}`" for path in out],
+            problems=[f"`{path.relative_to(folder)}` leads to `{path.resolve()}`" for path in out],
             hint="put the files themselves there (`cp -rL`), or give the folder in which they lie",
         )
 

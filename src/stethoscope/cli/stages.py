@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from stethoscope.checkpoints.files import refuse_links
 from stethoscope.cli.console import ConsoleReporter, command_line, conclude, say, say_json, show_rows
 from stethoscope.cli.options import (
     AsJSON,
@@ -127,6 +128,7 @@ def report(
     """Write a run's report again, from what the run saved."""
     from stethoscope.report import render_report
 
+    refuse_links(run, deep=True)
     path = render_report(run)
     conclude({"report": str(path)}, as_json=as_json, wrote=[path])
     if opened:
@@ -142,6 +144,7 @@ def show(run: RunPath, as_json: AsJSON = False) -> None:
 
     if not (run / "comparison.json").exists():
         raise StethoscopeError(f"`{run}` is not a finished run's folder", hint="`stethoscope run` ends with a verdict")
+    refuse_links(run, deep=True)
     found = Comparison.load(run / "comparison.json")
     result = RunResult(folder=run, results={"select": Selection.load(run), "compare": found})
     if as_json:
