@@ -58,7 +58,7 @@ def demo_recipe(base: Path, *, size: Size) -> dict[str, object]:
     full = size == "full"
     subjects = [task_name(subject) for subject in MATH_SUBJECTS[: {"quick": 2, "default": 4, "full": 7}[size]]]
     controls = [task_name(task) for task in CONTROL_TASKS[size == "quick" :]]
-    documents = {"quick": 16, "default": 56, "full": 182}[size]
+    documents = {"quick": 12, "default": 56, "full": 182}[size]
     measured = {"quick": 4, "default": 16, "full": 70}[size]
     arms = ["base", "tuned", "recommended", "selected", "scaled", *(["random_layers"] if size == "default" else [])]
     return {
@@ -68,12 +68,12 @@ def demo_recipe(base: Path, *, size: Size) -> dict[str, object]:
         "target": {"dataset": "target.jsonl", "field": "solution", "prompt": "prompt", "documents": documents},
         "control": {"dataset": "control.jsonl", "documents": documents},
         "score": "mass_shift",
-        "diagnose": {"block_size": 8 if size != "quick" else 4},
+        "diagnose": {"block_size": 8 if size != "quick" else 3},
         "select": {"policy": "top_k", "k": 5},
         "edit": {
             "coefficient": 1.0,
             "filter": 3.0 if size == "quick" else "auto",
-            "tokens": {"quick": 2000, "default": 6000, "full": 20_000}[size],
+            "tokens": {"quick": 1500, "default": 6000, "full": 20_000}[size],
             "budget": 0.05,
             "forwards": {"quick": 5, "default": 8, "full": 24}[size],
             "protect": {"letters": {"dataset": "letters.jsonl", "weight": 0.5}},
