@@ -78,12 +78,17 @@ def test_an_edit_has_the_vocabulary_of_the_base(layout, plan, rows, tmp_path):
     assert said in (edit.path / "README.md").read_text()
 
 
-def test_a_patch_takes_it_back(tmp_path):
+def with_larger_vocabulary(folder):
+    """A base in `base`, and in `tuned` its fine-tune with more tokens."""
     model = make("llama untied")
-    model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(folder / "base")
     model.resize_token_embeddings(53)
-    stir(model).save_pretrained(tmp_path / "tuned")
-    base = open_checkpoint(tmp_path / "base")
+    stir(model).save_pretrained(folder / "tuned")
+    return open_checkpoint(folder / "base")
+
+
+def test_a_patch_takes_it_back(tmp_path):
+    base = with_larger_vocabulary(tmp_path)
     patch = write_edit(
         base, open_task_vector(base, tmp_path / "tuned"), EditPlan.everything(), tmp_path / "patch", kind="patch"
     )
@@ -187,11 +192,7 @@ def test_a_filtered_edit_of_a_fine_tune_with_added_tokens(planted, tokenizer, tm
 
 
 def test_embeddings_that_are_asked_for_by_name_are_refused(tmp_path):
-    model = make("llama untied")
-    model.save_pretrained(tmp_path / "base")
-    model.resize_token_embeddings(53)
-    stir(model).save_pretrained(tmp_path / "tuned")
-    base = open_checkpoint(tmp_path / "base")
+    base = with_larger_vocabulary(tmp_path)
     change = open_task_vector(base, tmp_path / "tuned")
     asked = EditPlan(outside={"embedding": 1.0})
     assert "vocabulary" in "\n".join(preview(base, change, asked, tmp_path / "edited").problems)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -17,6 +18,7 @@ from stethoscope_demo.tasks import task_name, write_tasks, write_text_corpora
 ADAPTER = Path(str(files("stethoscope_demo"))) / "adapter"
 SAES = Path(str(files("stethoscope_demo"))) / "saes"
 
+ARMS = ("base", "tuned", "recommended", "selected", "scaled")
 Size = Literal["quick", "default", "full"]
 
 
@@ -44,50 +46,87 @@ def prepare_demo(cache: Path, *, size: Size, reporter: Reporter) -> Path:
     recipe = folder / f"recipe-{size}.yaml"
     write_text(recipe, _YAML_HEAD + yaml.safe_dump(demo_recipe(base, size=size), sort_keys=False))
     if size != "full":
-        fewer = f"{LIMITS[size]} items a task, not {LIMITS['full']}; fewer tasks, arms and documents"
+        fewer = f"{SCALES[size].items} items a task, not {SCALES['full'].items}; fewer tasks, arms and documents"
         reporter.note(f"{fewer}, so intervals are wide; `--full` runs all")
     return recipe
 
 
 _YAML_HEAD = "# The embedded demo; `stethoscope run` on a copy of this file is a start for a recipe of your own.\n"
-LIMITS: dict[Size, int] = {"quick": 6, "default": 16, "full": 250}  # items of each task, for every arm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How much a size of the demo runs.
+
+    Attributes:
+        subjects: of the tasks whose gain is claimed.
+        controls: of the control tasks.
+        items: of each task, for every arm.
+        documents: of target and of control text; ``block_size`` of them are relabelled together.
+        measured: documents of each text on which every arm's loss is measured.
+        tokens, forwards: as ``edit`` has them.
+        filter: its strength, or ``auto``.
+        random_sets: sets of random layers.
+    """
+
+    subjects: int
+    controls: int
+    items: int
+    documents: int
+    block_size: int
+    measured: int
+    tokens: int
+    forwards: int
+    filter: float | str = "auto"
+    arms: tuple[str, ...] = ARMS
+    random_sets: int = 1
+
+
+SCALES: dict[Size, Scale] = {
+    "quick": Scale(
+        subjects=2, controls=1, items=6, documents=12, block_size=3, measured=4, tokens=1500, forwards=5, filter=3.0
+    ),
+    "default": Scale(
+        subjects=4, controls=2, items=16, documents=56, block_size=8, measured=16, tokens=6000, forwards=8,
+        arms=(*ARMS, "random_layers"),
+    ),
+    "full": Scale(
+        subjects=7, controls=2, items=250, documents=182, block_size=8, measured=70, tokens=20_000, forwards=24,
+        arms=get_args(ArmName), random_sets=2,
+    ),
+}  # fmt: skip
 
 
 def demo_recipe(base: Path, *, size: Size) -> dict[str, object]:
     """The recipe as data; paths are relative to the folder that `prepare_demo` fills."""
-    full = size == "full"
-    subjects = [task_name(subject) for subject in MATH_SUBJECTS[: {"quick": 2, "default": 4, "full": 7}[size]]]
-    controls = [task_name(task) for task in CONTROL_TASKS[size == "quick" :]]
-    documents = {"quick": 12, "default": 56, "full": 182}[size]
-    measured = {"quick": 4, "default": 16, "full": 70}[size]
-    arms = ["base", "tuned", "recommended", "selected", "scaled", *(["random_layers"] if size == "default" else [])]
+    scale = SCALES[size]
     return {
         "base": str(base),
         "tuned": str(ADAPTER),
         "saes": str(SAES),
-        "target": {"dataset": "target.jsonl", "field": "solution", "prompt": "prompt", "documents": documents},
-        "control": {"dataset": "control.jsonl", "documents": documents},
+        "target": {"dataset": "target.jsonl", "field": "solution", "prompt": "prompt", "documents": scale.documents},
+        "control": {"dataset": "control.jsonl", "documents": scale.documents},
         "score": "mass_shift",
-        "diagnose": {"block_size": 8 if size != "quick" else 3},
+        "diagnose": {"block_size": scale.block_size},
         "select": {"policy": "top_k", "k": 5},
         "edit": {
             "coefficient": 1.0,
-            "filter": 3.0 if size == "quick" else "auto",
-            "tokens": {"quick": 1500, "default": 6000, "full": 20_000}[size],
+            "filter": scale.filter,
+            "tokens": scale.tokens,
             "budget": 0.05,
-            "forwards": {"quick": 5, "default": 8, "full": 24}[size],
+            "forwards": scale.forwards,
             "protect": {"letters": {"dataset": "letters.jsonl", "weight": 0.5}},
         },
-        "arms": list(get_args(ArmName)) if full else arms,
-        "random_sets": 2 if full else 1,
+        "arms": list(scale.arms),
+        "random_sets": scale.random_sets,
         "evaluate": {
-            "tasks": subjects,
-            "control_tasks": controls,
+            "tasks": [task_name(subject) for subject in MATH_SUBJECTS[: scale.subjects]],
+            "control_tasks": [task_name(task) for task in CONTROL_TASKS[-scale.controls :]],
             "include_path": "tasks",
-            "limit": LIMITS[size],
+            "limit": scale.items,
             "batch_size": 100,
-            "control": {"dataset": "general.jsonl", "documents": measured},
-            "target": {"dataset": "held_out.jsonl", "prompt": "prompt", "documents": measured},
+            "control": {"dataset": "general.jsonl", "documents": scale.measured},
+            "target": {"dataset": "held_out.jsonl", "prompt": "prompt", "documents": scale.measured},
         },
         "seed": 0,
     }
