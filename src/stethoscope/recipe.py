@@ -127,7 +127,7 @@ class EditOptions(_Section):
     """Maximum tokens of each text for the filter, from the top; a fifth as many judge edits."""
     budget: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     """Nats per token by which a recommended edit may raise the loss on any other text; not with `calibrate.budget`."""
-    forwards: int = Field(default=24, ge=3)
+    forwards: int = Field(default=30, ge=3)
     """Forwards of the text that judges edits, for the search of the recommended one."""
     protect: dict[str, ProtectedText] = {}
     """Texts that the filter protects beside the control texts, by name."""

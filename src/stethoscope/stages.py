@@ -251,7 +251,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         name="recommend",
         title="Recommend: layers, coefficient and filter",
-        needs=lambda recipe: ("base", "tuned", "diagnose", "filter", *recipe.judged.values()),
+        needs=lambda recipe: ("base", "tuned", "diagnose", "select", "filter", *recipe.judged.values()),
         settings=_recommendation_settings,
         make=filtering.recommendation,
         **_artifact("stethoscope.results.calibration", "Calibration", lambda _: "recommended"),

@@ -17,6 +17,7 @@ from stethoscope.editing.patch import apply_patch
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.preview import preview
 from stethoscope.editing.verify import verify
+from stethoscope.editing.vocabulary import extend_vocabulary
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError
 
@@ -196,6 +197,71 @@ def test_embeddings_that_are_asked_for_by_name_are_refused(tmp_path):
     change = open_task_vector(base, tmp_path / "tuned")
     asked = EditPlan(outside={"embedding": 1.0})
     assert "vocabulary" in "\n".join(preview(base, change, asked, tmp_path / "edited").problems)
+
+
+def with_tokenizers(folder, tokenizer):
+    """The tokenizers of a base in `base` and of a fine-tune with more tokens in `tuned`."""
+    tokenizer.save_pretrained(folder / "base")
+    larger = make_tokenizer()
+    larger.add_tokens(["<a>", "<b>", "<c>", "<d>", "<e>"])
+    larger.save_pretrained(folder / "tuned")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_base_takes_the_vocabulary_of_its_fine_tune(layout, tokenizer, tmp_path, capsys):
+    model = make(layout)
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    model.resize_token_embeddings(53)
+    stir(model).to(torch.float32).save_pretrained(tmp_path / "tuned")
+    with_tokenizers(tmp_path, tokenizer)
+    names = [f"--{name}={tmp_path / name}" for name in ("base", "tuned")]
+    main(["extend-vocabulary", *names, "--out", str(tmp_path / "larger"), "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert set(rows.values()) == {53}
+    base, larger, tuned = (open_checkpoint(tmp_path / name) for name in ("base", "larger", "tuned"))
+    for name in base:
+        own = base[name]
+        assert torch.equal(larger[name][: len(own)] if name in rows else larger[name], own)
+        if name in rows:
+            assert torch.equal(larger[name][len(own) :], tuned[name][len(own) :].to(own.dtype))
+    assert (larger.path / "tokenizer.json").read_bytes() == (tuned.path / "tokenizer.json").read_bytes()
+    added = torch.tensor([[1, 5, 50, 52]])
+    assert AutoModelForCausalLM.from_pretrained(larger.path)(added).logits.shape[-1] == 53
+    # an edit of it may ask for embeddings, and all of the change makes tuned
+    plan = EditPlan(default=1.0, outside={"embedding": 1.0})
+    change = open_task_vector(larger, tuned.path)
+    assert not any("vocabulary" in note for note in change.notes)
+    edited = write_edit(larger, change, plan, tmp_path / "edited").path
+    made, wanted = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (edited, tuned.path))
+    torch.testing.assert_close(made(added).logits, wanted(added).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_an_adapters_whole_rows_are_taken(tokenizer, tmp_path):
+    merged = save_resized_adapter(tmp_path, "llama untied", 53, **ADAPTERS["modules to save"])
+    with_tokenizers(tmp_path, tokenizer)
+    base = open_checkpoint(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="no tokenizer"):
+        extend_vocabulary(base, open_task_vector(base, tmp_path / "adapter"), tmp_path / "larger")
+    make_tokenizer().save_pretrained(tmp_path / "adapter")
+    extend_vocabulary(base, open_task_vector(base, tmp_path / "adapter"), tmp_path / "larger")
+    larger = open_checkpoint(tmp_path / "larger")
+    edit = write_edit(
+        larger, open_task_vector(larger, tmp_path / "adapter"), EditPlan.everything(), tmp_path / "edited"
+    )
+    model = AutoModelForCausalLM.from_pretrained(edit.path)
+    for name, tensor in canonical(model).items():
+        torch.testing.assert_close(tensor, merged[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_taken_is_refused(tokenizer, tmp_path):
+    save_resized_adapter(tmp_path, "llama untied", 53, **ADAPTERS["LoRA of embedding and head"])
+    with_tokenizers(tmp_path, tokenizer)
+    base = open_checkpoint(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="computed from the base's"):
+        extend_vocabulary(base, open_task_vector(base, tmp_path / "adapter"), tmp_path / "larger")
+    with pytest.raises(CheckpointError, match="no more rows"):
+        extend_vocabulary(base, open_task_vector(base, tmp_path / "base"), tmp_path / "larger")
+    assert not (tmp_path / "larger").exists()
 
 
 def test_another_vocabulary_is_no_fine_tune(tokenizer, tmp_path):

@@ -162,8 +162,11 @@ def test_the_choices_pictures_draw(visit, results, tmp_path):
     assert "score: norm" not in (bars.first.get_attribute("aria-label") or "")
     seen.page.locator("#scores-0 select").select_option(label="norm")
     seen.page.wait_for_function("document.querySelector('#scores-0 svg .mark-rect path').ariaLabel.includes('norm')")
-    assert seen.page.locator("#front svg .mark-symbol path").count() == 5
-    assert seen.page.locator("#front svg .mark-line path").count() >= 1
+    tried = seen.page.locator("header #tried svg")  # the whole fine-tune is among the edits: the picture comes first
+    assert tried.locator(".mark-line path").count() == 3
+    legend = tried.text_content() or ""
+    assert all(name in legend for name in ("filter", "scaled", "raw, best layers", "other edits", "recommended"))
+    assert seen.page.locator("section #trade-off svg").count() == 1
     assert seen.complaints == []
 
 

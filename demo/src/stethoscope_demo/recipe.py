@@ -87,7 +87,7 @@ SCALES: dict[Size, Scale] = {
         subjects=2, controls=1, items=6, documents=12, block_size=3, measured=4, tokens=1500, forwards=5, filter=3.0
     ),
     "default": Scale(
-        subjects=4, controls=2, items=16, documents=56, block_size=8, measured=16, tokens=6000, forwards=8,
+        subjects=4, controls=2, items=16, documents=56, block_size=8, measured=16, tokens=6000, forwards=12,
         arms=(*ARMS, "random_layers"),
     ),
     "full": Scale(

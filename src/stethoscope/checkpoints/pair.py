@@ -91,6 +91,7 @@ def vocabulary_notes(base: Checkpoint, tuned: str, rows: Mapping[str, int]) -> t
         f"`{tuned}` has {abs(number - own)} rows {'more' if number > own else 'fewer'} than `{base.source}` in its"
         f" vocabulary ({number}, not {own}): {'they are left out' if number > own else 'the others stay as they are'},"
         " and an edit has the base's vocabulary and tokenizer"
+        f"{'; `stethoscope extend-vocabulary` gives the base these rows' if number > own else ''}"
         for number, own in sorted({(number, base.entries[name].shape[0]) for name, number in rows.items()})
     )
 

@@ -18,7 +18,7 @@ from stethoscope.cli.console import ConsoleReporter, WarningPrinter, command_lin
 from stethoscope.cli.options import hush
 from stethoscope.cli.proof import compare, evaluate, logs
 from stethoscope.cli.stages import cache_folder, check, demo, report, run, show, stage_command
-from stethoscope.cli.weights import apply, edit, push, train_saes, undo, verify
+from stethoscope.cli.weights import apply, edit, extend_vocabulary, push, train_saes, undo, verify
 from stethoscope.errors import StethoscopeError, install, refused_by_system
 from stethoscope.stages import STAGES
 
@@ -32,7 +32,7 @@ EXIT_CODES = (
 PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "A recipe, end to end": (run, demo, check, show, report),
     "One stage of a recipe": tuple(stage_command(stage) for stage in STAGES if stage.help),
-    "Weights": (edit, apply, undo, verify, push),
+    "Weights": (edit, apply, undo, verify, push, extend_vocabulary),
     "Proof": (evaluate, compare, logs),
     "SAEs": (train_saes,),
 }

@@ -121,6 +121,32 @@ def edit(
     )
 
 
+def extend_vocabulary(
+    base: Annotated[str, typer.Option(help="Base checkpoint: a folder or a hub id.")],
+    tuned: Annotated[str, typer.Option(help="Fine-tuned checkpoint or PEFT adapter with added tokens.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist.")],
+    quiet: Quiet = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Write the base with the tokens that its fine-tune added: their rows and its tokenizer.
+
+    Edits of that base have the fine-tune's vocabulary. Nothing else is changed.
+    """
+    from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+    from stethoscope.editing.vocabulary import extend_vocabulary
+
+    opened = open_checkpoint(base)
+    with ConsoleReporter(quiet=quiet).stage("Extend") as advance:
+        rows = extend_vocabulary(opened, open_task_vector(opened, tuned), out, progress=advance)
+    conclude(
+        {"rows": rows},
+        as_json=as_json,
+        says=[f"`{opened.entries[name].stored}` has {count} rows" for name, count in rows.items()],
+        wrote=[out],
+        then=command_line("edit", "--base", out, "--tuned", tuned, "--layers", "all", "--out", "edited"),
+    )
+
+
 def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, **settings: Any) -> "Wanted":
     """The texts of a filtered edit, read; every one that cannot be is named."""
     from stethoscope.keep import Wanted

@@ -89,7 +89,7 @@ def preview(
     ]
     problems += [
         f"the plan asks for `{base.entries[name].stored}`, of which tuned has {rows} rows: an edit has the base's"
-        " vocabulary. Edit layers, or take tuned's embeddings without naming them (`EditPlan.everything`)"
+        " vocabulary. Give the base tuned's first: `stethoscope extend-vocabulary`"
         for name, rows in task_vector.rows.items()
         if plan.outside.get(base.entries[name].kind)
     ]

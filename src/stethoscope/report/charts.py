@@ -1,4 +1,4 @@
-"""The charts that only the report shows: energy by features, gains by cause, calibration, validation."""
+"""The charts that only the report shows: energy by features, gains by cause, validation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,6 @@ import altair as alt
 from stethoscope.charts.layers import KEPT, layer_axis
 from stethoscope.charts.style import COLOURS, axis, drawn, kinds, rule, tips, when, y
 from stethoscope.display import listed
-from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import CAUSES, Comparison, flipped
 from stethoscope.results.validation import KINDS, ScoreValidation
 
@@ -89,40 +88,6 @@ def gain_split(comparison: Comparison) -> alt.LayerChart | None:
         heading="items mended less items broken, in points",
         data={"gains": rows},
         height=24 * len({row["arm"] for row in rows}) + 12,
-    )
-
-
-def calibration_front(calibration: Calibration) -> alt.LayerChart:
-    """Every edit that was tried: target gain against control cost, the front as a line, the choice as a diamond."""
-    rows = [
-        {
-            "layers": point.layers,
-            "gain": point.target_gain,
-            "cost": point.control_cost,
-            "gain_low": point.target_gain - point.target_error,
-            "gain_high": point.target_gain + point.target_error,
-            "front": point.on_front,
-            "chosen": i == calibration.choice,
-        }
-        for i, point in enumerate(calibration.points)
-    ]
-    x = alt.X("cost:Q", title=_COST, axis=axis("+.3~f"))
-    base = alt.Chart(alt.NamedData(name="edits")).encode(x=x, y=y("gain", "+.2~f"))
-    front = base.transform_filter("datum.front")
-    whisker = base.transform_filter("datum.chosen").mark_rule(color=COLOURS["selected"], strokeWidth=1.5)
-    points = base.mark_point(filled=True, opacity=0.9).encode(
-        color=when("chosen", COLOURS["selected"], COLOURS["other"]),
-        shape=when("chosen", "diamond", "circle"),
-        size=when("chosen", 160, 45),
-        tooltip=tips("layers:N", ("gain:Q", "+.4f"), ("cost:Q", "+.4f")),
-    )
-    return drawn(
-        front.mark_line(color=COLOURS["other"], interpolate="step-after", strokeWidth=1.5),
-        whisker.encode(y=alt.Y("gain_low:Q", title=None), y2="gain_high:Q"),
-        points,
-        heading=_GAIN,
-        data={"edits": rows},
-        height=320,
     )
 
 

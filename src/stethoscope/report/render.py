@@ -73,7 +73,9 @@ def render_report(run_dir: Path) -> Path:
         "energy": geometry.plot(selection) if geometry else None,
         "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
         "passed": filtering.plot() if filtering else None,
-        "front": charts.calibration_front(calibration) if calibration else None,
+        "tried": calibration.plot(selection.coefficients or dict.fromkeys(selection.layers, 1.0))
+        if calibration
+        else None,
     }
     if tradeoff := TradeOff.find(run_dir):
         pictures |= {f"methods-{n}": tradeoff.plot(text) for n, text in enumerate(tradeoff.protected)}
@@ -96,6 +98,7 @@ def render_report(run_dir: Path) -> Path:
         comparison=comparison,
         claim=Claim.find(run_dir),
         calibration=calibration,
+        curves=calibration is not None and calibration.whole is not None,
         geometry=geometry,
         filtering=filtering,
         edits=edits,

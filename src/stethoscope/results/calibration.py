@@ -1,6 +1,7 @@
 """Every edit that `calibrate` tried, and the one it chose."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
 from stethoscope.display import NONE, Display, Rows, number, percent, ranged, table_of
@@ -89,6 +90,50 @@ class Calibration(Display, Artifact):
     def front(self) -> tuple[CalibrationPoint, ...]:
         """The points that no other is better than, by rising cost."""
         return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.control_cost))
+
+    @property
+    def whole(self) -> CalibrationPoint | None:
+        """The whole fine-tune, if it was tried and gains something: the gain that others keep a share of."""
+        every = dict.fromkeys(self.z, 1.0)
+        return next((p for p in self.points if p.coefficients == every and not p.strength and p.target_gain > 0), None)
+
+    def plot(self, selected: Mapping[int, float] | None = None, *, width: int = 640) -> Any:
+        """Gain against damage of every edit tried, a curve per method, as an Altair chart; the choice is marked.
+
+        Args:
+            selected: coefficients of another edit to mark, if it was tried.
+            width: of the plotting area in pixels.
+        """
+        from stethoscope.charts.tradeoff import calibration_curves
+
+        points = enumerate(self.points)
+        marks = {n: "selected" for n, p in points if p.coefficients == selected and p.strength is None}
+        if self.edit:
+            marks[self.choice] = "recommended"
+        return calibration_curves(self.rows(), marks, share=bool(self.whole), width=width)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The points by method, from the most change to the least; base and whole change belong to several methods."""
+        scale = 100 / self.whole.target_gain if self.whole else 1.0
+        order = sorted(self.z, key=lambda layer: (-self.z[layer], layer))
+        rows = []
+        for n, point in enumerate(self.points):
+            k, amounts = len(point.coefficients), {*point.coefficients.values()}
+            every, raw = k == len(order), point.strength is None
+            methods: dict[str, tuple[str, float]] = {}
+            if every and amounts == {1.0}:
+                methods["filter"] = ("strength", point.strength or 0.0)
+            if raw and (every or not k) and len(amounts) <= 1:
+                methods["scaled"] = ("coefficient", max(amounts, default=0.0))
+            if raw and amounts <= {1.0} and point.coefficients.keys() == {*order[:k]}:
+                methods["raw, best layers"] = ("layers", float(k))
+            figures = {"n": n, "kept": scale * point.target_gain, "damage_value": point.control_cost}
+            rows += [
+                {"method": method, "parameter": parameter, "value": value, **figures}
+                for method, (parameter, value) in (methods or {"other edits": ("layers", float(k))}).items()
+            ]
+        most_first = {"strength": 1, "coefficient": -1, "layers": -1}
+        return sorted(rows, key=lambda row: (row["method"], most_first[row["parameter"]] * row["value"]))
 
     def table(self) -> Rows:
         """A row per edit on the front, by rising cost; the gain and the cost with their standard errors."""

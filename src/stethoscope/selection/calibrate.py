@@ -46,6 +46,7 @@ def calibrate(
     in_nats: bool = False,
     keep: float | None = None,
     strengths: Sequence[float | None] = (None,),
+    others: Sequence[Mapping[int, float]] = (),
     per_layer: bool = False,
     most_forwards: float = MOST_FORWARDS,
     executor: Executor | None = None,
@@ -67,7 +68,8 @@ def calibrate(
             without one it is the largest gain less cost.
         keep: a share of the largest value, such as 0.95.
         strengths: of the filters that ``edits`` has, from the strongest; None is the raw change. With others, sets that
-            are spread over the stack are tried, too, and the search begins with all layers.
+            are spread over the stack are tried, too, and the search begins with all layers and with raw changes.
+        others: edits to try first, layer -> coefficient, beside those of the search.
         per_layer: go on from the choice by coordinate search, one layer's coefficient at a time.
         most_forwards: of the whole text; see `stethoscope.selection.injection.forwards`.
         executor: runs the work; here if None.
@@ -91,7 +93,7 @@ def calibrate(
     affordable = None if budget is None else within
     search = Search(measured, depth=depth, affordable=affordable, keep=keep, most=most_forwards, progress=progress)
     grid, order = sorted(set(coefficients)), sorted(z, key=lambda layer: (-z[layer], layer))
-    search_sets(search, order, grid, strengths)
+    search_sets(search, order, grid, strengths, [tuple(sorted(other.items())) for other in others])
     choice = search.choice()
     rule = "largest target gain less control cost"
     if budget is not None:
@@ -251,9 +253,13 @@ class Place(NamedTuple):
 
 
 def search_sets(
-    search: Search, order: Sequence[int], grid: Sequence[float], strengths: Sequence[float | None] = (None,)
+    search: Search,
+    order: Sequence[int],
+    grid: Sequence[float],
+    strengths: Sequence[float | None] = (None,),
+    others: Sequence[Key] = (),
 ) -> None:
-    """k layers at one coefficient, raw or filtered: a coarse grid, then around the best and the choice."""
+    """k layers at one coefficient, raw or filtered: others and a coarse grid, then around the best and the choice."""
 
     def key_of(place: Place) -> Key:
         strength, c = place.strength, float(place.coefficient)
@@ -270,10 +276,12 @@ def search_sets(
     start = [Place(k, c) for c in sorted(coarse, key=lambda c: c != coarse[len(coarse) // 2]) for k in sizes]
     if list(strengths) != [None]:
         start = [Place(sizes[-1], 1.0, strength) for strength in strengths]
+        if None in strengths:  # what a filter has to beat: the whole change scaled, and the raw one in the best layers
+            start += [Place(sizes[-1], c) for c in grid if c < 1] + [Place(k, 1.0) for k in sizes[1:-1:2]]
         several = itertools.product(reversed(sizes[-3:-1]), (False, True), strengths[1::2] or strengths)
         start += [Place(k, 1.0, strength, spread) for k, spread, strength in several]
     tried = {place: key_of(place) for place in start}
-    search.add(list(tried.values()))
+    search.add([*others, *tried.values()])
     while True:
         near: dict[Place, Key] = {}
         ks = sorted({place.k for place in tried})
