@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, LlamaConfig, LlamaForCausalLM
 from world import make, save_adapter, save_pair, stored
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
@@ -106,6 +106,38 @@ def test_quantised_models_are_refused_by_name(how, who, tmp_path):
     with pytest.raises(CheckpointError, match=f"`{folder.name}` is quantised") as caught:
         open_task_vector(open_checkpoint(tmp_path / "base"), tmp_path / "tuned")
     assert hint in caught.value.hint
+
+
+def test_the_command_that_dequantises_does(tmp_path):
+    """FP8 as DeepSeek and Qwen store it: a scale for each block of 128 by 128."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 32}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).to(torch.bfloat16)
+    for name in ("base", "fp8"):
+        model.save_pretrained(tmp_path / name)
+    tensors = {}
+    for name, weight in load_file(tmp_path / "base" / "model.safetensors").items():
+        tensors[name] = weight
+        if name.endswith("_proj.weight"):
+            scale = weight.float().abs().max() / 448
+            tensors |= {name: (weight.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.view(1, 1)}
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors", metadata={"format": "pt"})
+    about = {"fmt": "e4m3", "activation_scheme": "dynamic"} | QUANTISED["fp8"][0]
+    configure(tmp_path / "fp8", quantization_config=about)
+    base = open_checkpoint(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="quantised") as caught:
+        open_task_vector(base, tmp_path / "fp8")
+    load, save = caught.value.hint.split("`")[1::2]
+    places = {
+        "NAME": str(tmp_path / "fp8"),
+        "OUT": str(tmp_path / "plain"),
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+    }
+    eval(f"{load}.{save}", places | {"FineGrainedFP8Config": FineGrainedFP8Config})
+    change = open_task_vector(base, tmp_path / "plain")
+    assert set(change.names) == set(base)
+    for name in base:
+        torch.testing.assert_close(change.edited(name, 1.0), base[name], rtol=0.07, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

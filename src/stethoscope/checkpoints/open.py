@@ -129,7 +129,9 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
     how = str(about.get("quant_method") or "") if isinstance(about, dict) else ""
     hint = "take the model that it was made from, which an adapter of it fits, too"
     if how in DEQUANTISE:
-        hint += f"; or `AutoModelForCausalLM.{DEQUANTISE[how]}` and `save_pretrained`"
+        # in its original format Transformers would write it quantised again
+        save = "save_pretrained(OUT, save_original_format=False)"
+        hint += f"; or `AutoModelForCausalLM.{DEQUANTISE[how]}` and `{save}`"
     raise CheckpointError(
         f"`{checkpoint.source}` is quantised{f' ({how})' if how else ''}: its weights cannot be subtracted or edited",
         problems=[f"for instance `{name}`" for name in packed[:1]],
