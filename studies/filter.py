@@ -6,7 +6,8 @@ table   whole, scaled and filtered edits; gain on held-out target text, loss on 
         saw: wikitext, Python, chat, GSM8K.
 tokens  how few tokens are enough: moments of 1,000 to 100,000 tokens of each text (general text ends before).
 ridge   the same with a ridge, 1e-4 of the target moments' mean, in place of shrinkage.
-wrong   what a wrong protected text does: Wikipedia instead of general text, the target itself, and letter problems.
+wrong   what a wrong protected text does: Wikipedia instead of general text, the target itself, letter problems, and two
+        texts that want opposite things: general text and the target.
 
 DIR has `wikitext2_valid.txt`, `wikitext2_test.txt`, `mbpp.jsonl`, `alpaca_seed_tasks.jsonl`, `gsm8k_test.jsonl`. Writes
 outcomes/filter.parquet: per vector, part, edit and text, nats per document and its tokens, so that intervals can be
@@ -150,14 +151,18 @@ def edits(bench: Bench, part: str, task_vector: TaskVector) -> Iterator[tuple[st
     else:
         wiki = [one for one in (bench.data / "wikitext2_valid.txt").read_text().split("\n") if len(one) > 400]
         letters = [join_items([item]) for task in CONTROL_TASKS for item in items(task, "calibration", 120)]
-        for name, protected in {
-            "Wikipedia protected": {"wiki": wiki},
-            "target protected": {"same": target},
-            "letters protected too": {"general": general, "letters": letters},
-        }.items():
+        same, some = {"same": target}, {"general": general}
+        protected: dict[str, tuple[dict[str, list[str]], dict[str, float]]] = {
+            "Wikipedia protected": ({"wiki": wiki}, {}),
+            "target protected": (same, {}),
+            "letters protected too": (some | {"letters": letters}, {"letters": 0.5}),
+            "general and target protected": (some | same, {}),
+            "general and a tenth of target protected": (some | same, {"same": 0.1}),
+            "a tenth of general and target protected": (some | same, {"general": 0.1}),
+        }
+        for name, (protects, weights) in protected.items():
             texts = {"target": bench.sample(target, 20_000)}
-            texts |= {key: bench.sample(some, 20_000) for key, some in protected.items()}
-            weights = {"letters": 0.5} if "letters" in protected else {}
+            texts |= {key: bench.sample(documents, 20_000) for key, documents in protects.items()}
             for _, plan in filtered(bench, task_vector, texts, strengths=(1.0,), weights=weights):
                 yield name, plan
 
