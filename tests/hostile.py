@@ -68,6 +68,29 @@ def odd(value: Any, chance: random.Random) -> str:
     return as_text(value)
 
 
+def contradicting(value: Any, chance: random.Random) -> str:
+    """A JSON value of the same form that says something else: other numbers and names, lists and tables cut."""
+    value = copy.deepcopy(value)
+    for _ in range(chance.choice([1, 2, 8])):
+        container, key = chance.choice(places(value))
+        old = container[key]
+        if isinstance(old, bool):
+            container[key] = not old
+        elif isinstance(old, int):
+            container[key] = chance.choice([0, 1, old + 1, 999, -3])
+        elif isinstance(old, float):
+            container[key] = chance.choice([0.0, -old, old * 1e9, 1e308, 5e-324])
+        elif isinstance(old, str):
+            container[key] = chance.choice(["", "tuned", "base", "target", "x", f"{old}2"])
+        elif isinstance(old, list) and old:
+            container[key] = chance.choice([old[1:], [], [*old, old[0]], old[::-1]])
+        elif isinstance(old, dict) and old:
+            name = chance.choice(list(old))
+            rest = {other: one for other, one in old.items() if other != name}
+            container[key] = chance.choice([rest, {}, {**rest, "7": old[name]}])
+    return as_text(value)
+
+
 def as_text(value: Any) -> str:
     return json.dumps(value).replace(f'"{DEEP}"', "[" * 3000 + "]" * 3000)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from hostile import ODD, assert_no_tracebacks, chances, damage, damaged, odd, outcome
+from hostile import ODD, assert_no_tracebacks, chances, contradicting, damage, damaged, odd, outcome
 from safetensors.torch import load_file, save_file
 from world import changed, make, save_adapter, save_pair
 
@@ -26,6 +26,7 @@ from stethoscope.evaluation.harness import journal_line, read_journal
 from stethoscope.evaluation.harness_logs import write_logs
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.recipe import Recipe
+from stethoscope.report import render_report
 from stethoscope.results.comparison import Claim
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.edits import Edits
@@ -217,6 +218,21 @@ def test_artefacts(kind, finished, tmp_path):
         kind.load(tmp_path)
 
     assert_no_tracebacks(kind.__name__, 20, case)
+
+
+def test_a_report_of_results_that_contradict_each_other(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    files = [path for path in sorted(finished.glob("*.json")) if path.name != "seen.json"]
+
+    def case(chance):
+        path = chance.choice(files)
+        (run / path.name).write_text(contradicting(json.loads(path.read_text()), chance))
+        try:
+            assert render_report(run).stat().st_size > 10_000
+        finally:
+            shutil.copy(path, run / path.name)
+
+    assert_no_tracebacks("contradictions", 25, case)
 
 
 def test_a_finished_run_of_which_much_is_damaged_is_made_whole_again(world, finished, tmp_path, caplog):

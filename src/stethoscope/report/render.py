@@ -48,8 +48,21 @@ def render_report(run_dir: Path) -> Path:
         the path of the report.
 
     Raises:
-        StethoscopeError: a result is missing, damaged, or of another schema version.
+        StethoscopeError: a result is missing, damaged, or of another schema version, or results contradict each other.
     """
+    path = run_dir / "report.html"
+    try:
+        write_text(path, _page(run_dir))
+    except (LookupError, ValueError, ArithmeticError) as error:
+        raise StethoscopeError(
+            f"the results in `{run_dir}` contradict each other: {type(error).__name__}: {error}",
+            hint="remove the file that was changed and run the recipe again, which makes it again",
+        ) from error
+    return path
+
+
+def _page(run_dir: Path) -> str:
+    """The page as text."""
     diagnosis, selection = Diagnosis.load(run_dir), Selection.load(run_dir)
     comparison = Comparison.load(run_dir / "comparison.json")
     evidence, edits, geometry = Evidence.find(run_dir), Edits.find(run_dir), Geometry.find(run_dir)
@@ -89,9 +102,8 @@ def render_report(run_dir: Path) -> Path:
     strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
     features = {layer.layer: [_feature_row(f) for f in layer.features] for layer in diagnosis.layers}
     against_baseline = [contrast for arm in comparison.arms if (contrast := comparison.find(arm))]
-    path = run_dir / "report.html"
     drawn = {name: _transparent(chart) for name, chart in pictures.items() if chart}
-    page = _fill(
+    return _fill(
         {"charts": drawn, "features": features, "picked": strongest.layer},
         diagnosis=diagnosis,
         selection=selection,
@@ -124,8 +136,6 @@ def render_report(run_dir: Path) -> Path:
         rates={(layer.layer, f.feature): f for layer in diagnosis.layers for f in layer.features},
         provenance=_provenance(diagnosis, evidence, selection, geometry, filtering, edits),
     )
-    write_text(path, page)
-    return path
 
 
 def _fill(data: dict[str, Any], **values: Any) -> str:
