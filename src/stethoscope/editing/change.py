@@ -20,6 +20,7 @@ from stethoscope.editing.subspace import RANK_TOLERANCE, nested_basis
 
 POOL = 16  # directions that random sets are drawn from, for each of a set
 _BLOCK = 256  # columns multiplied at once
+_SMALL = 768  # matrices whose spectrum costs little in float64
 _DOUBTFUL = 1e-5  # of the largest: a square below this may be the rounding of float32
 
 
@@ -112,9 +113,10 @@ class LinearChange:
 
         Singular values below 1e-5 of the largest are the rounding of float32, and count as 0.
         """
-        squares, vectors = _eigen(self._smaller, leading)
+        sides = self.rows if self._tall else self.rows.T
+        squares, vectors = _eigen(self._smaller if len(self._smaller) > _SMALL else _gram(sides.double()), leading)
         if squares[0] < _DOUBTFUL * squares[-1] and vectors.dtype != torch.float64:
-            squares, vectors = _eigen(_gram((self.rows if self._tall else self.rows.T).double()), leading)
+            squares, vectors = _eigen(_gram(sides.double()), leading)
         values = squares.clamp(min=0).sqrt().flip(0)
         if not values[0] > 0:
             return None
