@@ -22,8 +22,9 @@ from edit import GEMMA, make_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.change import energy_along
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import energy_along, feature_basis
+from stethoscope.editing.subspace import feature_basis
 
 RESULTS = Path(__file__).parent / "results" / "projection.json"
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stethoscope.selection.arms import Planned
 
 GEOMETRY_DOCUMENTS = 64  # of each corpus, from which the tokens of functional energy are taken
+GEOMETRY_TOKENS = 4  # read for each that is taken: what reading costs, measuring does not
 
 Progress = Callable[[int, int], None]
 Results = Mapping[str, Any]
@@ -167,13 +168,14 @@ def geometry(context: "Context", results: Results, provenance: Provenance, progr
     from stethoscope.editing.geometry import measure_geometry
 
     diagnosis: Diagnosis = results["diagnose"]
+    read = GEOMETRY_TOKENS * context.recipe.project.tokens
     return measure_geometry(
         context.task_vector,
         _features(context, diagnosis),
         provenance=provenance,
         model=context.model,
         texts={
-            name: context.batches(name, GEOMETRY_DOCUMENTS, diagnosis.corpora[name].broken)
+            name: context.batches(name, GEOMETRY_DOCUMENTS, diagnosis.corpora[name].broken, most=read)
             for name in context.recipe.corpora
         },
         draws=context.recipe.project.draws,

@@ -12,9 +12,10 @@ from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.change import DrawnSpans, LinearChange
 from stethoscope.editing.geometry import energy_curve, measure_geometry
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import FeatureProjection, LayerFeatures, LinearChange, feature_basis, principal_angles
+from stethoscope.editing.subspace import FeatureProjection, LayerFeatures, feature_basis, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.results.geometry import Geometry
 from stethoscope.text.tokens import TokenBatch
@@ -194,7 +195,7 @@ def test_spectra_and_angles_in_closed_form(tmp_path):
     for name, axis in residual_axes(made, [0], D).items():
         if axis is None:
             continue
-        spectrum = LinearChange.of(made, name, axis).spectrum(axis, 2)
+        spectrum = LinearChange.of(made, name, axis).spectrum(2)
         assert spectrum.stable_rank == pytest.approx(88 / 64, rel=1e-4)
         shares = values / values.sum()
         assert spectrum.effective_rank == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-3)
@@ -218,10 +219,10 @@ def test_lora_factors_give_what_the_product_gives(layout, options, tmp_path):
         assert low.left is not None
         delta = change.delta(name)
         linear = delta if axis.dim == (0 if axis.writes else 1) else delta.T
-        full = LinearChange(left=None, right=linear)
+        full = LinearChange(left=None, right=linear, writes=axis.writes)
         x = torch.randn(5, linear.shape[1])
         torch.testing.assert_close(low.outputs(x), full.outputs(x), rtol=1e-4, atol=1e-4)
-        one, two = low.spectrum(axis, 3), full.spectrum(axis, 3)
+        one, two = low.spectrum(3), full.spectrum(3)
         assert one.effective_rank == pytest.approx(two.effective_rank, rel=2e-2)
         assert one.stable_rank == pytest.approx(two.stable_rank, rel=1e-3)
         assert np.cos(principal_angles(one.leading, two.leading)) == pytest.approx(np.ones(3), abs=1e-3)
@@ -271,3 +272,41 @@ def test_features_of_something_else_are_refused(changed):
     found = LayerFeatures(decoder=torch.randn(8, 12), encoder=torch.randn(8, 12), order=range(8), chosen=2)
     with pytest.raises(SAEError, match="12 values to write and 12 to read, it has 16"):
         measure_geometry(changed, {0: lambda: found}, provenance=Provenance(), draws=2)
+
+
+@pytest.mark.parametrize("shape", [(400, 500), (500, 400), (800, 900), (900, 800)])
+@pytest.mark.parametrize("writes", [True, False])
+def test_spectra_of_large_matrices_are_those_of_their_svd(shape, writes):
+    matrix = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    spectrum = LinearChange(left=None, right=matrix, writes=writes).spectrum(3)
+    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    shares = values / values.sum()
+    assert spectrum.effective_rank == pytest.approx(float(torch.special.entr(shares).sum().exp()), rel=1e-6)
+    assert spectrum.stable_rank == pytest.approx(float((values / values[0]).square().sum()), rel=1e-5)
+    assert principal_angles(spectrum.leading, u[:, :3] if writes else v[:3].T) == pytest.approx(np.zeros(3), abs=1e-3)
+
+
+def test_drawn_spans_keep_what_their_bases_keep():
+    rows = torch.randn(9, D, generator=torch.Generator().manual_seed(0))
+    rows[4], rows[7] = -2 * rows[1], 0
+    spans = DrawnSpans.draw(rows, 6, 30, np.random.default_rng(0))
+    assert any(len({4, 7, 1} & set(one.tolist())) > 1 for one in spans.sets)
+    for change in (torch.randn(5, D), torch.randn(40, D)):
+        linear = LinearChange(left=None, right=change, writes=False)
+        bases = [feature_basis(spans.pool[one]) for one in spans.sets]
+        expected = [float((change.double() @ Q).square().sum()) for Q in bases]
+        assert spans.energies(linear) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_measures_what_the_cpu_measures(changed):
+    found = {}
+    for device in ("cpu", "cuda"):
+        model = make("llama untied", dtype=torch.float32).to(device)
+        texts = {"t": [batch()]}
+        found[device] = measure_geometry(changed, features(), model=model, texts=texts, draws=5, tokens=30)
+    for one, other in zip(found["cpu"].layers, found["cuda"].layers, strict=True):
+        assert one.kept.share == pytest.approx(other.kept.share, rel=1e-5)
+        assert one.curve.share == pytest.approx(other.curve.share, rel=1e-4)
+        assert one.functional == pytest.approx(other.functional, rel=1e-3)
+        assert one.kept.random_features.mean == pytest.approx(other.kept.random_features.mean, rel=1e-4)

@@ -3,7 +3,8 @@
     made = measure_geometry(task_vector, features, provenance=provenance, model=model, texts=texts)
     print(made.verdict)
 
-Each weight is read once: energies along the basis vectors of all subspaces are taken together, and add up per subspace.
+Each weight is read once, and all energies are taken from its Gram matrix on the residual stream's side, on the model's
+device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +20,9 @@ from transformers import PreTrainedModel
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.change import POOL, DrawnSpans, LinearChange
 from stethoscope.editing.residual_axis import READERS, ResidualAxis, residual_axes
-from stethoscope.editing.subspace import (
-    LayerFeatures,
-    LinearChange,
-    energy_along,
-    feature_basis,
-    nested_basis,
-    principal_angles,
-    random_basis,
-)
+from stethoscope.editing.subspace import LayerFeatures, feature_basis, nested_basis, principal_angles, random_basis
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.geometry import Curve, Draws, Geometry, Kept, LayerGeometry, TensorGeometry, Written
@@ -71,6 +65,7 @@ def measure_geometry(
     """
     provenance = provenance or Provenance()
     entries = task_vector.base.entries
+    device = model.device if model else torch.device("cpu")
     axes = residual_axes(task_vector, features, task_vector.base.hidden_size)
     matrices = [name for name, axis in axes.items() if axis and len(entries[name].shape) == 2]
     inputs: dict[str, dict[str, Tensor]] = {}
@@ -83,7 +78,8 @@ def measure_geometry(
     energies: list[TensorEnergy] = []
     for number, (layer, load) in enumerate(sorted(features.items())):
         own = {name: axis for name, axis in axes.items() if entries[name].layer == layer}
-        if measured := _Subspaces(task_vector, layer, load(), rng, draws).measure(own, inputs, leading):
+        subspaces = _Subspaces(task_vector, layer, load(), rng=rng, draws=draws, device=device)
+        if measured := subspaces.measure(own, inputs, leading):
             layers.append(measured[0])
             energies += measured[1]
         if progress:
@@ -160,24 +156,34 @@ class _Subspaces:
     """One layer's subspaces: of its features, of all features in order, of encoders, and at random."""
 
     def __init__(
-        self, task_vector: TaskVector, layer: int, found: LayerFeatures, rng: np.random.Generator, draws: int
+        self,
+        task_vector: TaskVector,
+        layer: int,
+        found: LayerFeatures,
+        *,
+        rng: np.random.Generator,
+        draws: int,
+        device: torch.device,
     ) -> None:
         self.task_vector, self.layer, self.found, self.rng = task_vector, layer, found, rng
-        width, every = task_vector.base.hidden_size, len(found.decoder)
-        if {found.decoder.shape[1], found.encoder.shape[1]} != {width}:
+        self.width, self.device = task_vector.base.hidden_size, device
+        if {found.decoder.shape[1], found.encoder.shape[1]} != {self.width}:
             raise SAEError(
                 f"the features of layer {layer} are no directions of the residual stream: they have"
-                f" {found.decoder.shape[1]} values to write and {found.encoder.shape[1]} to read, it has {width}",
+                f" {found.decoder.shape[1]} values to write and {found.encoder.shape[1]} to read, it has {self.width}",
                 hint="geometry needs SAEs of the residual stream, or of what attention or MLP add to it",
             )
-        self.whole, self.came = nested_basis(found.directions)
-        self.chosen = feature_basis(found.directions[: found.chosen])
-        self.encoder = feature_basis(found.encoder[list(found.order)[: found.chosen]])
-        generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-        self.random = [random_basis(width, self.chosen.shape[1], generator) for _ in range(draws)]
-        sets = [rng.choice(every, min(found.chosen, every), replace=False) for _ in range(draws)]
-        self.sets = [feature_basis(found.decoder[torch.from_numpy(one)]) for one in sets]
-        self.along = torch.zeros(self.whole.shape[1], dtype=torch.float64)
+        decoder = found.decoder.to(device)
+        self.whole, self.came = nested_basis(decoder[list(found.order)])
+        self.chosen = self.whole[:, : int((self.came < found.chosen).sum())]
+        self.encoder = feature_basis(found.encoder[list(found.order)[: found.chosen]].to(device))
+        rank, generator = self.chosen.shape[1], torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        random = [random_basis(self.width, rank, generator).to(device) for _ in range(_FUNCTIONAL_DRAWS)]
+        self.compared = [Q.float() for Q in (self.chosen, *random)]
+        self.sets = DrawnSpans.draw(decoder, found.chosen, draws, rng)
+        gaussian = torch.randn(POOL * rank, self.width, generator=generator).to(device)
+        self.bases = DrawnSpans.draw(gaussian, rank, draws, rng)
+        self.gram = torch.zeros(self.width, self.width, device=device)
 
     def measure(
         self, axes: Mapping[str, ResidualAxis | None], inputs: Mapping[str, Mapping[str, Tensor]], leading: int
@@ -191,23 +197,18 @@ class _Subspaces:
             if axis is None:
                 outside += self.task_vector.energy(name)
                 continue
-            energy, written = self._energy(name, axis)
-            if energy.energy == 0:
+            change = LinearChange.of(self.task_vector, name, axis, self.device)
+            if change.energy == 0:
                 continue
-            energies.append(energy)
+            energies.append(energy := self._energy(name, change))
+            self.gram += change.gram
             if axis.writes:
-                writers, read = writers + energy.energy, read + written
-            change, spectrum = None, None
-            if len(self.task_vector.base.entries[name].shape) == 2:
-                change = LinearChange.of(self.task_vector, name, axis)
-                spectrum = change.spectrum(axis, leading)
-            functional = {
-                corpus: self._functional(change, axis, found[name])
-                for corpus, found in inputs.items()
-                if change is not None and name in found
-            }
+                writers, read = writers + energy.energy, read + float(change.along(self.encoder.T).sum())
+            functional = self._functional(change, {n: found[name] for n, found in inputs.items() if name in found})
             for corpus, sums in functional.items():
                 squares[corpus] += sums
+            is_matrix = len(self.task_vector.base.entries[name].shape) == 2
+            spectrum = change.spectrum(leading) if is_matrix else None
             angles = principal_angles(self.chosen, spectrum.leading) if spectrum else np.zeros(0)
             tensors.append(
                 TensorGeometry(
@@ -224,7 +225,9 @@ class _Subspaces:
             )
         if not energies:
             return None
-        total, width = sum(one.energy for one in energies), len(self.whole)
+        total = sum(one.energy for one in energies)
+        whole = self.whole.float()
+        shares = (self.gram @ whole * whole).sum(0).cpu().double() / total
         return LayerGeometry(
             layer=self.layer,
             features=self.found.chosen,
@@ -232,39 +235,43 @@ class _Subspaces:
             kept=sum_energies(energies, self.rng),
             unprojected=outside / (outside + total),
             **_shares(squares),
-            curve=energy_curve(self.along / total, self.came, len(self.found.order), width),
-            written=Written(share=read / writers, chance=self.encoder.shape[1] / width) if writers else None,
+            curve=energy_curve(shares, self.came, len(self.found.order), self.width),
+            written=Written(share=read / writers, chance=self.encoder.shape[1] / self.width) if writers else None,
             tensors=tuple(tensors),
         ), energies
 
-    def _energy(self, name: str, axis: ResidualAxis) -> tuple[TensorEnergy, float]:
-        """A tensor's energies, and how much of it lies in the span of the encoder directions."""
-        groups = [self.whole, self.chosen, self.encoder, *self.sets, *self.random]
-        energy, along = energy_along(self.task_vector, name, axis, torch.cat(groups, 1))
-        parts = along.split([group.shape[1] for group in groups])
-        self.along += parts[0]
-        kept, read, *drawn = (float(part.sum()) for part in parts[1:])
+    def _energy(self, name: str, change: LinearChange) -> TensorEnergy:
         return TensorEnergy(
             layer=self.layer,
             kind=self.task_vector.base.entries[name].kind,
-            energy=energy,
-            kept=kept,
-            chance=self.chosen.shape[1] / len(self.chosen),
-            features=np.array(drawn[: len(self.sets)]),
-            bases=np.array(drawn[len(self.sets) :]),
-        ), read
+            energy=change.energy,
+            kept=float(change.along(self.chosen.T).sum()),
+            chance=self.chosen.shape[1] / self.width,
+            features=self.sets.energies(change),
+            bases=self.bases.energies(change),
+        )
 
-    def _functional(self, change: LinearChange, axis: ResidualAxis, x: Tensor) -> np.ndarray:
-        """Sums over tokens of |tau x|^2, of |tau' x|^2, and of the latter for random bases on average."""
-        raw = change.outputs(x)
+    def _functional(self, change: LinearChange, inputs: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+        """By corpus, sums over tokens of |tau x|^2, of |tau' x|^2, and of the latter for random bases on average."""
+        found = {}
+        products = [] if change.writes or not inputs else [_products(change, Q) for Q in self.compared]
+        for corpus, x in inputs.items():
+            x = x.to(self.device)
+            if change.writes:
+                raw = change.outputs(x)
+                whole, kept = raw.square().sum(), [(raw @ Q).square().sum() for Q in self.compared]
+            else:  # |tau Q Q^T x|^2 over all tokens, from two small matrices
+                parts = [x @ Q for Q in self.compared]
+                whole = change.along(x).sum()
+                kept = [(P * (part.T @ part)).sum() for P, part in zip(products, parts, strict=True)]
+            chosen, *drawn = map(float, kept)
+            found[corpus] = np.array([float(whole), chosen, float(np.mean(drawn))])
+        return found
 
-        def kept(Q: Tensor) -> float:
-            Q = Q.float()
-            values = raw @ Q if axis.writes else change.outputs((x @ Q) @ Q.T)
-            return float(values.double().square().sum())
 
-        drawn = [kept(Q) for Q in self.random[:_FUNCTIONAL_DRAWS]]
-        return np.array([float(raw.double().square().sum()), kept(self.chosen), float(np.mean(drawn))])
+def _products(change: LinearChange, Q: Tensor) -> Tensor:
+    ours, theirs = change.halves(Q.T)
+    return ours @ theirs.T
 
 
 def _shares(squares: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.change import energy_along
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import FeatureProjection, energy_along, feature_basis, random_basis
+from stethoscope.editing.subspace import FeatureProjection, feature_basis, random_basis
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import ScalpelArm
 

@@ -1,4 +1,4 @@
-"""Feature subspaces: their bases, projection of a task vector onto them, and the energy and spectrum of its changes.
+"""Feature subspaces: their bases, and projection of a task vector onto them.
 
 A matrix that writes to the residual stream keeps ``Q Q^T tau``, and so does its bias; one that reads from it keeps
 ``tau Q Q^T``. Norms and readers' biases have no residual axis: the projection drops them and its complement keeps them,
@@ -7,7 +7,7 @@ so that raw = projected + complement in every tensor.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,13 @@ from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 from stethoscope.artifacts import sha256_bytes
-from stethoscope.checkpoints.adapter import low_rank
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.residual_axis import ResidualAxis, residual_axis
-from stethoscope.models.load import preferred_dtype
+from stethoscope.editing.residual_axis import residual_axis
 
 # A unit direction nearer than this to the span of those before it adds nothing: bf16 is known to about 1e-3.
 RANK_TOLERANCE = 1e-3
-_BLOCK = 512  # directions orthogonalised by one QR, columns multiplied at once
-_LARGE = 1 << 21  # elements from which energies are taken in the hardware's preferred dtype
+_BLOCK = 256  # directions orthogonalised by one QR
+_FEW = 64  # missing dimensions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,42 +57,38 @@ def nested_basis(
     Returns:
         the basis, and the row that added each column.
     """
-    rows = directions.detach().double()
-    norms = rows.norm(dim=1)
-    places = norms.nonzero().squeeze(1)
-    rows = rows[places] / norms[places, None]
-    width = rows.shape[1]
-    Q, came = rows.new_empty(width, 0), places[:0]
-    for start in range(0, len(rows), _BLOCK):
-        if Q.shape[1] == width:
-            break
-        block = _without(rows[start : start + _BLOCK].T, Q)
-        new, triangle = torch.linalg.qr(block)
-        added = torch.arange(block.shape[1])
-        if block.shape[1] > width or bool((triangle.diagonal().abs() <= RANK_TOLERANCE).any()):
-            new, added = _one_by_one(block)
-        Q, came = torch.cat([Q, _without(new, Q)], 1), torch.cat([came, places[start + added]])
-    return Q.contiguous(), came
+    norms = directions.norm(dim=1).double()
+    width, left = directions.shape[1], norms.nonzero().squeeze(1)
+    parts, came = [norms.new_empty(width, 0)], left[:0]
+    while len(left) and (missing := width - len(came)):
+        if missing <= _FEW:  # most rows left add nothing, as a look at the missing dimensions tells
+            outside = torch.linalg.qr(_without(norms.new_ones(missing, width).normal_(), parts).T)[0]
+            near = (directions @ outside.to(directions)).norm(dim=1) <= RANK_TOLERANCE / 2 * norms
+            left = left[~near[left]]
+        several, left = left[: min(_BLOCK, missing)], left[min(_BLOCK, missing) :]
+        new, added = _independent(_without(directions[several].double() / norms[several, None], parts))
+        parts, came = [*parts, new], torch.cat([came, several[added]])
+    return torch.cat(parts, 1), came.cpu()
 
 
-def _without(columns: Tensor, Q: Tensor) -> Tensor:
-    """Columns less their part in the span of Q; done twice, because rounding leaves some of it."""
-    for _ in range(2 if Q.shape[1] else 0):
-        columns = columns - Q @ (Q.T @ columns)
-    return columns
+def _without(rows: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Rows less their part in the spans of orthonormal parts; of all at once rounding would leave more."""
+    for part in parts:
+        rows = torch.addmm(rows, rows @ part, part.T, alpha=-1)
+    return rows
 
 
-def _one_by_one(block: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram-Schmidt that skips dependent columns; a QR would put arbitrary directions in their place."""
-    added: list[int] = []
-    Q = torch.empty_like(block)
-    for i, column in enumerate(block.T):
-        rest = _without(column[:, None], Q[:, : len(added)])
-        size = float(rest.norm())
-        if size > RANK_TOLERANCE and len(added) < len(block):
-            Q[:, len(added)] = rest.squeeze(1) / size
-            added.append(i)
-    return Q[:, : len(added)], torch.tensor(added, dtype=torch.int64)
+def _independent(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A nested basis of some rows, and the row that added each column; a QR alone would replace dependent ones."""
+    new, triangle = torch.linalg.qr(rows.T)
+    if len(triangle) == len(rows) and bool((triangle.diagonal().abs() > RANK_TOLERANCE).all()):
+        return new, torch.arange(len(rows), device=rows.device)
+    if len(rows) == 1:
+        return new[:, :0], torch.arange(0, device=rows.device)
+    half = len(rows) // 2
+    first, ours = _independent(rows[:half])
+    second, theirs = _independent(_without(rows[half:], [first]))
+    return torch.cat([first, second], 1), torch.cat([ours, theirs + half])
 
 
 def feature_basis(directions: Float[Tensor, "features d"]) -> Float64[Tensor, "d rank"]:
@@ -181,105 +174,7 @@ def _hash(Q: Tensor) -> str:
     return sha256_bytes(Q.contiguous().numpy().tobytes())
 
 
-def energy_along(
-    task_vector: TaskVector, name: str, axis: ResidualAxis, columns: Float[Tensor, "d columns"]
-) -> tuple[float, Float64[Tensor, " columns"]]:
-    """The energy of a tensor's change, and of its component along each of some unit directions of the residual stream.
-
-    A subspace keeps the sum over its orthonormal basis, so one pass over the weights serves any number of subspaces.
-    For LoRA the product is never formed.
-    """
-    if factors := low_rank(task_vector, name):
-        ours, other = (factors.B.T, factors.A) if axis.writes else (factors.A, factors.B.T)  # (rank, d), (rank, other)
-        along = ours.double() @ columns.double()
-        energies = ((other.double() @ other.double().T) @ along * along).sum(0)
-        return task_vector.energy(name), factors.scaling**2 * energies.clamp(min=0)
-    energy = 0.0
-    entry = task_vector.base.entries[name]
-    size = entry.rows * entry.columns
-    # rounding to bf16 is random: in a sum of millions of squares it leaves an error of 1e-5
-    change = torch.empty(entry.rows, entry.columns, dtype=preferred_dtype() if size >= _LARGE else torch.float32)
-    for start, stop, delta in task_vector.delta_chunks(name):
-        energy += float(torch.linalg.vector_norm(delta)) ** 2
-        change[start:stop] = delta
-    along_rows = axis.dim == len(entry.shape) - 1
-    sums = []
-    for part in columns.to(change.dtype).split(_BLOCK, dim=1):
-        product = change @ part if along_rows else (part.T @ change).T
-        sums.append(product.float().square_().sum(0).double())
-    return energy, torch.cat(sums)
-
-
-class Spectrum(NamedTuple):
-    """How a change's energy is spread over its singular directions.
-
-    Attributes:
-        leading: the leading singular vectors along the residual axis.
-        effective_rank: exp of the entropy of the singular values' shares (Roy and Vetterli, 2007).
-        stable_rank: squared Frobenius over squared spectral norm.
-    """
-
-    leading: Float64[Tensor, "d leading"]
-    effective_rank: float
-    stable_rank: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearChange:
-    """One matrix' change as a linear map, tau = left @ right in (out, in), whichever way it is stored.
-
-    Attributes:
-        left: LoRA's B times its scaling, or None.
-        right: LoRA's A, or the whole change.
-    """
-
-    left: Float[Tensor, "d_out rank"] | None
-    right: Float[Tensor, "rank d_in"]
-
-    @classmethod
-    def of(cls, task_vector: TaskVector, name: str, axis: ResidualAxis) -> "LinearChange":
-        """A tensor's change; for plain LoRA the factors, and the product is never formed."""
-        if factors := low_rank(task_vector, name):
-            return cls(left=factors.scaling * factors.B, right=factors.A)
-        delta = task_vector.delta(name)
-        stored_as_linear = axis.dim == (0 if axis.writes else 1)
-        return cls(left=None, right=delta if stored_as_linear else delta.T)
-
-    def outputs(self, x: Float[Tensor, "tokens d_in"]) -> Float[Tensor, "tokens d_out"]:
-        """What the change adds to the matrix' outputs."""
-        out = x @ self.right.T
-        return out if self.left is None else out @ self.left.T
-
-    def spectrum(self, axis: ResidualAxis, leading: int) -> Spectrum | None:
-        """Singular values and leading directions; None where the change is zero.
-
-        Singular values below 1e-5 of the largest are the rounding of float32, and count as 0.
-        """
-        if self.left is not None:
-            outer, core_left = torch.linalg.qr(self.left.double())
-            inner, core_right = torch.linalg.qr(self.right.double().T)
-            u, values, v = torch.linalg.svd(core_left @ core_right.T)
-            vectors = outer @ u if axis.writes else inner @ v.T
-        else:
-            matrix = (self.right if axis.writes else self.right.T).double()  # the residual axis first
-            tall = matrix.shape[0] > matrix.shape[1]
-            # squared along its shorter side: an SVD of the whole costs ten times as much
-            squares, vectors = torch.linalg.eigh(matrix.T @ matrix if tall else matrix @ matrix.T)
-            values, vectors = squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
-            if tall:
-                vectors = matrix @ vectors[:, :leading] / values[:leading].clamp(min=1e-300)
-        if not values[0] > 0:
-            return None
-        values = torch.where(values > 1e-5 * values[0], values, 0.0)
-        shares = values / values.sum()
-        return Spectrum(
-            leading=vectors[:, : min(leading, int((values > 0).sum()))],
-            effective_rank=float(torch.special.entr(shares).sum().exp()),
-            stable_rank=float((values / values[0]).square().sum()),
-        )
-
-
 def principal_angles(one: Float[Tensor, "d first"], other: Float[Tensor, "d second"]) -> Float64[np.ndarray, " angles"]:
     """Angles between two subspaces given by orthonormal bases, in radians, smallest first."""
     cosines = torch.linalg.svdvals(one.double().T @ other.double())
-    return np.arccos(cosines.clamp(max=1.0).numpy())
+    return np.arccos(cosines.clamp(max=1.0).cpu().numpy())
