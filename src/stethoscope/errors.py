@@ -42,7 +42,8 @@ def refused_by_system(error: BaseException) -> StethoscopeError | None:
     if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG):
         why = os.strerror(number)
         return StethoscopeError(f"cannot use{place or ' a file'}: {why}", hint="choose a folder that you can write to")
-    short = r"out of memory|allocate memory|could not create a primitive"  # PyTorch's and oneDNN's words
+    # PyTorch's, oneDNN's and the loader's words
+    short = r"out of memory|allocate memory|could not create a primitive|failed to map segment"
     if isinstance(error, MemoryError) or number == errno.ENOMEM or re.search(short, said):
         return StethoscopeError(f"there is not enough memory: {said[:200]}", hint="smaller batches or models take less")
     return None
