@@ -18,7 +18,7 @@ from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.residual_axis import ResidualAxis
 from stethoscope.editing.subspace import RANK_TOLERANCE, nested_basis
 
-POOL = 16  # directions that random sets are drawn from, for each of a set
+POOL = 16  # times a set's size: the directions that random sets are drawn from where each costs a full matrix' product
 _BLOCK = 256  # columns multiplied at once
 _SMALL = 768  # matrices whose spectrum costs little in float64
 _DOUBTFUL = 1e-5  # of the largest: a square below this may be the rounding of float32
@@ -184,13 +184,22 @@ class DrawnSpans:
     weights: Float64[Tensor, "draws size size"]
 
     @classmethod
-    def draw(cls, directions: Float[Tensor, "some d"], size: int, draws: int, rng: np.random.Generator) -> "DrawnSpans":
-        """Sets of a size, from a random pool of `POOL` times as many directions.
+    def draw(
+        cls,
+        directions: Float[Tensor, "some d"],
+        size: int,
+        draws: int,
+        rng: np.random.Generator,
+        among: int | None = None,
+    ) -> "DrawnSpans":
+        """Sets of a size from all directions, or from a random pool of ``among`` times a set's.
 
-        A pool, because what costs is to multiply each weight with every direction that is in any set.
+        A pool makes sets less independent. It is for full changes: what costs is to multiply each with every direction
+        that is in any set.
         """
         size = min(size, len(directions))
-        drawn = rng.choice(len(directions), min(POOL * size, len(directions)), replace=False)
+        few = min(among * size, len(directions)) if among else len(directions)
+        drawn = rng.choice(len(directions), few, replace=False)
         pool = directions[torch.from_numpy(drawn).to(directions.device)].double()
         pool = pool / pool.norm(dim=1, keepdim=True).clamp(min=1e-300)
         sets = np.stack([rng.choice(len(pool), size, replace=False) for _ in range(draws)])

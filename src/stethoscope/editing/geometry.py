@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.artifacts import Provenance
+from stethoscope.checkpoints.adapter import AdapterTaskVector
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.change import POOL, DrawnSpans, LinearChange
@@ -180,8 +181,9 @@ class _Subspaces:
         rank, generator = self.chosen.shape[1], torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         random = [random_basis(self.width, rank, generator).to(device) for _ in range(_FUNCTIONAL_DRAWS)]
         self.compared = [Q.float() for Q in (self.chosen, *random)]
-        self.sets = DrawnSpans.draw(decoder, found.chosen, draws, rng)
-        gaussian = torch.randn(POOL * rank, self.width, generator=generator).to(device)
+        pool = None if isinstance(task_vector, AdapterTaskVector) else POOL
+        self.sets = DrawnSpans.draw(decoder, found.chosen, draws, rng, pool)
+        gaussian = torch.randn((pool or draws) * rank, self.width, generator=generator).to(device)
         self.bases = DrawnSpans.draw(gaussian, rank, draws, rng)
         self.gram = torch.zeros(self.width, self.width, device=device)
 

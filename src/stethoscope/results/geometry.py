@@ -22,7 +22,7 @@ class Kept(Frozen):
         energy: squared Frobenius norm of the change.
         share: of it that is kept.
         chance: r/d, weighed by energy where ranks differ.
-        random_features: of as many features of the same SAE, drawn at random from 16 times as many.
+        random_features: of as many random features of the same SAE; for a full fine-tune from 16 times as many.
         random_bases: of random orthonormal bases of the same rank.
         over_chance: share over chance; ``interval`` is its 95 % bootstrap interval over layers, over tensors where
             there is one layer, None where there is one tensor.
