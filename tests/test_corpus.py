@@ -186,6 +186,13 @@ def test_what_the_messages_say_counts_and_what_the_template_adds_does_not(templa
         assert row.count(tokenizer.bos_token_id) == (template != CHATML)
 
 
+def test_a_chat_that_its_owner_rendered_begins_once(chat_tokenizer):
+    tokenizer = chat_tokenizer(GEMMA)
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    assert tokenize(rendered, tokenizer) == tokenize(CHATS, tokenizer)
+    assert tokenize([rendered[0], "a text"], tokenizer)[1][0] == tokenizer.bos_token_id
+
+
 def test_thoughts_that_the_template_drops_or_moves_are_told_from_it(chat_tokenizer):
     tokenizer = chat_tokenizer(THINKING)
     assert counted_text(tokenizer, CHATS[:1]) == [["What is 2 + 2?", "4, I think."]]

@@ -52,6 +52,17 @@ def test_no_text_is_refused(stirred_llama):
         text_loss.BaseText(stirred_llama, [[1], []])
 
 
+def test_a_loss_that_float16_cannot_hold_is_refused(stirred_llama):
+    """As activations of Gemma would be."""
+    stirred_llama.get_input_embeddings().weight.data *= 1e7
+    assert np.isfinite(text_loss.document_losses(stirred_llama.bfloat16(), [[3, 4, 5]]).sums).all()
+    stirred_llama.half()
+    for measured in (text_loss.document_losses, lambda *given: text_loss.BaseText(*given).costs()):
+        with pytest.raises(EvaluationError, match="the loss is not finite") as caught:
+            measured(stirred_llama, [[3, 4, 5]])
+        assert "not float16" in caught.value.hint
+
+
 def turned(model, scale):
     """The head and one block scaled: hidden states and the head itself differ between the states."""
 
