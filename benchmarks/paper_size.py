@@ -66,10 +66,12 @@ def watch(arguments: Sequence[str], *, kill: tuple[int, float] | None = None) ->
 
     ear = threading.Thread(target=listen)
     ear.start()
-    samples, read = [(0.0, 0.0)], 0
+    samples, read = [(0.0, 0.0, 0.0)], 0  # time, GB, processor seconds
     while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         now, status = time.perf_counter() - start, counters(process.pid, "status")
-        samples.append((now, (status.get("RssAnon", 0) + status.get("RssShmem", 0)) / 1e6))
+        ticks = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        used = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        samples.append((now, (status.get("RssAnon", 0) + status.get("RssShmem", 0)) / 1e6, used))
         read = counters(process.pid, "io").get("rchar", read)
         if kill and len(stages) > kill[0] and now - stages[kill[0]][1] >= kill[1]:
             process.kill()
@@ -82,7 +84,12 @@ def watch(arguments: Sequence[str], *, kill: tuple[int, float] | None = None) ->
         sys.exit(f"{' '.join(command)} failed:\n{''.join(said)[-3000:]}")
 
     def peak(begin: float, end: float) -> float:
-        return round(max((gb for when, gb in samples if begin <= when <= end), default=0.0), 2)
+        return round(max((gb for when, gb, _ in samples if begin <= when <= end), default=0.0), 2)
+
+    def spent(begin: float, end: float) -> dict[str, float]:
+        inside = [used for when, _, used in samples if begin <= when <= end] or [0.0]
+        cpu = inside[-1] - inside[0]
+        return {"seconds": round(end - begin, 1), "cpu_seconds": round(cpu, 1), "peak_gb": peak(begin, end)}
 
     spans = [(name, before, end) for (_, before), (name, end) in itertools.pairwise(stages)]
     return {
@@ -90,7 +97,7 @@ def watch(arguments: Sequence[str], *, kill: tuple[int, float] | None = None) ->
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "peak_gb": peak(0, wall),
         "read_gb": round(read / 1e9, 2),
-        "stages": {name: {"seconds": round(b - a, 1), "peak_gb": peak(a, b)} for name, a, b in spans},
+        "stages": {name: spent(begin, end) for name, begin, end in spans},
         "memory_gb_every_20_s": [peak(begin, begin + 20) for begin in range(0, round(wall), 20)],
     }
 
@@ -104,22 +111,33 @@ def forward(world: Path) -> dict[str, Any]:
         rows += tokenize([one for n, one in enumerate(found) if n % 5 != 4], tokenizer, max_tokens=512)
     parts = list(batches(rows, tokenizer, batch_tokens=2048))
     with torch.no_grad():
+        before = time.process_time()
         took = seconds(lambda: [run(model, batch.input_ids) for batch in parts])
-    return {"seconds": round(took, 1), "tokens": sum(map(len, rows)), "dtype": str(model.dtype)}
+    cpu = time.process_time() - before
+    return {
+        "seconds": round(took, 1),
+        "cpu_seconds": round(cpu, 1),
+        "tokens": sum(map(len, rows)),
+        "dtype": str(model.dtype),
+    }
 
 
 def whole_run(world: Path, layers: int) -> dict[str, Any]:
-    recipe = str(world / "recipe.yaml")
+    recipe, out = str(world / "recipe.yaml"), ["--out", str(world / "run")]
     shutil.rmtree(world / "run", ignore_errors=True)
-    found = {"check": watch(["check", recipe]), "run": watch(["run", recipe, "--out", str(world / "run")])}
+    found = {"check": watch(["check", recipe]), "run": watch(["run", recipe, *out])}
+    found["geometry"] = watch(["geometry", recipe, *out])  # no arm of this run needs it
     bare = [sys.executable, __file__, "--only-forward", str(world)]
     found["forward"] = json.loads(subprocess.run(bare, capture_output=True, text=True, check=True).stdout)
-    took = {name.split(":")[0]: stage["seconds"] for name, stage in found["run"]["stages"].items()}
+    took = {name: one["cpu_seconds"] for part in ("geometry", "run") for name, one in found[part]["stages"].items()}
     comparison = json.loads((world / "run" / "comparison.json").read_text())
     return found | {
-        "geometry_s_per_layer": round(took["Geometry"] / layers, 2) if "Geometry" in took else None,
-        "evidence_vs_diagnose": round(took["Evidence"] / took["Diagnose"], 3),
-        "moments_and_filter_vs_forward": round(took["Filter"] / found["forward"]["seconds"], 2),
+        # in processor time, which a busy machine does not distort
+        "geometry_s_per_layer": round(took["Geometry: energy in the SAE subspace"] / layers, 2),
+        "evidence_vs_diagnose": round(took["Evidence: strongest contexts"] / took["Diagnose: score every layer"], 3),
+        "moments_and_filter_vs_forward": round(
+            took["Filter: moments of target and protected text"] / found["forward"]["cpu_seconds"], 2
+        ),
         "peak_gb": found["run"]["peak_gb"],
         "total_min": round(found["run"]["seconds"] / 60, 2),
         "verdicts": [one["verdict"] for one in comparison["contrasts"] if "verdict" in one],
