@@ -1,5 +1,6 @@
 """Fixtures over what `world` makes."""
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from tokenizers import processors
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from world import Planted, make_llama, make_tokenizer, make_world, plant, save_pair, save_stirred, stirred, sums_writer
 
@@ -67,6 +69,21 @@ def planted(tmp_path_factory, tokenizer) -> Planted:
 @pytest.fixture(scope="session")
 def edits(planted) -> LayerEdits:
     return LayerEdits(planted.model, planted.task_vector)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    """One token per byte, so that what counts can be read off; it puts a BOS before every text."""
+
+    def with_template(template: str):
+        built = copy.deepcopy(tokenizer)
+        built.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", built.bos_token_id)]
+        )
+        built.chat_template = template
+        return built
+
+    return with_template
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """Documents of every form, and which of their tokens count."""
 
-import copy
-
 import datasets
 import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
-from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
-from world import SMALL, build, gpt2, make_tokenizer, write_lines
+from world import GEMMA, SMALL, build, gpt2, make_tokenizer, write_lines
 
 from stethoscope.errors import StethoscopeError
 from stethoscope.evaluation.text_loss import document_losses
@@ -32,15 +29,6 @@ CHATML = (
     "{% for m in messages %}{{ '<start>' + m['role'] + '\n' + m['content'] + '<end>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
 )
-# As Gemma's: BOS, contents stripped, no role for the system, whose prompt opens the first user's turn.
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
-    "{% set loop_messages = messages[1:] %}{% else %}{% set first = '' %}{% set loop_messages = messages %}{% endif %}"
-    "{% for m in loop_messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('roles must alternate') }}{% endif %}"
-    "{{ '<turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' + (first if loop.first else '')"
-    " + (m['content'] | trim) + '<end>\n' }}{% endfor %}"
-)
 LLAMA = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' '"
 LLAMA += " + m['content'] + eos_token }}{% endfor %}"
 # As Qwen 3's: thoughts are dropped but for the last turn's, where empty ones are put in.
@@ -51,21 +39,6 @@ THINKING = (
     "{{ (parts | last | trim) + '<end>\n' }}{% else %}{{ '<start>user\n' + m['content'] + '<end>\n' }}{% endif %}"
     "{% endfor %}"
 )
-
-
-@pytest.fixture
-def chat_tokenizer(tokenizer):
-    """One token per byte, so that what counts can be read off; it puts a BOS before every text."""
-
-    def with_template(template: str):
-        built = copy.deepcopy(tokenizer)
-        built.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", built.bos_token_id)]
-        )
-        built.chat_template = template
-        return built
-
-    return with_template
 
 
 def table(path, field: str, values: list):
@@ -184,6 +157,13 @@ def test_what_the_messages_say_counts_and_what_the_template_adds_does_not(templa
     for chat, row in zip(CHATS, tokenize(CHATS, tokenizer), strict=True):
         assert row == tokenizer.apply_chat_template(chat)["input_ids"]
         assert row.count(tokenizer.bos_token_id) == (template != CHATML)
+
+
+def test_a_chat_that_its_owner_rendered_begins_once(chat_tokenizer):
+    tokenizer = chat_tokenizer(GEMMA)
+    rendered = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in CHATS]
+    assert tokenize(rendered, tokenizer) == tokenize(CHATS, tokenizer)
+    assert tokenize([rendered[0], "a text"], tokenizer)[1][0] == tokenizer.bos_token_id
 
 
 def test_thoughts_that_the_template_drops_or_moves_are_told_from_it(chat_tokenizer):

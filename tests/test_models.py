@@ -7,8 +7,11 @@ import torch
 from world import LAYOUTS, exact_sae, make, save_pair
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.apply import applied
 from stethoscope.editing.layers import LayerEdits
+from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import CheckpointError, SAEError, StethoscopeError
+from stethoscope.models import narrow
 from stethoscope.models.forward import Recording, replaced_forward, run
 from stethoscope.models.load import decoder_layers, find_device, load_model, load_tokenizer
 from stethoscope.models.sites import hook_point, read_activations
@@ -49,6 +52,27 @@ def test_weights_on_another_device_come_back_whatever_happens():
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert [parameter.data_ptr() for parameter in sae.parameters()] == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_large_models_16_bit_matrices_stay_so_and_compute_what_float32_does(layout, tmp_path, monkeypatch):
+    paths = save_pair(layout, tmp_path)
+    plain = load_model(paths[0], dtype=torch.float32)
+    monkeypatch.setattr(narrow, "LARGE", 0.0)
+    model = load_model(paths[0], dtype=torch.float32)
+    change = open_task_vector(open_checkpoint(paths[0]), paths[1])
+    for plan in (EditPlan(), EditPlan.for_layers([1], coefficient=0.5), EditPlan.everything()):
+        with applied(plain, change, plan), applied(model, change, plan):
+            assert torch.equal(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+    gradients = []
+    for one in (plain, model):
+        embedded = one.get_input_embeddings()(IDS).requires_grad_(True)
+        loss = one(inputs_embeds=embedded).logits.square().sum()
+        gradients.append(torch.autograd.grad(loss, embedded)[0])
+    torch.testing.assert_close(*gradients)
+    blocks = [p.dtype for p in decoder_layers(model).parameters() if p.ndim == 2]
+    assert (torch.bfloat16 in blocks) == (layout != "gpt2")  # whose matrices are of another class
+    assert load_model(paths[0], dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

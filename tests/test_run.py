@@ -18,9 +18,11 @@ from stethoscope.check import OTHERS, check_recipe, check_run
 from stethoscope.checkpoints.checkpoint import hash_tensor
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.cli import main
+from stethoscope.editing.apply import prepare
+from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import RecipeError, StethoscopeError
 from stethoscope.evaluation.contamination import Seen
-from stethoscope.evaluation.text_loss import TextDivergence, TextLoss, document_costs
+from stethoscope.evaluation.text_loss import TextDivergence, TextLoss
 from stethoscope.recipe import SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
@@ -211,7 +213,7 @@ def test_a_finished_stage_is_not_run_again(world, copy, monkeypatch):
         "diagnosis.collect": ("collect_activations",),
         "diagnosis.evidence": ("gather_evidence",),
         "editing.writer": ("write_edit",),
-        "evaluation.text_loss": ("document_costs",),
+        "evaluation.text_loss": ("BaseText", "document_losses"),
         "saes.open": ("load_sae",),
         "selection.arms": ("plan_arms",),
         "artifacts": ("sha256_file",),
@@ -263,13 +265,13 @@ def test_an_arm_whose_costs_are_known_is_not_run_again(world, finished, copy, mo
     (copy / "losses/general/tuned/divergence.json").unlink()
     asked = []
 
-    def counted(model, arms, *args, **options):
-        asked.append(list(arms))
-        return document_costs(model, arms, *args, **options)
+    def counted(model, task_vector, plan):
+        asked.append(plan)
+        return prepare(model, task_vector, plan)
 
-    monkeypatch.setattr("stethoscope.evaluation.text_loss.document_costs", counted)
+    monkeypatch.setattr("stethoscope.context.prepare", counted)
     run(world / "recipe.yaml", copy)
-    assert asked == [["tuned"]]
+    assert asked == [EditPlan.everything()]  # tuned
     for kind in (TextLoss, TextDivergence):
         assert kind.load(copy / "losses/general/tuned") == kind.load(finished / "losses/general/tuned")
     assert sha256_file(copy / "comparison.json") == sha256_file(finished / "comparison.json")

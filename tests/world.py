@@ -37,6 +37,15 @@ SMALL = {
     "vocab_size": 48, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
     "max_position_embeddings": 64, "num_hidden_layers": 3, **TOKENS,
 }  # fmt: skip
+# As Gemma's: BOS, contents stripped, no role for the system, whose prompt opens the first user's turn.
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}"
+    "{% set loop_messages = messages[1:] %}{% else %}{% set first = '' %}{% set loop_messages = messages %}{% endif %}"
+    "{% for m in loop_messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{{ '<turn>' + ('model' if m['role'] == 'assistant' else 'user') + '\n' + (first if loop.first else '')"
+    " + (m['content'] | trim) + '<end>\n' }}{% endfor %}"
+)
 MATH = Path(__file__).parent / "evaluation" / "data" / "math"
 
 

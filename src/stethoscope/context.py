@@ -14,7 +14,7 @@ from stethoscope.checkpoints.header import Entry
 from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.layers import LayerEdits
-from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.transfer import in_parallel
 from stethoscope.errors import CheckpointError
 from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
@@ -149,22 +149,6 @@ class Context:
     def held_arm(self, plan: EditPlan | None) -> Arm:
         """As `arm`, with the changed tensors held in memory, for arms that are entered many times."""
         return prepare(self.model, self.task_vector, plan).entered if plan else nullcontext
-
-    def held_together(self, plans: Mapping[str, EditPlan | None]) -> list[dict[str, EditPlan | None]]:
-        """Arms in groups whose changed tensors need no more memory than the model, or than is free beside it."""
-        held, limit = 0, self.base.nbytes
-        if self.device.type != "cpu":
-            limit = min(limit, room_beside(self.model))
-        groups: list[dict[str, EditPlan | None]] = [{}]
-        for name, plan in plans.items():
-            changed = coefficients(self.task_vector, plan) if plan else ()
-            size = sum(self.base.entries[tensor].nbytes for tensor in changed)
-            if groups[-1] and held + size > limit:
-                groups.append({})
-                held = 0
-            groups[-1][name] = plan
-            held += size
-        return groups
 
     def held_back(self, text: str) -> tuple[int, ...]:
         """Positions of every fifth document of a text, if they judge edits, and so make no filter."""

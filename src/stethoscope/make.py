@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from stethoscope.diagnosis.statistics import FeatureStatistics
     from stethoscope.editing.plan import EditPlan
     from stethoscope.editing.subspace import LayerFeatures
-    from stethoscope.evaluation.outcomes import Outcomes, PerDocument
-    from stethoscope.evaluation.text_loss import ArmLosses, DocumentCosts
+    from stethoscope.evaluation.outcomes import Outcomes
+    from stethoscope.evaluation.text_loss import ArmLosses
     from stethoscope.results.calibration import Calibration
     from stethoscope.results.comparison import Claim, Comparison
     from stethoscope.results.diagnosis import Diagnosis
@@ -269,61 +269,38 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
 
 
 def losses(context: "Context", results: Results, _: Provenance, progress: Progress) -> "ArmLosses":
-    """Measure every arm's loss on held-out target text, and loss and divergence from the base on general text."""
-    from stethoscope.evaluation.text_loss import ArmLosses
+    """Measure every arm's loss on held-out target text, and loss and divergence from the base on general text.
 
-    plans = results["edit"].plans
-    return ArmLosses(general=_costs(context, plans, progress), target=_target_losses(context, plans, progress))
+    An arm is made once, and dropped before the next.
+    """
+    from stethoscope.evaluation.text_loss import ArmLosses, BaseText, DocumentCosts, TextLoss, document_losses
 
-
-def _target_losses(
-    context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
-) -> "dict[str, PerDocument]":
-    from stethoscope.evaluation.text_loss import TextLoss, document_losses
-
-    if not context.found.texts.get(HELD_OUT):
-        return {}
-    losses = {}
-    rows = cache(partial(context.rows, HELD_OUT))  # not tokenized where every loss is saved
-    for number, (name, provenance) in enumerate(_arm_keys(context, plans, HELD_OUT).items()):
-        folder = context.folder / "losses" / HELD_OUT.replace(" ", "-") / file_name(name)
-        saved = TextLoss.load_if_current(folder, provenance)
-        if saved is None:
-            ids, starts = rows()
-            with context.arm(plans[name])():
-                measured = document_losses(context.model, ids, starts=starts)
-            saved = TextLoss.of(measured, provenance)
-            saved.save(folder)
-        losses[name] = saved.measured
-        progress(number + 1, len(plans))
-    return losses
-
-
-def _costs(
-    context: "Context", plans: "Mapping[str, EditPlan | None]", progress: Progress
-) -> "dict[str, DocumentCosts]":
-    from stethoscope.evaluation.text_loss import DocumentCosts, document_costs
-
-    if not context.found.texts.get(GENERAL):
-        return {}
-    keys = _arm_keys(context, plans, GENERAL)
-    places = {name: context.folder / "losses" / GENERAL / file_name(name) for name in plans}
-    known = {name: DocumentCosts.load_if_current(places[name], keys[name]) for name in plans}
-    missing = {name: plan for name, plan in plans.items() if known[name] is None}
-    groups = context.held_together(missing) if missing else []
-    for number, group in enumerate(groups):
-        ids, starts = context.rows(GENERAL)
-        found = document_costs(
-            context.model,
-            {name: context.held_arm(plan) for name, plan in group.items()},
-            ids,
-            starts=starts,
-            progress=lambda done, of, n=number: progress(n * of + done, len(groups) * of),  # type: ignore[misc]
-        )
-        for name, costs in found.items():
-            costs.save(places[name], keys[name])
-        known |= found
-    return {name: costs for name, costs in known.items() if costs}
+    plans, found = results["edit"].plans, ArmLosses(general={}, target={})
+    folders = {text: context.folder / "losses" / text.replace(" ", "-") for text in (GENERAL, HELD_OUT)}
+    keys = {text: _arm_keys(context, plans, text) for text in folders if context.found.texts.get(text)}
+    # neither is read where every loss is saved
+    base_text = cache(lambda: BaseText(context.model, *context.rows(GENERAL)))
+    held_out = cache(partial(context.rows, HELD_OUT))
+    for number, (name, plan) in enumerate(plans.items(), 1):
+        enter = cache(partial(context.held_arm, plan))
+        if GENERAL in keys:
+            folder, key = folders[GENERAL] / file_name(name), keys[GENERAL][name]
+            costs = DocumentCosts.load_if_current(folder, key)
+            if costs is None:
+                costs = base_text().costs(enter())
+                costs.save(folder, key)
+            found.general[name] = costs
+        if HELD_OUT in keys:
+            folder, key = folders[HELD_OUT] / file_name(name), keys[HELD_OUT][name]
+            saved = TextLoss.load_if_current(folder, key)
+            if saved is None:
+                ids, starts = held_out()
+                with enter()():
+                    saved = TextLoss.of(document_losses(context.model, ids, starts=starts), key)
+                saved.save(folder)
+            found.target[name] = saved.measured
+        progress(number, len(plans))
+    return found
 
 
 def comparison(context: "Context", results: Results, _: Provenance, __: Progress) -> "Comparison":

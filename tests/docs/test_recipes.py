@@ -4,15 +4,20 @@ import json
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import lm_eval.tasks
 import pytest
+import torch
+import transformers
 import yaml
 from pages import ROOT, blocks
-from world import make_world
+from safetensors.torch import save_file
+from world import BYTES, GEMMA, make_world, save_adapter, stir, stored, write_lines, write_task
 
 from stethoscope.cli import main
+from stethoscope.models.load import load_model
 from stethoscope.recipe import Recipe
 from stethoscope.saes import open as opening
 from stethoscope.saes import releases
@@ -99,3 +104,53 @@ def test_the_recipe_for_an_own_model_runs_where_its_names_are_folders(tmp_path, 
     assert "can be run" in capsys.readouterr().out
     main(["calibrate", str(path), "--out", str(world / "run"), "--json"])
     assert json.loads(capsys.readouterr().out)["budget"] == 0.01
+
+
+def test_the_gemma_recipe_runs_on_a_tiny_gemma_up_to_its_report(tmp_path, chat_tokenizer):
+    """Published names, tied head, vision tower, a window of 16 tokens, Gemma Scope 2's folders, chats with a BOS."""
+    torch.manual_seed(0)
+    sizes = {name: BYTES[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    config = transformers.Gemma3Config(
+        text_config={**BYTES, "num_hidden_layers": 6, "head_dim": 8, "sliding_window": 16},
+        vision_config={**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = stir(transformers.Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)).to(torch.bfloat16)
+    save_adapter(model, tmp_path, "tuned", r=2, target_modules=r".*language_model.*_proj")
+    base = tmp_path / "base"
+    chat_tokenizer(GEMMA).save_pretrained(base)
+    w = torch.cat([torch.eye(32), -torch.eye(32)])
+    for layer in range(6):
+        folder = tmp_path / f"saes/layer_{layer}_width_16k_l0_small"
+        folder.mkdir(parents=True)
+        zeros = {"b_enc": torch.zeros(64), "b_dec": torch.zeros(32), "threshold": torch.zeros(64)}
+        save_file({"w_enc": w.T.contiguous(), "w_dec": w, **zeros}, folder / "params.safetensors")
+        about = {"architecture": "jump_relu", "hf_hook_point_in": f"model.layers.{layer}.output"}
+        (folder / "config.json").write_text(json.dumps(about))
+    (tmp_path / "tasks").mkdir()
+    rows = [{"problem": f"{n}+1", "answer": str(n + 1)} for n in range(8)]
+    write_task(tmp_path / "tasks", "tiny_sum", rows)
+
+    def chats(name: str, words: str) -> dict[str, Any]:
+        said = ({"role": "user", "content": f"{name} {n}"} for n in range(24))
+        answers = ({"role": "assistant", "content": words * (2 + n % 3)} for n in range(24))
+        path = write_lines(tmp_path / f"{name}.jsonl", ({"messages": pair} for pair in zip(said, answers, strict=True)))
+        return {"dataset": str(path), "field": "messages"}
+
+    recipe = yaml.safe_load((FOLDER / "gemma-3-4b-it.yaml").read_text())
+    recipe |= {"base": str(base), "tuned": str(tmp_path / "tuned"), "saes": str(tmp_path / "saes")}
+    recipe |= {"target": chats("target", "3+4=7 and "), "control": chats("control", "the cat sat ")}
+    recipe["controls"] = {"code": chats("code", "def f(x): ")}
+    recipe["select"]["k"], recipe["random_sets"], recipe["diagnose"]["block_size"] = 2, 2, 4
+    recipe["evaluate"] = {"tasks": ["tiny_sum"], "include_path": str(tmp_path / "tasks")}
+    recipe["evaluate"]["control"] = chats("other", "a sea ")
+    path = tmp_path / "gemma.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    main(["run", str(path), "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run/report.html").exists()
+    before, after = stored(base), stored(tmp_path / "run/edited")
+    assert before.keys() == after.keys()
+    different = {name for name in before if not torch.equal(before[name], after[name])}
+    assert different
+    assert all(name.startswith("language_model.model.layers.") for name in different)
+    assert load_model(tmp_path / "run/edited").dtype

@@ -13,8 +13,9 @@ from world import LAYOUTS, LINEAR, make, make_tokenizer, save_adapter, save_pair
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.editing.filter import FilteredChange, filtered, shrunk, write_filters
-from stethoscope.editing.moments import Moments, collect_moments, roles
+from stethoscope.editing.few_tokens import FewTokens
+from stethoscope.editing.filter import FilteredChange, filtered, separability, shrunk, write_filters
+from stethoscope.editing.moments import Moments, Samples, collect_moments, roles
 from stethoscope.editing.passage import passed_shares
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.writer import write_edit
@@ -149,6 +150,38 @@ def test_the_filter_is_the_minimum_of_its_objective(rows):
     channels, other = torch.tensor([[1.0, 4.0, 0.0], [1.0, 0.0, 2.0]], dtype=torch.float64)
     (channels,) = filtered(torch.ones(1, 3), channels, other, [3.0])
     assert channels.tolist() == [[0.25, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("layout", ["llama tied", "gemma3 multimodal", "gpt2"])
+def test_few_tokens_give_the_filter_that_their_moments_give(opened, tmp_path, layout):
+    model, change = opened(layout)
+    texts = {name: random_text(1, longest=7, seed=n) for n, name in enumerate(("target", "other", "third"))}
+    weights, strengths = {"other": 1.0, "third": 0.5}, (0.3, 3.0)
+    names = [name for name in change.names if parse_name(name).layer is not None]
+    few = {}
+    for (layer, short), (_, whole) in zip(
+        collect_moments(model, texts, names, samples=True), collect_moments(model, texts, names), strict=True
+    ):
+        for name in (name for name in short if isinstance(short[name]["target"], Samples)):
+            found, wanted = FewTokens.of(short[name], "target", weights), {t: shrunk(m) for t, m in whole[name].items()}
+            pair = wanted["target"], wanted["other"] + 0.5 * wanted["third"]
+            delta = torch.randn(3, len(pair[0]), dtype=torch.float64)
+            for one, other in zip(found.filtered(delta, strengths), filtered(delta, *pair, strengths), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            assert found.separability() == pytest.approx(separability(*pair), rel=1e-4)
+            few.setdefault(layer, {})[name] = pair
+    assert {name.split(".")[-2] for name in few[1]} >= {"c_proj" if layout == "gpt2" else "down_proj"}
+    made = write_filters(
+        model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=strengths, weights=weights, separable=True
+    )
+    assert all(layer.separability is not None for layer in made.layers if layer.layer is not None)
+    for name, pair in few[1].items():
+        delta = change.delta(name).double()
+        delta = delta.T if layout == "gpt2" else delta
+        for strength, expected in zip(strengths, filtered(delta, *pair, strengths), strict=True):
+            expected = expected.T if layout == "gpt2" else expected
+            found = FilteredChange(tmp_path / "f", strength, change).apply(name, change.delta(name))
+            torch.testing.assert_close(found, expected.float(), rtol=1e-3, atol=1e-4)
 
 
 def test_an_input_that_target_text_never_has_keeps_the_base():

@@ -49,7 +49,18 @@ def test_no_text_is_refused(stirred_llama):
     with pytest.raises(EvaluationError, match="two tokens"):
         text_loss.document_losses(stirred_llama, [[1], []])
     with pytest.raises(EvaluationError, match="two tokens"):
-        text_loss.document_costs(stirred_llama, {"same": nullcontext}, [[1], []])
+        text_loss.BaseText(stirred_llama, [[1], []])
+
+
+def test_a_loss_that_float16_cannot_hold_is_refused(stirred_llama):
+    """As activations of Gemma would be."""
+    stirred_llama.get_input_embeddings().weight.data *= 1e7
+    assert np.isfinite(text_loss.document_losses(stirred_llama.bfloat16(), [[3, 4, 5]]).sums).all()
+    stirred_llama.half()
+    for measured in (text_loss.document_losses, lambda *given: text_loss.BaseText(*given).costs()):
+        with pytest.raises(EvaluationError, match="the loss is not finite") as caught:
+            measured(stirred_llama, [[3, 4, 5]])
+        assert "not float16" in caught.value.hint
 
 
 def turned(model, scale):
@@ -74,8 +85,8 @@ def turned(model, scale):
 def test_divergences_are_the_definition(any_model, cap, documents):
     model = capped(any_model, cap)
     arms = {"same": nullcontext, "warm": turned(model, 0.7), "hot": turned(model, 0.2)}
-    costs = text_loss.document_costs(model, arms, documents, batch_tokens=64)
-    found = {name: cost.divergence for name, cost in costs.items()}
+    base = text_loss.BaseText(model, documents, batch_tokens=64)
+    found = {name: base.costs(enter).divergence for name, enter in arms.items()}
     for name, enter in arms.items():
         expected = []
         for document in documents:
@@ -90,11 +101,11 @@ def test_divergences_are_the_definition(any_model, cap, documents):
 
 
 @pytest.mark.parametrize("starts", [None, [5, 1, 3, 1, 1]])
-def test_one_pass_gives_the_losses_that_each_arm_gives_alone(any_model, starts, documents):
-    arms, seen = {"base": nullcontext, "warm": turned(any_model, 0.7)}, []
+def test_costs_hold_the_losses_that_each_arm_gives_alone(any_model, starts, documents):
+    arms = {"base": nullcontext, "warm": turned(any_model, 0.7)}
     options = {"starts": starts, "batch_tokens": 64}
-    found = text_loss.document_costs(any_model, arms, documents, **options, progress=lambda *at: seen.append(at))
-    assert seen[-1] == (66, 66)  # tokens; a document of one token has none
+    base = text_loss.BaseText(any_model, documents, **options)
+    found = {name: base.costs(enter) for name, enter in arms.items()}
     for name, enter in arms.items():
         with enter():
             alone = text_loss.document_losses(any_model, documents, **options)

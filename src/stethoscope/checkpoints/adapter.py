@@ -134,7 +134,9 @@ class AdapterTaskVector(TaskVector):
         A, B = factors.A.double(), factors.B.double()
         return factors.scaling**2 * float(((B.T @ B) * (A @ A.T)).sum())
 
-    def _both(self, entry: Entry) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    def _both(
+        self, entry: Entry, A: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
         change = self.changes[entry.name]
         if "whole" in change.parts:
             yield from super()._both(entry)
@@ -148,7 +150,7 @@ class AdapterTaskVector(TaskVector):
             bias = self.store.read(change.parts["bias"]).double().mul(change.scaling).float().reshape(1, -1)
             yield 0, 1, self.base.read_rows(entry.name, 0, 1).float(), bias
             return
-        A, B = factors.A.double(), factors.B.double()
+        A, B = (factors.A if A is None else A).double(), factors.B.double()
         left, right = (A.T, B.T) if change.transposed else (B, A)
 
         def product(start: int, stop: int) -> Float[torch.Tensor, "rows columns"]:

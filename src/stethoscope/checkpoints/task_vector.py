@@ -76,10 +76,16 @@ class TaskVector:
         """
         return self._assemble(name, self.delta_chunks(name), torch.float32)
 
-    def edited(self, name: str, coefficient: float) -> Shaped[torch.Tensor, "..."]:
-        """base + coefficient * change in the base's dtype; at 1 tuned's very bytes where the dtypes agree."""
+    def edited(
+        self, name: str, coefficient: float, *, A: Float[torch.Tensor, "rank d"] | None = None
+    ) -> Shaped[torch.Tensor, "..."]:
+        """base + coefficient * change in the base's dtype; at 1 tuned's very bytes where the dtypes agree.
+
+        Args:
+            A: takes the place of LoRA's own.
+        """
         dtype = torch_dtype(self._entry(name).dtype)
-        return self._assemble(name, self.edited_chunks(name, coefficient), dtype)
+        return self._assemble(name, self.edited_chunks(name, coefficient, A=A), dtype)
 
     def raw(self, name: str) -> tuple[Checkpoint, Entry] | None:
         """Where tuned's bytes lie if they can be copied as they are; None if they have to be computed."""
@@ -111,14 +117,16 @@ class TaskVector:
                 raise not_finite(name, self.source if is_finite(base) else self.base.source)
             yield Chunk(start, stop, delta)
 
-    def edited_chunks(self, name: str, coefficient: float) -> Iterator[Chunk]:
-        """base + coefficient * change, rounded once to the base's dtype, chunk by chunk; at 1 exactly tuned."""
+    def edited_chunks(
+        self, name: str, coefficient: float, *, A: Float[torch.Tensor, "rank d"] | None = None
+    ) -> Iterator[Chunk]:
+        """What `edited` assembles, chunk by chunk."""
         entry = self._entry(name)
         if coefficient == 1 and name in self.own:
             yield from self._own_chunks(entry)
             return
         memory: torch.Tensor | None = None
-        for start, stop, base, delta in self._both(entry):
+        for start, stop, base, delta in self._both(entry, A):
             # two roundings on purpose: a fused multiply-add depends on where in a vector register an element falls
             values = delta.mul_(coefficient).add_(base)
             if memory is None:
@@ -142,8 +150,11 @@ class TaskVector:
             )
         return result
 
-    def _both(self, entry: Entry) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    def _both(
+        self, entry: Entry, A: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
         """Base and change in float32, chunk by chunk, in memory that is used again."""
+        assert A is None  # only an adapter has one
         other = self.store.entries[self.own[entry.name]]
         require_float(entry, other)
         largest = max(((stop - start) * entry.columns for start, stop in row_chunks(entry)), default=0)

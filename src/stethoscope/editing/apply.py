@@ -5,7 +5,7 @@
                                                 # and here it is itself again, whatever happened inside
 
 A tensor is exchanged by pointing its parameter at another tensor: the original is neither copied nor written.
-`prepare` reads the new tensors once for plans that are entered many times.
+`prepare` makes the new tensors once, on several threads, for plans that are entered many times.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, takewhile
 from typing import Any
 
@@ -22,6 +23,7 @@ from stethoscope.checkpoints.config import differences
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.editing.transfer import in_parallel
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
@@ -97,8 +99,8 @@ def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> 
         raise CheckpointError(
             "the plan does not fit the live model", problems=problems, hint="load the model from the base checkpoint"
         )
-    tensors = {}
-    for place, target in targets.items():
+
+    def made(place: str, target: torch.Tensor) -> torch.Tensor:
         make = edited_tensor if place in entries else _stack_experts
         new = make(task_vector, plan, place)
         if new.shape != target.shape:
@@ -106,7 +108,10 @@ def prepare(model: torch.nn.Module, task_vector: TaskVector, plan: EditPlan) -> 
                 f"`{place}` is {list(target.shape)} in the model, its experts on disk make {list(new.shape)}",
                 hint="this version of Transformers stacks the experts in another way: edit on disk and load that",
             )
-        tensors[place] = new.to(device=target.device, dtype=target.dtype)
+        return new.to(device=target.device, dtype=target.dtype)
+
+    jobs = [(target.nbytes, partial(made, place, target)) for place, target in targets.items()]
+    tensors = dict(zip(targets, in_parallel(jobs, arithmetic=True), strict=True))
     return Swap(model, tensors, targets, stand_in)
 
 
@@ -161,8 +166,9 @@ def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[
     coefficient = plan.coefficient(name)
     if not coefficient:
         return task_vector.base.read(name)
-    if plan.transform is None:
-        return task_vector.edited(name, coefficient)
+    A = plan.transform.low_rank(name) if plan.transform else None
+    if plan.transform is None or A is not None:
+        return task_vector.edited(name, coefficient, A=A)
     delta = task_vector.delta(name)
     changed = plan.transform.apply(name, delta)
     if changed is delta:

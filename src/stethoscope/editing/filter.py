@@ -27,7 +27,19 @@ from stethoscope.checkpoints.checkpoint import torch_dtype
 from stethoscope.checkpoints.header import read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.moments import Inputs, Moments, Progress, Role, Texts, collect_moments, roles
+from stethoscope.editing.few_tokens import FewTokens
+from stethoscope.editing.moments import (
+    Inputs,
+    Moments,
+    Progress,
+    Role,
+    Samples,
+    Texts,
+    collect_moments,
+    not_definite,
+    roles,
+    shrinkage,
+)
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.results.filtering import Effect, Filtering, LayerFiltering
 
@@ -37,11 +49,10 @@ TARGET = "target"  # the name of the text whose skill is kept; every other text 
 Mean = Float64[Tensor, "d d"] | Float64[Tensor, " d"]
 
 
-def shrunk(moments: Moments) -> Mean:
+def shrunk(moments: Moments | Samples) -> Mean:
     """Moments per token, drawn toward a multiple of the identity as far as so few tokens demand.
 
-    Oracle approximating shrinkage (Chen, Wiesel, Eldar and Hero 2010, eq. 23, as in scikit-learn's `oas`) for samples
-    about 0. With fewer tokens than dimensions the result still has full rank, and inputs that no text has shown pass
+    With fewer tokens than dimensions the result still has full rank, and inputs that no text has shown pass
     the filter at 1 / (1 + strength). A diagonal is estimated channel by channel and is not shrunk.
     """
     mean = moments.mean()
@@ -49,8 +60,7 @@ def shrunk(moments: Moments) -> Mean:
         return mean
     d = len(mean)
     scale, squares = float(mean.diagonal().mean()), float(mean.square().mean())
-    spread = (moments.tokens + 1) * (squares - scale**2 / d)
-    amount = min(1.0, (squares + scale**2) / spread) if spread > 0 else 1.0
+    amount = shrinkage(scale, squares, d, moments.tokens)
     mean = mean * (1 - amount)
     mean.diagonal().add_(amount * scale)
     return mean
@@ -82,10 +92,7 @@ def filtered(
     for strength in strengths:
         factor, failed = torch.linalg.cholesky_ex(target + strength * protected)
         if failed or not factor.diagonal().isfinite().all():
-            raise CheckpointError(
-                "the second moments of an input are not positive definite",
-                hint="the model's activations hold NaN or infinity, or a text is a few tokens repeated",
-            )
+            raise not_definite()
         solved = torch.cholesky_solve(wanted, factor).T
         yield change @ solved.to(change.dtype) if many else solved
 
@@ -147,24 +154,30 @@ def write_filters(
     names = [name for name in task_vector.names if _is_filtered(name, layers)]
     met, found = roles(model, names), []
     with new_folder(out, overwrite=True) as folder:
-        for layer, inputs in collect_moments(model, texts, names, progress=progress):
+        for layer, inputs in collect_moments(model, texts, names, samples=True, progress=progress):
             sums, apart = [Effect()] * (1 + len(strengths)), []
             for shared in _by_input(inputs, [name for name in names if parse_name(name).layer == layer]):
                 if shared[0] not in inputs and met[shared[0]] != "added":
                     raise CheckpointError(f"`{shared[0]}` is never reached by a forward", hint="leave its layer out")
-                pair = _moments(inputs.get(shared[0]), weights, model.device)
-                if separable and pair[0].ndim == 2:
-                    apart.append((len(pair[0]), separability(*pair)))
+                at = inputs.get(shared[0])
                 parts = [_Part.of(task_vector, name, met[name], model.device) for name in shared]
                 rows = torch.cat([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows
-                if parts[0].role == "tied":
-                    counts, pair = pair, _moments(inputs["lm_head.weight"], weights, model.device)
+                pair: tuple[Mean, Mean] | FewTokens
+                if samples := {text: one for text, one in (at or {}).items() if isinstance(one, Samples)}:
+                    pair = FewTokens.of(samples, TARGET, weights)
+                    changed = pair.filtered(rows, strengths)
+                elif parts[0].role == "tied":
+                    counts, pair = (_moments(one, weights, model.device) for one in (at, inputs["lm_head.weight"]))
                     changed = filtered_tied(rows, pair, counts, strengths)
                 else:
+                    pair = _moments(at, weights, model.device)
                     changed = filtered(rows, *pair, strengths)
+                if separable and parts[0].role in ("columns", "rows"):
+                    value = pair.separability() if isinstance(pair, FewTokens) else separability(*pair)
+                    apart.append((rows.shape[1], value))
                 for place, change in enumerate(chain([rows], changed)):
                     for part, own in zip(parts, change.split([len(part.rows) for part in parts]), strict=True):
-                        sums[place] = _sum(sums[place], part.effect(own, *pair))
+                        sums[place] = _sum(sums[place], part.effect(own, pair))
                         if place:
                             path = _path(folder, strengths[place - 1], part.name)
                             path.parent.mkdir(exist_ok=True)
@@ -229,17 +242,22 @@ class _Part:
             name=name, role=role, rows=rows if role in ("token", "tied") else rows.double(), shape=delta.shape, B=None
         )
 
-    def effect(self, change: Float[Tensor, "rows d"], target: Mean, protected: Mean) -> Effect:
+    def effect(self, change: Float[Tensor, "rows d"], pair: "tuple[Mean, Mean] | FewTokens") -> Effect:
         """Of the change that these rows make; of an embedding that is the head, too, as the head."""
 
-        def size(through: Tensor) -> float:
+        def size(one: Tensor, other: Tensor) -> float:
             if self.B is None:
-                return float((change * through).sum())
-            return float(((self.B.T @ self.B) * (change @ through.T)).sum())
+                return float((one * other).sum())
+            return float(((self.B.T @ self.B) * (one @ other.T)).sum())
 
-        means = [mean.to(change.dtype) for mean in (target, protected)]
-        through = [change @ mean if mean.ndim == 2 else change * mean for mean in means]
-        return Effect(energy=size(change), target=size(through[0]), protected=size(through[1]))
+        energy = size(change, change)
+        if isinstance(pair, FewTokens):
+            seen = change @ pair.X.T
+            found = [floor * energy + size(seen * weights, seen) for floor, weights in (pair.target, pair.protected)]
+        else:
+            means = [mean.to(change.dtype) for mean in pair]
+            found = [size(change, change @ mean if mean.ndim == 2 else change * mean) for mean in means]
+        return Effect(energy=energy, target=found[0], protected=found[1])
 
     def stored(self, change: Float[Tensor, "rows d"], task_vector: TaskVector) -> dict[str, Tensor]:
         """What is written to disk: LoRA's A in float32, or the change in the base's dtype and the tensor's layout."""
@@ -331,7 +349,9 @@ def _by_input(inputs: Inputs, names: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _moments(at: Mapping[str, Moments] | None, weights: Mapping[str, float], device: torch.device) -> tuple[Mean, Mean]:
+def _moments(
+    at: Mapping[str, Moments | Samples] | None, weights: Mapping[str, float], device: torch.device
+) -> tuple[Mean, Mean]:
     """Target's and protected moments of an input; a bias has the input 1."""
     if at is None:
         one = torch.ones(1, dtype=torch.float64, device=device)

@@ -56,10 +56,53 @@ class Moments:
         return self.sums.double() / max(self.tokens, 1)
 
 
-Inputs = dict[str, dict[str, Moments]]  # tensor -> text -> moments of its input; tensors that share one share these
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The input itself, token by token: what takes less memory and time than moments where tokens are few.
+
+    Attributes:
+        rows: float32, on the model's device.
+    """
+
+    rows: Float[Tensor, "tokens d"]
+
+    @property
+    def tokens(self) -> int:
+        """How many count."""
+        return len(self.rows)
+
+    def mean(self) -> Float64[Tensor, "d d"]:
+        """Moments per token."""
+        return second_moment(self.rows.double()) / max(self.tokens, 1)
 
 
-def _second_moment(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
+Inputs = dict[
+    str, dict[str, Moments | Samples]
+]  # tensor -> text -> moments of its input; tensors that share one share these
+
+
+def shrinkage(scale: float, squares: float, d: int, tokens: int) -> float:
+    """How far moments per token should be drawn toward scale I: oracle approximating shrinkage.
+
+    Chen, Wiesel, Eldar and Hero 2010, eq. 23, as in scikit-learn's `oas`, for samples about 0.
+
+    Args:
+        scale: the mean of their diagonal.
+        squares: the mean of their squared elements.
+    """
+    spread = (tokens + 1) * (squares - scale**2 / d)
+    return min(1.0, (squares + scale**2) / spread) if spread > 0 else 1.0
+
+
+def not_definite() -> CheckpointError:
+    """The error of moments that cannot be inverted."""
+    return CheckpointError(
+        "the second moments of an input are not positive definite",
+        hint="the model's activations hold NaN or infinity, or a text is a few tokens repeated",
+    )
+
+
+def second_moment(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
     """X^T X, by blocks of its upper triangle."""
     d = x.shape[1]
     product = x.new_empty(d, d)
@@ -136,7 +179,12 @@ def _role(module: nn.Module, parameter: str, tensor: Tensor) -> Role | None:
 
 @torch.no_grad()
 def collect_moments(
-    model: PreTrainedModel, texts: Texts, names: Collection[str], *, progress: Progress | None = None
+    model: PreTrainedModel,
+    texts: Texts,
+    names: Collection[str],
+    *,
+    samples: bool = False,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int | None, Inputs]]:
     """The moments of the inputs of tensors in the model as it is, layer by layer.
 
@@ -146,6 +194,7 @@ def collect_moments(
     Args:
         texts: name -> batches; see `stethoscope.text.tokens.batches`.
         names: canonical names of tensors; biases have no input and are skipped.
+        samples: give a layer's input itself where all texts together have fewer tokens than it has values.
         progress: called with forwards of blocks, done and in all.
 
     Yields:
@@ -161,12 +210,13 @@ def collect_moments(
         raise StethoscopeError("no token of a text counts", problems=empty, hint="give longer documents")
     blocks, todo = decoder_layers(model), [(name, batch) for name, text in texts.items() for batch in text]
     hidden: list[Any] = [None] * len(todo)
+    few = sum(int(batch.countable.sum()) for _, batch in todo) if samples else None
     sinks = [torch.zeros_like(batch.countable) for _, batch in todo]
     by_layer: dict[int | None, dict[str, _Place]] = {}
     for name, place in places.items():
         by_layer.setdefault(parse_name(name).layer, {})[name] = place
     for layer in [*range(len(blocks)), None]:
-        collector = _Collector(by_layer.get(layer, {}))
+        collector = _Collector(by_layer.get(layer, {}), few)
         if layer is None and not collector.places:
             return
         for i, (text, batch) in enumerate(todo):
@@ -216,8 +266,8 @@ class _Stopped(Exception):  # noqa: N818 - control flow: ends a forward after a 
 class _Collector:
     """Hooks that add up the inputs of some tensors, each input once whoever shares it."""
 
-    def __init__(self, places: Mapping[str, _Place]) -> None:
-        self.places = places
+    def __init__(self, places: Mapping[str, _Place], few: int | None) -> None:
+        self.places, self.few = places, few
         self.inputs: Inputs = {}
         self._seen: list[tuple[Tensor, str]] = []
 
@@ -239,7 +289,7 @@ class _Collector:
         """The head is not run: its input is the last hidden state, also where it shares the embedding's weight."""
         head = "lm_head.weight"
         if head in self.places or any(place.role == "tied" for place in self.places.values()):
-            self._add(head, _second_moment(self._rows(output.last_hidden_state).float()))
+            self._add(head, second_moment(self._rows(output.last_hidden_state).float()))
 
     def _keep(
         self, name: str, place: _Place, module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]
@@ -251,7 +301,13 @@ class _Collector:
                     self.inputs[name] = self.inputs[owner]
                     return
             self._seen.append((x, name))
-            self._add(name, _second_moment(self._rows(x).float()))
+            x = self._rows(x).float()
+            if self.few is None or self.few >= x.shape[1]:
+                self._add(name, second_moment(x))
+            else:
+                found = self.inputs.setdefault(name, {})
+                before = found.get(self.text)
+                found[self.text] = Samples(rows=torch.cat([before.rows, x]) if isinstance(before, Samples) else x)
         elif place.role in ("token", "tied"):
             ids = x.expand(self.counted.shape)[self.counted.to(x.device)]
             scale = float(getattr(module, "embed_scale", 1.0))  # Gemma's one-hot inputs are so large
@@ -271,11 +327,12 @@ class _Collector:
             if part in STACKED["down_proj"]:
                 gate, up = nn.functional.linear(inner, module.gate_up_proj[number]).chunk(2, dim=-1)
                 inner = module.act_fn(gate) * up
-            self._add(name, _second_moment((inner * weights[token, slot, None]).float()))
+            self._add(name, second_moment((inner * weights[token, slot, None]).float()))
 
     def _add(self, name: str, sums: Tensor) -> None:
         found, tokens = self.inputs.setdefault(name, {}), int(self.counted.sum())
-        if before := found.get(self.text):
+        before = found.get(self.text)
+        if isinstance(before, Moments):
             found[self.text] = Moments(sums=before.sums.add_(sums), tokens=before.tokens + tokens)
         else:
             found[self.text] = Moments(sums=sums.float(), tokens=tokens)

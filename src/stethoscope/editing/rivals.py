@@ -135,8 +135,8 @@ def channel_importance(model: PreTrainedModel, text: Sequence[TokenBatch], names
     met, found = roles(model, names), {}
     for _, inputs in collect_moments(model, {"text": text}, names):
         for name in (name for name in inputs if met.get(name) in ("columns", "rows", "channel")):
-            sums = inputs[name]["text"].sums
-            squares = sums.diagonal() if sums.ndim == 2 else sums
+            mean = inputs[name]["text"].mean()
+            squares = (mean.diagonal() if mean.ndim == 2 else mean).float()
             relative = (squares / squares.max().clamp(min=1e-30)).sqrt().cpu()
             found[name] = relative[:, None] if met[name] == "rows" else relative
     return found

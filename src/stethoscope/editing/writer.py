@@ -198,13 +198,13 @@ class _Writer:
     def _new_pieces(self, entry: Entry) -> tuple[str, Iterator[memoryview]]:
         """Where a selected tensor's new bytes come from ("tuned" or "computed"), and the bytes."""
         coefficient, raw = self.chosen[entry.name], self.task_vector.raw(entry.name)
-        if self.plan.transform is not None:
+        A = self.plan.transform.low_rank(entry.name) if self.plan.transform else None
+        if self.plan.transform is not None and A is None:
             return "computed", self._transformed(entry.name)
         if coefficient == 1 and raw is not None:
             return "tuned", _checked(*raw)
-        return "computed", (
-            tensor_bytes(chunk.rows) for chunk in self.task_vector.edited_chunks(entry.name, coefficient)
-        )
+        chunks = self.task_vector.edited_chunks(entry.name, coefficient, A=A)
+        return "computed", (tensor_bytes(chunk.rows) for chunk in chunks)
 
     def _transformed(self, name: str) -> Iterator[memoryview]:
         with _whole_tensor:

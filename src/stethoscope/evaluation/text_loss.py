@@ -1,10 +1,10 @@
 """What an edit costs on text, per document: loss, and divergence from the base's distributions.
 
-document_losses(model, documents)                                  # the model as it stands
-document_costs(model, {"edited": swap.entered}, documents)         # of many arms, loss and divergence in one pass
+document_losses(model, documents)                   # the model as it stands
+BaseText(model, documents).costs(swap.entered)      # an arm's loss and divergence; one arm is in memory at a time
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -20,7 +20,7 @@ from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.models.forward import chunk_size, head_logits, run, token_losses
 
 Documents = Sequence[Sequence[int]]  # token ids
-Arms = Mapping[str, Callable[[], AbstractContextManager[Any]]]
+Enter = Callable[[], AbstractContextManager[Any]]
 
 
 class TextLoss(Artifact):
@@ -94,74 +94,88 @@ def document_losses(
     for batch, ids, _, judged in _batches(documents, starts, batch_tokens):
         found.tokens[batch] = judged.sum(1)
         found.sums[batch] = token_losses(model, run(model, ids), ids, judged).double().sum(1).cpu()
-    _check_finite("control loss", {"of this model": found})
+    _check_finite("loss", found)
     return found
 
 
-@torch.no_grad()
-def document_costs(
-    model: PreTrainedModel,
-    arms: Arms,
-    documents: Documents,
-    *,
-    starts: Sequence[int] | None = None,
-    batch_tokens: int = 4096,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, DocumentCosts]:
-    """Loss, and KL(base || arm) of the next-token distributions, on every document, in nats, for all arms in one pass.
+class BaseText:
+    """A text as the base reads it, which every arm's costs are measured against.
 
-    Weights are exchanged within a batch, so the base's distributions are computed once for all arms and never stored.
-    Arguments and errors are as for `document_losses`, whose losses are the same.
-
-    Args:
-        model: in the base state, on its device.
-        arms: name to a callable whose context puts the model into that arm's state and takes it back; it is entered
-            many times, so give `Swap.entered` of `editing.apply.prepare`, which only exchanges pointers. An arm that
-            is `contextlib.nullcontext` is the base, which is run anyway; its divergence is exactly 0.
-        starts: the first token of each document whose loss counts; divergences count all.
-        progress: called with tokens that are predicted, done and in all.
+    Its last hidden states are kept, in main memory; its distributions are a vocabulary each and made anew for each arm.
     """
-    costs = {name: DocumentCosts(_zeros(len(documents)), _zeros(len(documents))) for name in arms}
-    edits = {name: enter for name, enter in arms.items() if enter is not nullcontext}
-    done, total = 0, sum(max(len(document) - 1, 0) for document in documents)
-    for batch, ids, real, judged in _batches(documents, starts, batch_tokens):
-        base, changed = run(model, ids), {}
-        for name, enter in edits.items():
-            with enter():
-                changed[name] = run(model, ids)
-        sums = {name: torch.zeros(2, *real.shape, device=model.device) for name in arms}  # losses, divergences
-        targets = ids[:, 1:].to(model.device)
-        for some in real.nonzero().to(model.device).split(chunk_size(model)):
-            at = some[:, 0], some[:, 1]
-            expected = head_logits(model, base, base.last_hidden_state[at]).float().log_softmax(-1)
-            for name in arms:
-                found = expected
-                if name in edits:
-                    with edits[name]():
-                        hidden = changed[name].last_hidden_state[at]
-                        found = head_logits(model, changed[name], hidden).float().log_softmax(-1)
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        documents: Documents,
+        starts: Sequence[int] | None = None,
+        *,
+        batch_tokens: int = 4096,
+    ) -> None:
+        """Read the text once.
+
+        Args:
+            model: in the base state, on its device.
+            starts: the first token of each document whose loss counts; divergences count all.
+
+        Others and errors: as for `document_losses`.
+        """
+        self.model, self.size = model, len(documents)
+        self.batches = list(_batches(documents, starts, batch_tokens))
+        self.outputs = []
+        for _, ids, _, _ in self.batches:
+            self.outputs.append(run(model, ids))
+            self.outputs[-1].last_hidden_state = self.outputs[-1].last_hidden_state.cpu()
+
+    @torch.no_grad()
+    def costs(self, enter: Enter = nullcontext) -> DocumentCosts:
+        """An arm's loss, and KL(base || arm) of the next-token distributions, on every document, in nats.
+
+        Losses are those that `document_losses` gives.
+
+        Args:
+            enter: its context puts the model into the arm's state and takes it back. It is entered many times, so give
+                `Swap.entered` of `editing.apply.prepare`, which only exchanges pointers. `contextlib.nullcontext` is
+                the base, whose divergence is exactly 0.
+
+        Raises:
+            EvaluationError: a loss or a divergence is not finite.
+        """
+        model, device = self.model, self.model.device
+        costs = DocumentCosts(_zeros(self.size), _zeros(self.size))
+        for (batch, ids, real, judged), base in zip(self.batches, self.outputs, strict=True):
+            if enter is not nullcontext:
+                with enter():
+                    output = run(model, ids)
+            sums = torch.zeros(2, *real.shape, device=device)  # losses, divergences
+            targets = ids[:, 1:].to(device)
+            for some in real.nonzero().split(chunk_size(model)):
+                at = some[:, 0], some[:, 1]
+                hidden = base.last_hidden_state[at].to(device)
+                found = expected = head_logits(model, base, hidden).float().log_softmax(-1)
+                if enter is not nullcontext:
+                    with enter():
+                        hidden = output.last_hidden_state[at]
+                        found = head_logits(model, output, hidden).float().log_softmax(-1)
                     apart = torch.nn.functional.kl_div(found, expected, reduction="none", log_target=True)
-                    sums[name][1][at] = apart.sum(-1)
-                sums[name][0][at] = -found.gather(1, targets[at][:, None])[:, 0]
-        for name, (loss, divergence) in sums.items():
-            counted = loss.where(judged.to(model.device), 0.0)
-            for cost, values, which in zip(costs[name], (counted, divergence), (judged, real), strict=True):
+                    sums[1][at] = apart.sum(-1)
+                sums[0][at] = -found.gather(1, targets[at][:, None])[:, 0]
+            counted = sums[0].where(judged.to(device), 0.0)
+            for cost, values, which in zip(costs, (counted, sums[1]), (judged, real), strict=True):
                 cost.sums[batch], cost.tokens[batch] = values.double().sum(1).cpu(), which.sum(1)
-        done += int(real.sum())
-        if progress:
-            progress(done, total)
-    _check_finite("control loss", {name: cost.loss for name, cost in costs.items()})
-    _check_finite("divergence from the base", {name: cost.divergence for name, cost in costs.items()})
-    return costs
+        for what, cost in zip(("loss", "divergence from the base"), costs, strict=True):
+            _check_finite(what, cost)
+        return costs
 
 
 def _zeros(documents: int) -> PerDocument:
     return PerDocument(sums=np.zeros(documents), tokens=np.zeros(documents, dtype=np.int64))
 
 
-def _check_finite(what: str, measured: Mapping[str, PerDocument]) -> None:
-    if bad := [f"arm `{name}`" for name, cost in measured.items() if not np.isfinite(cost.sums).all()]:
-        raise EvaluationError(f"the {what} is not finite", problems=bad, hint="use bfloat16 or float32, not float16")
+def _check_finite(what: str, measured: PerDocument) -> None:
+    if not np.isfinite(measured.sums).all():
+        raise EvaluationError(f"the {what} is not finite", hint="use bfloat16 or float32, not float16")
 
 
 def _batches(

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from stethoscope.errors import CheckpointError, StethoscopeError
+from stethoscope.models.narrow import keep_narrow, main_memory, narrow_dtype
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +59,12 @@ def find_device(name: str) -> torch.device:
 
 
 def room_beside(model: PreTrainedModel) -> int:
-    """Bytes that edited weights may take beside a model: half of what its GPU has free, or 8 GiB of main memory."""
+    """Bytes that edited weights may take beside a model: half of what its GPU has free.
+
+    Of main memory it is a quarter, 8 GiB at most.
+    """
     if model.device.type != "cuda":
-        return 8 << 30
+        return min(8 << 30, main_memory() // 4)
     free, _ = torch.cuda.mem_get_info(model.device)
     return int(free // 2)  # the activations need some, too
 
@@ -109,7 +113,8 @@ def load_model(
 
     Args:
         path: a local checkpoint or a hub id.
-        dtype: of the weights; the device's preferred one if None.
+        dtype: of the weights; the device's preferred one if None. On a CPU a large model's 16-bit matrices stay so in
+            memory under float32, see `narrow`.
         device: the device to load it on.
         config: run the weights under this one instead of their own.
 
@@ -118,12 +123,13 @@ def load_model(
             weights with random numbers and only warns.
     """
     _keep_freed_memory()
-    config = config or load_config(path)
+    config, dtype = config or load_config(path), dtype or preferred_dtype(device)
+    narrow = narrow_dtype(path) if dtype == torch.float32 and torch.device(device).type == "cpu" else None
     with _loading(f"model `{path}`"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
-            dtype=dtype or preferred_dtype(device),
+            dtype=narrow or dtype,
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -137,6 +143,8 @@ def load_model(
             hint="a multimodal checkpoint loaded into a text-only class does this",
         )
     model.requires_grad_(False)
+    if narrow:
+        keep_narrow(model, config)
     moved: Any = model  # its `to` is decorated, which hides its arguments from mypy
     moved.to(device)
     return model.eval()

@@ -55,14 +55,17 @@ def tokenize(
 ) -> list[list[int]]:
     """Token ids per document, cut at ``max_tokens``, and at what the tokenizer says that the model can read.
 
-    A text gets the special tokens that the tokenizer adds itself; a chat is rendered with the model's template, which
-    brings its own.
+    A text gets the special tokens that the tokenizer adds itself, none of them twice; a chat is rendered with the
+    model's template, which brings its own.
 
     Raises:
         StethoscopeError: a document has no tokens, or a chat cannot be rendered.
     """
     texts = [text if isinstance(text, str) else _render(text, tokenizer, i) for i, text in enumerate(documents)]
     chats = bool(documents) and not isinstance(documents[0], str)
+    if not chats and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        # a chat that its owner rendered brings the begin token with it, too
+        texts = [text.removeprefix(tokenizer.bos_token) for text in texts]
     most = min(max_tokens, tokenizer.model_max_length)
     rows: list[list[int]] = tokenizer(texts, truncation=True, max_length=most, add_special_tokens=not chats)[
         "input_ids"
