@@ -89,7 +89,7 @@ def collect_activations(
         tokens: which count, special and template tokens apart: all, the assistant's, or the last.
         health_tokens: variance explained and encoding error are measured on about the first so many tokens of each
             corpus; 0 for none.
-        peak_documents: so many of each corpus are searched for peaks, from the top; 0 for none.
+        peak_documents: so many of each corpus are searched for peaks, from the top, 1024 at most; 0 for none.
         memory: bytes that a worker's encoders may take. Layers that do not fit wait for another forward over the
             corpora, so that each SAE is read once; all at once by default.
         dtype: of the encoders' products; by default bfloat16 if the model computes in it, else float32. SAE health

@@ -14,7 +14,7 @@ from torch import Tensor
 
 KEPT = 8  # documents of each feature: more than are shown, for those of equal wording are shown once
 DOCUMENTS = 64  # of each corpus are searched, from the top
-MOST_DOCUMENTS = 1 << 13  # that can be searched: their places share a number with feature and activation
+MOST_DOCUMENTS = 1 << 10  # that can be searched: their places share 64 bits with feature and activation
 _FAR = 1e30
 
 
@@ -22,7 +22,8 @@ _FAR = 1e30
 class Peaks:
     """One layer's strongest activations on one corpus: of each feature in `KEPT` documents at most, once in each.
 
-    They are in the order of features, and of one feature the strongest first, of equal ones the first document's.
+    They are in the order of features, and of one feature the strongest first, of equal ones the first document's. A
+    feature takes 128 bytes at most: 2 MB for 16,384 features, 34 MB for 262,144.
 
     Attributes:
         documents: places in the corpus.
@@ -41,7 +42,7 @@ class Peaks:
         # one number to sort by is many times as fast as three; the bits of positive floats are in their order
         bits = np.uint64(0x7FFFFFFF) - columns["activations"].view(np.uint32)
         features, documents = (columns[name].astype(np.uint64) for name in ("features", "documents"))
-        order = np.argsort(features << np.uint64(44) | bits << np.uint64(13) | documents)
+        order = np.argsort(features << np.uint64(41) | bits << np.uint64(10) | documents)
         first = np.flatnonzero(np.diff(columns["features"][order], prepend=-1))
         rank = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
         return cls(**{name: column[order[rank < KEPT]] for name, column in columns.items()})
