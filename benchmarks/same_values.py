@@ -42,7 +42,7 @@ def compare(before: Path, after: Path) -> Iterator[str]:
         paths = [folder / f"{name}.json" for folder in (before, after)]
         if any(path.exists() for path in paths):
             yield from differences(*(json.loads(path.read_text()) for path in paths), name)
-    for path in ("statistics.safetensors", "bases.safetensors", "edited/model.safetensors"):
+    for path in ("statistics.safetensors", "peaks.safetensors", "bases.safetensors", "edited/model.safetensors"):
         found = [folder / path for folder in (before, after)]
         if any(one.exists() for one in found) and len({sha256_file(one) for one in found}) > 1:
             yield f"{path}: other bytes"

@@ -24,7 +24,8 @@ import stethoscope
 from stethoscope import executor as executor_module
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
-from stethoscope.diagnosis.collect import CollectedActivations, Piece, collect_activations, layer_groups
+from stethoscope.diagnosis.collect import CollectedActivations, Piece, collect_activations
+from stethoscope.diagnosis.encoding import layer_groups
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import StethoscopeError
@@ -112,9 +113,11 @@ def assert_same(ours: dict[str, CollectedActivations], theirs: dict[str, Collect
     for name, collected in ours.items():
         assert collected.health == theirs[name].health
         assert collected.broken == theirs[name].broken
-        for layer, found in collected.statistics.layers.items():
-            for array, one in vars(found).items():
-                assert np.array_equal(one, getattr(theirs[name].statistics.layers[layer], array)), (name, layer, array)
+        their = theirs[name]
+        for found, expected in ((collected.statistics.layers, their.statistics.layers), (collected.peaks, their.peaks)):
+            for layer, arrays in found.items():
+                for array, one in vars(arrays).items():
+                    assert np.array_equal(one, getattr(expected[layer], array)), (name, layer, array)
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +266,8 @@ def test_a_recipe_gives_the_same_artefacts(workers_of, world, monkeypatch, tmp_p
     alone = Recipe.from_yaml(world / "recipe.yaml")
     run_recipe(alone, tmp_path / "alone")
     run_recipe(alone.model_copy(update={"ray": Ray(workers=2)}), tmp_path / "workers")
-    names = "diagnosis.json statistics.safetensors evidence.json calibration.json selection.json edits.json"
-    for name in [*names.split(), "recommended/calibration.json", "comparison.json"]:
+    names = "diagnosis.json statistics.safetensors peaks.safetensors evidence.json selection.json edits.json"
+    for name in [*names.split(), "calibration.json", "recommended/calibration.json", "comparison.json"]:
         assert (tmp_path / "workers" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes(), name
     ours, theirs = (Outcomes.load(tmp_path / name / "outcomes.parquet") for name in ("workers", "alone"))
     pd.testing.assert_frame_equal(ours.frame, theirs.frame, check_exact=True)

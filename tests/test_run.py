@@ -78,8 +78,8 @@ def copy(finished, tmp_path):
 def test_every_artefact_is_written(finished):
     names = {path.name for path in finished.iterdir()}
     assert {
-        "recipe.yaml", "diagnosis.json", "statistics.safetensors", "selection.json", "edits.json", "edited",
-        "outcomes.parquet", "comparison.json", "report.html",
+        "recipe.yaml", "diagnosis.json", "statistics.safetensors", "peaks.safetensors", "selection.json", "edits.json",
+        "edited", "outcomes.parquet", "comparison.json", "report.html",
     } <= names  # fmt: skip
     comparison = Comparison.load(finished / "comparison.json")
     arms = {row["arm"] for row in comparison.accuracy}
@@ -202,7 +202,7 @@ def test_a_second_run_is_identical(world, finished, tmp_path):
     same = {str(f) for f in files if sha256_file(finished / f) == sha256_file(tmp_path / "again" / f)}
     assert {str(f) for f in files if f.parts[0] == "edited"} <= same
     results = ("diagnosis.json", "evidence.json", "selection.json", "edits.json", "comparison.json")
-    assert {"statistics.safetensors", *results} <= same
+    assert {"statistics.safetensors", "peaks.safetensors", *results} <= same
 
 
 def test_a_finished_stage_is_not_run_again(world, copy, monkeypatch):
@@ -291,6 +291,14 @@ def test_a_run_whose_edit_is_written_needs_no_room_for_another(world, copy, tmp_
         run(changed(world, tmp_path, edit={"coefficient": 0.5, "filter": "none"}), copy)
     assert open_checkpoint(copy / "edited").layers == LAYERS
     assert "GB free" in refusal(world / "recipe.yaml", tmp_path / "new")
+
+
+def test_a_diagnosis_without_peaks_is_made_again(world, finished, copy):
+    for name in ("peaks.safetensors", "evidence.json"):
+        (copy / name).unlink()
+    run(world / "recipe.yaml", copy, until="evidence")
+    for name in ("peaks.safetensors", "statistics.safetensors", "diagnosis.json", "evidence.json"):
+        assert sha256_file(copy / name) == sha256_file(finished / name)
 
 
 def test_another_target_runs_the_diagnosis_again(world, finished, copy, tmp_path):

@@ -28,7 +28,6 @@ STRENGTH = 1.0  # of filtered arms where no strength is fixed or recommended
 RATE = 0.001  # share of a text's tokens on which a feature must fire to be judged by what the filter passes
 SHARE = 0.1  # of those features are judged: the change is largest along them. A share of next to nothing is noise
 MOST = 5  # features of a layer that are shown of those that the filter passes, and of those that it mutes
-SEARCHED = 24  # documents of each text
 
 Results = Mapping[str, Any]
 Progress = Callable[[int, int], None]
@@ -78,23 +77,22 @@ def passed_evidence(context: "Context", results: Results, provenance: Provenance
     before them. Without SAEs at `resid_post` nothing is shown.
     """
     from stethoscope.diagnosis.evidence import gather_evidence
+    from stethoscope.diagnosis.peaks import Peaks
+    from stethoscope.diagnosis.statistics import load_layers
 
     diagnosis, filtering, saes = results["diagnose"], results["filter"], context.found.saes
     read = {layer + 1 for layer, sae in saes.items() if sae.site == "resid_post"}
     apart = {n: one.separability or 0.0 for one in filtering.layers if (n := one.layer) is not None and n in read}
     layers = apart.keys() & {*results["select"].layers, *sorted(apart, key=apart.__getitem__)[-1:]}
-    options = context.recipe.diagnose
     return gather_evidence(
         context.model,
         context.tokenizer,
         saes,
-        {name: context.documents(name, _broken(diagnosis, name)) for name in diagnosis.corpora},
+        context.found.texts,
         diagnosis,
+        load_layers(context.folder / "peaks.safetensors", Peaks),
         passed=_extremes(context, filtering, sorted(layers)),
-        documents=SEARCHED,
-        max_tokens=options.max_tokens,
-        tokens=options.tokens,
-        memory=options.sae_memory,
+        max_tokens=context.recipe.diagnose.max_tokens,
         progress=progress,
         provenance=provenance,
     )
@@ -107,7 +105,7 @@ def _extremes(context: "Context", filtering: "Filtering", layers: list[int]) -> 
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.editing.filter import FilteredChange
     from stethoscope.editing.passage import passed_shares
-    from stethoscope.saes.open import load_sae
+    from stethoscope.saes.open import load_directions
 
     transform = FilteredChange(context.filters, filtering.middle, context.task_vector)
     statistics = load_statistics(context.folder / "statistics.safetensors").values()
@@ -115,7 +113,7 @@ def _extremes(context: "Context", filtering: "Filtering", layers: list[int]) -> 
     for layer in layers:
         rates = np.max([corpus.layers[layer - 1].rate for corpus in statistics], axis=0)
         fires = np.flatnonzero(rates >= RATE).tolist()
-        directions = load_sae(context.found.saes[layer - 1]).W_dec.detach()[fires]
+        directions, _ = load_directions(context.found.saes[layer - 1], fires)
         with suppress(CheckpointError):  # of a matrix of unknown role nobody knows whether it reads the features
             shares, lengths = passed_shares(context.model, context.task_vector, transform, layer, directions)
             judged = lengths.argsort(descending=True, stable=True)[: max(round(SHARE * len(fires)), 4 * MOST)].tolist()

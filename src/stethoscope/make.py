@@ -40,7 +40,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     """Collect every layer's SAE activations on target and control text, and score the layers."""
     from stethoscope.diagnosis.collect import collect_activations
     from stethoscope.diagnosis.diagnose import diagnose
-    from stethoscope.diagnosis.statistics import save_statistics
+    from stethoscope.diagnosis.statistics import save_layers, save_statistics
 
     recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
@@ -59,7 +59,8 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         executor=executor,
         progress=progress,
     )
-    (context.folder / "diagnosis.json").unlink(missing_ok=True)  # of other statistics than those beside it from now on
+    (context.folder / "diagnosis.json").unlink(missing_ok=True)  # of other files than those beside it from now on
+    save_layers(context.folder / "peaks.safetensors", {n: one.peaks for n, one in collected.items()})
     save_statistics(context.folder / "statistics.safetensors", {n: one.statistics for n, one in collected.items()})
     return diagnose(
         collected,
@@ -99,20 +100,19 @@ def _attribution(
 
 
 def evidence(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Evidence":
-    """Find the contexts in which each layer's most specific features are strongest."""
+    """Show the contexts in which each layer's most specific features are strongest."""
     from stethoscope.diagnosis.evidence import gather_evidence
+    from stethoscope.diagnosis.peaks import Peaks
+    from stethoscope.diagnosis.statistics import load_layers
 
-    diagnosis: Diagnosis = results["diagnose"]
-    options = context.recipe.diagnose
     return gather_evidence(
         context.model,
         context.tokenizer,
         context.found.saes,
-        {name: context.documents(name, corpus.broken) for name, corpus in diagnosis.corpora.items()},
-        diagnosis,
-        max_tokens=options.max_tokens,
-        tokens=options.tokens,
-        memory=options.sae_memory,
+        context.found.texts,
+        results["diagnose"],
+        load_layers(context.folder / "peaks.safetensors", Peaks),
+        max_tokens=context.recipe.diagnose.max_tokens,
         progress=progress,
         provenance=provenance,
     )

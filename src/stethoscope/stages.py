@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from stethoscope.results.validation import ScoreValidation
     from stethoscope.selection.arms import Planned
 
+_COLLECTED = ("statistics.safetensors", "peaks.safetensors")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -169,11 +171,11 @@ STAGES: tuple[Stage, ...] = (
         settings=_diagnosis_settings,
         make=make.diagnosis,
         **_artifact("stethoscope.results.diagnosis", "Diagnosis"),
-        check=lambda context, _: read_header(context.folder / "statistics.safetensors"),
+        check=lambda context, _: [read_header(context.folder / name) for name in _COLLECTED],
         also=("evidence",),
         help="Score every layer with its SAE: how specific it is to the target, compared with chance.",
         says=_verdict_and_warnings,
-        wrote=lambda _: ("diagnosis.json", "statistics.safetensors", "evidence.json"),
+        wrote=lambda _: ("diagnosis.json", *_COLLECTED, "evidence.json"),
         then="select",
     ),
     Stage(

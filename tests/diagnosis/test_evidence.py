@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from world import LAYOUTS, make, random_sae
+from world import LAYOUTS, make
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis import evidence as room
@@ -15,7 +14,7 @@ from stethoscope.diagnosis.collect import collect_activations
 from stethoscope.diagnosis.diagnose import diagnose
 from stethoscope.diagnosis.evidence import gather_evidence
 from stethoscope.results.evidence import Evidence, FeatureEvidence
-from stethoscope.saes.open import open_saes
+from stethoscope.saes.open import load_sae, open_saes
 
 # q fires less strongly than Z, which only one document has
 TARGET = [
@@ -67,11 +66,13 @@ def on_q(model, tokenizer) -> SAE:
 def gather(model, tokenizer):
     """Collect, diagnose and gather evidence on two texts."""
 
-    def gathered(saes, *, target=TARGET, control=CONTROL, **options) -> Evidence:
-        texts = {"target": target, "control": control}
-        collected = collect_activations(model, tokenizer, saes, texts, block_size=1)
+    def gathered(saes, *, target=TARGET, control=CONTROL, site="resid_post", documents=64, **options) -> Evidence:
+        texts, searched = {"target": target, "control": control}, {"peak_documents": documents, "site": site}
+        collected = collect_activations(model, tokenizer, saes, texts, block_size=1, **searched)
         diagnosis = diagnose(collected, permutations=5, resamples=5)
-        return gather_evidence(model, tokenizer, saes, texts, diagnosis, provenance=Provenance(), **options)
+        peaks, options = {n: one.peaks for n, one in collected.items()}, {"documents": documents, **options}
+        made = {"site": site, "provenance": Provenance()}
+        return gather_evidence(model, tokenizer, saes, texts, diagnosis, peaks, **made, **options)
 
     return gathered
 
@@ -99,6 +100,8 @@ def test_one_context_per_document_and_none_beyond_the_sample(gather, on_q):
     evidence = gather({0: on_q, 1: on_q}, contexts=20, documents=4)
     assert evidence.documents == {"target": 4, "control": 4}
     assert [c.document for c in only(evidence, 1, 0).contexts["target"]] == [0, 1, 2, 3]
+    (everything,) = only(gather({0: on_q}, contexts=20), 0, 0).contexts["target"][-1:]
+    assert (everything.document, everything.token) == (6, "q")
     # the same words again are no more evidence
     evidence = gather({0: on_q}, target=[TARGET[0], *TARGET[:2], *TARGET[1:5]], contexts=3)
     assert [c.document for c in only(evidence, 0, 0).contexts["target"]] == [0, 2, 4]
@@ -165,45 +168,12 @@ def test_the_final_norm_is_what_the_head_reads(layout):
     assert torch.equal(seen["norm"], seen["head"])
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [("jumprelu", {"normalize_activations": "layer_norm"}), ("gated", {}), ("transcoder", {})]
-)
-def test_some_features_alone_encode_as_among_all(kind, options):
-    sae, hidden, some = random_sae(kind, 64, 200, **options), torch.randn(50, 64), [3, 199, 4, 77]
-    torch.testing.assert_close(room._narrowed(sae, some).encode(hidden), sae.encode(hidden)[:, some])
-
-
-def test_one_forward_feeds_all_layers_though_their_features_compete(model, tokenizer, gather):
-    saes = {layer: random_sae("topk", 64, 200) for layer in (0, 1, 2)}
-    forwards, made = [], []
-    counter = model.model.layers[0].register_forward_pre_hook(lambda _m, _a: forwards.append(1))
-    collect_activations(model, tokenizer, saes, {"target": TARGET, "control": CONTROL}, block_size=1)
-    before = len(forwards)
-    for layers_at_once, passes in ((None, 1), (1, 3), (2, 2)):
-        forwards.clear()
-        seen = []
-        memory = layers_at_once and layers_at_once * 2 * 4 * 64 * 200
-        made.append(gather(saes, memory=memory, progress=lambda *done, seen=seen: seen.append(done)))
-        assert len(forwards) - before == 2 * passes  # a batch for each of the corpora
-        assert seen[-1] == (passes * 11, passes * 11)
-    counter.remove()
-    assert made[0] == made[1] == made[2]
-    for found in made[0].layers[2].features:
-        peaks = [
-            saes[2].encode(model.model.embed_tokens.weight[tokenizer(text)["input_ids"]])[:, found.feature].max().item()
-            for text in TARGET
-        ]
-        expected = sorted((p for p in peaks if p > 0), reverse=True)[:4]
-        np.testing.assert_allclose([c.activation for c in found.contexts["target"]], expected, rtol=1e-4)
-
-
-def test_saes_on_disk_are_searched_like_those_in_memory_and_a_source_with_pages_is_linked(gather, on_q, tmp_path):
-    plain = only(gather({1: on_q}), 1, 0)
-    assert plain.link is None
+def test_saes_on_disk_are_shown_like_those_in_memory_and_a_source_with_pages_is_linked(gather, on_q, tmp_path):
+    assert only(gather({1: on_q}), 1, 0).link is None
     on_q.cfg.metadata = SAEMetadata(hook_name="model.layers.1", neuronpedia_id="gemma-2-2b/20-gemmascope-res-16k")
-    assert only(gather({1: on_q}), 1, 0).link == "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/0"
     on_q.save_model(tmp_path)
-    folder = replace(open_saes(tmp_path)[1], overrides={"neuronpedia_id": "tiny/1-res"})
-    on_disk = only(gather({1: folder}), 1, 0)
-    assert on_disk.link == "https://www.neuronpedia.org/tiny/1-res/0"
-    assert on_disk.model_copy(update={"link": None}) == plain
+    folder = open_saes(tmp_path)[1]
+    loaded = only(gather({1: load_sae(folder)}), 1, 0)
+    assert loaded.link == "https://www.neuronpedia.org/gemma-2-2b/20-gemmascope-res-16k/0"
+    named = only(gather({1: replace(folder, overrides={"neuronpedia_id": "tiny/1-res"})}), 1, 0)
+    assert named == loaded.model_copy(update={"link": "https://www.neuronpedia.org/tiny/1-res/0"})

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stethoscope.errors import SAEError
-from stethoscope.saes.open import SAEFolder, load_sae, read_folder
+from stethoscope.saes.open import SAEFolder, load_directions, load_sae, read_folder
 
 D, W, K = 12, 40, 5
 Weights = dict[str, Tensor]
@@ -409,7 +409,10 @@ def test_a_layout_encodes_and_decodes_as_its_makers_meant(name, tmp_path):
     assert (folder.layer, folder.site, folder.tap) == case.place
     assert (folder.architecture, folder.d_in, folder.width) == (case.architecture, D, W)
     assert folder.transcoder == ("transcoder" in name)
-    assert (load_sae(folder).cfg.metadata.hook_name_out is not None) == folder.transcoder
+    sae = load_sae(folder)
+    assert (sae.cfg.metadata.hook_name_out is not None) == folder.transcoder
+    for some in ([5, 0], []):
+        assert torch.equal(load_directions(folder, some)[0], sae.W_dec[some])
     for what, difference in differences(case, folder, tmp_path).items():
         assert difference < 2e-5, f"{what}: {difference}"
 

@@ -8,8 +8,10 @@ The work is cut into blocks of documents. A block is forwarded by itself: its su
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import accumulate, zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,23 +21,20 @@ from sae_lens import SAE
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.diagnosis.encoding import PLAIN, BlockSums, Encoder
+from stethoscope.diagnosis.encoding import BlockSums, Encoder, encoder_bytes, layer_groups, sae_health
+from stethoscope.diagnosis.peaks import DOCUMENTS, MOST_DOCUMENTS, BatchPeaks, Peaks
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
 from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.diagnosis import SAEHealth
 from stethoscope.results.validation import Layers
-from stethoscope.saes.activations import attention_sinks, on_device
-from stethoscope.saes.health import measure_health
+from stethoscope.saes.activations import attention_sinks
 from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.text.documents import Document
 from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens, tokenize
 
 log = logging.getLogger(__name__)
-
-# SAELens encodes and decodes so many tokens at once; on a GPU several times their features has to fit beside the rest.
-HEALTH_TOKENS = {"cpu": 4096, "cuda": 512}
 
 SAEs = Mapping[int, SAE | SAEFolder]
 Activations = dict[int, Float[Tensor, "..."]]  # by layer
@@ -50,12 +49,14 @@ class CollectedActivations:
         documents: their number, without those that are broken.
         health: by layer; variance explained and encoding error are measured on a sample, the rest on all tokens.
         broken: the documents that were left out because they cannot be processed, by place in the corpus, and why.
+        peaks: by layer, where in the first documents each feature is strongest.
     """
 
     statistics: FeatureStatistics
     documents: int
     health: dict[int, SAEHealth] = field(default_factory=dict)
     broken: dict[int, str] = field(default_factory=dict)
+    peaks: dict[int, Peaks] = field(default_factory=dict)
 
 
 def collect_activations(
@@ -68,7 +69,8 @@ def collect_activations(
     block_size: int = 64,
     max_tokens: int = 1024,
     tokens: Tokens = "all",
-    health_tokens: int = 2048,
+    health_tokens: int = 384,
+    peak_documents: int = DOCUMENTS,
     memory: int | None = None,
     dtype: torch.dtype | None = None,
     skip_broken: bool = False,
@@ -85,7 +87,9 @@ def collect_activations(
         block_size: documents to a block.
         max_tokens: documents are cut here.
         tokens: which count, special and template tokens apart: all, the assistant's, or the last.
-        health_tokens: SAE health is measured on about the first so many tokens of each corpus; 0 for none.
+        health_tokens: variance explained and encoding error are measured on about the first so many tokens of each
+            corpus; 0 for none.
+        peak_documents: so many of each corpus are searched for peaks, from the top, 1024 at most; 0 for none.
         memory: bytes that a worker's encoders may take. Layers that do not fit wait for another forward over the
             corpora, so that each SAE is read once; all at once by default.
         dtype: of the encoders' products; by default bfloat16 if the model computes in it, else float32. SAE health
@@ -107,12 +111,13 @@ def collect_activations(
         tokens=tokens,
         dtype=dtype,
         health_tokens=health_tokens,
+        peak_documents=min(peak_documents, MOST_DOCUMENTS),
     )
     here = LocalExecutor(model=model, tokenizer=tokenizer)
     samples = {name: collector(here).first_documents(name, some) for name, some in corpora.items()}
     run = partial((executor or here).map_pieces, Collector.collect, setup=collector)
-    widths = {layer: shape(sae)[1] for layer, sae in saes.items()}
-    groups = layer_groups({layer: _encoder_bytes(sae, dtype) for layer, sae in saes.items()}, memory)
+    widths = {n: sae.width if isinstance(sae, SAEFolder) else int(sae.cfg.d_sae) for n, sae in saes.items()}
+    groups = layer_groups({layer: encoder_bytes(sae, dtype) for layer, sae in saes.items()}, memory)
     counts = {name: -(-len(some) // block_size) for name, some in corpora.items()}
     found = {
         name: CollectedActivations(statistics=FeatureStatistics.zeros(widths, counts[name]), documents=len(some))
@@ -120,6 +125,7 @@ def collect_activations(
     }
     blocks = [Block(layers, name, n) for layers in groups for name, count in counts.items() for n in range(count)]
     collected: dict[Block, frozenset[int]] = {}  # the documents whose sums are there
+    peaks: dict[Block, dict[int, Peaks]] = {}
 
     def places(block: Block) -> range:
         return range(len(corpora[block.corpus]))[block.number * block_size :][:block_size]
@@ -148,6 +154,7 @@ def collect_activations(
                     found[name].health.update(layers)
                 if made.statistics:
                     found[block.corpus].statistics.put(block.number, made.statistics)
+                    peaks[block] = made.peaks
                 if progress:
                     progress(sum(sizes[done] for done in collected), sum(sizes.values()))
             if not skip_broken and (crashed or found[block.corpus].broken):
@@ -162,34 +169,9 @@ def collect_activations(
                 hint="mend them, or leave them out with `diagnose: {skip_broken: true}` in the recipe",
             )
     return {
-        name: _finished(name, one, sorted({b.number for b, places in collected.items() if b.corpus == name and places}))
+        name: _finished(name, one, {b: peaks[b] for b, places in collected.items() if b.corpus == name and places})
         for name, one in found.items()
     }
-
-
-def layer_groups(sizes: Mapping[int, int], memory: int | None = None) -> tuple[Layers, ...]:
-    """The layers in order of depth, in groups whose bytes fit in memory; each group has one at least."""
-    groups, used = list[list[int]](), 0
-    for layer, size in sorted(sizes.items()):
-        if not groups or (memory is not None and used + size > memory):
-            groups, used = [*groups, []], 0
-        groups[-1].append(layer)
-        used += size
-    return tuple(map(tuple, groups))
-
-
-def shape(sae: SAE | SAEFolder) -> tuple[str, int, int]:
-    """An SAE's architecture, number of features, and values that it reads."""
-    if isinstance(sae, SAEFolder):
-        return sae.architecture, sae.width, sae.d_in
-    return sae.cfg.architecture(), int(sae.cfg.d_sae), int(sae.cfg.d_in)
-
-
-def _encoder_bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
-    """Of an encoder; where SAELens encodes itself, of the whole SAE in float32."""
-    architecture, width, d_in = shape(sae)
-    plain = architecture in PLAIN or architecture.endswith("batchtopk")  # which is read as a JumpReLU
-    return width * d_in * (dtype.itemsize if plain else 2 * torch.float32.itemsize)
 
 
 class Block(NamedTuple):
@@ -211,9 +193,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """The result of a `Piece`: statistics of the documents at ``places``; why others are broken; health on samples."""
+    """The result of a `Piece`: statistics and peaks of the documents at ``places``; why others are broken; health."""
 
     statistics: FeatureStatistics | None
+    peaks: dict[int, Peaks]
     places: frozenset[int]
     broken: Mapping[int, str]
     health: Health
@@ -231,16 +214,23 @@ def _crashing(run: Callable[..., Any], block: Block, piece: Piece, failure: Fail
     )
 
 
-def _finished(name: str, one: CollectedActivations, kept: Sequence[int]) -> CollectedActivations:
+def _finished(
+    name: str, one: CollectedActivations, blocks: Mapping[Block, Mapping[int, Peaks]]
+) -> CollectedActivations:
     """The result on a corpus, with the blocks that have documents."""
-    statistics = one.statistics
+    statistics, kept = one.statistics, sorted({block.number for block in blocks})
     if not any((layer.tokens + layer.sinks)[kept].any() for layer in statistics.layers.values()):
         raise _nothing_to_count(name)
     if len(kept) < statistics.blocks:
         statistics = statistics.regroup([np.array([number]) for number in kept])
-    health = {n: one.health[n].on(layer.rate, int(layer.tokens.sum())) for n, layer in statistics.layers.items()}
-    documents, broken = one.documents - len(one.broken), dict(sorted(one.broken.items()))
-    return CollectedActivations(statistics=statistics, documents=documents, health=health, broken=broken)
+    return replace(
+        one,
+        statistics=statistics,
+        documents=one.documents - len(one.broken),
+        health={n: one.health[n].on(layer.rate, int(layer.tokens.sum())) for n, layer in statistics.layers.items()},
+        broken=dict(sorted(one.broken.items())),
+        peaks={n: Peaks.strongest([some[n] for some in blocks.values() if n in some]) for n in statistics.layers},
+    )
 
 
 def _nothing_to_count(name: str) -> StethoscopeError:
@@ -260,6 +250,7 @@ class Collector:
     tokens: Tokens
     dtype: torch.dtype = torch.float32
     health_tokens: int = 0
+    peak_documents: int = 0
     encoders: dict[int, Encoder] = field(default_factory=dict)  # of the layers last asked for
 
     @cached_property
@@ -328,41 +319,56 @@ class Collector:
         sound: Mapping[int, Document] = piece.documents
         broken: dict[int, str] = {}
         try:
-            statistics = self._sums(sound)
+            statistics, peaks = self._sums(sound)
         except Exception:  # whatever a tokenizer, a chat template or the model's own code raises
             broken = {n: why for n, document in sound.items() if (why := self._why_broken(document))}
             if not broken or len(broken) == len(sound) > 1:
                 raise  # the fault lies not in single documents
             sound = {n: document for n, document in sound.items() if n not in broken}
-            statistics = self._sums(sound)
-        return Collected(statistics=statistics, places=frozenset(sound), broken=broken, health=health)
+            statistics, peaks = self._sums(sound)
+        return Collected(statistics=statistics, peaks=peaks, places=frozenset(sound), broken=broken, health=health)
 
     def _prepare(self, piece: Piece) -> Health:
         """Load the layers' encoders; returns the SAEs' health on the samples."""
         health: Health = {name: {} for name in piece.samples}
-        if piece.samples or tuple(self.encoders) != piece.layers:
+        if not piece.samples and tuple(self.encoders) == piece.layers:
+            return health
+        self.encoders = {}  # before the next are loaded
+        with ThreadPoolExecutor(1) as reader:  # of the next SAE, while the model or the one before computes
+            ahead = reader.submit(self.load, piece.layers[0])
             samples = {name: self._sample(some) for name, some in piece.samples.items()}
-            self.encoders = {}  # before the next are loaded
-            for layer in piece.layers:
-                sae = self.load(layer)
+            for layer, following in zip_longest(piece.layers, piece.layers[1:]):
+                sae = ahead.result()
+                if following is not None:
+                    ahead = reader.submit(self.load, following)
                 self.encoders[layer] = Encoder(sae, dtype=self.dtype, device=self.worker.model.device)
                 for name, found in samples.items():
-                    health[name][layer] = _health(sae, self.encoders[layer], found.get(layer))
+                    health[name][layer] = sae_health(sae, self.encoders[layer], found.get(layer))
         return health
 
-    def _sums(self, documents: Mapping[int, Document]) -> FeatureStatistics | None:
+    def _sums(self, documents: Mapping[int, Document]) -> tuple[FeatureStatistics | None, dict[int, Peaks]]:
         if not documents:
-            return None
-        sums = {layer: BlockSums(encoder.width, self.worker.model.device) for layer, encoder in self.encoders.items()}
+            return None, {}
+        device, places = self.worker.model.device, list(documents)
+        sums = {layer: BlockSums(encoder.width, device) for layer, encoder in self.encoders.items()}
+        peaks: dict[int, list[Peaks]] = {layer: [] for layer in self.encoders}
         for batch, hidden, counted in self.read(list(documents.values())):
+            counts = counted.sum(1).tolist()
+            spans = {
+                place: range(end - count, end)
+                for row, count, end in zip(batch.documents, counts, accumulate(counts), strict=True)
+                if (place := places[row]) < self.peak_documents
+            }
             for layer, encoder in self.encoders.items():
                 sums[layer].sinks += int(batch.countable.sum() - counted.sum())
-                encoder.add(hidden[layer][counted], sums[layer])
+                found = BatchPeaks(spans, encoder.width, device)
+                encoder.add(hidden[layer][counted], sums[layer], found)
+                peaks[layer].append(found.freeze(encoder.threshold, counted.nonzero()[:, 1]))
         layers = {layer: some.freeze() for layer, some in sums.items()}
-        for layer, found in layers.items():
-            if not np.isfinite(found.sums).all():
+        for layer, summed in layers.items():
+            if not np.isfinite(summed.sums).all():
                 raise SAEError(f"the model overflows in layer {layer} or before, or its SAE: try bfloat16 or float32")
-        return FeatureStatistics(layers=layers)
+        return FeatureStatistics(layers=layers), {layer: Peaks.strongest(some) for layer, some in peaks.items()}
 
     def _why_broken(self, document: Document) -> str | None:
         """Why a document cannot be processed by itself, if it cannot."""
@@ -384,17 +390,3 @@ class Collector:
         if not parts and len(documents) > 1:
             parts = [part for one in documents if (part := self._sample([one]))]
         return {n: torch.cat([part[n] for part in parts])[: self.health_tokens] for n in self.points if parts}
-
-
-def _health(sae: SAE, encoder: Encoder, sample: Float[Tensor, "tokens d_in"] | None) -> SAEHealth:
-    """An SAE on a sample, and how far the encoder's activation mass lies from SAELens' own in float32."""
-    if sample is None or not len(sample) or getattr(sae.cfg.metadata, "hook_name_out", None):
-        # a transcoder does not reconstruct what it reads
-        return SAEHealth(tokens=0, variance_explained=None, l0=None, dead=None, dense=None)
-    with on_device(sae, sample.device):
-        exact = measure_health(sae, sample, chunk=HEALTH_TOKENS[sample.device.type])
-    fast = BlockSums(encoder.width, sample.device)
-    encoder.add(sample, fast)
-    shares = [sums.double() / sums.double().sum() for sums in (exact.mass, fast.sums)]
-    error = float((shares[0] - shares[1]).abs().sum() / 2)
-    return replace(exact.health(), encoding_error=error if np.isfinite(error) else None)

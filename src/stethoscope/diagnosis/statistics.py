@@ -4,9 +4,10 @@ A block is what a permutation test relabels and a bootstrap draws, because token
 independent. Blocks never share a batch, so a block's sums do not depend on the other blocks.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int64
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from stethoscope.artifacts import new_file
 from stethoscope.errors import StethoscopeError
 
+Found = TypeVar("Found")
 _NAMES = ("sums", "fired", "maxima", "tokens", "sinks")
 
 
@@ -105,16 +107,38 @@ class FeatureStatistics:
         return FeatureStatistics(layers={n: gathered(layer) for n, layer in self.layers.items()})
 
 
-def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
-    """Write the statistics of named corpora to one safetensors file."""
+def save_layers(path: Path, corpora: Mapping[str, Mapping[int, Any]]) -> None:
+    """Write what was found by corpus and layer, dataclasses of arrays, to one safetensors file."""
     arrays = {
-        f"{corpus}.{layer}.{name}": np.ascontiguousarray(getattr(statistics, name))
-        for corpus, features in corpora.items()
-        for layer, statistics in features.layers.items()
-        for name in _NAMES
+        f"{corpus}.{layer}.{one.name}": np.ascontiguousarray(getattr(found, one.name))
+        for corpus, layers in corpora.items()
+        for layer, found in layers.items()
+        for one in fields(found)
     }
     with new_file(path) as temporary:
         save_file(arrays, temporary)
+
+
+def load_layers(path: Path, kind: Callable[..., Found]) -> dict[str, dict[int, Found]]:
+    """Read what `save_layers` wrote, in order of layers; ``kind`` is the dataclass.
+
+    Raises:
+        StethoscopeError: the file is missing or damaged.
+    """
+    try:
+        arrays = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StethoscopeError(f"the {path.stem} `{path}` cannot be read: {error}") from error
+    corpora: dict[str, dict[int, dict[str, ndarray]]] = {}
+    for key, array in arrays.items():
+        corpus, layer, name = key.rsplit(".", 2)
+        corpora.setdefault(corpus, {}).setdefault(int(layer), {})[name] = array
+    return {corpus: {n: kind(**found) for n, found in sorted(layers.items())} for corpus, layers in corpora.items()}
+
+
+def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
+    """Write the statistics of named corpora to one safetensors file."""
+    save_layers(path, {corpus: features.layers for corpus, features in corpora.items()})
 
 
 def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
@@ -123,15 +147,4 @@ def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
     Raises:
         StethoscopeError: the file is missing or damaged.
     """
-    try:
-        arrays = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StethoscopeError(f"the statistics `{path}` cannot be read: {error}") from error
-    corpora: dict[str, dict[int, dict[str, ndarray]]] = {}
-    for key, array in arrays.items():
-        corpus, layer, name = key.rsplit(".", 2)
-        corpora.setdefault(corpus, {}).setdefault(int(layer), {})[name] = array
-    return {
-        corpus: FeatureStatistics(layers={n: LayerStatistics(**found) for n, found in sorted(layers.items())})
-        for corpus, layers in corpora.items()
-    }
+    return {name: FeatureStatistics(layers=layers) for name, layers in load_layers(path, LayerStatistics).items()}

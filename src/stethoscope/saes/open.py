@@ -9,7 +9,8 @@ sae = load_sae(saes[12])                                                    # a 
 import logging
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from sae_lens import SAE
 
-__all__ = ["SAEFolder", "check_fit", "load_sae", "open_saes", "read_folder"]
+__all__ = ["SAEFolder", "check_fit", "load_directions", "load_sae", "open_saes", "read_folder"]
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]
 
     settings = {"dtype": str(dtype or torch.float32).removeprefix("torch."), "device": "cpu"}
     convert = LAYOUTS[folder.layout].convert
-    try:
+    with _loading(folder):
         tensors = {
             name: value.float() if value.is_floating_point() else value
             for name, value in _read_tensors(folder.path / folder.files[-1]).items()
@@ -219,14 +220,45 @@ def load_sae(folder: SAEFolder, dtype: "torch.dtype | None" = None) -> "SAE[Any]
         )
         sae.requires_grad_(False).eval()
         _check_sound(sae, folder)
-    except Exception as error:  # a damaged file makes the readers of its format raise almost anything
+    return sae
+
+
+def load_directions(sae: "SAE[Any] | SAEFolder", features: Sequence[int]) -> "tuple[torch.Tensor, str | None]":
+    """Some features' decoder directions, ``[features, d_out]``, and the name of the SAE's pages at Neuronpedia, if any.
+
+    Of an SAE that is stored as SAELens has it, only these rows are read; others are loaded.
+
+    Raises:
+        SAEError: it cannot be loaded.
+    """
+    name = None
+    if isinstance(sae, SAEFolder):
+        from safetensors import safe_open
+
+        name, weights, stored = sae.overrides.get("neuronpedia_id"), sae.path / sae.files[-1], sae.tensors["W_dec"]
+        as_it_is = LAYOUTS[sae.layout].convert is None and not stored.endswith(".T")
+        if as_it_is and weights.suffix == ".safetensors":
+            import torch
+
+            with _loading(sae), safe_open(weights, "pt") as file:
+                rows = file.get_slice(stored)
+                return torch.cat([rows[:0], *(rows[n : n + 1] for n in features)]).float(), name
+        sae = load_sae(sae)
+    return sae.W_dec.detach()[list(features)], name or sae.cfg.metadata.neuronpedia_id
+
+
+@contextmanager
+def _loading(folder: SAEFolder) -> Iterator[None]:
+    """Say which SAE cannot be loaded, and why: a damaged file makes the readers of its format raise almost anything."""
+    try:
+        yield
+    except Exception as error:
         file = folder.path / folder.files[-1]
         raise SAEError(
             f"the SAE of layer {folder.layer} cannot be loaded: {_said(error)}",
             problems=[f"from `{file}`"],
             hint="fetch or train it again",
         ) from error
-    return sae
 
 
 def _in_folder(folder: Path, sae_id: str | None) -> Found:
@@ -256,7 +288,11 @@ def _in_folder(folder: Path, sae_id: str | None) -> Found:
 
 def _check_sound(sae: "SAE[Any]", folder: SAEFolder) -> None:
     """Raise ValueError for what would fail, or spoil every number, only once the SAE is used."""
-    if bad := [f"`{name}`" for name, value in sae.state_dict().items() if not bool(value.isfinite().all())]:
+    import torch
+
+    # smallest and largest are found many times as fast as each value is looked at, and NaN is both
+    ends = {name: torch.stack(value.aminmax()) for name, value in sae.state_dict().items()}
+    if bad := [f"`{name}`" for name, both in ends.items() if not bool(both.isfinite().all())]:
         raise ValueError(f"NaN or infinity in {', '.join(bad)}")
     if not _is_k(getattr(sae.cfg, "k", 1), folder.width):
         raise ValueError(f"`k` is `{sae.cfg.k}`, not a whole number from 1 to {folder.width}")
@@ -300,7 +336,7 @@ def _read_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], list[str]]:
         return {}, list(error.problems) or [f"`{path.name}`: {error.message}"]
     except OSError as error:
         return {}, [f"`{path.name}` cannot be read: {error}"]
-    except Exception as error:  # as in `load_sae`
+    except Exception as error:  # as in `_loading`
         log.debug("`%s`", path, exc_info=True)
         return {}, [f"`{path.name}` is damaged, or holds more than tensors: {_said(error)}"]
     return shapes, [] if shapes else [f"`{path.name}` holds no tensors"]
