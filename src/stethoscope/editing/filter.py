@@ -61,7 +61,7 @@ def shrunk(moments: Moments | Samples) -> Mean:
     d = len(mean)
     scale, squares = float(mean.diagonal().mean()), float(mean.square().mean())
     amount = shrinkage(scale, squares, d, moments.tokens)
-    mean = mean * (1 - amount)
+    mean.mul_(1 - amount)  # in place: at 10,240 values each copy is 0.8 GB
     mean.diagonal().add_(amount * scale)
     return mean
 
@@ -359,7 +359,7 @@ def _moments(
     found = {text: shrunk(moments) for text, moments in at.items()}
     protected = torch.zeros_like(found[TARGET])
     for text, weight in weights.items():
-        protected += weight * found[text]
+        protected.add_(found[text], alpha=weight)
     return found[TARGET], protected
 
 

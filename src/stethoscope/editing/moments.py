@@ -53,7 +53,7 @@ class Moments:
 
     def mean(self) -> Float64[Tensor, "d d"] | Float64[Tensor, " d"]:
         """Per token; zero where there is no token."""
-        return self.sums.double() / max(self.tokens, 1)
+        return self.sums.to(torch.float64, copy=True).div_(max(self.tokens, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
