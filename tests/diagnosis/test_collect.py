@@ -11,6 +11,7 @@ from stethoscope.diagnosis import encoding
 from stethoscope.diagnosis.collect import Collector, collect_activations
 from stethoscope.diagnosis.statistics import load_statistics, save_statistics
 from stethoscope.errors import SAEError, StethoscopeError
+from stethoscope.executor import LocalExecutor
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import SINK_RATIO
 from stethoscope.text.tokens import tokenize
@@ -135,6 +136,15 @@ def test_what_bfloat16_costs_is_measured(collected_by):
     errors = [collected_by(2, saes, dtype=dtype).health[1].encoding_error for dtype in (torch.float32, torch.bfloat16)]
     assert errors[0] < 1e-6
     assert 1e-5 < errors[1] < 0.02
+
+
+def test_health_takes_few_tokens_of_a_small_corpus(llama, tokenizer):
+    """An eighth of its documents, but enough tokens; as many as are asked for of a large one."""
+    texts = {"long": ["abc " * 100] * 16, "short": ["abc " * 10] * 16, "many": ["abc " * 100] * 160}
+    options = {"saes": {}, "site": "resid_post", "max_tokens": 1024, "tokens": "all", "health_tokens": 2048}
+    collector = Collector(LocalExecutor(model=llama(layers=1), tokenizer=tokenizer), **options)
+    taken = {name: len(collector.first_documents(name, some)) for name, some in texts.items()}
+    assert taken == {"long": 2, "short": 7, "many": 6}
 
 
 def test_encoders_that_do_not_fit_wait_for_another_forward(collected_by):

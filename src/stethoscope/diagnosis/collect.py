@@ -36,6 +36,9 @@ from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens,
 
 log = logging.getLogger(__name__)
 
+# SAE health takes a forward of its own: on a small corpus it is measured on few tokens.
+LEAST_HEALTH_TOKENS = 256
+
 SAEs = Mapping[int, SAE | SAEFolder]
 Activations = dict[int, Float[Tensor, "..."]]  # by layer
 Health = dict[str, dict[int, SAEHealth]]  # by corpus and layer
@@ -69,7 +72,7 @@ def collect_activations(
     block_size: int = 64,
     max_tokens: int = 1024,
     tokens: Tokens = "all",
-    health_tokens: int = 384,
+    health_tokens: int = 2048,
     peak_documents: int = DOCUMENTS,
     memory: int | None = None,
     dtype: torch.dtype | None = None,
@@ -88,7 +91,7 @@ def collect_activations(
         max_tokens: documents are cut here.
         tokens: which count, special and template tokens apart: all, the assistant's, or the last.
         health_tokens: variance explained and encoding error are measured on about the first so many tokens of each
-            corpus; 0 for none.
+            corpus, or on an eighth of its documents if that is fewer, but on 256 tokens at least; 0 for none.
         peak_documents: so many of each corpus are searched for peaks, from the top, 1024 at most; 0 for none.
         memory: bytes that a worker's encoders may take. Layers that do not fit wait for another forward over the
             corpora, so that each SAE is read once; all at once by default.
@@ -301,7 +304,8 @@ class Collector:
                 continue
             found.append(document)
             held += sum(counted)
-            if held >= max(self.health_tokens, 1):
+            many = 8 * len(found) >= len(documents)
+            if held >= max(min(self.health_tokens, LEAST_HEALTH_TOKENS) if many else self.health_tokens, 1):
                 return found if self.health_tokens else []
         if not held:
             raise refused
