@@ -14,7 +14,7 @@ SOURCE = Path(stethoscope.__file__).parent
 ORDER = [
     {"cli"},
     {"keep"},
-    {"run"},
+    {"run", "estimate"},
     {"stages"},
     {"make"},
     {"tradeoff"},

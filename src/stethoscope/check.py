@@ -51,6 +51,7 @@ class Check:
         base, task_vector, edit: None where they could not be opened, or were not because they are on the hub.
         prompts: the prompts with which the documents of some texts begin.
         tasks, control_tasks: names of the tasks that were built, groups expanded.
+        answers: by task its items, a prompt's characters, those of its item alone, and the most tokens of an answer.
         seen: the texts that the choice of layers may see, so that no claim is tested on them.
         seen_items: numbers of the test items that occur in those texts, by task.
     """
@@ -66,6 +67,7 @@ class Check:
     edit: Preview | None = None
     tasks: list[str] = field(default_factory=list)
     control_tasks: list[str] = field(default_factory=list)
+    answers: dict[str, tuple[int, int, int, int]] = field(default_factory=dict)
     seen: Seen = field(default_factory=lambda: Seen.of([]))
     seen_items: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -169,7 +171,7 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     found, options = Check(), recipe.evaluate
     _open(found, recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     # the harness takes seconds to import
-    from stethoscope.evaluation.tasks import load_tasks, new_tokens
+    from stethoscope.evaluation.tasks import load_tasks, new_tokens, prompt_size
     from stethoscope.models.load import find_device
 
     found.attempt(find_device, recipe.device)
@@ -179,7 +181,9 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     controls = (found.attempt(load_tasks, options.control_tasks, **where) if options.control_tasks else {}) or {}
     found.tasks, found.control_tasks = list(tasks), list(controls)
     for name, task in {**tasks, **controls}.items():
-        if found.window and (most := new_tokens(task)) >= found.window:
+        items, most = len(task.eval_docs), new_tokens(task)
+        found.answers[name] = (min(options.limit or items, items), *prompt_size(task), most)
+        if found.window and most >= found.window:
             found.problems.append(
                 f"`{name}` lets a model write {most} tokens, but the base's window has {found.window} with the prompt\n"
                 "    hint: give the task's `generation_kwargs` a smaller `max_gen_toks`"

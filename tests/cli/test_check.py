@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from world import changed, write_task
 
@@ -14,11 +15,14 @@ from stethoscope.check import check_recipe, check_run
 from stethoscope.cli import main
 from stethoscope.diagnosis.scores import SCORES
 from stethoscope.errors import RecipeError
+from stethoscope.estimate import estimate
 from stethoscope.evaluation.names import unknown_tasks
+from stethoscope.models.speeds import measure
 from stethoscope.recipe import Recipe
 from stethoscope.saes.releases import read_release, release_texts
 
-HEAVY = ("torch", "transformers", "lm_eval", "datasets", "pandas", "sae_lens", "peft", "pyarrow")
+# PyTorch, with which `check` measures this machine, is not among them
+HEAVY = ("transformers", "lm_eval", "datasets", "pandas", "sae_lens", "peft", "pyarrow")
 ON_THE_HUB = {
     "base": "google/gemma-3-4b-it",
     "tuned": "me/gemma-3-4b-it-math",
@@ -153,3 +157,39 @@ def test_check_names_the_python_of_task_files_and_refuses_it_unless_allowed(worl
     assert "task_code" in problem
     allowed = Recipe.from_yaml(changed(world, tmp_path, evaluate | {"task_code": True}))
     assert any("`own.text`" in note for note in check_recipe(allowed, tmp_path / "run").notes)
+
+
+def test_check_says_what_every_stage_will_take(world, tmp_path, capsys):
+    main(["check", str(world / "recipe.yaml"), "--json"])
+    stages = {one["stage"]: one for one in json.loads(capsys.readouterr().out)["estimates"]}
+    answers = stages.pop("Evaluate: arms on tasks")
+    assert answers["seconds"] is None, "which takes tasks that are built"
+    assert {"Diagnose: score every layer", "Edit: write the checkpoint", "Evaluate: loss on text"} <= set(stages)
+    assert all(one["seconds"] > 0 for one in stages.values())
+    assert stages["All of these"]["memory"] >= stages["Edit: write the checkpoint"]["memory"] > 0
+    main(["check", str(world / "recipe.yaml")])
+    shown = capsys.readouterr().out
+    assert "peak memory" in shown
+    assert "not known" in shown
+
+
+def test_more_text_more_items_and_more_arms_are_estimated_to_take_longer(world, tmp_path):
+    def seconds(evaluate: dict[str, object] | None = None, **changes: object) -> list[float]:
+        recipe = Recipe.from_yaml(changed(world, tmp_path, {"exploratory": True, **(evaluate or {})}, **changes))
+        stages = {one.stage: one.seconds for one in estimate(recipe, check_run(recipe, tmp_path / "run"), speeds)}
+        names = ("Diagnose: score every layer", "Evaluate: arms on tasks", "Evaluate: loss on text")
+        return [stages[name] for name in names]
+
+    speeds = measure(torch.device("cpu"), torch.float32, batch=4)
+    assert all(speed > 0 for speed in speeds.values())
+    diagnose, answers, losses = seconds()
+    long = {"dataset": str(tmp_path / "long.jsonl")}
+    text = (world / "data" / "other.jsonl").read_text()
+    (tmp_path / "long.jsonl").write_text(text * 3)
+    assert seconds({"control": long})[:2] == [diagnose, answers]
+    assert seconds({"control": long})[2] > losses
+    assert seconds({"limit": 1})[1] < answers
+    assert seconds(control=long)[0] > diagnose
+    fewer = seconds(arms=["base", "selected"], edit={"filter": "none"})
+    assert fewer[1] < answers
+    assert fewer[2] < losses

@@ -21,6 +21,7 @@ from stethoscope.cli.options import (
     RunPath,
     with_recipe_options,
 )
+from stethoscope.display import NONE
 from stethoscope.errors import StethoscopeError, install
 from stethoscope.recipe import Recipe
 from stethoscope.run import RunResult, run_recipe
@@ -28,6 +29,7 @@ from stethoscope.stages import Stage
 
 if TYPE_CHECKING:
     from stethoscope.check import Check
+    from stethoscope.estimate import Estimate
 
 
 @with_recipe_options
@@ -105,9 +107,26 @@ def _dry_run(options: RecipeOptions) -> None:
 
 
 def _show_check(found: "Check", options: RecipeOptions, said: str, then: str) -> None:
-    value = {"ok": True, **found.summary()}
-    says = [said, *found.notes]
-    conclude(value, as_json=options.as_json, rows=found.table(), says=says, then=then)
+    from stethoscope.estimate import estimate
+
+    estimates, says = [], [said, *found.notes]
+    try:
+        estimates = estimate(options.read()[0], found)
+    except StethoscopeError as error:
+        says.append(f"note: no time is estimated: {error.message}")
+    value = {"ok": True, **found.summary(), "estimates": [one._asdict() for one in estimates]}
+    if estimates and not options.as_json:
+        show_rows(found.table())
+    rows = _estimate_rows(estimates) if estimates else found.table()
+    conclude(value, as_json=options.as_json, rows=rows, says=says, then=then)
+
+
+def _estimate_rows(estimates: "list[Estimate]") -> list[list[str]]:
+    rows = [["stage", "about", "peak memory"]]
+    for stage, seconds, memory in estimates:
+        said = "not known" if seconds is None else f"{seconds:.0f} s" if seconds < 300 else f"{seconds / 60:,.0f} min"
+        rows.append([stage, said, f"{memory / 1e9:.1f} GB" if memory else NONE])
+    return rows
 
 
 @contextmanager

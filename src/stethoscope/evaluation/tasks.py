@@ -139,6 +139,13 @@ def new_tokens(task: Task) -> int:
     return int(normalize_gen_kwargs(dict(task.config.generation_kwargs or {}))["max_gen_toks"])
 
 
+def prompt_size(task: Task) -> tuple[int, int]:
+    """Characters of a task's first prompt with its shots, and of the item in it alone."""
+    with quiet_harness():
+        task.build_all_requests(limit=1)
+    return len(str(task.instances[0].args[0])), len(str(task.doc_to_text(task.eval_docs[0])))
+
+
 def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
     """Identifies a task by its settings and by every prompt and target as they will be asked."""
 
