@@ -2,6 +2,8 @@
 
 import ctypes
 import logging
+import os
+import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from stethoscope.errors import CheckpointError, StethoscopeError
+from stethoscope.errors import CheckpointError, StethoscopeError, refused_by_system
 from stethoscope.models.device import find_device as find_device
 from stethoscope.models.device import preferred_dtype as preferred_dtype
 from stethoscope.models.narrow import keep_narrow, main_memory, narrow_dtype
@@ -55,6 +57,8 @@ def _loading(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if refused := refused_by_system(error):
+            raise refused from error
         why = str(error) if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"the {what} cannot be loaded: {why}", hint="is one of its files damaged?") from error
 
@@ -92,6 +96,9 @@ def load_model(
             weights with random numbers and only warns.
     """
     _keep_freed_memory()
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        # a thread of Transformers' that runs out of memory is waited for without end
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     config, dtype = config or load_config(path), dtype or preferred_dtype(device)
     narrow = narrow_dtype(path) if dtype == torch.float32 and torch.device(device).type == "cpu" else None
     with _loading(f"model `{path}`"):
