@@ -47,14 +47,14 @@ def _curves(
     )
     base = alt.Chart(alt.NamedData(name="points")).encode(
         x=x,
-        y=y("kept", "~g"),
+        y=y("kept", ".3~g"),
         color=alt.Color("method:N", scale=alt.Scale(domain=names, range=colours), **legend),
         strokeWidth=alt.condition("datum.method === 'filter'", alt.value(3), alt.value(1.25)),
     )
     shape = alt.Shape("method:N", scale=alt.Scale(domain=names, range=shapes), **legend)
     shown = tips("method:N", "parameter:N", "value:Q", ("kept:Q", ".3~f"), ("damage_value:Q", "+.4f"))
     marked = {row["n"]: {**row, "mark": marks[row["n"]]} for row in rows if row.get("n") in marks}
-    mark = alt.Chart(alt.NamedData(name="marks")).encode(x=x, y=y("kept", "~g"))
+    mark = alt.Chart(alt.NamedData(name="marks")).encode(x=x, y=y("kept", ".3~g"))
     return drawn(
         rule("zero", 0.0, strokeDash=[2, 3]).encode(x=alt.X("zero:Q")),
         base.transform_filter(f"datum.method !== '{OTHERS}'").mark_line().encode(order="order:Q"),
