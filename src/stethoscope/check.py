@@ -51,7 +51,7 @@ class Check:
         base, task_vector, edit: None where they could not be opened, or were not because they are on the hub.
         prompts: the prompts with which the documents of some texts begin.
         tasks, control_tasks: names of the tasks that were built, groups expanded.
-        answers: by task its items, a prompt's characters, those of its item alone, and the most tokens of an answer.
+        answers: of a check: by task its items, characters of a prompt and of its item alone, most tokens of an answer.
         seen: the texts that the choice of layers may see, so that no claim is tested on them.
         seen_items: numbers of the test items that occur in those texts, by task.
     """
@@ -182,7 +182,8 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     found.tasks, found.control_tasks = list(tasks), list(controls)
     for name, task in {**tasks, **controls}.items():
         items, most = len(task.eval_docs), new_tokens(task)
-        found.answers[name] = (min(options.limit or items, items), *prompt_size(task), most)
+        if headers_only:  # only a check says how long answers take
+            found.answers[name] = (min(options.limit or items, items), *prompt_size(task), most)
         if found.window and most >= found.window:
             found.problems.append(
                 f"`{name}` lets a model write {most} tokens, but the base's window has {found.window} with the prompt\n"

@@ -46,7 +46,7 @@ def estimate(recipe: Recipe, found: Check, speeds: Mapping[str, float] | None = 
     """The stages of a whole run in this process, and last the sum of those that are known; [] without base and tuned.
 
     Args:
-        found: from `check_recipe`, or from `check_run`, which also knows the tasks' prompts.
+        found: from `check_recipe`, or from `check_run` with ``headers_only``, which also knows the tasks' prompts.
         speeds: from `models.speeds.measure`; measured now if None.
 
     Raises:
@@ -179,5 +179,5 @@ class _Run:
 
     def losses(self) -> Stage:
         texts = [sum(self.texts[name]) for name in (GENERAL, HELD_OUT) if name in self.recipe.texts]
-        work = self.forward(self.arms * sum(texts), self.arms * sum(texts)) + self.make(self.arms * len(texts))
-        return work, min(self.base.nbytes, self.arms * self.cells * self.itemsize) + LOGITS
+        work = self.forward(self.arms * sum(texts), self.arms * sum(texts)) + self.make(self.arms)
+        return work, self.cells * self.itemsize + LOGITS  # one arm at a time, made once for both texts

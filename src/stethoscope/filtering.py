@@ -135,7 +135,6 @@ def recommendation(context: "Context", results: Results, provenance: Provenance,
         texts[name] = context.batches(text, without=(*without, *_broken(diagnosis, text)), most=recipe.edit.tokens // 5)
     share = recipe.calibrate and recipe.calibrate.budget
     raw = (None,) if recipe.edit.filter == "auto" else ()
-    chosen = results["select"].coefficients or dict.fromkeys(results["select"].layers, recipe.edit.coefficient)
     return calibrate(
         context.model,
         context.layer_edits(),
@@ -148,7 +147,7 @@ def recommendation(context: "Context", results: Results, provenance: Provenance,
         in_nats=not share,
         keep=KEPT,
         strengths=(*sorted(strengths(recipe), reverse=True), *raw),
-        others=[chosen] if raw else [],
+        others=[results["select"].amounts(recipe.edit.coefficient)] if raw else [],
         most_forwards=float(recipe.edit.forwards),
         executor=context.executor,
         progress=progress,

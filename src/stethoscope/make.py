@@ -213,7 +213,7 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
     from stethoscope.selection.arms import Planned, plan_arms, save_plans
 
     task_vector, diagnosis, selection = context.task_vector, results["diagnose"], results["select"]
-    chosen = selection.coefficients or dict.fromkeys(selection.layers, context.recipe.edit.coefficient)
+    chosen = selection.amounts(context.recipe.edit.coefficient)
     planned = plan_arms(
         context.recipe,
         task_vector,

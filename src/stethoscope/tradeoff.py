@@ -73,7 +73,7 @@ def recipe_tradeoff(
     texts = {name: context.batches(name, most=recipe.edit.tokens) for name in (TARGET, *weights)}
     others = [batch for name, text in texts.items() if name != TARGET for batch in text]
     importance = channel_importance(model, others, list(coefficients(task_vector, WHOLE)))
-    selected = selection.coefficients or dict.fromkeys(selection.layers, recipe.edit.coefficient)
+    selected = selection.amounts(recipe.edit.coefficient)
     by_score = sorted(diagnosis.layers, key=lambda one: (one.flag is not None, -one.excess, one.layer))
     best = [one.layer for one in by_score]
     raw = {float(k): EditPlan.for_layers(best[:k]) for k in range(len(best), -1, -1)}

@@ -176,7 +176,10 @@ def test_check_says_what_every_stage_will_take(world, tmp_path, capsys):
 def test_more_text_more_items_and_more_arms_are_estimated_to_take_longer(world, tmp_path):
     def seconds(evaluate: dict[str, object] | None = None, **changes: object) -> list[float]:
         recipe = Recipe.from_yaml(changed(world, tmp_path, {"exploratory": True, **(evaluate or {})}, **changes))
-        stages = {one.stage: one.seconds for one in estimate(recipe, check_run(recipe, tmp_path / "run"), speeds)}
+        stages = {
+            one.stage: one.seconds
+            for one in estimate(recipe, check_run(recipe, tmp_path / "run", headers_only=True), speeds)
+        }
         names = ("Diagnose: score every layer", "Evaluate: arms on tasks", "Evaluate: loss on text")
         return [stages[name] for name in names]
 

@@ -76,9 +76,8 @@ class Samples:
         return second_moment(self.rows.double()) / max(self.tokens, 1)
 
 
-Inputs = dict[
-    str, dict[str, Moments | Samples]
-]  # tensor -> text -> moments of its input; tensors that share one share these
+# tensor -> text -> moments of its input, or the input itself; tensors that share one share these
+Inputs = dict[str, dict[str, Moments | Samples]]
 
 
 def shrinkage(scale: float, squares: float, d: int, tokens: int) -> float:

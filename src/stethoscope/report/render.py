@@ -86,9 +86,7 @@ def _page(run_dir: Path) -> str:
         "energy": geometry.plot(selection) if geometry else None,
         "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
         "passed": filtering.plot() if filtering else None,
-        "tried": calibration.plot(selection.coefficients or dict.fromkeys(selection.layers, 1.0))
-        if calibration
-        else None,
+        "tried": calibration.plot(selection.amounts(1.0)) if calibration else None,
     }
     if tradeoff := TradeOff.find(run_dir):
         pictures |= {f"methods-{n}": tradeoff.plot(text) for n, text in enumerate(tradeoff.protected)}

@@ -32,6 +32,10 @@ class Selection(Display, Artifact):
     specific: int | None = None
     warnings: tuple[str, ...] = ()
 
+    def amounts(self, coefficient: float) -> dict[int, float]:
+        """Layer -> coefficient: the policy's own, or ``coefficient`` for each layer chosen."""
+        return self.coefficients or dict.fromkeys(self.layers, coefficient)
+
     @property
     def verdict(self) -> str:
         """One sentence: how many layers by which policy, which, and whether none of them stands out from chance."""
