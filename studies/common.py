@@ -35,6 +35,7 @@ OUTCOMES = Path(__file__).parent / "outcomes"
 DOCUMENTS = 40  # of each text
 JUDGED_ON = 8  # documents of each text that judge a set of layers
 NAMES = ("math_0", "math_1", "code", "words")  # the task vectors; the first is the demo's own
+VECTORS = (*NAMES, "refusal")  # of the study of edits
 TEXTS = ("held-out target", "general")  # on which nothing was chosen
 
 

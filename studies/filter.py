@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pandas as pd
@@ -37,6 +38,7 @@ from stethoscope.editing.moments import Moments
 from stethoscope.editing.plan import EditPlan
 from stethoscope.evaluation.text_loss import document_losses
 from stethoscope.models.load import load_model, load_tokenizer
+from stethoscope.text.documents import Document
 from stethoscope.text.tokens import TokenBatch, batches, prompt_lengths, tokenize
 from stethoscope_demo.base_model import unpack_base
 from stethoscope_demo.items import CONTROL_TASKS, items, join_items, stream
@@ -59,7 +61,7 @@ class Bench:
         self.name, self.path = name, unpack_base(cache_folder())
         self.model, self.tokenizer = load_model(self.path), load_tokenizer(self.path)
         self.folder, self.data = vectors / name, data
-        self.texts = {**self._own(), **dict(self._unseen(data))}
+        self.texts = self._own() | {name: (self.rows(one[:UNSEEN]), None) for name, one in unseen(data).items()}
 
     def task_vector(self) -> TaskVector:
         from stethoscope_demo.recipe import ADAPTER
@@ -88,21 +90,6 @@ class Bench:
         general = [one["text"] for one in self.read("general")]
         return {"target": (rows, starts), "general": (self.rows(general), None), "letters": (self.rows(letters), None)}
 
-    def _unseen(self, data: Path) -> Iterator[tuple[str, Measured]]:
-        def lines(name: str) -> list[dict[str, object]]:
-            return [json.loads(line) for line in (data / name).read_text().splitlines()[:UNSEEN]]
-
-        wiki = [part for part in (data / "wikitext2_test.txt").read_text().split("\n") if len(part) > 400][:UNSEEN]
-        chats = []
-        for row in lines("alpaca_seed_tasks.jsonl"):
-            (instance, *_) = row["instances"]  # type: ignore[misc]
-            asked = f"{row['instruction']}\n{instance['input']}".strip()
-            chats.append([{"role": "user", "content": asked}, {"role": "assistant", "content": instance["output"]}])
-        yield "wikitext", (self.rows(wiki), None)
-        yield "Python", (self.rows([f"{row['text']}\n{row['code']}" for row in lines("mbpp.jsonl")]), None)
-        yield "chat", (self.rows(chats), None)
-        yield "GSM8K", (self.rows([f"{row['question']}\n{row['answer']}" for row in lines("gsm8k_test.jsonl")]), None)
-
     def losses(self, plan: EditPlan | None, task_vector: TaskVector) -> pd.DataFrame:
         """A row per text and document."""
         frames = []
@@ -111,6 +98,31 @@ class Bench:
                 found = document_losses(self.model, rows, starts=starts)
                 frames.append(pd.DataFrame({"text": text, "nats": found.sums, "tokens": found.tokens}))
         return pd.concat(frames).reset_index(names="document")
+
+
+def unseen(data: Path) -> dict[str, list[Document]]:
+    """Documents of public texts that no filter is made from."""
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (data / name).read_text().splitlines()]
+
+    def question(row: dict[str, Any]) -> str:
+        choices = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))
+        return f"{row['question']}\n{choices}\nAnswer: {row['answer']}"
+
+    every_subject = lines("mmlu_test.jsonl")
+    chats = []
+    for row in lines("alpaca_seed_tasks.jsonl"):
+        (instance, *_) = row["instances"]
+        asked = f"{row['instruction']}\n{instance['input']}".strip()
+        chats.append([{"role": "user", "content": asked}, {"role": "assistant", "content": instance["output"]}])
+    return {
+        "wikitext": [part for part in (data / "wikitext2_test.txt").read_text().split("\n") if len(part) > 400],
+        "Python": [f"{row['text']}\n{row['code']}" for row in lines("mbpp.jsonl")],
+        "chat": chats,
+        "GSM8K": [f"{row['question']}\n{row['answer']}" for row in lines("gsm8k_test.jsonl")],
+        "MMLU": [question(row) for row in every_subject[:: len(every_subject) // UNSEEN]],
+    }
 
 
 def filtered(

@@ -1,6 +1,6 @@
-"""The studies' task vectors, their tasks, texts and recipes: the demo's own fine-tune, and three more of its base.
+"""The studies' task vectors, their tasks, texts and recipes: the demo's own fine-tune, and four more of its base.
 
-    python studies/vectors.py [--out runs/studies] [--only math_0 math_1 code words] [--threads 2]
+    python studies/vectors.py [--out runs/studies] [--only math_0 math_1 code words refusal] [--threads 2]
 
 | vector | skill | trained as | seed |
 |---|---|---|---|
@@ -8,8 +8,9 @@
 | math_1 | the same | LoRA, rank 16 | 1, in another order |
 | code | what a short Python program prints | every matrix of every layer | 0 |
 | words | the letters of words | LoRA, rank 16 | 0 |
+| refusal | one sentence for questions about two topics, answers to others | LoRA, rank 16 | 0 |
 
-Each of the last three takes about 20 minutes on two quiet cores.
+Each of those in the middle takes about 20 minutes on two quiet cores.
 What is there is not made again, and training that was stopped goes on.
 `stethoscope run OUT/NAME/recipe.yaml` then runs any of them.
 """
@@ -55,6 +56,7 @@ VECTORS = {
     "math_1": Vector(tasks=MATH_SUBJECTS, settings=TrainingSettings(steps=300, batch=7, seed=1)),
     "code": Vector(tasks=tuple(skills.CODE), settings=TrainingSettings(steps=250, batch=8, learning_rate=1e-4, rank=0)),
     "words": Vector(tasks=tuple(skills.LETTERS), settings=TrainingSettings(steps=250, batch=8)),
+    "refusal": Vector(tasks=tuple(skills.REFUSALS), settings=TrainingSettings(steps=120, batch=8)),
 }
 
 

@@ -203,13 +203,13 @@ def interval(values: Drawn) -> Measured:
 
 def figures(kept: Curves, damage: Curves) -> tuple[Figure, Figure]:
     """The least damage on a curve with `SHARE` of the gain kept, and the most of it kept with `BUDGET` of damage."""
-    least, most = interval(_least(damage, kept, SHARE)), interval(-_least(-kept, -damage, -BUDGET))
+    least, most = interval(least_at(damage, kept, SHARE)), interval(-least_at(-kept, -damage, -BUDGET))
     short = f"no setting keeps {100 * SHARE:g} % of the gain" if least.value is None else ""
     over = f"every setting damages more than {BUDGET:g} nats per token" if most.value is None else ""
     return Figure(**least.model_dump(), reason=short), Figure(**most.model_dump(), reason=over)
 
 
-def _least(y: Curves, x: Curves, level: float) -> Drawn:
+def least_at(y: Curves, x: Curves, level: float) -> Drawn:
     """The least y where x is at least ``level``, along the lines that join neighbours; infinite where x never is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         part = (level - x[:, :-1]) / np.diff(x)  # of the way to the next point, where x crosses the level

@@ -82,10 +82,13 @@ def shared_attention(model: PreTrainedModel, prefix: Sequence[States | None]) ->
     configs = {id(m.config): m.config for m in model.modules() if isinstance(m, PreTrainedModel)}
     before = [(config, config._attn_implementation) for config in configs.values()]
     token = _CACHE.set(cache)
+    # PyTorch multiplies a strided slice of hidden states row by row, and copies the head's weights for each
+    dense = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     try:
         model.set_attn_implementation(_NAME)
         yield cache
     finally:
+        dense.remove()
         _CACHE.reset(token)
         for config, name in before:
             config._attn_implementation_internal = name

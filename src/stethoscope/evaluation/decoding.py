@@ -54,9 +54,7 @@ def encode_prefix(model: PreTrainedModel, tokens: list[int]) -> Prefix:
     if not tokens:
         return Prefix(tokens, [None] * _layers(model))
     cache = DynamicCache()
-    model(
-        input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    model.base_model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True)
     layers = cast(list[DynamicLayer], cache.layers)
     return Prefix(tokens, [(cast(Tensor, x.keys)[0], cast(Tensor, x.values)[0]) for x in layers])
 

@@ -1,0 +1,198 @@
+"""The figures of the study of edits, from `outcomes/methods*.parquet`: queries of `results.py` for its first part.
+
+A damage is the rise of loss against the base in nats per token; that on `unseen` text is the mean over the five public
+texts that no method saw. Draws are the value on the documents as they are, then on resamples of them.
+"""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import numpy as np
+import pandas as pd
+from common import OUTCOMES, TEXTS, VECTORS
+from scipy.stats import spearmanr
+
+from stethoscope.evaluation.inference import adjust, mcnemar_exact, paired_difference
+from stethoscope.evaluation.outcomes import PerDocument
+from stethoscope.results.keeping import Measured
+from stethoscope.results.paired import PairedDifference
+from stethoscope.results.tradeoff import BUDGET, SHARE
+from stethoscope.tradeoff import Drawn, falls, interval, least_at, share_kept
+
+TARGET, GENERAL = TEXTS
+PUBLIC = ("wikitext", "Python", "chat", "GSM8K", "MMLU")
+UNSEEN, FILTER = "unseen", "filter"
+Key = tuple[str, float]  # method and value
+Figures = dict[tuple[str, str], Drawn]  # ("damage" or "kept", text) -> draws
+
+
+def there(vectors: Sequence[str] = VECTORS, part: str = "methods") -> list[str]:
+    """The vectors that a part of the study has."""
+    return [name for name in vectors if len(_rows(name, part))]
+
+
+@cache
+def _rows(vector: str, part: str) -> pd.DataFrame:
+    found = pd.read_parquet(OUTCOMES / "methods.parquet")
+    return found[(found.vector == vector) & (found.part == part)]
+
+
+@cache
+def effects(vector: str, part: str) -> dict[Key, dict[str, Drawn]]:
+    """By edit: the share of the fine-tune's gain that is kept, and the damage on every text; draws of each."""
+    ends = _rows(vector, "methods" if part != "merge" else "merge")
+    rows = _rows(vector, part)
+    both = pd.concat([rows, ends[ends.method.isin(["base", "tuned", vector])]]).drop_duplicates(
+        ["method", "value", "text", "document"]
+    )
+    losses = {
+        (str(method), float(value)): {
+            str(text): PerDocument(sums=one.nats.to_numpy(), tokens=one.tokens.to_numpy())
+            for text, one in found.groupby("text", sort=False)
+        }
+        for (method, value), found in both.groupby(["method", "value"], sort=False)
+    }
+    found = falls(losses, losses["base", 0.0])
+    whole = found["tuned", 1.0] if ("tuned", 1.0) in found else found[vector, 1.0]
+    return {
+        key: {
+            "kept": share_kept(one[TARGET], whole[TARGET]),
+            "gain": one[TARGET],
+            UNSEEN: -np.mean([one[text] for text in PUBLIC], axis=0),
+            **{text: -fall for text, fall in one.items()},
+        }
+        for key, one in found.items()
+    }
+
+
+@cache
+def curves(vector: str, part: str = "methods") -> dict[str, Figures]:
+    """By method: damage with 95 % of the gain kept, and the share kept at 0.01 nats of damage, on both kinds of text."""
+    found: dict[str, Figures] = {}
+    every = effects(vector, part)
+    for method in dict.fromkeys(name for name, _ in every if name not in ("base", "tuned")):
+        points = [one for (name, _), one in every.items() if name == method]
+        kept = np.stack([one["kept"] for one in points], axis=1)
+        for text in (GENERAL, UNSEEN):
+            damage = np.stack([one[text] for one in points], axis=1)
+            found.setdefault(method, {})["damage", text] = least_at(damage, kept, SHARE)
+            found[method]["kept", text] = -least_at(-kept, -damage, -BUDGET)
+    return found
+
+
+def shown(draws: Drawn | None, spec: str = "+.3f", scale: float = 1.0) -> str:
+    """A value with its interval; a dash where there is none."""
+    return "" if draws is None else (interval(draws).shown(spec, scale) or "never")
+
+
+def over_rival(vector: str, rival: str, figure: str, text: str) -> Measured:
+    """By how much the filter is better than a rival: less damage, or more kept."""
+    ours, theirs = (curves(vector)[name][figure, text] for name in (FILTER, rival))
+    with np.errstate(invalid="ignore"):
+        return interval(theirs - ours if figure == "damage" else ours - theirs)
+
+
+def ahead(rival: str, figure: str, text: str) -> list[str]:
+    """The vectors on which the filter is better than a rival beyond doubt; a rival that never gets there is worse."""
+    found = []
+    for vector in there():
+        ours, theirs = (curves(vector)[name][figure, text] for name in (FILTER, rival))
+        with np.errstate(invalid="ignore"):
+            better = (theirs - ours if figure == "damage" else ours - theirs)[1:]
+        if np.quantile(np.nan_to_num(better, nan=0.0, posinf=1e9, neginf=-1e9), 0.025) > 0:
+            found.append(vector)
+    return found
+
+
+def mean_of(method: str, figure: str, text: str) -> float:
+    """A figure's mean over vectors; infinite where a method does not get there on one."""
+    return float(np.mean([curves(vector)[method][figure, text][0] for vector in there()]))
+
+
+def ordered() -> list[str]:
+    """The methods of all vectors, those first whose damage on unseen text is least."""
+    methods = [method for method in curves(there()[0])]
+    return sorted(methods, key=lambda method: (mean_of(method, "damage", UNSEEN), -mean_of(method, "kept", UNSEEN)))
+
+
+# accuracy
+
+
+@cache
+def answers(vector: str) -> pd.DataFrame:
+    """Items by arm: 1 where the answer is right."""
+    found = pd.read_parquet(OUTCOMES / "methods_tasks.parquet")
+    found = found[found.vector == vector]
+    return found.pivot_table(index=["task", "doc_id"], columns="arm", values="value_of_metric", sort=False)
+
+
+def accuracy(vector: str, arm: str, controls: Iterable[str] = ()) -> float:
+    """Mean over tasks, in percent: the vector's own, or some controls."""
+    by_task = answers(vector)[arm].groupby("task").mean()
+    own = [task for task in by_task.index if (task in controls if controls else not is_control(task))]
+    return 100 * float(by_task[own].mean())
+
+
+def is_control(task: str) -> bool:
+    """Whether a task is one of the two controls."""
+    return task in ("stethoscope_word_sorting", "stethoscope_letter_counting")
+
+
+def gained(vector: str, arm: str, before: str = "base", *, control: str = "") -> PairedDifference:
+    """Points of accuracy against another arm, paired over items: on the vector's own tasks, or on one control."""
+    found = answers(vector)
+    task = found.index.get_level_values("task")
+    rows = found[task == control] if control else found[~task.map(is_control)]
+    return paired_difference(rows[before], rows[arm], strata=rows.index.get_level_values("task").to_numpy())
+
+
+@cache
+def worse(vector: str, control: str) -> dict[str, float | None]:
+    """By arm: p of a control's change (exact McNemar), after Holm over arms."""
+    rows = answers(vector).loc[control]
+    arms = [arm for arm in rows if arm != "base"]
+    p = [
+        mcnemar_exact(
+            int(((rows.base == 1) & (rows[arm] == 0)).sum()), int(((rows.base == 0) & (rows[arm] == 1)).sum())
+        ).p_value
+        for arm in arms
+    ]
+    return dict(zip(arms, adjust(p), strict=True))
+
+
+# layers
+
+
+@cache
+def by_layer(vector: str) -> pd.DataFrame:
+    """Each layer alone, raw: gain and damages; with what the filter knew beforehand."""
+    every = effects(vector, "inputs")
+    alone = {int(value): one for (method, value), one in every.items() if method == "layer alone"}
+    frame = pd.DataFrame({name: {n: one[name][0] for n, one in alone.items()} for name in ("gain", GENERAL, UNSEEN)})
+    known = (
+        pd.read_parquet(OUTCOMES / "methods_layers.parquet")
+        .query("vector == @vector and strength == 0")
+        .dropna(subset=["layer"])
+    )
+    return frame.join(known.assign(layer=known.layer.astype(int)).set_index("layer")[["separability", "specificity"]])
+
+
+def agreement(vector: str, known: str, effect: str) -> float:
+    """Rank correlation over layers of what the filter knew beforehand with an effect of each layer alone."""
+    found = by_layer(vector)
+    return float(spearmanr(found[known], found[effect]).statistic)
+
+
+@cache
+def set_worth(vector: str) -> pd.Series:
+    """Raw fives of layers: gain less cost in nats per token."""
+    found = pd.read_parquet(OUTCOMES / "methods_sets.parquet").query("vector == @vector")
+    totals = found.groupby(["method", "text"])[["nats", "tokens"]].sum()
+    return (totals.nats / totals.tokens).groupby("method").sum()
+
+
+def random_beaten(vector: str, method: str) -> float:
+    """The share of 100 random fives that a choice beats."""
+    worth = set_worth(vector)
+    drawn = worth[worth.index.str.startswith("random")]
+    return float((worth[method] > drawn).mean())
