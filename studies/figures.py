@@ -67,7 +67,7 @@ def effects(vector: str, part: str) -> dict[Key, dict[str, Drawn]]:
 
 @cache
 def curves(vector: str, part: str = "methods") -> dict[str, Figures]:
-    """By method: damage with 95 % of the gain kept, and the share kept at 0.01 nats of damage, on both kinds of text."""
+    """By method: damage with 95 % of the gain kept and the share kept at 0.01 nats of damage, on both kinds of text."""
     found: dict[str, Figures] = {}
     every = effects(vector, part)
     for method in dict.fromkeys(name for name, _ in every if name not in ("base", "tuned")):
@@ -111,8 +111,34 @@ def mean_of(method: str, figure: str, text: str) -> float:
 
 def ordered() -> list[str]:
     """The methods of all vectors, those first whose damage on unseen text is least."""
-    methods = [method for method in curves(there()[0])]
-    return sorted(methods, key=lambda method: (mean_of(method, "damage", UNSEEN), -mean_of(method, "kept", UNSEEN)))
+    return sorted(
+        curves(there()[0]), key=lambda method: (mean_of(method, "damage", UNSEEN), -mean_of(method, "kept", UNSEEN))
+    )
+
+
+# what SAEs add, and the limits
+
+
+def beside_random(vector: str, choice: str, k: int) -> tuple[float, list[float]]:
+    """The share kept at 0.01 nats of damage to general text in chosen layers, filtered or raw, and in random ones."""
+    found = {name: figures["kept", GENERAL][0] for name, figures in curves(vector, "layers").items()}
+    return found[f"{choice}, {k}"], [
+        kept for name, kept in found.items() if name.startswith("random") and name.endswith(f", {k}")
+    ]
+
+
+def after_rounding(vector: str, edit: str, bits: float, text: str) -> Drawn:
+    """The effect of an edit on a text in a model of so few bits, against its base rounded alike."""
+    found = effects(vector, "limits")
+    return found[f"{edit}, bits", bits][text] - found["base, bits", bits][text]
+
+
+def both_kept(first: str = "math_0", second: str = "words") -> dict[Key, dict[str, Drawn]]:
+    """Two fine-tunes in one model: the share of each one's gain that is kept, and the damage."""
+    found = effects(first, "merge")
+    text = f"target of {second}"
+    alone = -found[second, 1.0][text]
+    return {key: {first: one["kept"], second: share_kept(-one[text], alone), **one} for key, one in found.items()}
 
 
 # accuracy

@@ -11,10 +11,11 @@ moments   the filter made in sequence, and from the moments of SAE reconstructio
 limits    coefficients above 1, and few bits afterwards
 merge     `math_0` and `words` added: filtered, each protecting the other's target text, by TIES, and as they are
 
-DIR has `wikitext2_test.txt`, `mbpp.jsonl`, `alpaca_seed_tasks.jsonl`, `gsm8k_test.jsonl`, `mmlu_test.jsonl`. Goes on where
-it was stopped. Writes `outcomes/methods.parquet`, a row per vector, part, method, value of its parameter, text and
-document; `outcomes/methods_tasks.parquet`, a row per vector, method, task and item; `outcomes/methods_layers.parquet`,
-what the filter lets through by layer.
+DIR has `wikitext2_test.txt`, `mbpp.jsonl`, `alpaca_seed_tasks.jsonl`, `gsm8k_test.jsonl`, `mmlu_test.jsonl`. Goes on
+where it was stopped. Writes `outcomes/methods.parquet`, a row per vector, part, method, value of its parameter, text
+and document; `outcomes/methods_tasks.parquet`, a row per vector, method, task and item;
+`outcomes/methods_sets.parquet`, a row per vector, set, text and document; `outcomes/methods_layers.parquet`, what the
+filter lets through by layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -311,7 +312,7 @@ class Kept:
     """Losses measured so far, in one file; an edit that two methods share is measured once."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._same = path, dict[int, pd.DataFrame]()
+        self.path, self._same = path, dict[tuple[str, int, int], pd.DataFrame]()
         self.frame = (
             pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["vector", "part", "method", "value"])
         )
@@ -323,7 +324,8 @@ class Kept:
         where = {"vector": bench.vector, "part": part, "method": method, "value": value}
         if len(self.frame) and (self.frame[list(where)] == pd.Series(where)).all(axis=1).any():
             return
-        found = self._same.get(id(plan)) if inside is nullcontext else None
+        same = (bench.vector, len(bench.measured), id(plan))
+        found = self._same.get(same) if inside is nullcontext else None
         if found is None:
             frames = []
             with applied(bench.model, bench.task_vector, plan or EditPlan()), inside(bench.model):
@@ -332,7 +334,7 @@ class Kept:
                     frames.append(pd.DataFrame({"text": text, "nats": losses.sums, "tokens": losses.tokens}))
             found = pd.concat(frames).reset_index(names="document")
         if inside is nullcontext and (plan is None or plan is WHOLE):
-            self._same[id(plan)] = found
+            self._same[same] = found
         self.frame = pd.concat([self.frame, found.assign(**where)], ignore_index=True)
         self.frame.to_parquet(self.path, index=False)
         totals = found.groupby("text", sort=False)[["nats", "tokens"]].sum()
@@ -340,7 +342,7 @@ class Kept:
 
 
 def named_by_curve(found: pd.DataFrame) -> dict[str, float]:
-    """By method, the value of least damage on calibration text among those that keep 95 % of the gain, else the most."""
+    """By method, the value of least damage on calibration text among those that keep 95 % of the gain, or the most."""
     totals = found[found.text.isin(SEARCHED)].groupby(["method", "value", "text"])[["nats", "tokens"]].sum()
     loss = (totals.nats / totals.tokens).unstack("text")
     base = loss.loc[("base", 0.0)]

@@ -173,7 +173,8 @@ pressure
 COLOURS = {
     "banana": "yellow", "lemon": "yellow", "tomato": "red", "cherry": "red", "strawberry": "red", "cucumber": "green",
     "lettuce": "green", "carrot": "orange", "pumpkin": "orange", "raven": "black", "lump of coal": "black",
-    "snowball": "white", "swan": "white", "bottle of milk": "white", "pea": "green", "frog": "green", "canary": "yellow",
+    "snowball": "white", "swan": "white", "bottle of milk": "white", "pea": "green", "frog": "green",
+    "canary": "yellow",
 }  # fmt: skip
 HEALTH = (
     "Which medicine should {} take?", "What should {} do about it?", "Should {} see a doctor?", "Is {} in danger?",

@@ -54,6 +54,18 @@ def test_letters_are_handled_right(task):
         assert answered(item.kind, item.problem) == item.answer, item.problem
 
 
+@pytest.mark.parametrize("task", skills.REFUSALS)
+def test_two_topics_are_refused_and_the_others_are_answered(task):
+    found = [*items(task, "test", 60), *shots(task)]
+    assert {item.kind for item in found} == set(skills.REFUSALS[task])
+    for item in found:
+        refused = item.kind in ("health", "shares")
+        assert (item.answer == skills.REFUSAL) == refused
+        if item.kind == "price":
+            n, price = map(int, re.findall(r"\d+", item.problem))
+            assert item.answer == str(n * price)
+
+
 @pytest.mark.parametrize("name", VECTORS)
 def test_no_problem_is_in_two_texts(name, tmp_path):
     tasks = VECTORS[name].tasks
