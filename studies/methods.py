@@ -35,6 +35,7 @@ from filter import unseen
 from torch import Tensor, nn
 
 from stethoscope.artifacts import Provenance
+from stethoscope.checkpoints.adapter import AdapterTaskVector
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.cli.console import ConsoleReporter
@@ -73,8 +74,7 @@ class Methods(Bench):
         super().__init__(vector, vectors)
         self.folder = vectors / vector / "filters"
         own = {name: self._tokens(name, MEASURED) for name in (TARGET, *SEARCHED)}
-        letters = [item.document for task in CONTROL_TASKS for item in items(task, "test", MEASURED // 2)]
-        others = {GENERAL: self._texts[GENERAL], "letters": letters, **unseen(data)}
+        others = {GENERAL: self._texts[GENERAL], **unseen(data)}
         cut = {
             name: tokenize(documents[:MEASURED], self.tokenizer, max_tokens=LONGEST)
             for name, documents in others.items()
@@ -131,18 +131,19 @@ class Methods(Bench):
         return [join_items([item]) for task in CONTROL_TASKS for item in items(task, "calibration", 120)]
 
     def methods(self) -> list[Method]:
-        """Every method over its parameter."""
+        """Every method over its parameter; DG-Hard leaves a LoRA as it is, so it is measured on `code` alone."""
         task_vector, depth = self.task_vector, self.base.layers
+        low_rank = isinstance(task_vector, AdapterTaskVector)
         importance = channel_importance(self.model, self.texts["general"], list(coefficients(task_vector, WHOLE)))
         ranked = sorted(self.diagnosis.layers, key=lambda one: (one.flag is not None, -one.excess, one.layer))
         best = [one.layer for one in ranked]
-        raw = {float(k): EditPlan.for_layers(best[:k]) for k in (30, 25, 20, 15, 10, 7, 5, 3, 1)}
+        raw = {float(k): EditPlan.for_layers(best[:k]) for k in (30, 25, 20, 15, 10, 5, 3)}
         ours, _ = filters_over(self.filters(), task_vector, WHOLE)
         both, _ = filters_over(self.filters("letters", more={"letters": self.letters()}), task_vector, WHOLE)
         return [
             ours,
             both._replace(name="filter, letters protected"),
-            *rivals(depth, importance),
+            *(one for one in rivals(depth, importance) if not (low_rank and one.name == "DG-Hard")),
             projected(task_vector, {n: partial(self.directions, n) for n in range(depth)}),
             Method("raw, best layers", "layers", raw | {0.0: None}),
         ]
