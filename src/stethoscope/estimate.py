@@ -23,6 +23,7 @@ from stethoscope.stages import STAGES
 
 CHARACTERS = 4  # of a token: English has about 4.5, code and mathematics about 3
 STRENGTHS = 5  # of `editing.filter`, which imports Transformers
+HEALTH, LEAST_HEALTH = 2048, 256  # tokens of each text, as `diagnosis.collect` takes them
 ANSWERED = 0.5  # of the tokens that a task lets a model write
 # Bytes moved for each weight of an SAE that is loaded, or of an edit that is made; fitted as `models.speeds` says.
 LOADING, MAKING = 60, 24
@@ -96,6 +97,10 @@ class _Run:
     def corpora(self, documents: int | None = None, most: Number = inf) -> Number:  # tokens of what is scored
         return sum(min(sum(self.texts[name][:documents]), most) for name in self.recipe.corpora)
 
+    def healthy(self) -> Number:  # tokens on which the SAEs' health is measured
+        texts = [sum(self.texts[name]) for name in self.recipe.corpora]
+        return sum(min(HEALTH, max(tokens / 8, LEAST_HEALTH)) for tokens in texts)
+
     def forward(self, tokens: Number, predicted: Number = 0) -> Work:
         return [("model", 2 * (tokens * self.blocks + predicted * self.head))]
 
@@ -106,7 +111,7 @@ class _Run:
         return [("host", MAKING * times * self.cells), ("double", 2 * self.rank * times * self.cells)]
 
     def diagnose(self) -> Stage:
-        (work, held), tokens, sample = self.load_saes(), self.corpora(), self.corpora(most=2048)
+        (work, held), tokens, sample = self.load_saes(), self.corpora(), self.healthy()
         encoders, limit = sum(self.saes) * self.itemsize, self.recipe.diagnose.sae_memory or inf
         passes = max(1.0, encoders / limit) + 4 * (self.recipe.score == ATTRIBUTION)  # which takes gradients
         work += self.forward(passes * tokens + sample)
@@ -147,10 +152,13 @@ class _Run:
             met[part if module in READERS else entry.name, entry.shape[1]] += self.rank or entry.shape[0]
         work = [*self.forward(sum(texts)), ("host", 0 if self.rank else 40 * strengths * self.cells)]
         for (_, d), rows in met.items():  # moments; factors, and solves to tell texts apart; changes and their effects
-            solved = strengths * (2 * min(d, rows) + 2 * rows * (rows > d)) + 4 * (1 + strengths) * rows
-            work += [("single", sum(texts) * d**2), ("double", d**3 * (strengths / 3 + 2.5) + solved * d**2)]
-        moments = 4 * len(texts) * sum(d**2 for _, d in met) / self.base.layers
-        held = max(48 * d**2 + 32 * rows * d for (_, d), rows in met.items())
+            n = min(sum(texts), d)  # with few tokens all is computed in their space, and the moments are those of tokens
+            solved = strengths * (2 * min(n, rows) + 2 * rows * (rows > d)) + 4 * (1 + strengths) * rows
+            work.append(("single", sum(texts) * d**2) if n == d else ("double", d * n**2))
+            work.append(("double", n**3 * (strengths / 3 + 2.5) + solved * n * d))
+        few = {d: min(sum(texts), d) for _, d in met}
+        moments = 4 * len(texts) * sum(few[d] * d for _, d in met) / self.base.layers
+        held = max(48 * few[d] * d + 32 * rows * d for (_, d), rows in met.items())
         return work, sum(texts) * self.base.hidden_size * self.itemsize + moments + held
 
     def geometry(self) -> Stage:
