@@ -4,7 +4,7 @@ A damage is the rise of loss against the base in nats per token; that on `unseen
 texts that no method saw. Draws are the value on the documents as they are, then on resamples of them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -14,7 +14,6 @@ from scipy.stats import spearmanr
 
 from stethoscope.evaluation.inference import adjust, mcnemar_exact, paired_difference
 from stethoscope.evaluation.outcomes import PerDocument
-from stethoscope.results.keeping import Measured
 from stethoscope.results.paired import PairedDifference
 from stethoscope.results.tradeoff import BUDGET, SHARE
 from stethoscope.tradeoff import Drawn, falls, interval, least_at, share_kept
@@ -22,6 +21,7 @@ from stethoscope.tradeoff import Drawn, falls, interval, least_at, share_kept
 TARGET, GENERAL = TEXTS
 PUBLIC = ("wikitext", "Python", "chat", "GSM8K", "MMLU")
 UNSEEN, FILTER = "unseen", "filter"
+CONTROLS = ("stethoscope_word_sorting", "stethoscope_letter_counting")
 Key = tuple[str, float]  # method and value
 Figures = dict[tuple[str, str], Drawn]  # ("damage" or "kept", text) -> draws
 
@@ -80,40 +80,34 @@ def curves(vector: str, part: str = "methods") -> dict[str, Figures]:
     return found
 
 
-def shown(draws: Drawn | None, spec: str = "+.3f", scale: float = 1.0) -> str:
-    """A value with its interval; a dash where there is none."""
-    return "" if draws is None else (interval(draws).shown(spec, scale) or "never")
+def shown(draws: Drawn, spec: str = "+.3f", scale: int = 1) -> str:
+    """A value with its interval; "never" where a method does not get there."""
+    found = interval(draws)
+    return "never" if found.value is None else found.shown(spec, scale)
 
 
-def over_rival(vector: str, rival: str, figure: str, text: str) -> Measured:
-    """By how much the filter is better than a rival: less damage, or more kept."""
+def over_rival(vector: str, rival: str, figure: str, text: str) -> str:
+    """By how much the filter is better than a rival: less damage, or more points kept."""
     ours, theirs = (curves(vector)[name][figure, text] for name in (FILTER, rival))
+    if not np.isfinite(theirs[0]):
+        return "never"
     with np.errstate(invalid="ignore"):
-        return interval(theirs - ours if figure == "damage" else ours - theirs)
+        return shown(theirs - ours) if figure == "damage" else shown(ours - theirs, "+.0f", 100)
 
 
-def ahead(rival: str, figure: str, text: str) -> list[str]:
-    """The vectors on which the filter is better than a rival beyond doubt; a rival that never gets there is worse."""
-    found = []
-    for vector in there():
-        ours, theirs = (curves(vector)[name][figure, text] for name in (FILTER, rival))
-        with np.errstate(invalid="ignore"):
-            better = (theirs - ours if figure == "damage" else ours - theirs)[1:]
-        if np.quantile(np.nan_to_num(better, nan=0.0, posinf=1e9, neginf=-1e9), 0.025) > 0:
-            found.append(vector)
-    return found
+def rivals(vector: str) -> list[str]:
+    """The methods beside the filter."""
+    return [name for name in ordered(vector) if not name.startswith(FILTER)]
 
 
-def mean_of(method: str, figure: str, text: str) -> float:
-    """A figure's mean over vectors; infinite where a method does not get there on one."""
-    return float(np.mean([curves(vector)[method][figure, text][0] for vector in there()]))
+def ordered(vector: str) -> dict[str, Figures]:
+    """The methods of a vector, those first whose damage on unseen text is least."""
+    found = curves(vector)
 
+    def place(method: str) -> tuple[float, float]:
+        return found[method]["damage", UNSEEN][0], -found[method]["kept", UNSEEN][0]
 
-def ordered() -> list[str]:
-    """The methods of all vectors, those first whose damage on unseen text is least."""
-    return sorted(
-        curves(there()[0]), key=lambda method: (mean_of(method, "damage", UNSEEN), -mean_of(method, "kept", UNSEEN))
-    )
+    return {name: found[name] for name in sorted(found, key=place)}
 
 
 # what SAEs add, and the limits
@@ -144,31 +138,43 @@ def both_kept(first: str = "math_0", second: str = "words") -> dict[Key, dict[st
 # accuracy
 
 
+def answered() -> list[str]:
+    """The vectors whose methods have answered their tasks."""
+    return _named("methods_tasks")
+
+
+def with_sets() -> list[str]:
+    """The vectors of which sets of layers were measured."""
+    return _named("methods_sets")
+
+
+def _named(study: str) -> list[str]:
+    found = set(pd.read_parquet(OUTCOMES / f"{study}.parquet", columns=["vector"]).vector)
+    return [name for name in VECTORS if name in found]
+
+
 @cache
 def answers(vector: str) -> pd.DataFrame:
     """Items by arm: 1 where the answer is right."""
-    found = pd.read_parquet(OUTCOMES / "methods_tasks.parquet")
-    found = found[found.vector == vector]
-    return found.pivot_table(index=["task", "doc_id"], columns="arm", values="value_of_metric", sort=False)
+    found = pd.read_parquet(OUTCOMES / "methods_tasks.parquet").query("vector == @vector")
+    return found.pivot_table(index=["task", "item"], columns="arm", values="exact_match", sort=False)
 
 
-def accuracy(vector: str, arm: str, controls: Iterable[str] = ()) -> float:
-    """Mean over tasks, in percent: the vector's own, or some controls."""
+def setting(vector: str, arm: str) -> float:
+    """The value of a method's parameter that its curve on calibration text named."""
+    found = pd.read_parquet(OUTCOMES / "methods_tasks.parquet").query("vector == @vector and arm == @arm")
+    return float(found.value.iloc[0])
+
+
+def right(vector: str, arm: str, control: str = "") -> float:
+    """Mean accuracy in percent: over the vector's own tasks, or on one control."""
     by_task = answers(vector)[arm].groupby("task").mean()
-    own = [task for task in by_task.index if (task in controls if controls else not is_control(task))]
-    return 100 * float(by_task[own].mean())
+    return 100 * float(by_task[control] if control else by_task.drop(list(CONTROLS)).mean())
 
 
-def is_control(task: str) -> bool:
-    """Whether a task is one of the two controls."""
-    return task in ("stethoscope_word_sorting", "stethoscope_letter_counting")
-
-
-def gained(vector: str, arm: str, before: str = "base", *, control: str = "") -> PairedDifference:
-    """Points of accuracy against another arm, paired over items: on the vector's own tasks, or on one control."""
-    found = answers(vector)
-    task = found.index.get_level_values("task")
-    rows = found[task == control] if control else found[~task.map(is_control)]
+def gained(vector: str, arm: str, before: str = "base") -> PairedDifference:
+    """Points of accuracy on the vector's own tasks against another arm, paired over items."""
+    rows = answers(vector).drop(list(CONTROLS), level="task")
     return paired_difference(rows[before], rows[arm], strata=rows.index.get_level_values("task").to_numpy())
 
 

@@ -18,9 +18,9 @@ and document; `outcomes/methods_tasks.parquet`, a row per vector, method, task a
 filter lets through by layer.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -30,41 +30,31 @@ import pandas as pd
 import skills
 import torch
 from common import JUDGED_ON, OUTCOMES, TEXTS, VECTORS, Bench, arguments
-from edits import rounded
 from filter import unseen
-from torch import Tensor, nn
+from method_parts import STRENGTHS, Within, inputs, layers, limits, merged, moments
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.adapter import AdapterTaskVector
-from stethoscope.checkpoints.names import parse_name
-from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.editing.apply import applied
 from stethoscope.editing.filter import FilteredChange, write_filters
-from stethoscope.editing.plan import EditPlan, Transform, coefficients
-from stethoscope.editing.rivals import WHOLE, Changed, Method, channel_importance, projected, rivals, scaled
+from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.editing.rivals import WHOLE, Method, channel_importance, projected, rivals
 from stethoscope.evaluation.run import evaluate
 from stethoscope.evaluation.text_loss import document_losses
-from stethoscope.models.load import decoder_layers
 from stethoscope.recipe import Select
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.filtering import Filtering
 from stethoscope.run import run_recipe
-from stethoscope.saes.open import load_sae
 from stethoscope.selection.policies import select
 from stethoscope.text.tokens import TokenBatch, batches, tokenize, within
 from stethoscope.tradeoff import filters_over
 from stethoscope_demo.items import CONTROL_TASKS, items, join_items
 from stethoscope_demo.tasks import task_name
 
-STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-SIZES = (5, 15)  # of sets of layers
 TARGET, GENERAL = TEXTS
 SEARCHED = ("calibration target", "calibration control")
 MEASURED, LONGEST = 20, 128  # documents of each text, and their tokens
-INPUTS = {"q, k, v": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate, up": ("gate_proj", "up_proj"),
-          "down": ("down_proj",)}  # fmt: skip
-Within = Callable[[nn.Module], AbstractContextManager[None]]
 
 
 class Methods(Bench):
@@ -94,7 +84,7 @@ class Methods(Bench):
     def filters(self, name: str = "general", *, more: Mapping[str, Sequence[Any]] | None = None) -> Path:
         """The filters of every strength that protect general text, and further texts at half its weight."""
         folder = self.folder / name
-        if not (folder / Filtering.FILE).exists():
+        if not (folder / Filtering.FILE).exists() or Filtering.load(folder).strengths != STRENGTHS:
             texts = self.texts | {key: self.made_from(documents) for key, documents in (more or {}).items()}
             weights = dict.fromkeys(more or {}, 0.5)
             write_filters(
@@ -147,166 +137,6 @@ class Methods(Bench):
             projected(task_vector, {n: partial(self.directions, n) for n in range(depth)}),
             Method("raw, best layers", "layers", raw | {0.0: None}),
         ]
-
-
-@dataclass(frozen=True)
-class Only:
-    """The transform that keeps the change of some modules alone, transformed further or as it is."""
-
-    modules: tuple[str, ...]
-    then: Transform | None = None
-
-    def apply(self, name: str, delta: Tensor) -> Tensor:
-        """The new change."""
-        if name.split(".")[-2] not in self.modules:
-            return torch.zeros_like(delta)
-        return self.then.apply(name, delta) if self.then else delta
-
-    def low_rank(self, _: str) -> None:
-        """Nothing is written."""
-
-    def describe(self) -> dict[str, Any]:
-        """What it keeps."""
-        return {"kind": "only", "modules": self.modules, "then": self.then.describe() if self.then else None}
-
-
-Edit = tuple[str, float, EditPlan | None]  # method, value of its parameter, plan
-
-
-def layers(bench: Methods) -> Iterator[Edit]:
-    """Chosen layers, raw (0) and filtered at two strengths; every layer alone is among `inputs`."""
-    for k in SIZES:
-        for name, chosen in bench.sets(k).items():
-            yield f"{name}, {k}", 0.0, EditPlan.for_layers(chosen)
-            for strength in (0.3, 3.0):
-                transform = FilteredChange(bench.filters(), strength, bench.task_vector)
-                yield f"{name}, {k}", strength, EditPlan.for_layers(chosen, transform=transform)
-
-
-def inputs(bench: Methods) -> Iterator[Edit]:
-    """Tensors of one kind of input alone, raw (0) and filtered at strength 1; then each layer's raw change alone."""
-    for name, modules in INPUTS.items():
-        yield name, 0.0, replace(WHOLE, transform=Only(modules))
-        yield name, 1.0, replace(WHOLE, transform=Only(modules, bench.filtered(1.0).transform))
-    for layer in range(bench.base.layers):
-        yield "layer alone", float(layer), EditPlan.for_layers([layer])
-
-
-def moments(bench: Methods) -> Iterator[Edit]:
-    """The filter from the base's moments, from those of the model edited so far, and from SAE reconstructions."""
-    texts = {
-        name: bench.made_from(bench._texts[text], 5_000)
-        for name, text in (("target", "target"), ("general", "control"))
-    }
-    blocks, strengths = decoder_layers(bench.model), (0.3, 1.0, 3.0)
-
-    @contextmanager
-    def reconstructed(layer: int) -> Iterator[None]:
-        if not layer:
-            yield
-            return
-        sae = load_sae(bench.saes[layer - 1])
-
-        def replaced(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return sae.decode(sae.encode(args[0].float())).to(args[0].dtype), *args[1:]
-
-        handle = blocks[layer].register_forward_pre_hook(replaced)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def by_layer(
-        name: str, strengths: Sequence[float], around: Callable[[int], AbstractContextManager[Any]]
-    ) -> dict[int, Path]:
-        made = {}
-        for layer in range(len(blocks)):
-            made[layer] = bench.folder / name / str(layer)
-            with around(layer):
-                write_filters(
-                    bench.model, bench.task_vector, texts, made[layer], provenance=Provenance(), strengths=strengths,
-                    layers=[layer],
-                )  # fmt: skip
-        return made
-
-    def together(folders: Mapping[int, Path], strength: float) -> EditPlan:
-        parts = {n: FilteredChange(folder, strength, bench.task_vector) for n, folder in folders.items()}
-        change = partial(_by_layer, parts=parts)
-        return EditPlan.for_layers(list(parts), transform=Changed(change))
-
-    whole = bench.folder / "few"
-    write_filters(bench.model, bench.task_vector, texts, whole, provenance=Provenance(), strengths=strengths)
-    for strength in strengths:
-        yield "of the base", strength, together(dict.fromkeys(range(len(blocks)), whole), strength)
-    made = by_layer("reconstructed", strengths, reconstructed)
-    for strength in strengths:
-        yield "of reconstructions", strength, together(made, strength)
-    for strength in strengths:
-        so_far: dict[int, Path] = {}
-
-        def edited(
-            layer: int, strength: float = strength, so_far: dict[int, Path] = so_far
-        ) -> AbstractContextManager[Any]:
-            plan = together(so_far, strength) if so_far else EditPlan()
-            so_far[layer] = bench.folder / "sequence" / str(layer)
-            return applied(bench.model, bench.task_vector, plan)
-
-        yield "in sequence", strength, together(by_layer("sequence", [strength], edited), strength)
-
-
-def _by_layer(name: str, delta: Tensor, *, parts: Mapping[int, FilteredChange]) -> Tensor:
-    layer = parse_name(name).layer
-    assert layer is not None
-    return parts[layer].apply(name, delta)
-
-
-def limits(bench: Methods) -> Iterator[tuple[str, float, EditPlan | None, Within]]:
-    """Coefficients above 1, and matrices of few bits."""
-    for strength in (1.0, 3.0):
-        for c in (1.25, 1.5, 2.0):
-            yield f"filter {strength:g} at", c, bench.filtered(strength, default=c), nullcontext
-    plans = {"base": None, "tuned": WHOLE, "scaled 0.5": scaled(0.5), "filter 1": bench.filtered(1.0)}
-    for bits, group in ((8, 0), (4, 64)):
-        for name, plan in plans.items():
-            yield f"{name}, bits", float(bits), plan, partial(rounded, bits=bits, group=group)
-
-
-def merged(bench: Methods, other: Methods) -> Iterator[Edit]:
-    """Both vectors of one base; the first is the bench's."""
-    bench.measured[f"target of {other.vector}"] = other.measured[TARGET]
-    yield "base", 0.0, None
-    for name, one in ((bench.vector, bench), (other.vector, other)):
-        yield name, 1.0, replace(WHOLE, transform=Changed(partial(_of, task_vector=one.task_vector)))
-    both = {"first": bench.task_vector, "second": other.task_vector}
-    for c in (1.0, 0.7, 0.5, 0.3):
-        yield "sum", c, replace(WHOLE, default=c, transform=Changed(partial(_sum, **both)))
-    for density in (0.5, 0.2, 0.1):
-        yield "TIES", density, replace(WHOLE, transform=Changed(partial(_ties, density=density, **both)))
-    folders = [
-        one.filters(f"beside {two.vector}", more={two.vector: two._texts["target"]})
-        for one, two in ((bench, other), (other, bench))
-    ]
-    for strength in STRENGTHS:
-        parts = [FilteredChange(folder, strength, tv) for folder, tv in zip(folders, both.values(), strict=True)]
-        yield "filters added", strength, replace(WHOLE, transform=Changed(partial(_added, parts=parts)))
-
-
-def _of(name: str, _: Tensor, *, task_vector: TaskVector) -> Tensor:
-    return task_vector.delta(name)
-
-
-def _sum(name: str, _: Tensor, *, first: TaskVector, second: TaskVector) -> Tensor:
-    return first.delta(name) + second.delta(name)
-
-
-def _ties(name: str, _: Tensor, *, first: TaskVector, second: TaskVector, density: float) -> Tensor:
-    from peft.utils.merge_utils import ties
-
-    return ties([first.delta(name), second.delta(name)], torch.ones(2), density)
-
-
-def _added(name: str, delta: Tensor, *, parts: Sequence[FilteredChange]) -> Tensor:
-    return torch.stack([part.apply(name, part.task_vector.delta(name)) for part in parts]).sum(0)
 
 
 class Kept:
@@ -370,7 +200,8 @@ def on_tasks(bench: Methods, found: pd.DataFrame) -> pd.DataFrame:
         include_path=options.include_path,
         batch_size=options.batch_size,
     )
-    return outcomes.frame.assign(vector=bench.vector, value=outcomes.frame.arm.map(chosen))
+    frame = outcomes.frame[["arm", "task", "item", "exact_match"]]
+    return frame.assign(vector=bench.vector, value=frame.arm.map(chosen))
 
 
 def sets(bench: Methods) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
+import figures
 import jinja2
 import numpy as np
 import pandas as pd
@@ -330,7 +331,7 @@ def render() -> str:
     )  # fmt: skip
     environment.filters.update({one.__name__: one for one in formats}, mean=np.mean)
     environment.globals.update({one.__name__: one for one in (*queries, those)}, combinations=combinations)
-    environment.globals.update(NAMES=NAMES, TARGET=TARGET, GENERAL=GENERAL, ONE_A_SEGMENT=ONE_A_SEGMENT)
+    environment.globals.update(NAMES=NAMES, TARGET=TARGET, GENERAL=GENERAL, ONE_A_SEGMENT=ONE_A_SEGMENT, edits=figures)
     source = (HERE / "RESULTS.md.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render().rstrip() + "\n"
 
