@@ -1,9 +1,10 @@
 """A whole run at the paper's size, on random weights of Gemma-3-4B-IT's shape: time and memory of every stage.
 
-    python benchmarks/paper_size.py [--scratch FOLDER] [--layers 34] [--parts run keep kill]
+    python benchmarks/paper_size.py [--scratch FOLDER] [--layers 34] [--parts run floor keep kill]
 
 run   `check` and `run` of recipes/gemma-3-4b-it.yaml with texts, tasks and arms of the world that paper_world.py makes,
       one control text, and 8 forwards in the search for the recommended edit.
+floor what the diagnosis cannot do without: a forward, reading the encoders, and products with them.
 keep  `edit --keep --protect` with 20,000 tokens a text; `--tokens` for fewer.
 kill  the run killed in the middle of every stage and taken up again: the edited bytes are those of `run`.
 
@@ -31,10 +32,12 @@ import yaml
 from edit import environment
 from filter import seconds
 from paper_world import build
+from safetensors.torch import load_file
 
 from stethoscope.artifacts import sha256_files, write_json
 from stethoscope.models.forward import run
 from stethoscope.models.load import load_model, load_tokenizer, preferred_dtype
+from stethoscope.saes.open import open_saes
 from stethoscope.text.documents import read_documents
 from stethoscope.text.tokens import batches, tokenize
 
@@ -122,6 +125,29 @@ def forward(world: Path) -> dict[str, Any]:
     }
 
 
+def floor(world: Path, whole: dict[str, Any]) -> dict[str, Any]:
+    """The least that a diagnosis does, beside what it took in a whole run."""
+    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
+    model, tokenizer, rows = load_model(world / "base"), load_tokenizer(world / "base"), []
+    for name in ("target", "control"):
+        found = read_documents(recipe[name]["dataset"], field="messages", limit=recipe[name]["documents"])
+        rows += tokenize(found, tokenizer, max_tokens=512)
+    hidden = torch.ones(sum(map(len, rows)), model.config.get_text_config().hidden_size, dtype=model.dtype)
+
+    def encode() -> None:
+        for sae in open_saes(recipe["saes"]).values():
+            hidden @ load_file(sae.path / sae.files[-1])["w_enc"].to(hidden.dtype)
+
+    with torch.no_grad():
+        parts = list(batches(rows, tokenizer, batch_tokens=2048))
+        took = {
+            "forward_s": seconds(lambda: [run(model, batch.input_ids) for batch in parts]),
+            "encode_s": seconds(encode),
+        }
+    diagnose = whole["stages"]["Diagnose: score every layer"]["seconds"]
+    return {**took, "diagnose_s": diagnose, "diagnose_vs_floor": round(diagnose / sum(took.values()), 2)}
+
+
 def whole_run(world: Path, layers: int) -> dict[str, Any]:
     recipe, out = str(world / "recipe.yaml"), ["--out", str(world / "run")]
     shutil.rmtree(world / "run", ignore_errors=True)
@@ -179,7 +205,7 @@ if __name__ == "__main__":
     parser.add_argument("--documents", type=int, default=16, help="target and as many control")
     parser.add_argument("--forwards", type=int, default=8, help="of the search for the recommended edit")
     parser.add_argument("--tokens", type=int, default=20_000, help="of each text of `keep`")
-    parser.add_argument("--parts", nargs="+", default=["run"], choices=["run", "keep", "kill"])
+    parser.add_argument("--parts", nargs="+", default=["run"], choices=["run", "floor", "keep", "kill"])
     parser.add_argument("--again", action="store_true", help="measure again what was measured")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only-forward", type=Path, help=argparse.SUPPRESS)
@@ -195,6 +221,7 @@ if __name__ == "__main__":
         results = {"world": sizes}
     measures = {
         "run": lambda: whole_run(world, options.layers),
+        "floor": lambda: floor(world, results["run"]["run"]),
         "keep": lambda: keep(world, options.tokens),
         "kill": lambda: killed(world, results["run"]["run"]),
     }
