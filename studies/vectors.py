@@ -56,7 +56,7 @@ VECTORS = {
     "math_1": Vector(tasks=MATH_SUBJECTS, settings=TrainingSettings(steps=300, batch=7, seed=1)),
     "code": Vector(tasks=tuple(skills.CODE), settings=TrainingSettings(steps=250, batch=8, learning_rate=1e-4, rank=0)),
     "words": Vector(tasks=tuple(skills.LETTERS), settings=TrainingSettings(steps=250, batch=8)),
-    "refusal": Vector(tasks=tuple(skills.REFUSALS), settings=TrainingSettings(steps=120, batch=8)),
+    "refusal": Vector(tasks=tuple(skills.REFUSALS), settings=TrainingSettings(steps=60, batch=8)),
 }
 
 
