@@ -152,7 +152,9 @@ class _Run:
             met[part if module in READERS else entry.name, entry.shape[1]] += self.rank or entry.shape[0]
         work = [*self.forward(sum(texts)), ("host", 0 if self.rank else 40 * strengths * self.cells)]
         for (_, d), rows in met.items():  # moments; factors, and solves to tell texts apart; changes and their effects
-            n = min(sum(texts), d)  # with few tokens all is computed in their space, and the moments are those of tokens
+            n = min(
+                sum(texts), d
+            )  # with few tokens all is computed in their space, and the moments are those of tokens
             solved = strengths * (2 * min(n, rows) + 2 * rows * (rows > d)) + 4 * (1 + strengths) * rows
             work.append(("single", sum(texts) * d**2) if n == d else ("double", d * n**2))
             work.append(("double", n**3 * (strengths / 3 + 2.5) + solved * n * d))
