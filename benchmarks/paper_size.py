@@ -33,13 +33,14 @@ from edit import environment
 from filter import seconds
 from paper_world import build
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from stethoscope.artifacts import sha256_files, write_json
 from stethoscope.models.forward import run
 from stethoscope.models.load import load_model, load_tokenizer, preferred_dtype
 from stethoscope.saes.open import open_saes
 from stethoscope.text.documents import read_documents
-from stethoscope.text.tokens import batches, tokenize
+from stethoscope.text.tokens import TokenBatch, batches, tokenize
 
 RESULTS = Path(__file__).parent / "results" / "paper_size.json"
 
@@ -105,14 +106,19 @@ def watch(arguments: Sequence[str], *, kill: tuple[int, float] | None = None) ->
     }
 
 
-def forward(world: Path) -> dict[str, Any]:
-    """A bare forward of the tokens that the filter is made from: four of five documents of each text."""
+def read(world: Path, *, made_from: bool = False) -> tuple[PreTrainedModel, list[list[int]], list[TokenBatch]]:
+    """The base, and the tokens and batches of the recipe's texts; ``made_from``: of those that make the filter."""
     recipe = yaml.safe_load((world / "recipe.yaml").read_text())
     model, tokenizer, rows = load_model(world / "base"), load_tokenizer(world / "base"), []
     for name in ("target", "control"):
         found = read_documents(recipe[name]["dataset"], field="messages", limit=recipe[name]["documents"])
-        rows += tokenize([one for n, one in enumerate(found) if n % 5 != 4], tokenizer, max_tokens=512)
-    parts = list(batches(rows, tokenizer, batch_tokens=2048))
+        rows += tokenize([one for n, one in enumerate(found) if not made_from or n % 5 != 4], tokenizer, max_tokens=512)
+    return model, rows, list(batches(rows, tokenizer, batch_tokens=2048))
+
+
+def forward(world: Path) -> dict[str, Any]:
+    """A bare forward of the tokens that the filter is made from: four of five documents of each text."""
+    model, rows, parts = read(world, made_from=True)
     with torch.no_grad():
         before = time.process_time()
         took = seconds(lambda: [run(model, batch.input_ids) for batch in parts])
@@ -127,19 +133,15 @@ def forward(world: Path) -> dict[str, Any]:
 
 def floor(world: Path, whole: dict[str, Any]) -> dict[str, Any]:
     """The least that a diagnosis does, beside what it took in a whole run."""
-    recipe = yaml.safe_load((world / "recipe.yaml").read_text())
-    model, tokenizer, rows = load_model(world / "base"), load_tokenizer(world / "base"), []
-    for name in ("target", "control"):
-        found = read_documents(recipe[name]["dataset"], field="messages", limit=recipe[name]["documents"])
-        rows += tokenize(found, tokenizer, max_tokens=512)
+    model, rows, parts = read(world)
+    saes = yaml.safe_load((world / "recipe.yaml").read_text())["saes"]
     hidden = torch.ones(sum(map(len, rows)), model.config.get_text_config().hidden_size, dtype=model.dtype)
 
     def encode() -> None:
-        for sae in open_saes(recipe["saes"]).values():
+        for sae in open_saes(saes).values():
             hidden @ load_file(sae.path / sae.files[-1])["w_enc"].to(hidden.dtype)
 
     with torch.no_grad():
-        parts = list(batches(rows, tokenizer, batch_tokens=2048))
         took = {
             "forward_s": seconds(lambda: [run(model, batch.input_ids) for batch in parts]),
             "encode_s": seconds(encode),

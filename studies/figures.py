@@ -10,7 +10,6 @@ from functools import cache
 import numpy as np
 import pandas as pd
 from common import OUTCOMES, TEXTS, VECTORS
-from scipy.stats import spearmanr
 
 from stethoscope.evaluation.inference import adjust, mcnemar_exact, paired_difference
 from stethoscope.evaluation.outcomes import PerDocument
@@ -110,31 +109,6 @@ def ordered(vector: str) -> dict[str, Figures]:
     return {name: found[name] for name in sorted(found, key=place)}
 
 
-# what SAEs add, and the limits
-
-
-def beside_random(vector: str, choice: str, k: int) -> tuple[float, list[float]]:
-    """The share kept at 0.01 nats of damage to general text in chosen layers, filtered or raw, and in random ones."""
-    found = {name: figures["kept", GENERAL][0] for name, figures in curves(vector, "layers").items()}
-    return found[f"{choice}, {k}"], [
-        kept for name, kept in found.items() if name.startswith("random") and name.endswith(f", {k}")
-    ]
-
-
-def after_rounding(vector: str, edit: str, bits: float, text: str) -> Drawn:
-    """The effect of an edit on a text in a model of so few bits, against its base rounded alike."""
-    found = effects(vector, "limits")
-    return found[f"{edit}, bits", bits][text] - found["base, bits", bits][text]
-
-
-def both_kept(first: str = "math_0", second: str = "words") -> dict[Key, dict[str, Drawn]]:
-    """Two fine-tunes in one model: the share of each one's gain that is kept, and the damage."""
-    found = effects(first, "merge")
-    text = f"target of {second}"
-    alone = -found[second, 1.0][text]
-    return {key: {first: one["kept"], second: share_kept(-one[text], alone), **one} for key, one in found.items()}
-
-
 # accuracy
 
 
@@ -193,26 +167,6 @@ def worse(vector: str, control: str) -> dict[str, float | None]:
 
 
 # layers
-
-
-@cache
-def by_layer(vector: str) -> pd.DataFrame:
-    """Each layer alone, raw: gain and damages; with what the filter knew beforehand."""
-    every = effects(vector, "inputs")
-    alone = {int(value): one for (method, value), one in every.items() if method == "layer alone"}
-    frame = pd.DataFrame({name: {n: one[name][0] for n, one in alone.items()} for name in ("gain", GENERAL, UNSEEN)})
-    known = (
-        pd.read_parquet(OUTCOMES / "methods_layers.parquet")
-        .query("vector == @vector and strength == 0")
-        .dropna(subset=["layer"])
-    )
-    return frame.join(known.assign(layer=known.layer.astype(int)).set_index("layer")[["separability", "specificity"]])
-
-
-def agreement(vector: str, known: str, effect: str) -> float:
-    """Rank correlation over layers of what the filter knew beforehand with an effect of each layer alone."""
-    found = by_layer(vector)
-    return float(spearmanr(found[known], found[effect]).statistic)
 
 
 @cache

@@ -151,16 +151,15 @@ class _Run:
             part, _, module = entry.name.removesuffix(".weight").rpartition(".")
             met[part if module in READERS else entry.name, entry.shape[1]] += self.rank or entry.shape[0]
         work = [*self.forward(sum(texts)), ("host", 0 if self.rank else 40 * strengths * self.cells)]
+        # With fewer tokens than an input has values, all is computed in the tokens' space.
+        ranks = {d: min(sum(texts), d) for _, d in met}
         for (_, d), rows in met.items():  # moments; factors, and solves to tell texts apart; changes and their effects
-            n = min(
-                sum(texts), d
-            )  # with few tokens all is computed in their space, and the moments are those of tokens
+            n = ranks[d]
             solved = strengths * (2 * min(n, rows) + 2 * rows * (rows > d)) + 4 * (1 + strengths) * rows
             work.append(("single", sum(texts) * d**2) if n == d else ("double", d * n**2))
             work.append(("double", n**3 * (strengths / 3 + 2.5) + solved * n * d))
-        few = {d: min(sum(texts), d) for _, d in met}
-        moments = 4 * len(texts) * sum(few[d] * d for _, d in met) / self.base.layers
-        held = max(48 * few[d] * d + 32 * rows * d for (_, d), rows in met.items())
+        moments = 4 * len(texts) * sum(ranks[d] * d for _, d in met) / self.base.layers
+        held = max(48 * ranks[d] * d + 32 * rows * d for (_, d), rows in met.items())
         return work, sum(texts) * self.base.hidden_size * self.itemsize + moments + held
 
     def geometry(self) -> Stage:
