@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pandas as pd
 from common import OUTCOMES, TEXTS, VECTORS
+from scipy.stats import spearmanr
 
 from stethoscope.evaluation.inference import adjust, mcnemar_exact, paired_difference
 from stethoscope.evaluation.outcomes import PerDocument
@@ -21,6 +22,7 @@ TARGET, GENERAL = TEXTS
 PUBLIC = ("wikitext", "Python", "chat", "GSM8K", "MMLU")
 UNSEEN, FILTER = "unseen", "filter"
 CONTROLS = ("stethoscope_word_sorting", "stethoscope_letter_counting")
+PAIRS = ("merge", "second")  # parts of two vectors, which measure their own ends
 Key = tuple[str, float]  # method and value
 Figures = dict[tuple[str, str], Drawn]  # ("damage" or "kept", text) -> draws
 
@@ -39,14 +41,14 @@ def _rows(vector: str, part: str) -> pd.DataFrame:
 @cache
 def effects(vector: str, part: str) -> dict[Key, dict[str, Drawn]]:
     """By edit: the share of the fine-tune's gain that is kept, and the damage on every text; draws of each."""
-    ends = _rows(vector, "methods" if part != "merge" else "merge")
+    ends = _rows(vector, part if part in PAIRS else "methods")
     rows = _rows(vector, part)
     both = pd.concat([rows, ends[ends.method.isin(["base", "tuned", vector])]]).drop_duplicates(
         ["method", "value", "text", "document"]
     )
     losses = {
         (str(method), float(value)): {
-            str(text): PerDocument(sums=one.nats.to_numpy(), tokens=one.tokens.to_numpy())
+            str(text): PerDocument(sums=one.nats.to_numpy(float), tokens=one.tokens.to_numpy(int))
             for text, one in found.groupby("text", sort=False)
         }
         for (method, value), found in both.groupby(["method", "value"], sort=False)
@@ -85,13 +87,30 @@ def shown(draws: Drawn, spec: str = "+.3f", scale: int = 1) -> str:
     return "never" if found.value is None else found.shown(spec, scale)
 
 
-def over_rival(vector: str, rival: str, figure: str, text: str) -> str:
-    """By how much the filter is better than a rival: less damage, or more points kept."""
+def ahead(vector: str, rival: str, figure: str, text: str) -> Drawn:
+    """By how much less damage the filter does than a rival, or more it keeps; infinite where it alone gets there."""
     ours, theirs = (curves(vector)[name][figure, text] for name in (FILTER, rival))
-    if not np.isfinite(theirs[0]):
-        return "never"
     with np.errstate(invalid="ignore"):
-        return shown(theirs - ours) if figure == "damage" else shown(ours - theirs, "+.0f", 100)
+        return theirs - ours if figure == "damage" else ours - theirs
+
+
+def over_rival(vector: str, rival: str, figure: str, text: str) -> str:
+    """`ahead`, written."""
+    return shown(ahead(vector, rival, figure, text), *(("+.3f", 1) if figure == "damage" else ("+.0f", 100)))
+
+
+def better(rival: str, figure: str, text: str) -> list[str]:
+    """The vectors on which the filter is better than a rival with an interval that excludes zero."""
+    return [
+        name
+        for name in there()
+        if rival in curves(name) and np.quantile(ahead(name, rival, figure, text)[1:], 0.025, method="nearest") > 0
+    ]
+
+
+def all_rivals() -> list[str]:
+    """The methods beside the filter, on any vector."""
+    return list(dict.fromkeys(rival for name in there() for rival in rivals(name)))
 
 
 def rivals(vector: str) -> list[str]:
@@ -182,3 +201,21 @@ def random_beaten(vector: str, method: str) -> float:
     worth = set_worth(vector)
     drawn = worth[worth.index.str.startswith("random")]
     return float((worth[method] > drawn).mean())
+
+
+def along_layers(vector: str) -> dict[str, float]:
+    """Spearman's rank correlations over layers, of what is known beforehand with what each raw change alone does."""
+    found = pd.read_parquet(OUTCOMES / "methods_layers.parquet").query("vector == @vector and strength == 0")
+    known = found.dropna(subset="layer").set_index("layer")
+    alone = {layer: one for (name, layer), one in effects(vector, "inputs").items() if name == "layer alone"}
+    done = pd.DataFrame({n: {"gain": one["gain"][0], UNSEEN: one[UNSEEN][0]} for n, one in alone.items()}).T
+    done["worth"] = done.gain - done[UNSEEN]
+    pairs = (("separability", UNSEEN), ("specificity", "gain"), ("specificity", "worth"))
+    return {f"{one}, {other}": float(spearmanr(known[one], done[other][known.index]).statistic) for one, other in pairs}
+
+
+def kept_by_all(vector: str, damage: float) -> Drawn:
+    """The share of the gain that the filter in all layers keeps, at as much damage to unseen text."""
+    points = [one for (name, _), one in effects(vector, "methods").items() if name in (FILTER, "base")]
+    kept, costs = (np.stack([one[what] for one in points], axis=1) for what in ("kept", UNSEEN))
+    return -least_at(-kept, -costs, -damage)

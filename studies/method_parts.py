@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import vectors
 from common import TEXTS
 from edits import rounded
 from torch import Tensor, nn
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.apply import applied
 from stethoscope.editing.filter import FilteredChange, write_filters
 from stethoscope.editing.plan import EditPlan, Transform
 from stethoscope.editing.rivals import WHOLE, Changed, scaled
+from stethoscope.editing.writer import write_edit
 from stethoscope.models.load import decoder_layers
 from stethoscope.saes.open import load_sae
 
@@ -172,6 +175,36 @@ def merged(bench: Methods, other: Methods) -> Iterator[Edit]:
     for strength in STRENGTHS:
         parts = [FilteredChange(folder, strength, tv) for folder, tv in zip(folders, both.values(), strict=True)]
         yield "filters added", strength, replace(WHOLE, transform=Changed(partial(_added, parts=parts)))
+
+
+def second(bench: Methods, other: Methods) -> Iterator[Edit]:
+    """The other vector trained once more: on the fine-tune, and on its filtered edit, as it was on the base."""
+    bench.measured[f"target of {other.vector}"] = other.measured[TEXTS[0]]
+    firsts = {"nothing": None, "tuned": WHOLE, "filter": bench.filtered(1.0)}
+    yield "base", 0.0, None
+    for name, plan in firsts.items():
+        if plan:
+            yield name, 1.0, plan
+        change = (
+            _trained_on(bench, plan, other.vector, bench.folder.parent / "second" / name) if plan else other.task_vector
+        )
+        transform = Changed(partial(_after, plan=plan, second=change))
+        yield f"{name}, then {other.vector}", 1.0, replace(WHOLE, transform=transform)
+
+
+def _trained_on(bench: Methods, plan: EditPlan, vector: str, folder: Path) -> TaskVector:
+    """What a vector's training makes of an edited model."""
+    how, edited = vectors.VECTORS[vector], folder / "edited"
+    assert how.settings is not None
+    if not any((folder / "tuned").glob("*.safetensors")):
+        write_edit(bench.base, bench.task_vector, plan, edited, overwrite=True)
+        vectors.train_on(edited, how, folder / "tuned", work=folder / "training")
+    return open_task_vector(open_checkpoint(edited), folder / "tuned")
+
+
+def _after(name: str, delta: Tensor, *, plan: EditPlan | None, second: TaskVector) -> Tensor:
+    first = torch.zeros_like(delta) if plan is None else plan.transform.apply(name, delta) if plan.transform else delta
+    return first + second.delta(name)
 
 
 def _of(name: str, _: Tensor, *, task_vector: TaskVector) -> Tensor:

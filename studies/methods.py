@@ -10,6 +10,7 @@ inputs    the raw and the filtered change of the tensors of one kind of input al
 moments   the filter made in sequence, and from the moments of SAE reconstructions; 5,000 tokens of each text
 limits    coefficients above 1, and few bits afterwards
 merge     `math_0` and `words` added: filtered, each protecting the other's target text, by TIES, and as they are
+second    `refusal` trained on `math_0` and on its filtered edit, as it was on the base
 
 DIR has `wikitext2_test.txt`, `mbpp.jsonl`, `alpaca_seed_tasks.jsonl`, `gsm8k_test.jsonl`, `mmlu_test.jsonl`. Goes on
 where it was stopped. Writes `outcomes/methods.parquet`, a row per vector, part, method, value of its parameter, text
@@ -31,7 +32,7 @@ import skills
 import torch
 from common import JUDGED_ON, OUTCOMES, TEXTS, VECTORS, Bench, arguments
 from filter import unseen
-from method_parts import STRENGTHS, Within, inputs, layers, limits, merged, moments
+from method_parts import STRENGTHS, Within, inputs, layers, limits, merged, moments, second
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.adapter import AdapterTaskVector
@@ -233,7 +234,8 @@ if __name__ == "__main__":
     parser = arguments(__doc__, VECTORS)
     parser.add_argument("--data", type=Path, required=True)
     parts = {"layers": layers, "inputs": inputs, "moments": moments, "limits": limits}
-    every = ["methods", "tasks", "sets", *parts, "merge"]
+    pairs = {"merge": (merged, "words"), "second": (second, "refusal")}  # of math_0 and another vector
+    every = ["methods", "tasks", "sets", *parts, *pairs]
     parser.add_argument("--parts", nargs="+", choices=every, default=every)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -257,6 +259,8 @@ if __name__ == "__main__":
         for part in options.parts:
             for edit in parts[part](bench) if part in parts else ():
                 measured.add(bench, part, *edit)
-        if "merge" in options.parts and name == "math_0":
-            for edit in merged(bench, Methods("words", options.vectors, options.data)):
-                measured.add(bench, "merge", *edit)
+            if part in pairs and name == "math_0":
+                edits, other = pairs[part]
+                one, two = (Methods(each, options.vectors, options.data) for each in (name, other))
+                for edit in edits(one, two):
+                    measured.add(one, part, *edit)

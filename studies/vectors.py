@@ -64,11 +64,8 @@ def make(name: str, out: Path, base: Path) -> Path:
     """Train a vector and write its folder; returns the recipe."""
     vector, folder = VECTORS[name], out / name
     tuned = folder / "tuned"
-    if (settings := vector.settings) and not any(tuned.glob("*.safetensors")):
-        groups = train_groups(
-            settings.steps * settings.batch, seed=settings.seed, problems=PROBLEMS, subjects=vector.tasks
-        )
-        train(base, groups, tuned, settings=settings, work=folder / "training")
+    if vector.settings and not any(tuned.glob("*.safetensors")):
+        train_on(base, vector, tuned, work=folder / "training")
     for task in (*vector.tasks, *CONTROL_TASKS):
         _write_items(folder / "items", task)
         data = {split: str((folder / "items" / f"{task}.{split}.jsonl").resolve()) for split in ("test", "shots")}
@@ -77,6 +74,15 @@ def make(name: str, out: Path, base: Path) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(_recipe(vector, base), sort_keys=False), encoding="utf-8")
     return recipe
+
+
+def train_on(base: Path, vector: Vector, out: Path, *, work: Path) -> None:
+    """Train a vector on a base and write the adapter or checkpoint; goes on from what is in `work`."""
+    settings = vector.settings
+    assert settings is not None
+    count = settings.steps * settings.batch
+    groups = train_groups(count, seed=settings.seed, problems=PROBLEMS, subjects=vector.tasks)
+    train(base, groups, out, settings=settings, work=work)
 
 
 def _write_items(folder: Path, task: str) -> None:
