@@ -22,7 +22,8 @@ TARGET, GENERAL = TEXTS
 PUBLIC = ("wikitext", "Python", "chat", "GSM8K", "MMLU")
 UNSEEN, FILTER = "unseen", "filter"
 CONTROLS = ("stethoscope_word_sorting", "stethoscope_letter_counting")
-PAIRS = ("merge", "second")  # parts of two vectors, which measure their own ends
+# parts of two vectors, which measure their own ends: the other's target text, and the edit that has all of its gain
+PAIRS = {"merge": ("target of words", ("words", 1.0)), "second": ("target of refusal", ("nothing, then refusal", 1.0))}
 Key = tuple[str, float]  # method and value
 Figures = dict[tuple[str, str], Drawn]  # ("damage" or "kept", text) -> draws
 
@@ -66,6 +67,12 @@ def effects(vector: str, part: str) -> dict[Key, dict[str, Drawn]]:
     }
 
 
+def kept_beside(vector: str, part: str) -> dict[Key, Drawn]:
+    """By edit of a part of two vectors, the share of the other's gain that is kept."""
+    (text, whole), every = PAIRS[part], effects(vector, part)
+    return {key: share_kept(-one[text], -every[whole][text]) for key, one in every.items()}
+
+
 @cache
 def curves(vector: str, part: str = "methods") -> dict[str, Figures]:
     """By method: damage with 95 % of the gain kept and the share kept at 0.01 nats of damage, on both kinds of text."""
@@ -103,14 +110,24 @@ def better(rival: str, figure: str, text: str) -> list[str]:
     """The vectors on which the filter is better than a rival with an interval that excludes zero."""
     return [
         name
-        for name in there()
-        if rival in curves(name) and np.quantile(ahead(name, rival, figure, text)[1:], 0.025, method="nearest") > 0
+        for name in with_rival(rival)
+        if np.quantile(ahead(name, rival, figure, text)[1:], 0.025, method="nearest") > 0
     ]
+
+
+def nearest(vector: str, text: str) -> str:
+    """The rival that does least damage at 95 % of the gain kept."""
+    return min(rivals(vector), key=lambda name: curves(vector)[name]["damage", text][0])
 
 
 def all_rivals() -> list[str]:
     """The methods beside the filter, on any vector."""
     return list(dict.fromkeys(rival for name in there() for rival in rivals(name)))
+
+
+def with_rival(rival: str) -> list[str]:
+    """The vectors on which a rival was measured."""
+    return [name for name in there() if rival in curves(name)]
 
 
 def rivals(vector: str) -> list[str]:

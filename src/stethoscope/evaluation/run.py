@@ -231,9 +231,11 @@ class _TaskRunner:
 
     def close(self) -> None:
         """Leave the arm that is open."""
+        loaded = isinstance(self.arms.get(self._arm), Path)
         self._arm = self._lm = None
         self._state.close()
-        gc.collect()  # a model holds cycles, and the next one needs its memory
+        if loaded:
+            gc.collect()  # a model holds cycles, and the next one needs its memory
 
     def open(self, arm: str) -> LM:
         """The model that answers for an arm; the arm before is left."""

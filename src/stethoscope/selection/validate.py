@@ -14,7 +14,7 @@ from math import comb
 import numpy as np
 from jaxtyping import Float64
 from numpy import ndarray
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from transformers import PreTrainedModel
 
 from stethoscope.artifacts import Provenance
@@ -185,13 +185,20 @@ def _beaten(effect: SetEffect, others: Sequence[SetEffect]) -> Beaten:
 
 
 def _correlation(values: Sequence[float], truth: Float64[ndarray, " layers"], rng: np.random.Generator) -> Correlation:
-    given = np.asarray(values, dtype=np.float64)
-    if np.ptp(given) == 0 or np.ptp(truth) == 0:
+    pair = np.stack([np.asarray(values, dtype=np.float64), truth])
+    if not np.ptp(pair, axis=1).all():
         return Correlation(rho=None, low=None, high=None)
-    drawn: list[float] = []
+    drawn = np.empty(0)
     while len(drawn) < RESAMPLES:
-        rows = rng.integers(len(given), size=len(given))
-        if np.ptp(given[rows]) and np.ptp(truth[rows]):
-            drawn.append(spearmanr(given[rows], truth[rows]).statistic)
+        rows = rng.integers(len(truth), size=(RESAMPLES - len(drawn), len(truth)))
+        drawn = np.append(drawn, _spearman(pair[:, rows]))
     low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return Correlation(rho=float(spearmanr(given, truth).statistic), low=low, high=high)
+    return Correlation(rho=_spearman(pair[:, None]).item(), low=low, high=high)
+
+
+def _spearman(pairs: Float64[ndarray, "2 resamples layers"]) -> Float64[ndarray, " varied"]:
+    """The rank correlation of each resample in which neither side is constant."""
+    ranks = rankdata(pairs[:, np.ptp(pairs, axis=2).all(axis=0)], axis=2)
+    ranks -= ranks.mean(axis=2, keepdims=True)
+    one, other = ranks / np.linalg.norm(ranks, axis=2, keepdims=True)
+    return np.clip((one * other).sum(axis=1), -1, 1)
