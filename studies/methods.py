@@ -144,7 +144,7 @@ class Kept:
     """Losses measured so far, in one file; an edit that two methods share is measured once."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self._same = path, dict[tuple[str, int, int], pd.DataFrame]()
+        self.path, self._same = path, dict[tuple[str, tuple[str, ...], int], pd.DataFrame]()
         self.frame = (
             pd.read_parquet(path) if path.exists() else pd.DataFrame(columns=["vector", "part", "method", "value"])
         )
@@ -156,7 +156,7 @@ class Kept:
         where = {"vector": bench.vector, "part": part, "method": method, "value": value}
         if len(self.frame) and (self.frame[list(where)] == pd.Series(where)).all(axis=1).any():
             return
-        same = (bench.vector, len(bench.measured), id(plan))
+        same = (bench.vector, tuple(bench.measured), id(plan))
         found = self._same.get(same) if inside is nullcontext else None
         if found is None:
             frames = []
@@ -256,11 +256,14 @@ if __name__ == "__main__":
             keep("methods_tasks", on_tasks(bench, measured.frame.query("vector == @name and part == 'methods'")))
         if "sets" in options.parts:
             keep("methods_sets", sets(bench))
+        for text in SEARCHED:  # no method is chosen by what follows
+            del bench.measured[text]
         for part in options.parts:
             for edit in parts[part](bench) if part in parts else ():
                 measured.add(bench, part, *edit)
             if part in pairs and name == "math_0":
                 edits, other = pairs[part]
                 one, two = (Methods(each, options.vectors, options.data) for each in (name, other))
+                one.measured = dict(bench.measured)
                 for edit in edits(one, two):
                     measured.add(one, part, *edit)

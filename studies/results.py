@@ -236,12 +236,19 @@ def against(vector: str, arm: str) -> dict[str, Contrast]:
 # 2: the scalpel
 
 
-def price(vector: str, gain: float) -> float | None:
-    """What the whole change, at a smaller coefficient, costs for a fall of target loss; None where it falls short."""
+@cache
+def _prices(vector: str) -> tuple[list[float], list[float]]:
+    """Falls of target loss and their costs, of the whole change at smaller coefficients."""
     here = pick("scalpel", vector=vector)
     arms = [arm for arm in here.arm.unique() if arm.startswith("all at") or arm == "tuned"]
     curve = sorted((-change(here, arm).difference, change(here, arm, text=GENERAL).difference) for arm in arms)
     gains, costs = zip((0.0, 0.0), *curve, strict=True)
+    return gains, costs
+
+
+def price(vector: str, gain: float) -> float | None:
+    """What the whole change, at a smaller coefficient, costs for a fall of target loss; None where it falls short."""
+    gains, costs = _prices(vector)
     return float(np.interp(gain, gains, costs)) if gain <= max(gains) else None
 
 
@@ -279,6 +286,7 @@ def ahead(vector: str, one: Edit, other: Edit | None = None) -> tuple[float, flo
 # 4: what breaks
 
 
+@cache
 def diagnosed(case: str, setting: str = "120 documents") -> dict[str, Any]:
     """The diagnosis of a case, with its `agreement` with the case "as it is" and the `target` and `general`
     changes of loss that injecting its layers makes.

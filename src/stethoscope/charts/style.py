@@ -86,12 +86,14 @@ def drawn(
 
 def configured(chart: Any) -> Any:
     """A finished chart with the report's type and colours."""
-    return (
-        chart.configure(background=COLOURS["paper"], font=FONT, padding=4)
-        .configure_view(stroke=None)
-        .configure_title(color=COLOURS["ink"])
-        .configure_legend(labelColor=COLOURS["ink"], labelFontSize=12, padding=0, offset=6)
-        .configure_axis(
+    return chart.configure(  # at once: each call copies the chart with its data
+        background=COLOURS["paper"],
+        font=FONT,
+        padding=4,
+        view=alt.ViewConfig(stroke=None),
+        title=alt.TitleConfig(color=COLOURS["ink"]),
+        legend=alt.LegendConfig(labelColor=COLOURS["ink"], labelFontSize=12, padding=0, offset=6),
+        axis=alt.AxisConfig(
             labelColor=COLOURS["muted"],
             titleColor=COLOURS["muted"],
             titleFontWeight="normal",
@@ -101,5 +103,5 @@ def configured(chart: Any) -> Any:
             tickColor=COLOURS["line"],
             gridColor=COLOURS["line"],
             gridOpacity=0.5,
-        )
+        ),
     )
