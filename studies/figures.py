@@ -120,6 +120,11 @@ def nearest(vector: str, text: str) -> str:
     return min(rivals(vector), key=lambda name: curves(vector)[name]["damage", text][0])
 
 
+def hurt_most(vector: str) -> str:
+    """The unseen text to which the filter at strength 3 does most damage."""
+    return max(PUBLIC, key=lambda text: effects(vector, "methods")[FILTER, 3.0][text][0])
+
+
 def all_rivals() -> list[str]:
     """The methods beside the filter, on any vector."""
     return list(dict.fromkeys(rival for name in there() for rival in rivals(name)))
@@ -186,6 +191,14 @@ def gained(vector: str, arm: str, before: str = "base") -> PairedDifference:
     """Points of accuracy on the vector's own tasks against another arm, paired over items."""
     rows = answers(vector).drop(list(CONTROLS), level="task")
     return paired_difference(rows[before], rows[arm], strata=rows.index.get_level_values("task").to_numpy())
+
+
+def other_than_filter(vector: str, sign: int) -> list[str]:
+    """The rivals that clearly gain more points on the vector's own tasks than the filter (1), or fewer (-1)."""
+    found = {
+        arm: gained(vector, arm, FILTER) for arm in answers(vector) if not arm.startswith((FILTER, "base", "tuned"))
+    }
+    return [arm for arm, one in found.items() if one.low is not None and min(sign * one.low, sign * one.high) > 0]
 
 
 @cache

@@ -231,7 +231,7 @@ class _TaskRunner:
 
     def close(self) -> None:
         """Leave the arm that is open."""
-        loaded = isinstance(self.arms.get(self._arm), Path)
+        loaded = isinstance(self.arms.get(self._arm or ""), Path)
         self._arm = self._lm = None
         self._state.close()
         if loaded:
