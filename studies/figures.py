@@ -4,7 +4,6 @@ A damage is the rise of loss against the base in nats per token; that on `unseen
 texts that no method saw. Draws are the value on the documents as they are, then on resamples of them.
 """
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -28,9 +27,9 @@ Key = tuple[str, float]  # method and value
 Figures = dict[tuple[str, str], Drawn]  # ("damage" or "kept", text) -> draws
 
 
-def there(vectors: Sequence[str] = VECTORS, part: str = "methods") -> list[str]:
+def there(part: str = "methods") -> list[str]:
     """The vectors that a part of the study has."""
-    return [name for name in vectors if len(_rows(name, part))]
+    return [name for name in VECTORS if len(_rows(name, part))]
 
 
 @cache
@@ -74,10 +73,10 @@ def kept_beside(vector: str, part: str) -> dict[Key, Drawn]:
 
 
 @cache
-def curves(vector: str, part: str = "methods") -> dict[str, Figures]:
+def curves(vector: str) -> dict[str, Figures]:
     """By method: damage with 95 % of the gain kept and the share kept at 0.01 nats of damage, on both kinds of text."""
     found: dict[str, Figures] = {}
-    every = effects(vector, part)
+    every = effects(vector, "methods")
     for method in dict.fromkeys(name for name, _ in every if name not in ("base", "tuned")):
         points = [one for (name, _), one in every.items() if name == method]
         kept = np.stack([one["kept"] for one in points], axis=1)

@@ -180,16 +180,14 @@ def merged(bench: Methods, other: Methods) -> Iterator[Edit]:
 def second(bench: Methods, other: Methods) -> Iterator[Edit]:
     """The other vector trained once more: on the fine-tune, and on its filtered edit, as it was on the base."""
     bench.measured[f"target of {other.vector}"] = other.measured[TEXTS[0]]
-    firsts = {"nothing": None, "tuned": WHOLE, "filter": bench.filtered(1.0)}
     yield "base", 0.0, None
-    for name, plan in firsts.items():
-        if plan:
-            yield name, 1.0, plan
-        change = (
-            _trained_on(bench, plan, other.vector, bench.folder.parent / "second" / name) if plan else other.task_vector
-        )
-        transform = Changed(partial(_after, plan=plan, second=change))
-        yield f"{name}, then {other.vector}", 1.0, replace(WHOLE, transform=transform)
+    alone = Changed(partial(_of, task_vector=other.task_vector))
+    yield f"nothing, then {other.vector}", 1.0, replace(WHOLE, transform=alone)
+    for name, plan in (("tuned", WHOLE), ("filter", bench.filtered(1.0))):
+        yield name, 1.0, plan
+        change = _trained_on(bench, plan, other.vector, bench.folder.parent / "second" / name)
+        both = Changed(partial(_after, first=plan.transform, second=change))
+        yield f"{name}, then {other.vector}", 1.0, replace(WHOLE, transform=both)
 
 
 def _trained_on(bench: Methods, plan: EditPlan, vector: str, folder: Path) -> TaskVector:
@@ -202,9 +200,8 @@ def _trained_on(bench: Methods, plan: EditPlan, vector: str, folder: Path) -> Ta
     return open_task_vector(open_checkpoint(edited), folder / "tuned")
 
 
-def _after(name: str, delta: Tensor, *, plan: EditPlan | None, second: TaskVector) -> Tensor:
-    first = torch.zeros_like(delta) if plan is None else plan.transform.apply(name, delta) if plan.transform else delta
-    return first + second.delta(name)
+def _after(name: str, delta: Tensor, *, first: Transform | None, second: TaskVector) -> Tensor:
+    return (first.apply(name, delta) if first else delta) + second.delta(name)
 
 
 def _of(name: str, _: Tensor, *, task_vector: TaskVector) -> Tensor:
