@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import stethoscope_demo
 from stethoscope.cli import cache_folder
 from stethoscope.diagnosis.collect import collect_activations
-from stethoscope.models.load import load_model, load_tokenizer, preferred_dtype
+from stethoscope.models.device import preferred_dtype
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.text.documents import read_documents
 from stethoscope_demo.base_model import unpack_base

@@ -32,8 +32,9 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedModel
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.cli import cache_folder
 from stethoscope.editing.moments import collect_moments
+from stethoscope.models.device import preferred_dtype
 from stethoscope.models.forward import run
-from stethoscope.models.load import decoder_layers, load_model, preferred_dtype
+from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.run import Silent
 from stethoscope.text.tokens import TokenBatch
 from stethoscope_demo import recipe as demo

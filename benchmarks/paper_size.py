@@ -36,8 +36,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from stethoscope.artifacts import sha256_files, write_json
+from stethoscope.models.device import preferred_dtype
 from stethoscope.models.forward import run
-from stethoscope.models.load import load_model, load_tokenizer, preferred_dtype
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.saes.open import open_saes
 from stethoscope.text.documents import read_documents
 from stethoscope.text.tokens import TokenBatch, batches, tokenize

@@ -12,8 +12,9 @@ from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import CheckpointError, SAEError, StethoscopeError
 from stethoscope.models import narrow
+from stethoscope.models.device import find_device
 from stethoscope.models.forward import Recording, replaced_forward, run
-from stethoscope.models.load import decoder_layers, find_device, load_model, load_tokenizer
+from stethoscope.models.load import decoder_layers, load_model, load_tokenizer
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.saes.activations import on_device
 

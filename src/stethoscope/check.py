@@ -172,7 +172,7 @@ def check_run(recipe: Recipe, folder: Path, *, headers_only: bool = False) -> Ch
     _open(found, recipe, folder, headers_only=headers_only, hub_texts=True, offline=False)
     # the harness takes seconds to import
     from stethoscope.evaluation.tasks import load_tasks, new_tokens, prompt_size
-    from stethoscope.models.load import find_device
+    from stethoscope.models.device import find_device
 
     found.attempt(find_device, recipe.device)
     where: dict[str, Any] = {name: getattr(options, name) for name in ("include_path", "data", "task_code")}

@@ -17,7 +17,8 @@ from stethoscope.editing.layers import LayerEdits
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.transfer import in_parallel
 from stethoscope.errors import CheckpointError
-from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype, room_beside
+from stethoscope.models.device import find_device, preferred_dtype
+from stethoscope.models.load import load_model, load_tokenizer, room_beside
 from stethoscope.recipe import Recipe
 from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.text.documents import Document, documents_hash

@@ -120,8 +120,7 @@ class _Run:
         return work, min(encoders, limit) + held + 4096 * self.base.hidden_size * len(self.saes) * self.itemsize
 
     def evidence(self, layers: int | None = None) -> Stage:  # what features promote; their contexts were found before
-        head = len(self.saes[:layers]) * self.head
-        return [("memory", 8 * head), ("single", 16 * head)], LOGITS
+        return [("memory", 10 * self.head), ("single", 16 * len(self.saes[:layers]) * self.head)], LOGITS
 
     def passed(self) -> Stage:
         layers = min((self.recipe.select.k or 5) + 1, self.base.layers - 1)

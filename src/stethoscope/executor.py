@@ -267,7 +267,7 @@ class RayExecutor:
     @property
     def dtype(self) -> torch.dtype:
         """In which workers compute."""
-        from stethoscope.models.load import preferred_dtype
+        from stethoscope.models.device import preferred_dtype
 
         return self.context.dtype or preferred_dtype(self.context.device)
 

@@ -22,7 +22,8 @@ from stethoscope.editing.rivals import WHOLE
 from stethoscope.editing.writer import Edit, OutputKind, write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.evaluation.outcomes import PerDocument
-from stethoscope.models.load import find_device, load_model, load_tokenizer
+from stethoscope.models.device import find_device
+from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.results.keeping import BASE, EDIT, SCALED, TUNED, Keeping, Variant
 from stethoscope.run import Reporter, Silent
 from stethoscope.text.documents import Document, documents_hash

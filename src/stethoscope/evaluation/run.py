@@ -33,7 +33,8 @@ from stethoscope.evaluation.harness_logs import to_rows
 from stethoscope.evaluation.outcomes import DIRECTIONS, Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
-from stethoscope.models.load import find_device, load_model, load_tokenizer, preferred_dtype
+from stethoscope.models.device import find_device, preferred_dtype
+from stethoscope.models.load import load_model, load_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from stethoscope.errors import CheckpointError, StethoscopeError, refused_by_system
-from stethoscope.models.device import find_device as find_device
-from stethoscope.models.device import preferred_dtype as preferred_dtype
+from stethoscope.models.device import preferred_dtype
 from stethoscope.models.narrow import keep_narrow, main_memory, narrow_dtype
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ REACHED = {"model": 0.7, "single": 0.7, "double": 0.7}
 
 def measure(device: torch.device, dtype: torch.dtype, batch: int) -> dict[str, float]:
     """The operations or bytes a second that stages reach here: products of matrices, and passes over memory."""
-    rows, d, size = (256, 2048, 1 << 25) if device.type == "cpu" else (8192, 8192, 1 << 28)
+    rows, d, size = (1024, 2048, 1 << 25) if device.type == "cpu" else (8192, 8192, 1 << 28)
     kinds = {"model": (rows, dtype), "decoding": (batch, dtype), "single": (rows, torch.float32)}
     found: dict[str, float] = {}
     for kind, (n, of) in (kinds | {"double": (rows, torch.float64)}).items():
