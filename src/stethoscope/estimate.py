@@ -125,7 +125,8 @@ class _Run:
     def passed(self) -> Stage:
         layers = min((self.recipe.select.k or 5) + 1, self.base.layers - 1)
         (work, held), (loading, sae) = self.evidence(layers), self.load_saes(layers)
-        judged = max(self.saes) / self.base.hidden_size / 4  # of the features a quarter fires often enough
+        # Of the features a quarter fires often enough; what a LoRA does along them costs nothing.
+        judged = 0 if self.rank else max(self.saes) / self.base.hidden_size / 4
         return [*work, *loading, ("double", 4 * judged * layers * self.blocks / self.base.layers)], held + sae
 
     def calibrate(self) -> Stage:

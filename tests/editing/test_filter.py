@@ -212,18 +212,20 @@ def test_a_lora_gives_the_same_as_its_merged_checkpoint_and_an_adapter_for_peft(
         tensor.data = merged[parse_name(name).canonical]
     full.save_pretrained(tmp_path / "merged")
     texts = {"target": random_text(seed=3), "protected": random_text(seed=4, vocabulary=20)}
-    made = {}
+    made, passed, directions = {}, {}, torch.randn(5, base.config.hidden_size)
     for tuned in ("adapter", "merged"):
         vector = open_task_vector(checkpoint, tmp_path / tuned)
         write_filters(live, vector, texts, tmp_path / f"{tuned}-f", provenance=NOWHERE, strengths=[1.0])
         transform = FilteredChange(tmp_path / f"{tuned}-f", 1.0, vector)
         made[tuned] = {n: transform.apply(n, vector.delta(n)) for n in vector.names if "proj" in n}
+        passed[tuned] = torch.stack(passed_shares(live, vector, transform, 1, directions))
         if tuned == "adapter":
             plan = EditPlan.for_layers(range(3), transform=transform)
             for kind in ("adapter", "checkpoint"):
                 write_edit(checkpoint, vector, plan, tmp_path / f"out-{kind}", kind=kind)
     for name, change in made["merged"].items():
         assert torch.allclose(made["adapter"][name], change, atol=1e-4), name
+    assert torch.allclose(passed["adapter"], passed["merged"], rtol=1e-3)
     before, after = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("adapter", "out-adapter"))
     assert all(torch.equal(before[key], after[key]) == ("lora_B" in key) for key in before)
     ids = torch.arange(3, 30)[None]

@@ -7,6 +7,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stethoscope.checkpoints.adapter import low_rank
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.filter import FilteredChange
 from stethoscope.editing.residual_axis import residual_axes
@@ -37,6 +38,13 @@ def passed_shares(
         if axis is None or axis.writes:
             continue
         inputs = directions.double() * gains.get(task_vector.base.entries[name].kind, 1.0)
+        factors, A = low_rank(task_vector, name), transform.low_rank(name)
+        if factors and A is not None:  # a hundredth of the work
+            inner = factors.scaling**2 * (factors.B.double().T @ factors.B.double())
+            for place, one in enumerate((A, factors.A)):
+                seen = inputs @ one.double().T
+                sums[place] += ((seen @ inner) * seen).sum(1).clamp(min=0)
+            continue
         delta = task_vector.delta(name)
         for place, change in enumerate((transform.apply(name, delta), delta)):
             matrix = change.double() if axis.dim == 1 else change.double().T
