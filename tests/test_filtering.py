@@ -1,6 +1,7 @@
 """The recommended edit of a recipe: a planted skill is kept, protected text is spared, and nothing peeks."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from stethoscope.editing.filter import FilteredChange
 from stethoscope.editing.layers import Filtered, LayerEdits
 from stethoscope.editing.passage import passed_shares
 from stethoscope.errors import RecipeError
+from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.recipe import Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
@@ -87,6 +89,26 @@ def test_the_recommended_edit_is_what_is_written_compared_and_said_first(place):
     card = (folder / "run/edited/README.md").read_text()
     assert comparison.verdict in card
     assert edit.strength is None or f"filter of strength {edit.strength:g} that protects control" in card
+
+
+def test_of_equal_arms_one_is_measured_for_all(place):
+    folder, _ = place
+    run = shutil.copytree(folder / "run", folder / "twins")
+    arms = ["base", "selected", "filtered", "selected_filtered"]
+    evaluate = {"tasks": ["sums"], "include_path": "tasks", "limit": 2, "control": {"dataset": "other.jsonl"}}
+    select = {"policy": "top_k", "k": 6, "include_flagged": True}  # all layers
+    path = other(folder, "twins", arms=arms, select=select, evaluate=evaluate)
+    comparison = run_recipe(Recipe.from_yaml(path), run).comparison
+    plans = Edits.load(run).plans
+    same = [name for name, plan in plans.items() if plan == plans["filtered"]]
+    assert same[:2] == ["filtered", "selected_filtered"]
+    once = set(plans) - set(same[1:])
+    assert {path.name for path in (run / "losses/general").iterdir()} == once
+    outcomes = Outcomes.load(run / "outcomes.parquet")
+    assert set(outcomes.arms) == set(plans)
+    said = [comparison.contrast(name).verdict.replace(name, "") for name in same[:2]]
+    assert said[0] == said[1]
+    assert run_recipe(Recipe.from_yaml(path), run).comparison == comparison
 
 
 def test_what_was_measured_in_memory_is_what_is_written(place, tokenizer):

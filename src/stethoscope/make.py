@@ -271,7 +271,7 @@ def outcomes(context: "Context", results: Results, _: Provenance, progress: Prog
 def losses(context: "Context", results: Results, _: Provenance, progress: Progress) -> "ArmLosses":
     """Measure every arm's loss on held-out target text, and loss and divergence from the base on general text.
 
-    An arm is made once, and dropped before the next.
+    An arm is made once, and dropped before the next; of equal arms the first is measured for all.
     """
     from stethoscope.evaluation.text_loss import ArmLosses, BaseText, DocumentCosts, TextLoss, document_losses
 
@@ -281,8 +281,13 @@ def losses(context: "Context", results: Results, _: Provenance, progress: Progre
     # neither is read where every loss is saved
     base_text = cache(lambda: BaseText(context.model, *context.rows(GENERAL)))
     held_out = cache(partial(context.rows, HELD_OUT))
-    for number, (name, plan) in enumerate(plans.items(), 1):
-        enter = cache(partial(context.held_arm, plan))
+    firsts: dict[str, str] = {}
+    for number, (name, made) in enumerate(_arm_keys(context, plans).items(), 1):
+        if (first := firsts.setdefault(made.key, name)) != name:
+            found.general.update({name: found.general[first]} if GENERAL in keys else {})
+            found.target.update({name: found.target[first]} if HELD_OUT in keys else {})
+            continue
+        enter = cache(partial(context.held_arm, plans[name]))
         if GENERAL in keys:
             folder, key = folders[GENERAL] / file_name(name), keys[GENERAL][name]
             costs = DocumentCosts.load_if_current(folder, key)

@@ -100,6 +100,12 @@ def test_given_keys_stand_for_weights(stirred_llama, tokenizer, make_task, tmp_p
         for arm in (edited(stirred_llama), nullcontext)
     )
     pd.testing.assert_frame_equal(first.frame, second.frame)
+    both = {"base": nullcontext, "edited": nullcontext, "the same": interrupt}
+    keys = {"edited": "abc", "the same": "abc"}
+    found = evaluate(stirred_llama, tokenizer, both, ["sums"], **{**options, "keys": keys})
+    assert found.arms == list(both)
+    one, other = (found.rows(arm, "sums").drop(columns="arm") for arm in ("edited", "the same"))
+    pd.testing.assert_frame_equal(one, other)
 
 
 def test_unknown_and_empty_tasks_are_named(make_task, monkeypatch):

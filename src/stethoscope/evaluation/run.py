@@ -77,7 +77,8 @@ def evaluate(
         limit: so many items of each task; all if not given.
         batch_size: prompts decoded together.
         seed: of few-shot sampling.
-        keys: a hash for each arm's state, needed with an ``executor``; others are told by the model's weights.
+        keys: a hash for each arm's state, needed with an ``executor``; others are told by the model's weights. Of arms
+            with equal keys the first is run for all.
         executor: its workers run whole tasks, with equal results; this process does if None.
         progress: called with items done, items in all, and what is running.
 
@@ -110,10 +111,12 @@ def evaluate(
     _check(arms, limit)
     build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
     setup = partial(_set_up_worker, arms=arms, build=build, batch_size=batch_size, limit=limit, seed=seed)
+    firsts: dict[str, str] = {}
     with quiet_harness(), closing(_TaskRunner(arms, opened, build(), limit, seed)) as runner:
         settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, runner.tasks)}
         if isinstance(model, PreTrainedModel):
             settings |= {"dtype": str(model.dtype), "model": weights_hash(model)}
+        runner.answers = {arm: firsts.setdefault((keys or {}).get(arm, arm), arm) for arm in arms}
         return _complete(runner, identify, settings, out, executor, setup, progress)
 
 
@@ -218,6 +221,7 @@ class _TaskRunner:
     """Runs arms on tasks by the harness, with one arm's model in memory at a time; in this process, or in a worker.
 
     Attributes:
+        answers: arm -> the arm whose answers it has.
         on_items: called with the number of prompts of each finished batch.
     """
 
@@ -225,6 +229,7 @@ class _TaskRunner:
         self, arms: Mapping[str, Any], opened: Opened, tasks: Mapping[str, Task], limit: int | None, seed: int
     ) -> None:
         self.arms, self.opened, self.tasks, self.limit, self.seed = arms, opened, tasks, limit, seed
+        self.answers = {arm: arm for arm in arms}
         self.on_items: Callable[[int], None] = lambda _: None
         self._arm: str | None = None
         self._lm: LM | None = None
@@ -301,7 +306,7 @@ def _complete(
     settings |= {name: version(name) for name in ("lm_eval", "transformers", "torch")} | {"limit": limit, "seed": seed}
     prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
     sizes = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in tasks.items()}
-    total, items = len(runner.arms) * sum(sizes.values()), 0
+    total, items = len(set(runner.answers.values())) * sum(sizes.values()), 0
     frames: dict[tuple[str, str], pd.DataFrame] = {}
     missing: list[_Cell] = []
     (out / "parts").mkdir(parents=True, exist_ok=True)  # workers keep their journals there if they see it
@@ -311,7 +316,7 @@ def _complete(
             progress(sum(sizes[name] for _, name in frames) + items, total, f"{arm}: {task}")
 
     def cells() -> Iterator[_Cell]:
-        for arm in runner.arms:
+        for arm in dict.fromkeys(runner.answers.values()):
             state = identify(arm)
             for task in tasks:
                 key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
@@ -340,8 +345,9 @@ def _complete(
         cell.journal.unlink(missing_ok=True)
         frames[cell.arm, cell.task], items = found, 0
         tell(cell.arm, cell.task)
+    rows = [frames[first, task].assign(arm=arm) for arm, first in runner.answers.items() for task in tasks]
     outcomes = Outcomes(
-        frame=pd.concat([frames[arm, task] for arm in runner.arms for task in tasks], ignore_index=True),
+        frame=pd.concat(rows, ignore_index=True),
         provenance={**settings, "prompts": prompts, "stethoscope": version("sae-stethoscope")}
         | {DIRECTIONS: {name: dict(task.higher_is_better()) for name, task in tasks.items()}},
     )
