@@ -5,8 +5,10 @@
 Of every five documents of a text, three make the filter, one chooses its strength and one is measured.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FEWEST = 10  # documents of a text: two of them are measured
-COEFFICIENTS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the plain scaling
+COEFFICIENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the plain scaling
 BATCH_TOKENS = 2048  # of a forward of one block
 
 
@@ -223,9 +225,15 @@ class _Judge:
         return float((self._base.sums - found.sums).sum() / found.tokens.sum())
 
     def coefficient(self, gain: float, whole: float) -> float:
-        """The coefficient at which the plain task vector gains as much; 1 if none below does."""
-        gains = [0.0, *(self.gain(self.wanted.plan(coefficient=c)) for c in COEFFICIENTS), whole]
-        return float(np.interp(gain, np.maximum.accumulate(gains), [0.0, *COEFFICIENTS, 1.0]))
+        """The coefficient at which the plain task vector gains as much, by bisection; 1 if none below is found."""
+
+        @cache
+        def measured(c: float) -> float:
+            return {0.0: 0.0, 1.0: whole}[c] if c in (0.0, 1.0) else self.gain(self.wanted.plan(coefficient=c))
+
+        place = min(max(bisect_left(COEFFICIENTS, gain, key=measured), 1), len(COEFFICIENTS) - 1)
+        around = COEFFICIENTS[place - 1 : place + 1]
+        return float(np.interp(gain, [measured(c) for c in around], around))
 
     def variants(self, plans: Mapping[str, EditPlan | None]) -> dict[str, Variant]:
         """Gain and damage of every plan on the documents to measure, with intervals from a bootstrap over documents."""
