@@ -23,7 +23,7 @@ from stethoscope.stages import STAGES
 
 CHARACTERS = 4  # of a token: English has about 4.5, code and mathematics about 3
 STRENGTHS = 5  # of `editing.filter`, which imports Transformers
-HEALTH, LEAST_HEALTH = 2048, 256  # tokens of each text, as `diagnosis.collect` takes them
+HEALTH, LEAST_HEALTH = 2048, 128  # tokens of each text, as `diagnosis.collect` takes them
 ANSWERED = 0.5  # of the tokens that a task lets a model write
 # Bytes moved for each weight of an SAE that is loaded, or of an edit that is made; fitted as `models.speeds` says.
 LOADING, MAKING = 60, 24
@@ -120,7 +120,7 @@ class _Run:
         return work, min(encoders, limit) + held + 4096 * self.base.hidden_size * len(self.saes) * self.itemsize
 
     def evidence(self, layers: int | None = None) -> Stage:  # what features promote; their contexts were found before
-        return [("memory", 10 * self.head), ("single", 16 * len(self.saes[:layers]) * self.head)], LOGITS
+        return [("memory", 200 * self.head), ("single", 16 * len(self.saes[:layers]) * self.head)], LOGITS
 
     def passed(self) -> Stage:
         layers = min((self.recipe.select.k or 5) + 1, self.base.layers - 1)
@@ -145,7 +145,10 @@ class _Run:
 
     def filter(self) -> Stage:
         strengths = STRENGTHS if self.recipe.edit.filter == "auto" else 1
-        texts = [min(sum(self.texts[name]), self.recipe.edit.tokens) for name in ("target", *self.recipe.protected)]
+        texts = []
+        for name in ("target", *self.recipe.protected):
+            back = sum(self.texts[name][4::5]) if self.recipe.judged.get(name) == name else 0  # held back, to judge
+            texts.append(min(sum(self.texts[name]) - back, self.recipe.edit.tokens))
         met: dict[tuple[str, int], int] = defaultdict(int)  # rows that each input meets, and the input's width
         for entry in self.changed:
             part, _, module = entry.name.removesuffix(".weight").rpartition(".")
@@ -157,7 +160,7 @@ class _Run:
             n = ranks[d]
             solved = strengths * (2 * min(n, rows) + 2 * rows * (rows > d)) + 4 * (1 + strengths) * rows
             work.append(("single", sum(texts) * d**2) if n == d else ("double", d * n**2))
-            work.append(("double", n**3 * (strengths / 3 + 2.5) + solved * n * d))
+            work.append(("double", n**3 * (strengths / 3 + (2.5 if n == d else 1)) + solved * n * d))
         moments = 4 * len(texts) * sum(ranks[d] * d for _, d in met) / self.base.layers
         held = max(48 * ranks[d] * d + 32 * rows * d for (_, d), rows in met.items())
         return work, sum(texts) * self.base.hidden_size * self.itemsize + moments + held

@@ -37,7 +37,7 @@ from stethoscope.text.tokens import TokenBatch, Tokens, batches, counted_tokens,
 log = logging.getLogger(__name__)
 
 # SAE health takes a forward of its own: on a small corpus it is measured on few tokens.
-LEAST_HEALTH_TOKENS = 256
+LEAST_HEALTH_TOKENS = 128
 
 SAEs = Mapping[int, SAE | SAEFolder]
 Activations = dict[int, Float[Tensor, "..."]]  # by layer
@@ -91,7 +91,7 @@ def collect_activations(
         max_tokens: documents are cut here.
         tokens: which count, special and template tokens apart: all, the assistant's, or the last.
         health_tokens: variance explained and encoding error are measured on about the first so many tokens of each
-            corpus, or on an eighth of its documents if that is fewer, but on 256 tokens at least; 0 for none.
+            corpus, or on an eighth of its documents if that is fewer, but on 128 tokens at least; 0 for none.
         peak_documents: so many of each corpus are searched for peaks, from the top, 1024 at most; 0 for none.
         memory: bytes that a worker's encoders may take. Layers that do not fit wait for another forward over the
             corpora, so that each SAE is read once; all at once by default.

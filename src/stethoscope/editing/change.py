@@ -82,23 +82,25 @@ class LinearChange:
         return float(self._smaller.diagonal().double().sum())
 
     @property
-    def gram(self) -> Float[Tensor, "d d"]:
-        """``rows.T @ rows``, the Gram matrix along the residual stream."""
-        return self._smaller if self._tall else _gram(self.rows)
+    def tall(self) -> bool:
+        """Whether there are more rows than the stream has values, so that `gram` is the smaller matrix."""
+        return self.rows.shape[0] > self.rows.shape[1]
 
     @property
-    def _tall(self) -> bool:
-        return self.rows.shape[0] > self.rows.shape[1]
+    def gram(self) -> Float[Tensor, "d d"]:
+        """``rows.T @ rows`` of a tall change, the Gram matrix along the residual stream."""
+        assert self.tall
+        return self._smaller
 
     @cached_property
     def _smaller(self) -> Float[Tensor, "n n"]:
         """The Gram matrix along the shorter side: an SVD of the whole would cost ten times as much."""
-        return _gram(self.rows if self._tall else self.rows.T)
+        return _gram(self.rows if self.tall else self.rows.T)
 
     def halves(self, directions: Float[Tensor, "some d"]) -> tuple[Tensor, Tensor]:
         """Two matrices, a row a direction; the rows' products are the directions' in the Gram matrix."""
         directions = directions.to(self.rows)
-        if self._tall:
+        if self.tall:
             return directions @ self._smaller, directions
         images = directions @ self.rows.T
         return images, images
@@ -113,14 +115,14 @@ class LinearChange:
 
         Singular values below 1e-5 of the largest are the rounding of float32, and count as 0.
         """
-        sides = self.rows if self._tall else self.rows.T
+        sides = self.rows if self.tall else self.rows.T
         squares, vectors = _eigen(self._smaller if len(self._smaller) > _SMALL else _gram(sides.double()), leading)
         if squares[0] < _DOUBTFUL * squares[-1] and vectors.dtype != torch.float64:
             squares, vectors = _eigen(_gram(sides.double()), leading)
         values = squares.clamp(min=0).sqrt().flip(0)
         if not values[0] > 0:
             return None
-        if not self._tall:
+        if not self.tall:
             vectors = (self.rows.T.to(vectors) @ vectors).double() / values[:leading].clamp(min=1e-300).to(
                 vectors.device
             )
@@ -174,7 +176,7 @@ class DrawnSpans:
     """Spans of random sets of directions.
 
     Attributes:
-        pool: the directions that sets are drawn from, of unit norm.
+        pool: the directions that are in any set, of unit norm.
         sets: numbers of rows of the pool.
         weights: the inverse of each set's scalar products, zero where rows depend on others.
     """
@@ -200,10 +202,11 @@ class DrawnSpans:
         size = min(size, len(directions))
         few = min(among * size, len(directions)) if among else len(directions)
         drawn = rng.choice(len(directions), few, replace=False)
-        pool = directions[torch.from_numpy(drawn).to(directions.device)].double()
-        pool = pool / pool.norm(dim=1, keepdim=True).clamp(min=1e-300)
-        sets = np.stack([rng.choice(len(pool), size, replace=False) for _ in range(draws)])
-        found = torch.from_numpy(sets).to(pool.device)
+        sets = np.stack([rng.choice(few, size, replace=False) for _ in range(draws)])
+        used, places = np.unique(sets, return_inverse=True)
+        pool = directions[torch.from_numpy(drawn[used]).to(directions.device)].double()
+        pool /= pool.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        found = torch.from_numpy(places.reshape(sets.shape)).to(pool.device)
         return cls(pool=pool, sets=found, weights=torch.stack([_inverse_products(pool[one]) for one in found]))
 
     def energies(self, change: LinearChange) -> Float64[np.ndarray, " draws"]:

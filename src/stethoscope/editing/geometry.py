@@ -185,7 +185,6 @@ class _Subspaces:
         self.sets = DrawnSpans.draw(decoder, found.chosen, draws, rng, pool)
         gaussian = torch.randn((pool or draws) * rank, self.width, generator=generator).to(device)
         self.bases = DrawnSpans.draw(gaussian, rank, draws, rng)
-        self.gram = torch.zeros(self.width, self.width, device=device)
 
     def measure(
         self, axes: Mapping[str, ResidualAxis | None], inputs: Mapping[str, Mapping[str, Tensor]], leading: int
@@ -194,6 +193,7 @@ class _Subspaces:
         tensors: list[TensorGeometry] = []
         energies: list[TensorEnergy] = []
         outside = read = writers = 0.0
+        gram, rows = self.chosen.new_zeros(0), [self.chosen.new_zeros(0, self.width)]  # of tall changes, of others
         squares: dict[str, np.ndarray] = {corpus: np.zeros(3) for corpus in inputs}
         for name, axis in axes.items():
             if axis is None:
@@ -203,7 +203,10 @@ class _Subspaces:
             if change.energy == 0:
                 continue
             energies.append(energy := self._energy(name, change))
-            self.gram += change.gram
+            if change.tall:
+                gram = gram + change.gram if len(gram) else change.gram
+            else:
+                rows.append(change.rows.double())
             if axis.writes:
                 writers, read = writers + energy.energy, read + float(change.along(self.encoder.T).sum())
             functional = self._functional(change, {n: found[name] for n, found in inputs.items() if name in found})
@@ -228,8 +231,9 @@ class _Subspaces:
         if not energies:
             return None
         total = sum(one.energy for one in energies)
-        whole = self.whole.float()
-        shares = (self.gram @ whole * whole).sum(0).cpu().double() / total
+        shares = (torch.cat(rows) @ self.whole).square().sum(0)
+        if len(gram):
+            shares += (gram @ self.whole.float() * self.whole).sum(0)
         return LayerGeometry(
             layer=self.layer,
             features=self.found.chosen,
@@ -237,7 +241,7 @@ class _Subspaces:
             kept=sum_energies(energies, self.rng),
             unprojected=outside / (outside + total),
             **_shares(squares),
-            curve=energy_curve(shares, self.came, len(self.found.order), self.width),
+            curve=energy_curve(shares.cpu() / total, self.came, len(self.found.order), self.width),
             written=Written(share=read / writers, chance=self.encoder.shape[1] / self.width) if writers else None,
             tensors=tuple(tensors),
         ), energies
