@@ -147,7 +147,7 @@ def memory(which: str, tokens: int) -> dict[str, float]:
 
 def whole_edit(tokens: int) -> dict[str, Any]:
     """Seconds of the command, and what it says of the edit."""
-    folder = demo.prepare_demo(cache_folder(), quick=False, reporter=Silent()).parent
+    folder = demo.prepare_demo(cache_folder(), size="full", reporter=Silent()).parent
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "stethoscope.cli", "edit", "--base", str(unpack_base(cache_folder()))]
         command += ["--tuned", str(demo.ADAPTER), "--keep", str(folder / "held_out.jsonl"), "--prompt", "prompt"]
