@@ -226,10 +226,11 @@ class _Judge:
 
     def coefficient(self, gain: float, whole: float) -> float:
         """The coefficient at which the plain task vector gains as much, by bisection; 1 if none below is found."""
+        ends = {0.0: 0.0, 1.0: whole}
 
         @cache
         def measured(c: float) -> float:
-            return {0.0: 0.0, 1.0: whole}[c] if c in (0.0, 1.0) else self.gain(self.wanted.plan(coefficient=c))
+            return ends[c] if c in ends else self.gain(self.wanted.plan(coefficient=c))
 
         place = min(max(bisect_left(COEFFICIENTS, gain, key=measured), 1), len(COEFFICIENTS) - 1)
         around = COEFFICIENTS[place - 1 : place + 1]

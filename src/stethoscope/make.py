@@ -281,11 +281,14 @@ def losses(context: "Context", results: Results, _: Provenance, progress: Progre
     # neither is read where every loss is saved
     base_text = cache(lambda: BaseText(context.model, *context.rows(GENERAL)))
     held_out = cache(partial(context.rows, HELD_OUT))
-    firsts: dict[str, str] = {}
+    firsts: dict[str, str] = {}  # key -> arm
     for number, (name, made) in enumerate(_arm_keys(context, plans).items(), 1):
         if (first := firsts.setdefault(made.key, name)) != name:
-            found.general.update({name: found.general[first]} if GENERAL in keys else {})
-            found.target.update({name: found.target[first]} if HELD_OUT in keys else {})
+            if GENERAL in keys:
+                found.general[name] = found.general[first]
+            if HELD_OUT in keys:
+                found.target[name] = found.target[first]
+            progress(number, len(plans))
             continue
         enter = cache(partial(context.held_arm, plans[name]))
         if GENERAL in keys:

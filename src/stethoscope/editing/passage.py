@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from stethoscope.checkpoints.adapter import low_rank
 from stethoscope.checkpoints.task_vector import TaskVector
+from stethoscope.editing.change import LinearChange
 from stethoscope.editing.filter import FilteredChange
 from stethoscope.editing.residual_axis import residual_axes
 from stethoscope.models.load import decoder_layers
@@ -40,14 +41,13 @@ def passed_shares(
         inputs = directions.double() * gains.get(task_vector.base.entries[name].kind, 1.0)
         factors, A = low_rank(task_vector, name), transform.low_rank(name)
         if factors and A is not None:  # a hundredth of the work
-            inner = factors.scaling**2 * (factors.B.double().T @ factors.B.double())
-            for place, one in enumerate((A, factors.A)):
-                seen = inputs @ one.double().T
-                sums[place] += ((seen @ inner) * seen).sum(1).clamp(min=0)
+            for place, right in enumerate((A, factors.A)):
+                change = LinearChange(left=factors.scaling * factors.B, right=right, writes=False)
+                sums[place] += change.along(inputs)
             continue
         delta = task_vector.delta(name)
-        for place, change in enumerate((transform.apply(name, delta), delta)):
-            matrix = change.double() if axis.dim == 1 else change.double().T
+        for place, whole in enumerate((transform.apply(name, delta), delta)):
+            matrix = whole.double() if axis.dim == 1 else whole.double().T
             sums[place] += (inputs @ matrix.T).square().sum(1)
     return (sums[0] / sums[1]).sqrt(), sums[1].sqrt()
 
