@@ -130,7 +130,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         StethoscopeError: ``path`` exists, or does by the time the block ends, and ``overwrite`` is false.
     """
-    if path.exists() and not overwrite:
+    if (path.exists() or path.is_symlink()) and not overwrite:
         raise _exists(path)
     with scratch_folder(path) as made:
         yield made
@@ -202,9 +202,12 @@ def kept_for_one(folder: Path) -> Iterator[Path]:
     """Keep other processes out of a folder, made if need be, and yield it; the lock dies with its process.
 
     Raises:
-        StethoscopeError: another process works in it.
+        StethoscopeError: another process works in it, or there can be no such folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StethoscopeError(f"`{folder}` is, or lies below, a file", hint="choose another folder") from error
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -298,10 +301,9 @@ def read_versioned(path: Path, schema: int, build: Callable[[Any], Built], *, fi
 class Artifact(Frozen):
     """A stage's result: frozen, versioned, and saved as one JSON file.
 
-    Subclasses name their file and raise ``SCHEMA`` when a field changes its meaning.
+    Subclasses name their file, and give ``schema_version`` a higher default when a field changes its meaning.
     """
 
-    SCHEMA: ClassVar[int] = 1
     FILE: ClassVar[str]
 
     schema_version: int = 1
@@ -320,7 +322,7 @@ class Artifact(Frozen):
         Raises:
             StethoscopeError: the file is missing, damaged, or of another schema version.
         """
-        return read_versioned(folder / cls.FILE, cls.SCHEMA, cls.model_validate)
+        return read_versioned(folder / cls.FILE, cls.model_fields["schema_version"].default, cls.model_validate)
 
     @classmethod
     def find(cls: type[Saved], folder: Path) -> Saved | None:

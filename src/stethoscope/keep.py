@@ -130,13 +130,14 @@ def keep_skill(
         transforms = {strength: FilteredChange(filters, strength, task_vector) for strength in strengths}
         judge = _Judge(model, task_vector, wanted, texts)
         with reporter.stage("Choose the strength") as advance:
-            gains = {}
-            whole = judge.gain(wanted.plan())
-            for place, (strength, transform) in enumerate(transforms.items(), 1):
-                gains[strength] = judge.gain(wanted.plan(transform))
-                advance(place, len(transforms) + 1)
-            good = [strength for strength, gain in gains.items() if gain >= wanted.share * whole]
-            chosen = max(good) if good else max(gains, key=lambda strength: gains[strength])
+            whole, gains = judge.gain(wanted.plan()), {}
+            for place, chosen in enumerate(sorted(strengths, reverse=True), 1):
+                gains[chosen] = judge.gain(wanted.plan(transforms[chosen]))
+                advance(place, len(strengths) + 1)
+                if gains[chosen] >= wanted.share * whole:
+                    break
+            else:
+                chosen = max(gains, key=lambda strength: gains[strength])
             coefficient = judge.coefficient(gains[chosen], whole)
         with reporter.stage("Measure on other documents"):
             plans = {

@@ -75,9 +75,13 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
         return found
     known[id(node)] = None
     children: Iterable[yaml.Node] = ()
-    if isinstance(node, yaml.CollectionNode):
-        pairs = isinstance(node, yaml.MappingNode)
-        children = [part for pair in node.value for part in pair] if pairs else node.value
+    if isinstance(node, yaml.MappingNode):
+        children = [part for pair in node.value for part in pair]
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := {name for name in names if names.count(name) > 1} - {"<<"}:
+            raise ValueError(f"`{min(twice)}` is given twice")
+    elif isinstance(node, yaml.CollectionNode):
+        children = node.value
     sizes, depths = zip((0, 0), *(_measure(child, known) for child in children), strict=False)
     size, depth = 1 + sum(sizes), 1 + max(depths)
     if size > MOST_VALUES:

@@ -206,6 +206,10 @@ class AdapterTaskVector(TaskVector):
                 elif not self._head_is_embedding(key):
                     self.notes += (f"`{key}` is left out: the head of `{self.base.source}` is its embedding",)
             elif whole:
+                if name == "embed_tokens.weight" and self.base.tied and "lm_head" not in modules:
+                    self.notes += (
+                        f"`{key}` changes the head of `{self.base.source}`, too, which PEFT leaves as it was",
+                    )
                 if not fits(entry, shape := self.store.entries[whole].shape):
                     problems.append(f"`{whole}` is {list(shape)}, the base's `{entry.stored}` {list(entry.shape)}")
                 else:

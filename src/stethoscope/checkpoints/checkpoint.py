@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cached_property
@@ -57,9 +56,6 @@ class Checkpoint:
 
     def __len__(self) -> int:
         return len(self.entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.entries
 
     @cached_property
     def tied(self) -> bool:
@@ -129,16 +125,10 @@ class Checkpoint:
         """Fill ``view`` from the entry's file, ``offset`` counted from the file's first byte."""
         path = self.path / entry.file
         try:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                done = 0
-                while done < len(view):
-                    count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
-                    if count == 0:
-                        raise OSError(None, "the file became shorter while it was being read")
-                    done += count
-            finally:
-                os.close(handle)
+            with path.open("rb") as file:
+                file.seek(offset)
+                if file.readinto(view) < len(view):
+                    raise OSError(None, "the file became shorter while it was being read")
         except OSError as error:
             raise CheckpointError(f"cannot read `{entry.stored}` from `{path}`: {error.strerror or error}") from error
 

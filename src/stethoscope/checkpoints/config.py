@@ -12,8 +12,7 @@ COSMETIC = frozenset(
      "initializer_range", "label2id", "max_window_layers", "name_or_path", "num_attention_heads", "num_hidden_layers",
      "num_key_value_heads", "num_labels", "original_vocab_size", "output_attentions", "output_hidden_states",
      "output_router_logits", "pretraining_tp", "problem_type", "quantization_config", "return_dict",
-     "task_specific_params", "tokenizer_class", "torch_dtype", "use_bfloat16", "use_cache", "use_sliding_window",
-     "vocab_size"}
+     "task_specific_params", "tokenizer_class", "torch_dtype", "use_bfloat16", "use_cache", "vocab_size"}
 )  # fmt: skip
 COSMETIC_ENDS = ("dropout", "_pdrop", "_token_id", "_token_ids", "_token_index", "_version", "aux_loss_coef")
 DEFAULTS = {"rope_theta": 10000, "rope_type": "default"}

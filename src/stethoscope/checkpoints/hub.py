@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from stethoscope.checkpoints.header import Entry, make_entry
-from stethoscope.errors import CheckpointError
+from stethoscope.errors import CheckpointError, refused_by_system
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 SIDE_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*"]
@@ -75,7 +75,9 @@ def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
             f"there is no folder and no hub repository `{repository}`{where}",
             hint="check the spelling; for a private repository, `hf auth login`",
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
+        if refused := refused_by_system(error):
+            raise refused from error
         raise CheckpointError(
             f"`{repository}` is neither a folder nor in the hub's cache, and the hub cannot be reached",
             hint="fetch it once with a network (`hf download`), or give a local folder",

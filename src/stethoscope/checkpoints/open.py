@@ -9,6 +9,7 @@ Opening reads config.json, the index and the headers, and says everything that i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from stethoscope.checkpoints.adapter import CONFIG, AdapterTaskVector
@@ -45,6 +46,8 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_on
     folder = Path(path)
     source = folder.resolve().name
     remote = not folder.exists()
+    if not remote and revision:
+        raise CheckpointError(f"the folder `{path}` has no revision `{revision}`", hint="only a hub's repository has")
     if remote:
         source = str(path)
         folder = from_hub(source, revision, weights=not headers_only)
@@ -62,7 +65,7 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_on
             f"config.json of `{path}` has Transformers load other weights, `transformers_weights: {named}`",
             hint="take that key out, or keep those weights alone under their usual names",
         )
-    if remote and headers_only and not any(folder.glob("*.safetensors")):
+    if remote and headers_only and not _has_weights(folder):
         entries = named_entries(source, headers_from_hub(source, revision))
     else:
         entries = named_entries(str(folder), *_read_headers(folder))
@@ -70,6 +73,13 @@ def open_checkpoint(path: str | Path, *, revision: str | None = None, headers_on
     # layers beyond the config's are extra heads for multi-token prediction, not part of the stack
     checkpoint.layers = _count_layers(checkpoint)
     return checkpoint
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot of the hub holds all of its weights; a download may have been interrupted."""
+    with suppress(CheckpointError):
+        return bool(weight_files(folder))
+    return False
 
 
 def open_task_vector(

@@ -99,8 +99,8 @@ def load_model(
         # a thread of Transformers' that runs out of memory is waited for without end
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     config, dtype = config or load_config(path), dtype or preferred_dtype(device)
-    narrow = narrow_dtype(path) if dtype == torch.float32 and torch.device(device).type == "cpu" else None
     with _loading(f"model `{path}`"):
+        narrow = narrow_dtype(path) if dtype == torch.float32 and torch.device(device).type == "cpu" else None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
             config=config,
@@ -155,24 +155,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         StethoscopeError: the model has no single list of blocks.
     """
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if config is not None else None
-    depth = getattr(text, "num_hidden_layers", None)
-    found = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and name.rsplit(".", 1)[-1] in ("layers", "h")
-        # a vision tower of equal depth has the same shape of name
-        and not {"vision_tower", "vision_model"} & set(name.split("."))
-    ]
-    if len(found) != 1:
+    inner = decoder(model)
+    found = getattr(inner, "layers", None) or getattr(inner, "h", None)
+    if not isinstance(found, nn.ModuleList):
         raise StethoscopeError(
             f"cannot find the decoder layers of {type(model).__name__}",
             hint="models with one list of decoder blocks, as Transformers builds them, are supported",
         )
-    return found[0]
+    return found
 
 
 def decoder(model: nn.Module) -> nn.Module:

@@ -74,8 +74,10 @@ def keep_narrow(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     # a scale is rounded where it is made in 16 bits
     with _without_weights():
         full = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    stored = model.state_dict().keys()
     for name, buffer in full.named_buffers():
-        model.get_buffer(name).data = buffer
+        own = model.get_buffer(name)
+        own.data = own.to(buffer.dtype) if name in stored else buffer
 
 
 @contextmanager

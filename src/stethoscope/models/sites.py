@@ -22,14 +22,20 @@ from stethoscope.lazy import torch
 Key = TypeVar("Key", bound=Hashable)
 
 # The first tap that a block has is the site's. A block that normalises what attention and MLP return before adding it
-# to the residual stream (Gemma 2 and 3) is read after that norm, where TransformerLens reads it too.
+# to the residual stream (Gemma 2 and 3, OLMo 2, GLM-4) is read after that norm, as TransformerLens does.
 TAPS: dict[str, tuple[str, ...]] = {
     "resid_pre": ("input",),
     "resid_post": ("output",),
     "mlp_in": ("mlp.input", "feed_forward.input"),
-    "mlp_out": ("post_feedforward_layernorm.output", "mlp.output", "block_sparse_moe.output", "feed_forward.output"),
+    "mlp_out": (
+        "post_feedforward_layernorm.output",
+        "post_mlp_layernorm.output",
+        "mlp.output",
+        "block_sparse_moe.output",
+        "feed_forward.output",
+    ),
     "attn_z": ("self_attn.o_proj.input", "self_attn.dense.input", "attn.c_proj.input", "attention.dense.input"),
-    "attn_out": ("self_attn.output", "attn.output", "attention.output"),
+    "attn_out": ("post_self_attn_layernorm.output", "self_attn.output", "attn.output", "attention.output"),
 }
 SITES = tuple(TAPS)
 # The site by the end of a hook name, in TransformerLens' style or as a tap. `post_attention_layernorm` is missing on
@@ -86,7 +92,7 @@ def hook_point(model: torch.nn.Module, layer: int, site: str, tap: str | None = 
 
     block = decoder_layers(model)[layer]
     modules = dict(block.named_modules())
-    if tap is None and site == "attn_out" and "pre_feedforward_layernorm" in modules:
+    if tap is None and site == "attn_out" and "post_feedforward_layernorm" in modules:
         tap = "post_attention_layernorm.output"
     for candidate in (tap,) if tap else TAPS[site]:
         name, _, end = candidate.rpartition(".")

@@ -43,7 +43,7 @@ class Keeping(Display, Artifact):
         strength: of the filter; ``chosen`` if it was not given.
         share: of the fine-tune's gain that the chosen strength had to keep.
         coefficient: of the plain scaling that gains as much.
-        gains: strength -> gain on the documents that it was chosen by.
+        gains: strength -> gain on the documents that it was chosen by, of those tried, from the strongest on.
         documents: text -> documents that made the filter, chose the strength, and are measured here.
         variants: ``base``, ``tuned``, ``scaled`` and ``filtered``.
     """

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stethoscope.artifacts import canonical_json, sha256_bytes
-from stethoscope.errors import StethoscopeError
+from stethoscope.artifacts import sha256_bytes
+from stethoscope.errors import StethoscopeError, refused_by_system
 
 Chat = Sequence[Mapping[str, Any]]
 Document = str | Chat
@@ -59,6 +59,8 @@ def _read(path: Path | str, fields: tuple[str, ...], limit: int | None, split: s
     """The documents in each of some fields, from the rows in which none of them is blank."""
     path = Path(path)
     rows: Iterable[tuple[str, Any]]
+    if path.suffix == ".txt" and len(fields) > 1:
+        raise StethoscopeError(f"the text `{path}` has no fields, so none holds prompts", hint="give a .jsonl file")
     if path.suffix == ".txt":
         rows = [("text", dict.fromkeys(fields, _text(path)))]
     elif path.suffix == ".jsonl":
@@ -175,7 +177,7 @@ def _parquet(path: Path, fields: Sequence[str]) -> Iterator[tuple[str, Any]]:
         table = parquet.ParquetFile(path)
         _check_fields(path, fields, table.schema_arrow.names)
         yield from _numbered(row for rows in table.iter_batches(columns=[*fields]) for row in rows.to_pylist())
-    except (OSError, ArrowException) as error:
+    except (OSError, ArrowException, UnicodeDecodeError) as error:
         raise StethoscopeError(f"the table `{path}` cannot be read: {error}") from error
 
 
@@ -196,7 +198,9 @@ def _dataset(path: Path, fields: Sequence[str], split: str | None) -> Iterator[t
             assert hub is not None
             split = split or hub["split"]
             found = datasets.load_dataset(hub["name"], hub["config"])
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what its rows, its builder or the network raise
+        if refused := refused_by_system(error):
+            raise refused from error
         raise StethoscopeError(
             f"the dataset `{path}` cannot be read: {error}",
             hint="a dataset on the hub is `owner/name/config:split`; without a network it must be in the cache",
@@ -207,7 +211,9 @@ def _dataset(path: Path, fields: Sequence[str], split: str | None) -> Iterator[t
             raise StethoscopeError(f"the dataset `{path}` has no split `{split}`", hint=f"it has: {', '.join(found)}")
         found = found[split]
     _check_fields(path, fields, found.column_names)
-    return _numbered(row for rows in found.select_columns([*fields]).iter(1000) for row in _transposed(rows))
+    return _numbered(
+        row for rows in found.with_format(None).select_columns([*fields]).iter(1000) for row in _transposed(rows)
+    )
 
 
 def _check_fields(path: Path, fields: Sequence[str], names: Sequence[str]) -> None:
@@ -226,5 +232,6 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def documents_hash(documents: Iterable[Document]) -> str:
-    """The SHA-256 of a list of documents, in their order."""
-    return sha256_bytes(canonical_json(list(documents)).encode())
+    """The SHA-256 of a list of documents, in their order; messages may hold what JSON does not, such as dates."""
+    text = json.dumps(list(documents), sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return sha256_bytes(text.encode())

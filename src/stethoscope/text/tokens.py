@@ -136,8 +136,6 @@ def agreement(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise StethoscopeError(
             "the model's tokenizer has no chat template, so chats cannot be rendered",
@@ -145,7 +143,7 @@ def _render(chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int) -> str:
         )
     try:
         return str(tokenizer.apply_chat_template([dict(message) for message in chat], tokenize=False))
-    except TemplateError as error:
+    except Exception as error:  # jinja's, or what an operation on a value of another type raises
         raise StethoscopeError(f"the chat template refuses document {number}: {error}") from error
 
 
