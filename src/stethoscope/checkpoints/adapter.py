@@ -200,7 +200,9 @@ class AdapterTaskVector(TaskVector):
                 continue
             name = _tensor(module)
             entry = entries.get(name)
-            if entry is None:
+            if name in changes:
+                problems.append(f"`{key}` and `{changes[name].module}` both change `{name}`")
+            elif entry is None:
                 if name != "lm_head.weight" or "A" in parts:
                     problems.append(f"`{key}` fits no tensor of `{self.base.source}`")
                 elif not self._head_is_embedding(key):
@@ -228,7 +230,7 @@ class AdapterTaskVector(TaskVector):
                 embedding = any(".lora_embedding_" in key for key in parts.values())
                 transposed = embedding or bool(self.config.get("fan_in_fan_out"))
                 made = (B[0], A[-1])[:: -1 if transposed else 1] if len(A) == len(B) == 2 and B[1] == A[0] else None
-                if made is None or not fits(entry, made):
+                if made is None or not A[0] or not fits(entry, made):
                     product = f"B {list(B)} times A {list(A)}"
                     problems.append(f"`{module}`: {product} does not make the base's {list(entry.shape)}")
                     continue
@@ -237,13 +239,15 @@ class AdapterTaskVector(TaskVector):
                     problems.append(f"`{module}`: use_dora is {dora}, its magnitude vector says otherwise")
                 if dora and made[0] < entry.shape[0]:
                     problems.append(f"`{module}`: DoRA of a vocabulary that is smaller than the base's")
+                if dora and "magnitude" in parts and math.prod(self.store.entries[parts["magnitude"]].shape) != B[0]:
+                    problems.append(f"`{module}`: its magnitude vector does not have {B[0]} values")
                 ours = () if transposed else ("B", "magnitude")  # an embedding's rows are the columns of its A
                 self._cut(entry, made[0], *(parts[part] for part in ours if part in parts))
                 changes[name] = Change(module=module, parts=parts, transposed=transposed, scaling=scaling)
                 if bias is not None:
                     name = parse_name(f"{module}.bias").canonical
-                    if name not in entries:
-                        problems.append(f"`{bias}` adds a bias that `{self.base.source}` does not have")
+                    if name not in entries or entries[name].shape != self.store.entries[bias].shape:
+                        problems.append(f"`{bias}` adds a bias that `{self.base.source}` does not have in this shape")
                     changes[name] = Change(module=module, parts={"bias": bias}, scaling=scaling)
         if problems:
             raise CheckpointError(
@@ -277,7 +281,7 @@ class AdapterTaskVector(TaskVector):
             problems.append(f"its init_lora_weights `{start}` also changed the base")
         patterns = self.config.get("alpha_pattern") or {}
         alphas = {"lora_alpha": self.config.get("lora_alpha", 8)}
-        alphas |= patterns if isinstance(patterns, dict) else {"": patterns}
+        alphas |= patterns if isinstance(patterns, dict) else {"alpha_pattern": [patterns]}
         return problems + [f"its alpha `{key}` is {value!r}" for key, value in alphas.items() if not _is_number(value)]
 
     def _scaling(self, module: str, rank: int) -> float:

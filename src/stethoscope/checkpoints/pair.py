@@ -80,10 +80,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str
 
 
 def _is_copy(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    """Whether two tensors are the same, which Transformers asks before it ties them.
-
-    Where only headers are here, their shapes decide.
-    ."""
+    """Whether two tensors are the same, as Transformers asks before it ties them; by shape if only headers are here."""
     try:
         return same_bytes(checkpoint, one, two)
     except CheckpointError:
