@@ -1,5 +1,7 @@
 """Documents of every form, and which of their tokens count."""
 
+import datetime
+
 import datasets
 import pyarrow as pa
 import pytest
@@ -120,11 +122,14 @@ def test_bad_files_say_what_is_wrong(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.csv").write_text("x")
     (tmp_path / "blank.txt").write_text(" \n")
+    saved(tmp_path / "torn", "text", TEXTS)
+    (tmp_path / "torn" / "state.json").write_text("{}")
     for path, said in {
         "a.parquet": r"no field `text` \(it has: id, body\)",
         "a": r"no field `text` \(it has: id, body\)",
         "torn.parquet": "cannot be read",
         "empty": "cannot be read",
+        "torn": "cannot be read",
         "a.csv": "there is no text",
         "blank.txt": "holds no documents",
     }.items():
@@ -193,6 +198,8 @@ def test_templates_that_rewrite_leave_out_or_refuse(tokenizer, chat_tokenizer):
         tokenize(CHATS, tokenizer)
     with pytest.raises(StethoscopeError, match="refuses document 1: roles must alternate"):
         tokenize([CHATS[0], CHATS[0][1:]], chat_tokenizer(GEMMA))
+    with pytest.raises(StethoscopeError, match="refuses document 0: can only concatenate str"):
+        tokenize([[{"role": "user", "content": "", "call": {}}]], chat_tokenizer("{{ 'call ' + messages[0]['call'] }}"))
 
 
 def test_texts_count_but_for_special_tokens(tokenizer):
@@ -278,6 +285,9 @@ def test_documents_keep_their_prompts_where_rows_are_skipped(tmp_path):
     rows[1]["a"], rows[3]["q"] = "", None
     path = write_lines(tmp_path / "a.jsonl", rows)
     assert read_prompted(path, field="a", prompt="q") == (["a0", "a2", "a4"], ["q0", "q2", "q4"])
+    (tmp_path / "a.txt").write_text("no fields")
+    with pytest.raises(StethoscopeError, match="has no fields"):
+        read_prompted(tmp_path / "a.txt", field="a", prompt="q")
 
 
 def test_half_a_surrogate_pair_is_read_as_a_replacement_and_said(chat_tokenizer, tmp_path, caplog):
@@ -325,6 +335,15 @@ def test_chats_are_read_in_every_form_in_which_they_are_published(chat, said, fo
     if chat is CALLS:
         assert found[1]["tool_calls"] == [CALL]
         assert found[2]["name"] == "add"
+
+
+def test_messages_may_hold_what_json_does_not(tmp_path):
+    when = datetime.datetime(2026, 1, 1)
+    chats = [[{"role": "user", "content": "a", "timestamp": when, "score": float("nan")}], [*CHATS[0]]]
+    found = read_documents(table(tmp_path / "a.parquet", "messages", chats), field="messages")
+    assert found[0][0]["timestamp"] == when
+    later = [[found[0][0] | {"timestamp": when.replace(year=2027)}], found[1]]
+    assert len({documents_hash(found), documents_hash(later), documents_hash(found[1:])}) == 3
 
 
 def test_chats_as_tables_of_lists_are_read(tmp_path):

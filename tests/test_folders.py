@@ -134,6 +134,19 @@ def test_a_run_that_is_killed_and_killed_again_ends_as_one_that_was_not(world, f
     assert not list(tmp_path.rglob(f"*{artifacts.PARTIAL}"))
 
 
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_folder_where_a_file_is_is_refused(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StethoscopeError, match="a file"), artifacts.kept_for_one(tmp_path / name):
+        pass
+
+
+def test_a_link_that_leads_nowhere_is_an_output_that_exists(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "gone")
+    with pytest.raises(StethoscopeError, match="exists"), artifacts.new_folder(tmp_path / "out"):
+        pytest.fail("the work began")
+
+
 def test_two_runs_in_one_folder_are_told_of_each_other(world, tmp_path):
     with kept_for_one(tmp_path / "run"), pytest.raises(StethoscopeError, match="another process works in"):
         run_recipe(Recipe.from_yaml(world / "recipe.yaml"), tmp_path / "run", until="diagnose")

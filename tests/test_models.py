@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from world import LAYOUTS, exact_sae, make, save_pair
+from world import LAYOUTS, SMALL, build, exact_sae, make, save_pair, stir
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.apply import applied
@@ -76,9 +76,29 @@ def test_a_large_models_16_bit_matrices_stay_so_and_compute_what_float32_does(la
     assert load_model(paths[0], dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_what_a_router_learned_beside_its_weight_is_kept(tmp_path, monkeypatch):
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    }
+    saved = stir(build("Glm4Moe", **SMALL, **experts, moe_intermediate_size=8, head_dim=8))
+    for name, buffer in saved.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.tensor([9.0, 0, 0, 5]))
+    saved.to(torch.bfloat16).save_pretrained(tmp_path)
+    plain = load_model(tmp_path, dtype=torch.float32)
+    monkeypatch.setattr(narrow, "LARGE", 0.0)
+    assert torch.equal(load_model(tmp_path, dtype=torch.float32)(IDS).logits, plain(IDS).logits)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "Olmo2", "Olmo3", "Exaone4", "Glm4"])
 def test_what_a_block_adds_is_what_its_parts_return_and_the_next_reads_it(layout):
-    model, sites = make(layout, dtype=torch.float32), ["resid_pre", "attn_out", "mlp_out", "resid_post"]
+    model = make(layout, dtype=torch.float32) if layout in LAYOUTS else stir(build(layout, **SMALL))
+    sites = ["resid_pre", "attn_out", "mlp_out", "resid_post"]
     model.get_output_embeddings().register_forward_hook(lambda *_: pytest.fail("the head was run"))
     for layer in range(3):
         activations = read_activations(model, {site: hook_point(model, layer, site) for site in sites}, IDS[:1])

@@ -57,6 +57,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_key(tmp_path):
         ("- a", "is not a mapping"),
         (GOOD + "arms: [tuned]", "must hold `base`"),
         (GOOD + "device: gpu", "device"),
+        (GOOD + "seed: 1\nseed: 2", "`seed` is given twice"),
         (GOOD.replace("top_k", "topk"), "did you mean `top_k`"),
         (None, "recipe.yaml"),
     ],

@@ -114,6 +114,12 @@ FAULTS = {
         reweigh(lambda w: w.update({f"x.lora_{m}.weight": torch.ones(1, 1) for m in "AB"})),
         "`x.lora_A.weight` fits no tensor",
     ),
+    "rank 0": (
+        reweigh(lambda w: w.update({Q + "lora_A.weight": torch.ones(0, 16), Q + "lora_B.weight": torch.ones(16, 0)})),
+        "does not make the",
+    ),
+    "two truths": (reweigh(lambda w: w.update({Q + "weight": torch.zeros(16, 16)})), "both change"),
+    "patterns are a number": (configure(alpha_pattern=3), "alpha_pattern"),
     "truncated": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"123"), "not a sound safetensors"),
     "config gone bad": (lambda f: (f / "adapter_config.json").write_text("{"), "not valid JSON"),
     "a pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "is a pickle"),
@@ -127,6 +133,26 @@ def test_adapters_that_do_not_fit(fault, saved):
     with pytest.raises(CheckpointError, match=message) as caught:
         opened(saved)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("options", "part"), [({"use_dora": True}, "lora_magnitude_vector"), ({"lora_bias": True}, "lora_B.bias")]
+)
+def test_vectors_of_another_length_do_not_fit(options, part, tmp_path):
+    save_adapter(build("Qwen2", **SMALL), tmp_path, r=4, target_modules=["q_proj"], **options)
+
+    def shorten(weights):
+        name = next(name for name in weights if part in name)
+        weights[name] = weights[name][:1].clone()
+
+    reweigh(shorten)(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match="does not have"):
+        opened(tmp_path)
+
+
+def test_a_saved_embedding_changes_the_head_of_a_tied_base_and_it_is_said(llama, tmp_path):
+    save_adapter(llama(hidden=16), tmp_path, r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    assert any("head" in note for note in opened(tmp_path).notes)
 
 
 def test_not_a_number_is_named(saved):

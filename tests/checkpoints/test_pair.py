@@ -52,6 +52,24 @@ def test_heads_that_predict_further_ahead_stay_the_bases(who, tmp_path):
         assert torch.equal(live.lm_head.weight, after["lm_head.weight"])
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_tied_head_may_be_stored_as_a_copy_and_as_nothing_else(copy, tmp_path):
+    base, tuned = save_pair("llama tied", tmp_path)
+    embedding = stored(tuned)["model.embed_tokens.weight"]
+    add(tuned, {"lm_head.weight": embedding.clone() if copy else embedding + 1})
+    if copy:
+        assert open_task_vector(open_checkpoint(base), tuned).names
+    else:  # Transformers does not tie such a head
+        with pytest.raises(CheckpointError, match="lm_head"):
+            open_task_vector(open_checkpoint(base), tuned)
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    base, _ = save_pair("llama tied", tmp_path)
+    with pytest.raises(CheckpointError, match="revision"):
+        open_checkpoint(base, revision="main")
+
+
 def test_another_depth_is_no_fine_tune(tmp_path):
     base, tuned = save_pair("llama untied", tmp_path)
     configure(tuned, num_hidden_layers=2)

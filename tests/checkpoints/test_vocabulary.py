@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from world import make, make_tokenizer, planted_documents, stir, write_lines
 
@@ -234,6 +235,20 @@ def test_a_base_takes_the_vocabulary_of_its_fine_tune(layout, tokenizer, tmp_pat
     edited = write_edit(larger, change, plan, tmp_path / "edited").path
     made, wanted = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (edited, tuned.path))
     torch.testing.assert_close(made(added).logits, wanted(added).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_a_head_that_is_stored_beside_the_embedding_grows_with_it(tokenizer, tmp_path):
+    model = make("llama tied")
+    model.save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    model.resize_token_embeddings(53)
+    stir(model).save_pretrained(tmp_path / "tuned")
+    with_tokenizers(tmp_path, tokenizer)
+    base = open_checkpoint(tmp_path / "base")
+    assert len(extend_vocabulary(base, open_task_vector(base, tmp_path / "tuned"), tmp_path / "larger")) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "larger")(torch.tensor([[52]])).logits.shape[-1] == 53
 
 
 def test_an_adapters_whole_rows_are_taken(tokenizer, tmp_path):
