@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pyarrow import parquet
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from world import GEMMA, SMALL, build, gpt2, make_tokenizer, write_lines
 
 from stethoscope.errors import StethoscopeError
@@ -86,6 +86,9 @@ def test_a_dataset_with_splits_asks_for_one(tmp_path):
     with pytest.raises(StethoscopeError, match="no split `dev`") as caught:
         read_documents(tmp_path / "d", split="dev")
     assert caught.value.hint == "it has: train, test"
+    for path in (saved(tmp_path / "f", "text", TEXTS), table(tmp_path / "f.parquet", "text", TEXTS)):
+        with pytest.raises(StethoscopeError, match="split"):
+            read_documents(path, split="test")
     datasets.DatasetDict({"only": parts["test"]}).save_to_disk(tmp_path / "e")
     assert read_documents(tmp_path / "e") == ["test"]
 
@@ -200,6 +203,13 @@ def test_templates_that_rewrite_leave_out_or_refuse(tokenizer, chat_tokenizer):
         tokenize([CHATS[0], CHATS[0][1:]], chat_tokenizer(GEMMA))
     with pytest.raises(StethoscopeError, match="refuses document 0: can only concatenate str"):
         tokenize([[{"role": "user", "content": "", "call": {}}]], chat_tokenizer("{{ 'call ' + messages[0]['call'] }}"))
+
+
+def test_chats_take_a_tokenizer_that_says_where_tokens_stand():
+    slow = ByT5Tokenizer()
+    slow.chat_template = CHATML
+    with pytest.raises(StethoscopeError, match="where in a chat"):
+        counted_tokens(CHATS, slow)
 
 
 def test_texts_count_but_for_special_tokens(tokenizer):

@@ -57,6 +57,7 @@ def test_a_tied_head_may_be_stored_as_a_copy_and_as_nothing_else(copy, tmp_path)
     base, tuned = save_pair("llama tied", tmp_path)
     embedding = stored(tuned)["model.embed_tokens.weight"]
     add(tuned, {"lm_head.weight": embedding.clone() if copy else embedding + 1})
+    assert open_checkpoint(tuned).tied == copy
     if copy:
         assert open_task_vector(open_checkpoint(base), tuned).names
     else:  # Transformers does not tie such a head

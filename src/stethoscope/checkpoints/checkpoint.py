@@ -59,8 +59,11 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the head is the embedding: nothing stored for it, or the config says so."""
-        return "lm_head.weight" not in self.entries or bool(config_value(self.config, "tie_word_embeddings"))
+        """Whether the head is the embedding: nothing is stored for it, or a copy and the config says so."""
+        if "lm_head.weight" not in self.entries:
+            return True
+        says_so = bool(config_value(self.config, "tie_word_embeddings"))
+        return says_so and is_copy(self, "lm_head.weight", "embed_tokens.weight")  # as Transformers ties them
 
     @property
     def nbytes(self) -> int:
@@ -157,6 +160,14 @@ def same_bytes(checkpoint: Checkpoint, one: str, two: str) -> bool:
     if first is None or second is None or (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
     return hash_tensor(checkpoint, first) == hash_tensor(checkpoint, second)
+
+
+def is_copy(checkpoint: Checkpoint, one: str, two: str) -> bool:
+    """The same, where only headers may be here: their shapes decide then."""
+    try:
+        return same_bytes(checkpoint, one, two)
+    except CheckpointError:
+        return checkpoint.entries[one].shape == checkpoint.entries[two].shape
 
 
 def fingerprint(checkpoint: Checkpoint, *, without: frozenset[str] = frozenset()) -> str:

@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 from jaxtyping import Float32
 
-from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, same_bytes
+from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, is_copy
 from stethoscope.checkpoints.config import config_notes
 from stethoscope.checkpoints.files import read_json_object
 from stethoscope.checkpoints.header import DTYPES, Entry
@@ -45,7 +45,7 @@ def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str
     for name, entry in tuned.entries.items():
         if name in base.entries or entry.kind in ("buffer", "vision") or entry.stored in ahead:
             continue
-        if name != head or not _is_copy(tuned, head, embedding):
+        if name != head or not is_copy(tuned, head, embedding):
             problems.append(f"`{entry.stored}` of `{tuned.source}` is missing in `{base.source}`")
     own: dict[str, str] = {}
     rows: dict[str, int] = {}
@@ -77,14 +77,6 @@ def match(base: Checkpoint, tuned: Checkpoint) -> tuple[dict[str, str], dict[str
     if ahead:
         notes += (f"what predicts tokens further ahead stays the base's, such as `{next(iter(ahead))}`",)
     return own, rows, notes + rounding_notes(base, tuned, own)
-
-
-def _is_copy(checkpoint: Checkpoint, one: str, two: str) -> bool:
-    """Whether two tensors are the same, as Transformers asks before it ties them; by shape if only headers are here."""
-    try:
-        return same_bytes(checkpoint, one, two)
-    except CheckpointError:
-        return checkpoint.entries[one].shape == checkpoint.entries[two].shape
 
 
 def fits(entry: Entry, shape: tuple[int, ...]) -> bool:

@@ -59,6 +59,8 @@ def _read(path: Path | str, fields: tuple[str, ...], limit: int | None, split: s
     """The documents in each of some fields, from the rows in which none of them is blank."""
     path = Path(path)
     rows: Iterable[tuple[str, Any]]
+    if split and path.is_file():
+        raise StethoscopeError(f"the file `{path}` has no split `{split}`", hint="leave `split` out")
     if path.suffix == ".txt" and len(fields) > 1:
         raise StethoscopeError(f"the text `{path}` has no fields, so none holds prompts", hint="give a .jsonl file")
     if path.suffix == ".txt":
@@ -210,6 +212,8 @@ def _dataset(path: Path, fields: Sequence[str], split: str | None) -> Iterator[t
         if split not in found:
             raise StethoscopeError(f"the dataset `{path}` has no split `{split}`", hint=f"it has: {', '.join(found)}")
         found = found[split]
+    elif split:
+        raise StethoscopeError(f"the dataset `{path}` has no splits, so none is `{split}`", hint="leave `split` out")
     _check_fields(path, fields, found.column_names)
     return _numbered(
         row for rows in found.with_format(None).select_columns([*fields]).iter(1000) for row in _transposed(rows)

@@ -151,6 +151,11 @@ def _content(
     chat: Chat, tokenizer: PreTrainedTokenizerBase, number: int, max_tokens: int, *, assistant: bool
 ) -> list[bool]:
     """Mark the tokens of a rendered chat that overlap the content of its messages, or of the assistant's."""
+    if not tokenizer.is_fast:
+        raise StethoscopeError(
+            f"a {type(tokenizer).__name__} does not say where in a chat its tokens stand",
+            hint="render the chats yourself and give texts",
+        )
     text = _render(chat, tokenizer, number)
     max_tokens = min(max_tokens, tokenizer.model_max_length)
     found = _content_spans(chat, tokenizer, number, text, tags=False) or _content_spans(
