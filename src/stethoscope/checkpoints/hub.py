@@ -75,7 +75,7 @@ def hub_errors(repository: str, revision: str | None) -> Iterator[None]:
             f"there is no folder and no hub repository `{repository}`{where}",
             hint="check the spelling; for a private repository, `hf auth login`",
         ) from error
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         if refused := refused_by_system(error):
             raise refused from error
         raise CheckpointError(
