@@ -1,6 +1,7 @@
 """The main job on small real models: every artefact, resumption, identical second runs, and wrong input named early."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,7 @@ from stethoscope.context import open_context
 from stethoscope.editing.apply import prepare
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import RecipeError, StethoscopeError
+from stethoscope.estimate import estimate
 from stethoscope.evaluation.contamination import Seen
 from stethoscope.evaluation.text_loss import TextDivergence, TextLoss
 from stethoscope.models.device import preferred_dtype
@@ -399,6 +401,15 @@ def test_a_fine_tune_of_some_layers_is_run_and_validated(world, tmp_path, llama)
     fewer = Recipe.from_yaml(path, ["validation.documents=4", "validation.random_sets=10"])
     found = run_recipe(fewer, tmp_path / "run", until="validate").results["validate"]
     assert found.scores["norm"].values == {layer.layer: layer.energy for layer in edits.energy}
+
+
+def test_an_estimate_counts_every_calibration_document(world, tmp_path):
+    text = {"dataset": str(world / "data/code.jsonl"), "documents": 4}
+    path = changed(world, tmp_path, edit={"filter": 1.0}, calibrate={"target": text, "control": text})
+    recipe = Recipe.from_yaml(path)
+    speeds = dict.fromkeys(("model", "decoding", "host", "memory", "single", "double"), math.inf) | {"model": 1.0}
+    found = {one.stage: one.seconds for one in estimate(recipe, check_recipe(recipe, tmp_path / "run"), speeds)}
+    assert found["Recommend: layers, coefficient and filter"] > 0
 
 
 def test_what_no_layer_shows_is_refused(world, tmp_path, llama):
