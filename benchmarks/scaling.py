@@ -34,6 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import numpy as np
 import psutil
+import ray
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -42,7 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from stethoscope.artifacts import write_json
 from stethoscope.diagnosis.collect import Collector, Piece, collect_activations
 from stethoscope.diagnosis.statistics import FeatureStatistics
-from stethoscope.executor import LocalExecutor, RayExecutor, WorkerContext, import_ray, versions
+from stethoscope.executor import LocalExecutor, RayExecutor, WorkerContext, versions
 from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.recipe import Ray
 from stethoscope.saes.open import open_saes
@@ -215,7 +216,7 @@ def worker_pids() -> list[int]:
 @contextmanager
 def watched() -> Iterator[list[dict[str, float]]]:
     """Memory of the driver, the workers and the object store, twice a second."""
-    ray, seen, stop = import_ray(), [], threading.Event()
+    seen, stop = [], threading.Event()
     start = time.perf_counter()
 
     def look() -> None:
@@ -306,7 +307,6 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=["memory", "time"], default=["memory", "time"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ray = import_ray()
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     # memory first: what was used before would hide what grows
     measures = {

@@ -294,10 +294,13 @@ def test_documents_keep_their_prompts_where_rows_are_skipped(tmp_path):
     rows = [{"q": f"q{n}", "a": f"a{n}"} for n in range(5)]
     rows[1]["a"], rows[3]["q"] = "", None
     path = write_lines(tmp_path / "a.jsonl", rows)
-    assert read_prompted(path, field="a", prompt="q") == (["a0", "a2", "a4"], ["q0", "q2", "q4"])
+    assert read_prompted(path, field="a", prompt="q") == (["q0a0", "q2a2", "q4a4"], ["q0", "q2", "q4"])
     (tmp_path / "a.txt").write_text("no fields")
     with pytest.raises(StethoscopeError, match="has no fields"):
         read_prompted(tmp_path / "a.txt", field="a", prompt="q")
+    chats = write_lines(tmp_path / "b.jsonl", [{"q": "q", "a": [{"role": "user", "content": "a"}]}])
+    with pytest.raises(StethoscopeError, match="chats"):
+        read_prompted(chats, field="a", prompt="q")
 
 
 def test_half_a_surrogate_pair_is_read_as_a_replacement_and_said(chat_tokenizer, tmp_path, caplog):

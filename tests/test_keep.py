@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from world import contents, planted_documents, write_lines
+from world import BYTES, build, contents, planted_documents, save_adapter, write_lines
 
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli import main
@@ -14,6 +14,7 @@ from stethoscope.editing.verify import verify
 from stethoscope.errors import StethoscopeError
 from stethoscope.keep import Wanted, keep_skill
 from stethoscope.results.keeping import Keeping
+from stethoscope.run import Silent
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def folder(planted, tokenizer, tmp_path_factory):
     tokenizer.save_pretrained(folder / "base")
     for name, kind in (("sums", "target"), ("words", "control"), ("more", "control")):
         seed = {"sums": 5, "words": 6, "more": 7}[name]
-        write_lines(folder / f"{name}.jsonl", ({"text": text} for text in planted_documents(kind, 80, seed)))
+        write_lines(folder / f"{name}.jsonl", ({"text": text} for text in planted_documents(kind, 200, seed)))
     return folder
 
 
@@ -42,7 +43,8 @@ def test_it_keeps_the_gain_and_leaves_protected_text_nearer_to_the_base(folder, 
     assert tuned.gain.low > 0
     assert filtered.kept.value > 0.85
     for text in ("words", "more"):
-        assert abs(filtered.damage[text].value) < abs(tuned.damage[text].value)
+        farthest, whole = (max(-one.damage[text].low, one.damage[text].high) for one in (filtered, tuned))
+        assert farthest < whole
         assert filtered.damage[text].low <= filtered.damage[text].value <= filtered.damage[text].high
     assert found.variants["base"].damage["words"].value == 0
     assert verify(tmp_path / "out", base=open_checkpoint(folder / "base")).ok
@@ -69,7 +71,10 @@ def test_a_prompt_is_read_and_its_loss_does_not_count(folder, tmp_path):
     gains = []
     for prompts in ((), words):
         wanted = Wanted(
-            keep=sums, prompts=prompts, protect={"words": planted_documents("control", 40, 10)}, strength=1.0
+            keep=[a + b for a, b in zip(words, sums, strict=True)],
+            prompts=prompts,
+            protect={"words": planted_documents("control", 40, 10)},
+            strength=1.0,
         )
         out = tmp_path / f"out-{len(prompts)}"
         gains.append(keep_skill(base, change, wanted, out)[1].variants["tuned"].gain.value)
@@ -97,12 +102,15 @@ def test_two_runs_write_the_same_bytes(folder, tmp_path):
         (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--protect", "words.jsonl"], 1),
         (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--share", "1.5"], 1),
         (["--keep", "few.jsonl", "--protect", "words.jsonl"], 1),
+        (["--keep", "chats.jsonl", "--prompt", "q", "--protect", "words.jsonl"], 1),
         (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--kind", "adapter"], 1),
         (["--keep", "sums.jsonl", "--protect", "words.jsonl", "--coefficient", "2"], 0),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(folder, tmp_path, capsys, options, problems):
-    write_lines(folder / "few.jsonl", [{"text": "1+1=2"}])
+    write_lines(folder / "few.jsonl", [{"text": "1+1=2"}] * 20)
+    chat = [{"role": "user", "content": "1+1"}]
+    write_lines(folder / "chats.jsonl", ({"q": f"{i}: ", "text": chat} for i in range(20)))
     options = [str(folder / option) if ".jsonl" in option else option for option in options]
     with pytest.raises(SystemExit) as stopped:
         edit(folder, tmp_path / "out", *options)
@@ -121,6 +129,68 @@ def test_no_gain_is_no_evidence(folder, tmp_path):
     assert "No evidence" in found.verdict
     with pytest.raises(StethoscopeError):
         keep_skill(base, open_task_vector(base, folder / "tuned"), wanted, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": {"word": 2.0}},
+        {"prompts": ["Add: "] * 19},
+        {"prompts": ["Sum: "] * 20},
+        {"prompts": ["Add: "] * 20, "protect": {"words": [str(n) for n in range(40)]}},
+    ],
+    ids=["no such text", "too few prompts", "other prompts", "kept and protected"],
+)
+def test_what_contradicts_itself_is_refused(folder, tmp_path, changes):
+    base = open_checkpoint(folder / "base")
+    given = {"keep": [f"Add: {n}" for n in range(20)], "protect": {"words": planted_documents("control", 40, 1)}}
+    with pytest.raises(StethoscopeError) as refused:
+        keep_skill(base, open_task_vector(base, folder / "tuned"), Wanted(**given | changes), tmp_path / "out")
+    assert len(refused.value.problems) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_document_that_repeats_another_does_not_measure_what_it_made(folder, tmp_path):
+    base = open_checkpoint(folder / "base")
+    texts = {name: list(dict.fromkeys(planted_documents(name, 40, 1)))[:20] for name in ("target", "control")}
+    prompts = [document[:1] for document in texts["target"]]
+    found = []
+    for times in (1, 3):
+        wanted = Wanted(
+            keep=texts["target"] * times, prompts=prompts * times, protect={"words": texts["control"] * times},
+            strength=1.0,
+        )  # fmt: skip
+        found.append(keep_skill(base, open_task_vector(base, folder / "tuned"), wanted, tmp_path / str(times))[1])
+    assert (found[0].documents, found[0].variants) == (found[1].documents, found[1].variants)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+)
+def test_an_adapter_that_no_filtered_one_can_be_made_of_is_named_before_any_work(options, folder, tokenizer, tmp_path):
+    model = build("Qwen2", **BYTES, num_hidden_layers=3, tie_word_embeddings=False)
+    save_adapter(model, tmp_path, r=2, **{"target_modules": ["q_proj"]} | options)
+    tokenizer.save_pretrained(tmp_path / "base")
+    started = []
+
+    class Stages(Silent):
+        def stage(self, title):
+            started.append(title)
+            return super().stage(title)
+
+    base = open_checkpoint(tmp_path / "base")
+    wanted = Wanted(keep=planted_documents("target", 40, 1), protect={"words": planted_documents("control", 40, 2)})
+    change = open_task_vector(base, tmp_path / "adapter")
+    with pytest.raises(StethoscopeError) as refused:
+        keep_skill(base, change, wanted, tmp_path / "out", kind="adapter", reporter=Stages())
+    assert refused.value.problems
+    assert not started
 
 
 @pytest.mark.skipif("STETHOSCOPE" not in os.environ, reason="`make wheel` names the command of an installed wheel")

@@ -1,9 +1,10 @@
 """The main job on small real models: every artefact, resumption, identical second runs, and wrong input named early."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import combinations
 from typing import NamedTuple
 
@@ -11,18 +12,21 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
-from world import changed, flip, interrupt, save_adapter, write_lines, write_saes, write_texts
+from world import GEMMA, changed, flip, interrupt, save_adapter, write_lines, write_saes, write_texts
 
 from stethoscope.artifacts import sha256_file
 from stethoscope.check import OTHERS, check_recipe, check_run
 from stethoscope.checkpoints.checkpoint import hash_tensor
-from stethoscope.checkpoints.open import open_checkpoint
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.cli import main
+from stethoscope.context import open_context
 from stethoscope.editing.apply import prepare
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import RecipeError, StethoscopeError
+from stethoscope.estimate import estimate
 from stethoscope.evaluation.contamination import Seen
 from stethoscope.evaluation.text_loss import TextDivergence, TextLoss
+from stethoscope.models.device import preferred_dtype
 from stethoscope.recipe import SCALPEL_ARMS, Recipe
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
@@ -33,7 +37,7 @@ from stethoscope.results.geometry import Geometry
 from stethoscope.results.selection import Selection
 from stethoscope.results.validation import ScoreValidation
 from stethoscope.run import run_recipe
-from stethoscope.selection.arms import CONTROL_ARMS, plan_arms
+from stethoscope.selection.arms import CONTROL_ARMS, load_plans, plan_arms
 
 LAYERS, HIDDEN = 4, 32
 FEW = {"control_tasks": [], "limit": 2}
@@ -347,7 +351,7 @@ def test_a_gpu_that_is_not_there_is_said_before_any_work(world, tmp_path, capsys
     assert "select.k is `9`" in said
     recipe = str(world / "recipe.yaml")
     model = ["--model", str(world / "base"), "--tasks", "tiny_sum"]
-    commands = [[name, recipe] for name in ("run", "diagnose", "calibrate", "validate")]
+    commands = [[name, recipe] for name in ("run", "diagnose", "select", "validate")]
     for command in (*commands, ["run", recipe, "--dry-run"], ["evaluate", *model]):
         with pytest.raises(SystemExit) as stopped:
             main([*command, "--out", str(tmp_path / "run"), "--device", "cuda:1"])
@@ -373,6 +377,95 @@ def test_items_that_the_choice_has_seen_are_refused_by_name_or_said(world, tmp_p
     claim = Claim.load(tmp_path / "run")
     assert claim.kind == "exploratory"
     assert claim.seen_items == {"general text": (0,)}
+
+
+@pytest.mark.parametrize("until", ["diagnos", "calibrate", "recommend", "tradeoff"])
+def test_a_stage_that_a_recipe_has_nothing_for_is_refused_before_any_work(world, tmp_path, until):
+    reporter = Recorder()
+    with pytest.raises(StethoscopeError) as refused:
+        run(world / "recipe.yaml", tmp_path / "run", until=until, reporter=reporter)
+    assert refused.value.hint
+    assert not reporter.stages
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tune_of_some_layers_is_run_and_validated(world, tmp_path, llama):
+    save_adapter(llama().to(torch.bfloat16), tmp_path, r=4, target_modules=["up_proj"], layers_to_transform=[1, 2])
+    arms = ["base", "selected", "scaled", "norm_ranked", "random_matched"]
+    select = {"policy": "top_k", "k": 1}
+    path = changed(world, tmp_path, FEW, tuned=str(tmp_path / "adapter"), arms=arms, select=select)
+    chosen = run(path, tmp_path / "run").selection.layers
+    edits = Edits.load(tmp_path / "run")
+    assert [bool(layer.energy) for layer in edits.energy] == [False, True, True, False]
+    assert ("scaled" in edits.plans) == (chosen[0] in (1, 2))
+    fewer = Recipe.from_yaml(path, ["validation.documents=4", "validation.random_sets=10"])
+    found = run_recipe(fewer, tmp_path / "run", until="validate").results["validate"]
+    assert found.scores["norm"].values == {layer.layer: layer.energy for layer in edits.energy}
+
+
+def test_an_estimate_counts_every_calibration_document(world, tmp_path):
+    text = {"dataset": str(world / "data/code.jsonl"), "documents": 4}
+    path = changed(world, tmp_path, edit={"filter": 1.0}, calibrate={"target": text, "control": text})
+    recipe = Recipe.from_yaml(path)
+    speeds = dict.fromkeys(("model", "decoding", "host", "memory", "single", "double"), math.inf) | {"model": 1.0}
+    found = {one.stage: one.seconds for one in estimate(recipe, check_recipe(recipe, tmp_path / "run"), speeds)}
+    assert found["Recommend: layers, coefficient and filter"] > 0
+
+
+def test_what_no_layer_shows_is_refused(world, tmp_path, llama):
+    save_adapter(llama().to(torch.bfloat16), tmp_path, r=4, target_modules=["embed_tokens"])
+    said = refusal(changed(world, tmp_path, tuned=str(tmp_path / "adapter")), tmp_path / "run")
+    assert "changes nothing in the layers" in said
+    typo = changed(world, tmp_path, validation={"matched": ["mass_shift increment", "gradiant"]})
+    assert "did you mean `gradient`?" in refusal(typo, tmp_path / "run")
+
+
+def test_results_of_other_settings_beside_a_comparison_are_said(world, copy):
+    warned = []
+    for changes in ([], ["diagnose.permutations=19"]):
+        reporter = Recorder()
+        recipe = Recipe.from_yaml(world / "recipe.yaml", changes)
+        run_recipe(recipe, copy, until="diagnose", reporter=reporter)
+        warned.append(any(note.startswith("warning: the edit and the comparison") for note in reporter.stages))
+    assert warned == [False, True]
+
+
+def test_damaged_plans_are_no_plans(world, copy):
+    base = open_checkpoint(world / "base")
+    change, saved = open_task_vector(base, world / "tuned"), Edits.load(copy)
+    whole = json.loads((copy / Edits.FILE).read_text())
+    for damaged in ({"transform": []}, {"layers": []}, {"layers": {"x": {}}}, {"default": "1"}):
+        plan = whole["plans"]["selected"] | damaged
+        (copy / Edits.FILE).write_text(json.dumps(whole | {"plans": {"selected": plan}}))
+        assert load_plans(copy, saved.provenance, change) is None
+
+
+def test_every_stage_counts_the_tokens_and_leaves_out_the_documents_that_the_diagnosis_does(world, tmp_path):
+    shutil.copytree(world / "base", tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").write_text(GEMMA)
+    texts: dict[str, dict[str, str]] = {}
+    for name in ("target", "control"):
+        rows = [[("user", f"{name} {i}"), ("assistant", f"{i} as it happens")] for i in range(24)]
+        rows[5] = [("assistant", "refused"), ("assistant", "by the template")]
+        chats = ({"messages": [{"role": role, "content": said} for role, said in row]} for row in rows)
+        texts[name] = {"dataset": str(write_lines(tmp_path / f"{name}.jsonl", chats)), "field": "messages"}
+    path = changed(
+        world, tmp_path, {"target": {"dataset": str(world / "data/calibration-math.jsonl")}}, **texts,
+        base=str(tmp_path / "base"), score="attribution", edit={"filter": 1.0, "forwards": 3},
+        diagnose={"block_size": 4, "permutations": 19, "resamples": 19, "tokens": "assistant", "skip_broken": True},
+        validation={"documents": 8, "random_sets": 10}, tradeoff={"documents": 4, "strengths": [1.0]},
+        ray={"workers": 0, "gpus": 1},
+    )  # fmt: skip
+    recipe = Recipe.from_yaml(path)
+    with ExitStack() as stack:
+        context = open_context(recipe, tmp_path, check_recipe(recipe, tmp_path / "run"), stack)
+        counted = sum(int(batch.countable.sum()) for batch in context.batches("target", without=(5,)))
+        assert counted == sum(len(f"{i} as it happens") for i in range(24) if i != 5)  # a character is a token
+        assert context.dtype == preferred_dtype(context.device)
+    for stage in ("recommend", "validate", "tradeoff"):
+        results = run(path, tmp_path / "run", until=stage).results
+    assert results["diagnose"].corpora["target"].broken == (5,)
+    assert results["diagnose"].corpora["target"].tokens == counted
 
 
 def test_a_claim_on_unseen_items_is_confirmatory(finished):

@@ -53,6 +53,13 @@ def test_what_no_setting_reaches_is_none_with_a_reason():
     assert least_damage(curve(np.nan, np.nan), curve(0.1, 0.0)).value is None
 
 
+def test_where_there_is_no_gain_that_is_the_reason():
+    kept, damage = curve(np.nan, np.nan), curve(0.1, 0.0)
+    for found in figures(kept, damage):
+        assert found.value is None
+        assert "gains nothing" in found.reason
+
+
 def test_resamples_that_miss_leave_the_interval_open():
     kept, damage = curve(0.97, 0.5), curve(0.1, 0.0)
     kept[3:, 0] = 0.9

@@ -37,6 +37,10 @@ from stethoscope.text.documents import Document, read_documents, read_prompted
 
 # There are no such arms where every layer is selected, at one coefficient: they would be the selected edit, or nothing.
 OTHERS: tuple[ArmName, ...] = ("random_layers", "scaled", "norm_ranked", "bottom_layers", "random_matched", "hybrid")
+VALIDATED = (  # what `validate` compares beside the scores that a recipe can name
+    "attribution net", "tuned_shift", "norm", "residual_shift", "gradient", "local_effect", "functional_specificity",
+    "injection",
+)  # fmt: skip
 FEWEST_HELD_BACK = 10  # documents of a text of which every fifth is held back: two are
 
 
@@ -225,6 +229,10 @@ def _open(found: Check, recipe: Recipe, folder: Path, *, headers_only: bool, hub
             entry = found.base.entries[name]
             if entry.layer is not None:
                 size[entry.layer] += entry.nbytes
+        if not size:
+            found.problems.append(
+                f"`{recipe.tuned}` changes nothing in the layers\n    hint: `edit --keep` filters the other tensors"
+            )
         layers = [layer for layer, _ in size.most_common(None if recipe.filters else recipe.select.k)]
         plan = EditPlan.for_layers(layers, coefficient=recipe.edit.coefficient)
         found.edit = preview(found.base, found.task_vector, plan, folder / "edited", overwrite=True, resumes=True)
@@ -250,14 +258,17 @@ def _check_saes(found: Check, recipe: Recipe) -> None:
 
 
 def _check_choices(found: Check, recipe: Recipe) -> None:
-    """Check the score, and that arms of other layers than the selected ones have such layers."""
+    """Check the scores, and that arms of other layers than the selected ones have such layers."""
     from stethoscope.diagnosis.scores import SCORES
 
     known = (*SCORES, ATTRIBUTION)
-    if recipe.score not in known:
-        near = get_close_matches(recipe.score, known, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(known)}"
-        found.problems.append(f"unknown score `{recipe.score}`; {hint}")
+    validated = (*known, *(f"{score} increment" for score in SCORES), *VALIDATED)
+    given = [(recipe.score, known), *((score, validated) for score in recipe.validation.matched or ())]
+    for score, names in given:
+        if score not in names:
+            near = get_close_matches(score, names, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known scores: {', '.join(names)}"
+            found.problems.append(f"unknown score `{score}`; {hint}")
     k = recipe.select.k if recipe.select.chooses_k else None
     every = found.base is not None and k == found.base.layers
     without = OTHERS if every else ("bottom_layers", "hybrid") if found.saes and k == len(found.saes) else ()
@@ -280,11 +291,8 @@ def _read_texts(found: Check, recipe: Recipe, *, hub_texts: bool) -> None:
             documents, prompts = found.attempt(read_prompted, text.dataset, field=text.field, **options) or ([], [])
         else:
             documents, prompts = found.attempt(read_documents, text.dataset, field=text.field, **options), None
-        if prompts and not all(isinstance(part, str) for part in (*prompts, *documents)):
-            found.problems.append(f"the {name} text has chats, which take no `prompt`\n    hint: leave `prompt` out")
-        elif prompts:
+        if prompts:
             found.prompts[name] = prompts
-            documents = [f"{prompt}{document}" for prompt, document in zip(prompts, documents, strict=True)]
         if documents:
             found.texts[name] = documents
     for corpus, name in recipe.judged.items() if recipe.filters else ():

@@ -1,6 +1,6 @@
 """The inputs of a run's stages: the recipe, what it refers to, and the model, loaded when it is first needed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from stethoscope.models.load import load_model, load_tokenizer, room_beside
 from stethoscope.recipe import Recipe
 from stethoscope.saes.open import SAEFolder, load_sae
 from stethoscope.text.documents import Document, documents_hash
-from stethoscope.text.tokens import TokenBatch, batches, prompt_lengths, tokenize, within
+from stethoscope.text.tokens import TokenBatch, batches, counted_tokens, prompt_lengths, tokenize, within
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,8 @@ class Context:
     @property
     def dtype(self) -> "torch.dtype":
         """The type of weights of the model here and of the workers' models."""
-        return preferred_dtype("cuda" if self.recipe.ray and self.recipe.ray.gpus else self.device)
+        on_gpus = self.has_workers and self.recipe.ray and self.recipe.ray.gpus
+        return preferred_dtype("cuda" if on_gpus else self.device)
 
     def check_weights(self) -> None:
         """Look for NaN and infinity in every weight of base and tuned.
@@ -151,27 +152,34 @@ class Context:
         """As `arm`, with the changed tensors held in memory, for arms that are entered many times."""
         return prepare(self.model, self.task_vector, plan).entered if plan else nullcontext
 
-    def held_back(self, text: str) -> tuple[int, ...]:
+    def held_back(self, text: str) -> range:
         """Positions of every fifth document of a text, if they judge edits, and so make no filter."""
         judges = self.recipe.judged.get(text) == text
-        return tuple(range(4, len(self.found.texts[text]), 5)) if judges else ()
+        return range(4, len(self.found.texts[text]) if judges else 0, 5)
 
     def batches(
-        self, text: str, limit: int | None = None, without: tuple[int, ...] = (), *, most: int | None = None
+        self, text: str, limit: int | None = None, without: Collection[int] = (), *, most: int | None = None
     ) -> list[TokenBatch]:
         """Batches of tokens of a text's first ``limit`` documents, without those at some positions.
 
         Args:
             most: about so many tokens from the top.
         """
-        rows, starts = self.rows(text, limit, max_tokens=self.recipe.diagnose.max_tokens, without=without)
+        options = self.recipe.diagnose
+        rows, starts = self.rows(text, limit, max_tokens=options.max_tokens, without=without)
         if most is not None:
             rows = within(most, rows)
             starts = starts and starts[: len(rows)]
-        return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, starts=starts))
+        counted = counted_tokens(
+            self.documents(text, without)[: len(rows)],
+            self.tokenizer,
+            max_tokens=options.max_tokens,
+            tokens=options.tokens if text in self.recipe.corpora else "all",
+        )
+        return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, counted=counted, starts=starts))
 
     def rows(
-        self, text: str, limit: int | None = None, *, max_tokens: int = 1024, without: tuple[int, ...] = ()
+        self, text: str, limit: int | None = None, *, max_tokens: int = 1024, without: Collection[int] = ()
     ) -> tuple[list[list[int]], list[int] | None]:
         """Token ids of a text's documents, and the lengths of their prompts in tokens if they have any."""
         found = tokenize(self.documents(text, without)[:limit], self.tokenizer, max_tokens=max_tokens)
@@ -180,7 +188,7 @@ class Context:
             return found, None
         return found, prompt_lengths(found, tokenize(prompts, self.tokenizer, max_tokens=max_tokens))
 
-    def documents(self, text: str, without: tuple[int, ...] = ()) -> list[Document]:
+    def documents(self, text: str, without: Collection[int] = ()) -> list[Document]:
         """A text's documents, without those at some positions."""
         return [document for n, document in enumerate(self.found.texts[text]) if n not in without]
 

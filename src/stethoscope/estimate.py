@@ -133,7 +133,9 @@ class _Run:
         return self.search(60, sum(sum(self.texts[f"calibration {side}"]) for side in ("target", "control")))
 
     def recommend(self) -> Stage:
-        judged = [self.texts[text][4 :: 5 if text == name else 1] for name, text in self.recipe.judged.items()]
+        judged = [
+            self.texts[text][4::5] if text == name else self.texts[text] for name, text in self.recipe.judged.items()
+        ]
         tokens = sum(min(sum(some), self.recipe.edit.tokens / 5) for some in judged)
         return self.search(self.recipe.edit.forwards, tokens)
 
@@ -162,7 +164,7 @@ class _Run:
             work.append(("single", sum(texts) * d**2) if n == d else ("double", d * n**2))
             work.append(("double", n**3 * (strengths / 3 + (2.5 if n == d else 1)) + solved * n * d))
         moments = 4 * len(texts) * sum(ranks[d] * d for _, d in met) / self.base.layers
-        held = max(48 * ranks[d] * d + 32 * rows * d for (_, d), rows in met.items())
+        held = max((48 * ranks[d] * d + 32 * rows * d for (_, d), rows in met.items()), default=0)
         return work, sum(texts) * self.base.hidden_size * self.itemsize + moments + held
 
     def geometry(self) -> Stage:

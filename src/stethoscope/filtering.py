@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from stethoscope.results.diagnosis import Diagnosis
     from stethoscope.results.evidence import Evidence
     from stethoscope.results.filtering import Filtering
-    from stethoscope.text.tokens import TokenBatch
 
 KEPT = 0.95  # of the largest gain within the budget: the recommended edit is that of least damage with it
 COEFFICIENTS = (0.5, 0.75, 1.0, 1.25, 1.5)
@@ -43,23 +42,13 @@ def strengths(recipe: Recipe) -> tuple[float, ...]:
 def make_filter(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "Filtering":
     """Filter every layer's change at several strengths by the target and the protected texts."""
     from stethoscope.editing.filter import write_filters
-    from stethoscope.text.tokens import batches, counted_tokens, tokenize, within
 
-    recipe, options, diagnosis = context.recipe, context.recipe.diagnose, results["diagnose"]
-
-    def read(name: str) -> "list[TokenBatch]":
-        documents = context.documents(name, (*_broken(diagnosis, name), *context.held_back(name)))
-        rows = within(recipe.edit.tokens, tokenize(documents, context.tokenizer, max_tokens=options.max_tokens))
-        tokens = options.tokens if name in recipe.corpora else "all"
-        counted = counted_tokens(
-            documents[: len(rows)], context.tokenizer, max_tokens=options.max_tokens, tokens=tokens
-        )
-        return list(batches(rows, context.tokenizer, batch_tokens=2048, counted=counted))
-
+    recipe, diagnosis = context.recipe, results["diagnose"]
+    without = {name: {*broken(diagnosis, name), *context.held_back(name)} for name in ("target", *recipe.protected)}
     return write_filters(
         context.model,
         context.task_vector,
-        {name: read(name) for name in ("target", *recipe.protected)},
+        {name: context.batches(name, without=some, most=recipe.edit.tokens) for name, some in without.items()},
         context.filters,
         provenance=provenance,
         strengths=strengths(recipe),
@@ -131,8 +120,8 @@ def recommendation(context: "Context", results: Results, provenance: Provenance,
     texts = {}
     for name, text in recipe.judged.items():
         held = context.held_back(text)
-        without = [n for n in range(len(context.found.texts[text])) if held and n not in held]
-        texts[name] = context.batches(text, without=(*without, *_broken(diagnosis, text)), most=recipe.edit.tokens // 5)
+        without = {n for n in range(len(context.found.texts[text])) if held and n not in held}
+        texts[name] = context.batches(text, without={*without, *broken(diagnosis, text)}, most=recipe.edit.tokens // 5)
     share = recipe.calibrate and recipe.calibrate.budget
     raw = (None,) if recipe.edit.filter == "auto" else ()
     return calibrate(
@@ -179,5 +168,6 @@ def filtered_plans(context: "Context", results: Results, chosen: Mapping[int, fl
     return {arm: plan for arm, plan in plans.items() if arm in recipe.evaluated}
 
 
-def _broken(diagnosis: "Diagnosis", name: str) -> tuple[int, ...]:
+def broken(diagnosis: "Diagnosis", name: str) -> tuple[int, ...]:
+    """Places of a text's documents that the model cannot process, as far as the diagnosis read it."""
     return tuple(diagnosis.corpora[name].broken) if name in diagnosis.corpora else ()

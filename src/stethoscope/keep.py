@@ -5,25 +5,26 @@
 Of every five documents of a text, three make the filter, one chooses its strength and one is measured.
 """
 
+import logging
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stethoscope.artifacts import Provenance, canonical_json, scratch_folder, sha256_bytes
+from stethoscope.checkpoints.adapter import AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, fingerprint
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.filter import STRENGTHS, TARGET, FilteredChange, write_filters
-from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.preview import preview
 from stethoscope.editing.rivals import WHOLE
 from stethoscope.editing.writer import Edit, OutputKind, write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
-from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.models.device import find_device
 from stethoscope.models.load import load_model, load_tokenizer
 from stethoscope.results.keeping import BASE, EDIT, SCALED, TUNED, Keeping, Variant
@@ -39,6 +40,8 @@ FEWEST = 10  # documents of a text: two of them are measured
 COEFFICIENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the plain scaling
 BATCH_TOKENS = 2048  # of a forward of one block
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
@@ -46,7 +49,7 @@ class Wanted:
 
     Attributes:
         keep: documents that use the fine-tune's skill.
-        prompts: text that precedes each document to keep; it is read, and its own loss does not count.
+        prompts: text that each document to keep begins with, if any; it is read, and its own loss does not count.
         protect: name -> documents on which the model should stay as it is.
         weights: name -> weight of a protected text, 1 if not given.
         strength: of the filter; chosen if None.
@@ -68,11 +71,8 @@ class Wanted:
 
     @property
     def texts(self) -> dict[str, Sequence[Document]]:
-        """The text to keep, behind its prompts, then those to protect."""
-        keep = self.keep
-        if self.prompts:
-            keep = [f"{prompt}{document}" for prompt, document in zip(self.prompts, keep, strict=True)]
-        return {TARGET: keep, **self.protect}
+        """The text to keep, then those to protect."""
+        return {TARGET: self.keep, **self.protect}
 
     def plan(self, transform: FilteredChange | None = None, coefficient: float = 1.0) -> EditPlan:
         """The edit: the task vector transformed, times a coefficient; vision towers stay the base's."""
@@ -103,8 +103,15 @@ def keep_skill(
     reporter = reporter or Silent()
     _check(wanted)
     found = preview(base, task_vector, wanted.plan(), out, kind=kind)
-    if found.problems:
-        raise CheckpointError("the edit cannot be written", problems=found.problems, hint=found.hint)
+    problems = [*found.problems]
+    if kind == "adapter" and isinstance(task_vector, AdapterTaskVector):
+        problems += [
+            f"the filtered change of `{name}` has no low rank: write a checkpoint or a patch"
+            for name in coefficients(task_vector, wanted.plan())
+            if name == "embed_tokens.weight" or task_vector.changes[name].parts.keys() != {"A", "B"}
+        ]
+    if problems:
+        raise CheckpointError("the edit cannot be written", problems=problems, hint="nothing has been written")
     with reporter.stage("Load the model"):
         model = load_model(base.path, device=find_device(device))
         texts = _Texts.of(wanted, load_tokenizer(base.path))
@@ -162,16 +169,23 @@ def keep_skill(
 
 
 def _check(wanted: Wanted) -> None:
+    hashes = {name: {documents_hash([one]) for one in documents} for name, documents in wanted.texts.items()}
     problems = [
-        f"`{name}` has {len(documents)} documents, fewer than {FEWEST}"
-        for name, documents in wanted.texts.items()
-        if len(documents) < FEWEST
+        f"`{name}` has {len(found)} different documents, fewer than {FEWEST}"
+        for name, found in hashes.items()
+        if len(found) < FEWEST
     ]
     problems += [] if wanted.protect else ["no text is to be protected"]
     problems += ["a protected text is called `target`"] if TARGET in wanted.protect else []
     if not 0 < wanted.share <= 1:
         problems.append(f"the share of the gain to keep is {wanted.share:g}, not one from 0 to 1")
-    hashes = {name: {documents_hash([one]) for one in documents} for name, documents in wanted.texts.items()}
+    problems += [
+        f"`{name}` has a weight, but is not protected" for name in wanted.weights if name not in wanted.protect
+    ]
+    begun = [(str(one), prompt) for one, prompt in zip(wanted.keep, wanted.prompts, strict=False)]
+    if wanted.prompts and not len(wanted.prompts) == len(wanted.keep) == sum(one.startswith(p) for one, p in begun):
+        problems.append("the documents to keep do not begin with their prompts, one each")
+    hashes[TARGET] |= {documents_hash([one.removeprefix(prompt)]) for one, prompt in begun}
     for name, found in hashes.items():
         if name != TARGET and (shared := len(found & hashes[TARGET])):
             problems.append(f"{shared} documents are both to be kept and in `{name}`, which is protected")
@@ -191,25 +205,27 @@ class _Texts:
     @classmethod
     def of(cls, wanted: Wanted, tokenizer: "PreTrainedTokenizerBase") -> "_Texts":
         moments, chosen_by, measured, numbers = {}, {}, {}, {}
-        for name, documents in wanted.texts.items():
+        for name, given in wanted.texts.items():
+            # one that repeats another would both make the filter and measure it
+            places = sorted({documents_hash([given[n]]): n for n in reversed(range(len(given)))}.values())
+            if len(places) < len(given):
+                log.warning("`%s`: %d documents repeat others and are skipped", name, len(given) - len(places))
+            documents = [given[n] for n in places]
             rows = tokenize(documents, tokenizer, max_tokens=wanted.max_tokens)
             rows = rows[: max(len(within(wanted.tokens, rows)), FEWEST)]
             counted = counted_tokens(documents[: len(rows)], tokenizer, max_tokens=wanted.max_tokens)
             starts = None
             if name == TARGET and wanted.prompts:
-                prompts = tokenize(wanted.prompts[: len(rows)], tokenizer, max_tokens=wanted.max_tokens)
-                starts = prompt_lengths(rows, prompts)
-            places = [[i for i in range(len(rows)) if i % 5 in part] for part in ((0, 1, 2), (3,), (4,))]
-            made = places[0]
+                prompts = [wanted.prompts[n] for n in places[: len(rows)]]
+                starts = prompt_lengths(rows, tokenize(prompts, tokenizer, max_tokens=wanted.max_tokens))
+            made = [i for i in range(len(rows)) if i % 5 < 3]
             moments[name] = list(
                 batches(
                     [rows[i] for i in made], tokenizer, batch_tokens=BATCH_TOKENS, counted=[counted[i] for i in made]
                 )
             )
-            chosen_by[name], measured[name] = (
-                ([rows[i] for i in part], [starts[i] for i in part] if starts else None) for part in places[1:]
-            )
-            numbers[name] = (len(made), len(places[1]), len(places[2]))
+            chosen_by[name], measured[name] = ((rows[n::5], starts and starts[n::5]) for n in (3, 4))
+            numbers[name] = (len(made), len(rows[3::5]), len(rows[4::5]))
         return cls(moments=moments, chosen_by=chosen_by, measured=measured, documents=numbers)
 
 
@@ -217,7 +233,7 @@ class _Judge:
     """Measures variants of a model by their losses, against the base's."""
 
     def __init__(self, model: "PreTrainedModel", task_vector: TaskVector, wanted: Wanted, texts: _Texts) -> None:
-        self.model, self.task_vector, self.wanted, self.texts = model, task_vector, wanted, texts
+        self.wanted, self.texts, self._losses = wanted, texts, partial(losses_under, model, task_vector)
         self._base = self._losses(None, {TARGET: texts.chosen_by[TARGET]})[TARGET]
 
     def gain(self, plan: EditPlan) -> float:
@@ -249,6 +265,3 @@ class _Judge:
             )
             for name, found in drawn.items()
         }
-
-    def _losses(self, plan: EditPlan | None, texts: Mapping[str, Tokens]) -> dict[str, PerDocument]:
-        return losses_under(self.model, self.task_vector, plan, texts)

@@ -3,13 +3,12 @@
 Functions import what they need when they are called, so that listing the stages imports nothing heavy.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stethoscope.artifacts import Provenance, file_name
-from stethoscope.errors import RecipeError
 from stethoscope.recipe import ATTRIBUTION, GENERAL, HELD_OUT
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
 
     recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
-    attribution = _attribution(context, texts, progress) if recipe.score == ATTRIBUTION else None
     memory = options.sae_memory or (executor.sae_memory(context.base.nbytes) if executor else None)
     collected = collect_activations(
         context.model,
@@ -59,6 +57,8 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
         executor=executor,
         progress=progress,
     )
+    broken = {name: one.broken for name, one in collected.items()}
+    attribution = _attribution(context, broken, progress) if recipe.score == ATTRIBUTION else None
     (context.folder / "diagnosis.json").unlink(missing_ok=True)  # of other files than those beside it from now on
     save_layers(context.folder / "peaks.safetensors", {n: one.peaks for n, one in collected.items()})
     save_statistics(context.folder / "statistics.safetensors", {n: one.statistics for n, one in collected.items()})
@@ -75,13 +75,13 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
 
 
 def _attribution(
-    context: "Context", texts: Mapping[str, Sequence[Any]], progress: Progress
+    context: "Context", broken: Mapping[str, Collection[int]], progress: Progress
 ) -> "dict[str, FeatureStatistics]":
     """Attribute target and control loss to each layer's own edit, by feature."""
     from stethoscope.diagnosis.attribution import attribute
 
     edits, saes = context.layer_edits(), context.load_saes()
-    parts = {name: context.batches(name) for name in texts}
+    parts = {name: context.batches(name, without=some) for name, some in broken.items()}
     total, before, found = sum(map(len, parts.values())), 0, {}
     for name, part in parts.items():
         found[name] = attribute(
@@ -123,8 +123,7 @@ def calibration(context: "Context", results: Results, provenance: Provenance, pr
     from stethoscope.selection.calibrate import calibrate
 
     options = context.recipe.calibrate
-    if options is None:
-        raise RecipeError("the recipe has no section `calibrate`", hint="it names target and control text")
+    assert options is not None  # its texts are among what the stage needs
     flagged = context.recipe.select.include_flagged
     return calibrate(
         context.model,
@@ -236,8 +235,12 @@ def edit(context: "Context", results: Results, provenance: Provenance, progress:
 
 
 def _arm_keys(context: "Context", plans: "Mapping[str, EditPlan | None]", *texts: str) -> dict[str, Provenance]:
-    """Provenance of each arm's results; arms are compared, so all are measured on one kind of device."""
-    device = context.device.type
+    """Provenance of each arm's outcomes, or of its losses on texts, which no worker measures.
+
+    Arms are compared, so all are measured on one kind of device.
+    """
+    ray = context.recipe.ray if context.has_workers and not texts else None
+    device = "cuda" if ray and ray.gpus else context.device.type
     where = {"dtype": str(context.dtype), **({} if device == "cpu" else {"device": device})}
     return {
         name: context.provenance("base", "tuned", *texts, plan=plan.to_json() if plan else None, **where)
@@ -282,14 +285,8 @@ def losses(context: "Context", results: Results, _: Provenance, progress: Progre
     base_text = cache(lambda: BaseText(context.model, *context.rows(GENERAL)))
     held_out = cache(partial(context.rows, HELD_OUT))
     firsts: dict[str, str] = {}  # key -> arm
-    for number, (name, made) in enumerate(_arm_keys(context, plans).items(), 1):
-        if (first := firsts.setdefault(made.key, name)) != name:
-            if GENERAL in keys:
-                found.general[name] = found.general[first]
-            if HELD_OUT in keys:
-                found.target[name] = found.target[first]
-            progress(number, len(plans))
-            continue
+    measured = {name: firsts.setdefault(made.key, name) for name, made in _arm_keys(context, plans).items()}
+    for number, name in enumerate(firsts.values(), 1):
         enter = cache(partial(context.held_arm, plans[name]))
         if GENERAL in keys:
             folder, key = folders[GENERAL] / file_name(name), keys[GENERAL][name]
@@ -307,8 +304,11 @@ def losses(context: "Context", results: Results, _: Provenance, progress: Progre
                     saved = TextLoss.of(document_losses(context.model, ids, starts=starts), key)
                 saved.save(folder)
             found.target[name] = saved.measured
-        progress(number, len(plans))
-    return found
+        progress(number, len(firsts))
+    return ArmLosses(
+        general={name: found.general[first] for name, first in measured.items() if GENERAL in keys},
+        target={name: found.target[first] for name, first in measured.items() if HELD_OUT in keys},
+    )
 
 
 def comparison(context: "Context", results: Results, _: Provenance, __: Progress) -> "Comparison":
@@ -335,16 +335,17 @@ def comparison(context: "Context", results: Results, _: Provenance, __: Progress
     return made
 
 
-def validation(context: "Context", _: Results, provenance: Provenance, progress: Progress) -> "ScoreValidation":
+def validation(context: "Context", results: Results, provenance: Provenance, progress: Progress) -> "ScoreValidation":
     """Compare every score with the effect of injecting the layers."""
     from stethoscope.diagnosis.statistics import load_statistics
     from stethoscope.selection.baselines import edit_scores, text_scores
     from stethoscope.selection.validate import validate_scores
 
-    recipe, options = context.recipe, context.recipe.validation
+    recipe, options, corpora = context.recipe, context.recipe.validation, results["diagnose"].corpora
     statistics = load_statistics(context.folder / "statistics.safetensors")
     edits = context.layer_edits()
-    texts = {name: context.batches(name, options.documents) for name in ("target", options.control)}
+    names = ("target", options.control)
+    texts = {name: context.batches(name, options.documents, corpora[name].broken) for name in names}
     truth = context.batches(HELD_OUT, options.documents) if HELD_OUT in context.found.texts else texts["target"]
     scores = text_scores(statistics, control=options.control, seed=recipe.seed) | edit_scores(
         context.model,
@@ -355,6 +356,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         control=options.control,
         site=context.sae_site.site,
         tap=context.sae_site.tap,
+        coefficient=recipe.edit.coefficient,
         progress=progress,
     )
     return validate_scores(
@@ -364,7 +366,7 @@ def validation(context: "Context", _: Results, provenance: Provenance, progress:
         {"target": truth, options.control: texts[options.control]},
         provenance=provenance,
         control=options.control,
-        matched=options.matched if options.matched is not None else (recipe.score, ATTRIBUTION),
+        matched=options.matched if options.matched is not None else (recipe.scored_by, ATTRIBUTION),
         random_sets=options.random_sets,
         coefficient=recipe.edit.coefficient,
         executor=context.executor,

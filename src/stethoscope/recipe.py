@@ -26,6 +26,12 @@ ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scal
 FEWEST_BLOCKS = 4  # of documents: fewer have so few relabellings that no layer could ever be significant at 5 %
 ATTRIBUTION = "attribution"  # the score that needs the task vector
 GENERAL, HELD_OUT = "general", "held-out target"  # names of the texts of `evaluate`
+INPUTS = ("base", "tuned", "saes")
+# Names that no text has, for all that decides a result has a name of its own: of the inputs, stages and settings.
+TAKEN = (
+    *INPUTS, "diagnose", "evidence", "calibrate", "select", "claim", "geometry", "filter", "passed", "recommend",
+    "edit", "outcomes", "losses", "compare", "validate", "tradeoff", "report", "settings",
+)  # fmt: skip
 
 
 def _resolved(name: str, info: Any) -> str:
@@ -109,7 +115,9 @@ class Calibrate(_Section):
     """Other text that does not use it."""
     budget: float | None = Field(default=None, gt=0)
     """Share by which control loss may rise; without one, the policy ``calibrated`` sets a nat against a nat."""
-    coefficients: tuple[float, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
+    coefficients: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1
+    )
     """Coefficients to try."""
     per_layer: bool = False
     """Tune one layer's coefficient at a time afterwards."""
@@ -213,7 +221,9 @@ class TradeOffOptions(_Section):
 
     documents: int = Field(default=64, ge=2)
     """Documents of each text, from the top."""
-    strengths: tuple[float, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), min_length=1)
+    strengths: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        default=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), min_length=1
+    )
     """Strengths of the filter."""
 
 
@@ -290,7 +300,7 @@ class Recipe(_Section):
             raise ValueError(f"`validation.control`: no control `{self.validation.control}`, only {', '.join(known)}")
         if not self.filters and (without := [arm for arm in self.arms if arm in FILTERED_ARMS]):
             raise ValueError(f"{', '.join(f'`{arm}`' for arm in without)} of `arms` takes a filter, see `edit.filter`")
-        own = {"target", "control", GENERAL, HELD_OUT, "calibration target", "calibration control"}
+        own = {*TAKEN, "target", "control", GENERAL, HELD_OUT, "calibration target", "calibration control"}
         for where, names in {"controls": set(self.controls), "edit.protect": set(self.edit.protect)}.items():
             if taken := own & names:
                 raise ValueError(f"`{where}` cannot be called {', '.join(f'`{name}`' for name in sorted(taken))}")
@@ -301,6 +311,11 @@ class Recipe(_Section):
     def all_controls(self) -> dict[str, Text]:
         """Every control by name, the first of which is ``control``."""
         return {"control": self.control, **self.controls}
+
+    @property
+    def scored_by(self) -> str:
+        """The name of the score that chooses layers, as validation calls it."""
+        return f"{self.score} increment" if self.increments and self.score != ATTRIBUTION else self.score
 
     @property
     def filters(self) -> bool:
@@ -368,11 +383,13 @@ class Recipe(_Section):
             ) from error
 
 
-def _change(value: dict[str, Any], change: str) -> None:
+def _change(value: Any, change: str) -> None:
     place, equals, given = change.partition("=")
     *sections, key = place.split(".")
     for section in sections:
-        value = value.setdefault(section, {}) if isinstance(value, dict) else {}
+        if isinstance(value, dict) and value.get(section) is None:
+            value[section] = {}
+        value = value[section] if isinstance(value, dict) else None
     try:
         if not (equals and key and isinstance(value, dict)):
             raise RecipeError(f"`--set {change[:80]}` is not `section.key=value`", hint="`--set select.k=3`")
@@ -389,7 +406,7 @@ def _problem(error: dict[str, Any]) -> str:
             if str(part) in section.model_fields:  # else the name of an entry of `controls`
                 annotation = section.model_fields[str(part)].annotation
                 types = [annotation, *getattr(annotation, "__args__", ())]
-                section = next(t for t in types if isinstance(t, type) and issubclass(t, BaseModel))
+                section = next((t for t in types if isinstance(t, type) and issubclass(t, BaseModel)), section)
         close = get_close_matches(str(error["loc"][-1]), list(section.model_fields), n=1)
         message = f"{place}: unknown key"
     else:

@@ -16,9 +16,9 @@ import yaml
 from stethoscope import stages
 from stethoscope.artifacts import Provenance, kept_for_one, write_text
 from stethoscope.checkpoints.files import refuse_links
-from stethoscope.errors import StethoscopeError, require
+from stethoscope.errors import RecipeError, StethoscopeError, require
 from stethoscope.make import Results
-from stethoscope.recipe import Recipe
+from stethoscope.recipe import INPUTS, Recipe
 from stethoscope.stages import Stage
 
 log = logging.getLogger(__name__)
@@ -105,12 +105,22 @@ def run_recipe(
         StethoscopeError: everything that is wrong with the recipe, before any long work; another run in the folder.
     """
     reporter = reporter or Silent()
+    names = [stage.name for stage in stages.STAGES]
+    if until is not None and until not in names:
+        raise StethoscopeError(f"there is no stage `{until}`", hint=f"choose from {', '.join(names)}")
+    chosen, known = chosen_stages(recipe, until), {*INPUTS, *recipe.texts, *names}
+    if missing := [f"`{s.name}` needs the {n} text" for s in chosen for n in s.needs(recipe) if n not in known]:
+        hint = "name them in `calibrate`, or as `evaluate.target` and `evaluate.control`"
+        raise RecipeError("the recipe lacks texts", problems=missing, hint=hint)
+    if not recipe.filters and any(stage.name == "filter" for stage in chosen):
+        hint = "see `edit.filter`; `edit.coefficient` must be above 0, and `arms` name an edit"
+        raise RecipeError("the recipe filters nothing, so there is nothing to recommend", hint=hint)
     with ExitStack() as stack:
         with reporter.stage("Check the recipe"):
             from stethoscope.check import check_run
-            from stethoscope.context import open_context, provenance_of
+            from stethoscope.context import open_context
 
-            if recipe.ray:
+            if recipe.ray and recipe.ray.workers != 0:
                 require("ray", extra="ray")
             found = check_run(recipe, folder)
             stack.enter_context(kept_for_one(folder))
@@ -122,10 +132,8 @@ def run_recipe(
             write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         checked = False
         keys, results = dict(context.hashes), dict[str, Any]()
-        for stage in chosen_stages(recipe, until):
-            needed = {name: keys[name] for name in stage.needs(recipe)}
-            provenance = provenance_of(recipe.seed, needed, stage.settings(recipe))
-            keys[stage.name] = provenance.key
+        for stage in chosen:
+            provenance = _provenance(stage, recipe, keys)
             with reporter.stage(stage.title) as advance:
                 made = _saved(stage, context, provenance)
                 if made is None:
@@ -140,9 +148,26 @@ def run_recipe(
             results[stage.name] = made
     if until is not None and (folder / "comparison.json").exists():
         from stethoscope.report import render_report
+        from stethoscope.results.edits import Edits
 
+        whole = {stage.name: _provenance(stage, recipe, keys) for stage in chosen_stages(recipe, None)}
+        if Edits.load_if_current(folder, whole["edit"]) is None:
+            reporter.note(
+                f"warning: the edit and the comparison in `{folder}` were made with other settings; `stethoscope run`"
+                " makes them again"
+            )
         render_report(folder)  # a finished run's report shows later results too
     return RunResult(folder=folder, results=MappingProxyType(results))
+
+
+def _provenance(stage: Stage, recipe: Recipe, keys: dict[str, str]) -> Provenance:
+    """The provenance of a stage's result, from the keys of what it needs; its own is added to them."""
+    from stethoscope.context import provenance_of
+
+    needed = {name: keys[name] for name in stage.needs(recipe)}
+    provenance = provenance_of(recipe.seed, needed, stage.settings(recipe))
+    keys[stage.name] = provenance.key
+    return provenance
 
 
 def _saved(stage: Stage, context: "Context", provenance: Provenance) -> Any:

@@ -147,7 +147,8 @@ def _filter_settings(recipe: Recipe) -> dict[str, Any]:
 
 def _recommendation_settings(recipe: Recipe) -> dict[str, Any]:
     share = recipe.calibrate.budget if recipe.calibrate else None
-    return {"judged": recipe.judged, "share": share, **recipe.edit.model_dump(include={"budget", "forwards"})}
+    edit = recipe.edit.model_dump(include={"budget", "coefficient", "forwards"})
+    return {"judged": recipe.judged, "share": share, **edit}
 
 
 def _validation_folder(recipe: Recipe) -> str:
@@ -160,7 +161,7 @@ def _set_size(made: "ScoreValidation", recipe: Recipe) -> int:
 
 def _validation_says(made: "ScoreValidation", recipe: Recipe) -> list[str]:
     size = _set_size(made, recipe)
-    return [made.verdict(score, size) for score in dict.fromkeys((recipe.score, ATTRIBUTION))]
+    return [made.verdict(score, size) for score in dict.fromkeys((recipe.scored_by, ATTRIBUTION))]
 
 
 STAGES: tuple[Stage, ...] = (
@@ -310,8 +311,7 @@ STAGES: tuple[Stage, ...] = (
         name="tradeoff",
         title="Trade-off: every method over its strength",
         needs=lambda recipe: (
-            "base", "tuned", "saes", "diagnose", "select", "target", *recipe.protected,
-            *(name for name in (HELD_OUT, GENERAL) if name in recipe.texts),
+            "base", "tuned", "saes", "diagnose", "select", "target", *recipe.protected, HELD_OUT, GENERAL,
         ),
         settings=lambda recipe: {
             **recipe.tradeoff.model_dump(), **recipe.edit.model_dump(include={"coefficient", "tokens"}),

@@ -25,9 +25,9 @@ from stethoscope.editing.filter import FilteredChange, write_filters
 from stethoscope.editing.moments import Progress
 from stethoscope.editing.plan import EditPlan, coefficients
 from stethoscope.editing.rivals import WHOLE, Method, channel_importance, projected, rivals
-from stethoscope.errors import RecipeError
 from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.evaluation.text_loss import document_losses
+from stethoscope.filtering import broken
 from stethoscope.recipe import GENERAL, HELD_OUT
 from stethoscope.results.diagnosis import Diagnosis
 from stethoscope.results.filtering import Filtering
@@ -60,17 +60,14 @@ def recipe_tradeoff(
 
     Args:
         directions: layer -> what loads its feature directions, most specific first.
-
-    Raises:
-        RecipeError: the recipe has no such texts.
     """
     recipe, model, task_vector = context.recipe, context.model, context.task_vector
     measured = {TARGET: HELD_OUT, GENERAL: GENERAL}
-    if missing := [f"the recipe names no {name} text" for name in measured.values() if name not in recipe.texts]:
-        hint = "name them as `evaluate.target` and `evaluate.control`"
-        raise RecipeError("the trade-off needs texts that no edit was made from", problems=missing, hint=hint)
     weights = recipe.protected
-    texts = {name: context.batches(name, most=recipe.edit.tokens) for name in (TARGET, *weights)}
+    texts = {
+        name: context.batches(name, without=broken(diagnosis, name), most=recipe.edit.tokens)
+        for name in (TARGET, *weights)
+    }
     others = [batch for name, text in texts.items() if name != TARGET for batch in text]
     importance = channel_importance(model, others, list(coefficients(task_vector, WHOLE)))
     selected = selection.amounts(recipe.edit.coefficient)
@@ -204,8 +201,9 @@ def interval(values: Drawn) -> Measured:
 def figures(kept: Curves, damage: Curves) -> tuple[Figure, Figure]:
     """The least damage on a curve with `SHARE` of the gain kept, and the most of it kept with `BUDGET` of damage."""
     least, most = interval(least_at(damage, kept, SHARE)), interval(-least_at(-kept, -damage, -BUDGET))
-    short = f"no setting keeps {100 * SHARE:g} % of the gain" if least.value is None else ""
-    over = f"every setting damages more than {BUDGET:g} nats per token" if most.value is None else ""
+    none = "the fine-tune gains nothing on the target text" if np.isnan(kept[0]).all() else ""
+    short = none or f"no setting keeps {100 * SHARE:g} % of the gain" if least.value is None else ""
+    over = none or f"every setting damages more than {BUDGET:g} nats per token" if most.value is None else ""
     return Figure(**least.model_dump(), reason=short), Figure(**most.model_dump(), reason=over)
 
 

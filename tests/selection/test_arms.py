@@ -23,6 +23,12 @@ def test_every_layer_at_coefficients_of_its_own_leaves_one_for_all():
     assert coefficient == pytest.approx(0.4**0.5)
 
 
+def test_an_edit_that_changes_nothing_has_no_others_of_its_energy():
+    for energy in ({0: 0.0, 1: 3.0}, {0: 0.0, 1: 0.0}):  # of an adapter for other layers, and for none
+        with pytest.raises(NoOthersError):
+            control_plan("scaled", {0: 1.0}, energy=energy, excess=EXCESS)
+
+
 def test_the_layers_that_stand_out_least_are_others_only_if_not_all_that_may_be_were_chosen():
     believed = {0: 0.4, 2: 0.3}
     assert control_plan("bottom_layers", {0: 1.0}, energy=ENERGY, excess=believed).selected_layers == (2,)

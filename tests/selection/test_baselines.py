@@ -44,6 +44,14 @@ def test_a_fine_tune_that_changed_nothing_shifts_nothing(planted):
     assert found == {2: 0}
 
 
+def test_an_sae_that_never_fires_has_no_shift(planted):
+    dead = exact_sae()
+    dead.b_enc.data -= 1e6
+    saes, features = {1: exact_sae(), 2: dead}, {1: {3: 1.0}, 2: {3: 1.0}}
+    found = tuned_shift(planted.model, planted.task_vector, saes, features, planted.texts["target"])
+    assert found[2] == 0 != found[1]
+
+
 @pytest.mark.parametrize("site", ["resid_post", "mlp_out"])
 def test_tuned_shift_sums_the_chosen_features(planted, site):
     features = {1: {3: 2.0, D + 7: 0.5}, 4: {}}

@@ -12,7 +12,7 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.models.load import decoder_layers
 from stethoscope.results.calibration import Calibration
 from stethoscope.selection.calibrate import calibrate
-from stethoscope.selection.injection import Gains, measure
+from stethoscope.selection.injection import Gains, measure, standard_error
 
 MEASURE = "stethoscope.selection.calibrate.measure"
 SEEN = {"target": "a" * 64, "control": "b" * 64}
@@ -56,7 +56,7 @@ def test_points_are_true_errors_are_paired_and_all_survives_the_disk(planted, tm
     truth = measure(planted.model, edits, planted.texts, [point.coefficients for point in found.points])
     for i, point in enumerate(found.points):
         assert point.target_gain == pytest.approx(truth.mean("target")[i])
-        assert point.target_error == pytest.approx(truth.error("target")[i])
+        assert point.target_error == pytest.approx(standard_error(truth.sums["target"], truth.tokens["target"])[i])
         assert point.control_cost == pytest.approx(-truth.mean("control")[i])
         assert point.control_increase == pytest.approx(point.control_cost / found.base_loss["control"])
     costs = [point.control_cost for point in found.front]

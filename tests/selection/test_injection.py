@@ -8,10 +8,11 @@ from world import plant, save_pair
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.layers import LayerEdits
 from stethoscope.errors import StethoscopeError
+from stethoscope.models import narrow
 from stethoscope.models.load import load_model
 from stethoscope.selection import baselines
 from stethoscope.selection.baselines import gradient
-from stethoscope.selection.injection import forwards, injection, local_effect, measure, standard_error
+from stethoscope.selection.injection import forwards, local_effect, measure, standard_error
 from stethoscope.text.tokens import batches, prompt_lengths, tokenize
 
 SMALL = 1e-2
@@ -31,7 +32,7 @@ def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
     made = plant(tmp_path, tokenizer, family=family, layers=layers, seed=seed, batch_tokens=4096)
     edits = LayerEdits(made.model, made.task_vector)
     for found in (
-        injection(made.model, edits, made.texts),
+        measure(made.model, edits, made.texts, [{layer: 1.0} for layer in range(6)]),
         gradient(made.model, made.task_vector, made.texts),
         local_effect(made.model, edits, made.texts),
     ):
@@ -39,8 +40,8 @@ def test_planted_layers_come_first(family, seed, tmp_path, tokenizer):
 
 
 @torch.no_grad()
-def test_injection_is_the_loss_of_the_edited_model_per_document(planted, edits):
-    found = injection(planted.model, edits, planted.texts, coefficient=0.5, layers=[4])
+def test_an_effect_is_the_loss_of_the_edited_model_per_document(planted, edits):
+    found = measure(planted.model, edits, planted.texts, [{4: 0.5}])
     for corpus, text in planted.texts.items():
         for batch in text:
             for row, document in enumerate(batch.documents):
@@ -74,6 +75,16 @@ def test_gradient_effects_are_the_slopes_of_the_truth(planted, edits):
         assert mean.sum() == pytest.approx(together, rel=0.02, abs=5e-4)
     small = local_effect(planted.model, edits, planted.texts, coefficient=1e-3).mean("target") / 1e-3
     np.testing.assert_allclose(small, found.mean("target"), rtol=0.01, atol=2e-3)
+
+
+def test_matrices_that_stay_16_bit_have_their_gradients(tmp_path, tokenizer, monkeypatch):
+    base, tuned = save_pair("qwen2", tmp_path)
+    change, rng = open_task_vector(open_checkpoint(base), tuned), np.random.default_rng(0)
+    texts = {"target": list(batches([rng.integers(3, 48, size=12).tolist() for _ in range(4)], tokenizer))}
+    wide = gradient(load_model(base, dtype=torch.float32), change, texts)
+    monkeypatch.setattr(narrow, "LARGE", 0.0)
+    found = gradient(load_model(base, dtype=torch.float32), change, texts)
+    np.testing.assert_allclose(found.mean("target"), wide.mean("target"), rtol=0.02)
 
 
 @pytest.mark.parametrize("layout", ["gemma2", "gemma3 multimodal", "gpt2", "mixtral"])
@@ -123,7 +134,7 @@ def test_only_what_follows_a_prompt_counts(planted, edits, tokenizer):
     rows = tokenize(["ab cd", "abc ab"], tokenizer)
     starts = prompt_lengths(rows, tokenize(["ab", "abc"], tokenizer))
     texts = {"target": list(batches(rows, tokenizer, starts=starts)), "all": list(batches(rows, tokenizer))}
-    found = injection(planted.model, edits, texts, layers=[4])
+    found = measure(planted.model, edits, texts, [{4: 1.0}])
     for n, (row, start) in enumerate(zip(rows, starts, strict=True)):
         with edits.entered({4: 1.0}):
             after = planted.model(torch.tensor([row])).logits[0, :-1].log_softmax(-1)
@@ -136,4 +147,4 @@ def test_only_what_follows_a_prompt_counts(planted, edits, tokenizer):
         assert effect.tokens["target"].sum() == found.tokens["target"].sum()
         assert effect.losses["target"].sum() == pytest.approx(found.losses["target"].sum(), rel=1e-5)
     with pytest.raises(StethoscopeError, match="no token of a text counts"):
-        injection(planted.model, edits, {"target": list(batches(rows[:1], tokenizer, starts=[len(rows[0])]))})
+        measure(planted.model, edits, {"target": list(batches(rows[:1], tokenizer, starts=[len(rows[0])]))}, [{4: 1.0}])

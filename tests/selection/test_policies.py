@@ -46,6 +46,11 @@ def test_top_k_takes_the_largest_and_explains_every_layer():
     assert choose([0.3, 0.3, 0.3], k=2).layers == (0, 1)  # ties break toward the lower layer
 
 
+def test_a_policy_that_takes_a_calibration_says_so():
+    with pytest.raises(StethoscopeError, match="`calibrated`"):
+        choose([0.1, 0.5], policy="calibrated")
+
+
 def test_layers_whose_rank_is_chance_are_warned_of():
     steady = diagnosis([0.1, 0.5, 0.2, 0.4])
     shaky = [layer.model_copy(update={"stability": 0.49 if layer.layer != 1 else 0.5}) for layer in steady.layers]

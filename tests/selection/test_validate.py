@@ -5,11 +5,14 @@ import pytest
 from world import random_sae
 
 from stethoscope.artifacts import Provenance
+from stethoscope.check import VALIDATED
 from stethoscope.diagnosis.collect import collect_activations
+from stethoscope.diagnosis.scores import SCORES
 from stethoscope.errors import StethoscopeError
+from stethoscope.recipe import ATTRIBUTION
 from stethoscope.results.validation import ScoreValidation
 from stethoscope.selection.baselines import edit_scores, text_scores
-from stethoscope.selection.injection import injection, measure
+from stethoscope.selection.injection import measure
 from stethoscope.selection.validate import validate_scores
 
 
@@ -60,7 +63,7 @@ def test_effects_are_those_of_the_sets_injected(judged, planted, edits):
     effect = judged.scores["mass_shift"].sets[2].effect
     assert effect.target_gain == pytest.approx(truth.mean("target")[0])
     assert effect.control_cost == pytest.approx(-truth.mean("control")[0])
-    alone = injection(planted.model, edits, planted.texts)
+    alone = measure(planted.model, edits, planted.texts, [{layer: 1.0} for layer in range(6)])
     np.testing.assert_allclose([layer.target_gain for layer in judged.injected], alone.mean("target"))
     assert judged.scores["injection"].trade_off.rho == pytest.approx(1)
 
@@ -82,9 +85,17 @@ def test_every_score_is_there_for_every_layer(planted, edits, tokenizer):
     assert {name for name, (kind, _) in found.items() if kind == "rival"} == {
         "norm", "residual_shift", "gradient", "local_effect", "functional_specificity",
     }  # fmt: skip
-    assert {"mass_shift", "mass_shift increment", "attribution", "attribution net", "tuned_shift"} <= set(found)
     for _, values in found.values():
         assert sorted(values) == list(range(6))
         assert np.isfinite(list(values.values())).all()
+    assert set(found) == {*SCORES, *(f"{score} increment" for score in SCORES), ATTRIBUTION, *VALIDATED} - {"injection"}
+    little = edit_scores(planted.model, edits, saes, statistics, planted.texts, coefficient=1e-3)
+    slopes, local, attributed, whole = (
+        np.array([*scores[name][1].values()])
+        for scores, name in ((found, "gradient"), (little, "local_effect"), (little, ATTRIBUTION), (found, ATTRIBUTION))
+    )  # effects of the edit that is validated
+    assert [*little["gradient"][1].values()] == pytest.approx(1e-3 * slopes)
+    np.testing.assert_allclose(local, 1e-3 * slopes, rtol=0.01, atol=5e-6)
+    assert 0 < attributed.sum() < 0.01 * whole.sum()
     best = sorted(found["gradient"][1], key=found["gradient"][1].get)[-2:]
     assert sorted(best) == list(planted.layers)

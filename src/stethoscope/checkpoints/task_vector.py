@@ -98,17 +98,17 @@ class TaskVector:
         return math.fsum(norm**2 for norm in norms)
 
     def energy_by_layer(self) -> dict[int, float]:
-        """Energy per decoder layer: the sum over its float tensors."""
+        """Energy of every decoder layer: the sum over its float tensors, 0 where nothing changes."""
         return dict(self._layer_energies)
 
     @cached_property
     def _layer_energies(self) -> dict[int, float]:
         """Kept, so that a second summary does not read two models again."""
-        groups: dict[int, list[float]] = {}
+        groups: dict[int, list[float]] = {layer: [] for layer in range(self.base.layers)}
         for entry in (self.base.entries[name] for name in self.names):
-            if entry.layer is not None and entry.dtype in ARITHMETIC:
-                groups.setdefault(entry.layer, []).append(self.energy(entry.name))
-        return {layer: math.fsum(energies) for layer, energies in sorted(groups.items())}
+            if entry.layer in groups and entry.dtype in ARITHMETIC:
+                groups[entry.layer].append(self.energy(entry.name))
+        return {layer: math.fsum(energies) for layer, energies in groups.items()}
 
     def delta_chunks(self, name: str) -> Iterator[Chunk]:
         """The change in float32, chunk by chunk, each [rows, columns], on the grid of `row_chunks`."""

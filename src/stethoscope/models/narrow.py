@@ -49,13 +49,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
         return nn.functional.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        return gradient @ weight.to(gradient.dtype), None, None
+        weight, x = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        own = None if x is None else (rows.T @ x.flatten(0, -2)).to(weight.dtype)
+        return gradient @ weight.to(gradient.dtype), own, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def keep_narrow(model: PreTrainedModel, config: PreTrainedConfig) -> None:

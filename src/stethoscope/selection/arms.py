@@ -125,18 +125,16 @@ def control_plan(
         excess: of the layers that may be chosen.
 
     Raises:
-        NoOthersError: it would be the selected edit, or there is no other set of layers.
-        StethoscopeError: the task vector is zero.
+        NoOthersError: it would be the selected edit, which may change nothing, or there is no other set of layers.
     """
     size, mean = len(chosen), mean_coefficient(chosen)
     if arm == "scaled":
-        whole = sum(energy.values())
-        if not whole:
-            raise StethoscopeError("the task vector changes no layer: no coefficient gives it an edit's energy")
+        selected = sum(coefficient**2 * energy[layer] for layer, coefficient in chosen.items())
+        if not selected:
+            raise NoOthersError("the selected edit changes nothing, so nothing has its energy")
         if {layer for layer, value in energy.items() if value} <= set(chosen) and len(set(chosen.values())) == 1:
             raise NoOthersError("every layer is selected, so it would be the selected edit itself")
-        selected = sum(coefficient**2 * energy[layer] for layer, coefficient in chosen.items())
-        return EditPlan.for_layers(list(energy), coefficient=sqrt(selected / whole))
+        return EditPlan.for_layers(list(energy), coefficient=sqrt(selected / sum(energy.values())))
     if arm == "random_matched":
         found = matched_sets(tuple(sorted(chosen)), energy, 1, np.random.default_rng(seed))
         if not found:
@@ -208,6 +206,6 @@ def load_plans(folder: Path, provenance: Provenance, task_vector: TaskVector) ->
             elif cut:
                 transform = FeatureProjection.from_description(cut, bases)  # hashes its bases again
             plans[name] = EditPlan.from_json(described, transform=transform) if described else None
-    except (OSError, SafetensorError, KeyError, StethoscopeError):
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, AttributeError, StethoscopeError):
         return None  # what is damaged is made again
     return Planned(plans=plans, warnings=saved.warnings)

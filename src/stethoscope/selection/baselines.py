@@ -72,6 +72,7 @@ def edit_scores(
     control: str = "control",
     site: str = "resid_post",
     tap: str | None = None,
+    coefficient: float = 1.0,
     progress: Progress | None = None,
 ) -> Scores:
     """The scores that look at the fine-tune too, through SAEs and without them.
@@ -80,6 +81,7 @@ def edit_scores(
         saes: by layer, reading ``site``.
         statistics: of target and control; the target-specific features are taken from them.
         texts: ``target`` and the control, as batches.
+        coefficient: of the edit whose effects are estimated.
         progress: called with scores done and in all.
     """
     layers, task_vector = sorted(saes), edits.task_vector
@@ -89,7 +91,10 @@ def edit_scores(
         return "rival", {layer: values.get(layer, 0.0) for layer in layers}  # an adapter may leave layers alone
 
     def attributions() -> Scores:
-        made = {name: attribute(model, edits, saes, text, site=site, tap=tap) for name, text in both.items()}
+        made = {
+            name: attribute(model, edits, saes, text, site=site, tap=tap, coefficient=coefficient)
+            for name, text in both.items()
+        }
         by_layer = attribution_scores(made["target"], made[control])
         return {
             "attribution": ("sae", {layer: by_layer[layer].score for layer in layers}),
@@ -106,8 +111,8 @@ def edit_scores(
         shifts,
         lambda: {"norm": rival(task_vector.energy_by_layer())},
         lambda: {"residual_shift": rival(residual_shift(model, task_vector, both["target"]))},
-        lambda: {"gradient": rival(gradient(model, task_vector, both).by_layer(control))},
-        lambda: {"local_effect": rival(local_effect(model, edits, both).by_layer(control))},
+        lambda: {"gradient": rival(gradient(model, task_vector, both, coefficient=coefficient).by_layer(control))},
+        lambda: {"local_effect": rival(local_effect(model, edits, both, coefficient=coefficient).by_layer(control))},
         lambda: {"functional_specificity": rival(functional_specificity(model, task_vector, both, control))},
     )
     found: Scores = {}
@@ -125,8 +130,10 @@ def _specific(target: FeatureStatistics, control: FeatureStatistics, layer: int)
     return {int(i): float(difference[i]) for i in ours.toward(theirs)[:FEATURES] if difference[i] > 0}
 
 
-def gradient(model: PreTrainedModel, task_vector: TaskVector, texts: Texts, *, memory: int = 8 << 30) -> Gains:
-    """-<dL/dW, tau> of every layer, to first order the effect through weights, from one backward pass a batch.
+def gradient(
+    model: PreTrainedModel, task_vector: TaskVector, texts: Texts, *, coefficient: float = 1.0, memory: int = 8 << 30
+) -> Gains:
+    """-coefficient <dL/dW, tau> of every layer, to first order the effect through weights; one backward pass a batch.
 
     Each tensor's gradient is multiplied with its task vector and freed as soon as it is there, so no more than a few
     exist, whatever the model's depth.
@@ -152,7 +159,7 @@ def gradient(model: PreTrainedModel, task_vector: TaskVector, texts: Texts, *, m
         for i, batch in enumerate(text):
 
             def take(name: str, slope: Tensor, row: Float64[np.ndarray, " tensors"] = effects[corpus][i]) -> None:
-                row[names.index(name)] = -_dot(slope, taus[name])
+                row[names.index(name)] = -coefficient * _dot(slope, taus[name])
 
             counted = batch.predicted[:, 1:].to(model.device)
             with torch.enable_grad(), _gradients_taken(parameters, take):
@@ -163,7 +170,7 @@ def gradient(model: PreTrainedModel, task_vector: TaskVector, texts: Texts, *, m
     layers = sorted(set(of))
     member = np.array([[own == layer for layer in layers] for own in of], dtype=float)
     return Gains(
-        changes=tuple({layer: 1.0} for layer in layers),
+        changes=tuple({layer: coefficient} for layer in layers),
         sums={corpus: found @ member for corpus, found in effects.items()},
         losses=losses,
         tokens={name: np.array([int(b.predicted.sum()) for b in text]) for name, text in texts.items()},
@@ -244,7 +251,13 @@ def functional_specificity(
     both = {TARGET: texts["target"], control: texts[control]}
     with TemporaryDirectory() as folder:  # at strength 0 nothing is filtered
         found = write_filters(
-            model, task_vector, both, Path(folder) / "filters", provenance=Provenance(), strengths=(0.0,)
+            model,
+            task_vector,
+            both,
+            Path(folder) / "filters",
+            provenance=Provenance(),
+            strengths=(0.0,),
+            layers=range(task_vector.base.layers),
         )
     return {one.layer: one.raw.specificity or 0.0 for one in found.layers if one.layer is not None}
 
@@ -287,26 +300,21 @@ def tuned_shift(
         features: layer -> feature -> weight: those of the target, and how much each counts.
         text: one corpus, as a rule the target.
     """
-    swap = prepare(model, task_vector, EditPlan.everything())
-    layers = sorted(saes)
-    weights = {layer: torch.zeros(saes[layer].cfg.d_sae) for layer in layers}
-    for layer in layers:
-        for feature, weight in features.get(layer, {}).items():
-            weights[layer][feature] = weight
-    moved, mass = np.zeros((2, 1 + max(i for batch in text for i in batch.documents), len(layers)))
+    swap, layers = prepare(model, task_vector, EditPlan.everything()), sorted(saes)
+    moved, mass = dict.fromkeys(layers, 0.0), dict.fromkeys(layers, 0.0)
     for batch in text:
         counted, pairs = _base_and_tuned(model, swap, layers, site, tap, batch)
-        for layer, (base, tuned) in pairs:
-            column = layers.index(layer)
-            with on_device(saes[layer], base.device):
-                for row, document in enumerate(batch.documents):
-                    for chosen in counted[row].nonzero()[:, 0].split(CHUNK_TOKENS):
-                        at = chosen.to(base.device)
-                        before, after = (saes[layer].encode(x[row, at].float()) for x in (base, tuned))
-                        change = (after - before).sum(0, dtype=torch.float64).cpu()
-                        moved[document, column] += float(change @ weights[layer].double())
-                        mass[document, column] += float(before.sum(dtype=torch.float64))
-    return dict(zip(layers, (moved.sum(0) / mass.sum(0)).tolist(), strict=True))
+        for layer, pair in pairs:
+            own = features.get(layer, {})
+            weights = torch.tensor(list(own.values()), dtype=torch.float64)
+            chunks = [x[counted.to(x.device)].split(CHUNK_TOKENS) for x in pair]
+            with on_device(saes[layer], pair[0].device):
+                for both in zip(*chunks, strict=True):
+                    before, after = (saes[layer].encode(x.float()) for x in both)
+                    change = (after - before).sum(0, dtype=torch.float64).cpu()
+                    moved[layer] += float(change[list(own)] @ weights)
+                    mass[layer] += float(before.sum(dtype=torch.float64))
+    return {layer: moved[layer] / mass[layer] if mass[layer] else 0.0 for layer in layers}
 
 
 def _base_and_tuned(

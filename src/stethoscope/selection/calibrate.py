@@ -10,6 +10,8 @@ in a model of any size. All is searched from coarse to fine, in memory, on the l
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,15 +85,18 @@ def calibrate(
     if most_forwards < 2:
         raise StethoscopeError(f"`{most_forwards}` forwards are too few to try any edit", hint="allow 60")
 
-    def measured(changes: Sequence[Change]) -> Gains:
-        return measure(model, edits, texts, changes, executor=executor)
-
     def within(base: float, cost: float, error: float) -> bool:
         assert budget is not None
         return cost <= budget if in_nats else cost + error <= budget * base
 
-    affordable = None if budget is None else within
-    search = Search(measured, depth=depth, affordable=affordable, keep=keep, most=most_forwards, progress=progress)
+    search = Search(
+        measured=partial(measure, model, edits, texts, executor=executor),
+        depth=depth,
+        affordable=None if budget is None else within,
+        keep=keep,
+        most=most_forwards,
+        progress=progress,
+    )
     grid, order = sorted(set(coefficients)), sorted(z, key=lambda layer: (-z[layer], layer))
     search_sets(search, order, grid, strengths, [tuple(sorted(other.items())) for other in others])
     choice = search.choice()
@@ -147,53 +152,45 @@ def _check(
         raise StethoscopeError("cannot calibrate", problems=problems, hint="calibration needs target and control text")
 
 
+@dataclass(kw_only=True)
 class Search:
     """The edits measured so far: what each does to every document, and which is best.
 
     Attributes:
+        measured: the effects of some changes.
+        affordable: whether an edit may be, by the base's loss on a text, its rise, and the standard error of that;
+            without it a nat that is lost weighs as much as one that is gained.
+        keep: see `calibrate`.
+        most: forwards of the whole text.
+        spent: those so far.
         effects: edit -> corpus -> nats by which each document's summed loss falls.
-        spent: forwards of the whole text so far.
     """
 
-    def __init__(
-        self,
-        measured: Callable[[Sequence[Change]], Gains],
-        *,
-        depth: int,
-        affordable: Callable[[float, float, float], bool] | None,
-        keep: float | None,
-        most: float,
-        progress: Progress | None,
-    ) -> None:
-        """
-        Args:
-            affordable: whether an edit may be, by the base's loss on a text, its rise, and the standard error of that;
-                without it a nat that is lost weighs as much as one that is gained.
-            keep: see `calibrate`.
-            most: forwards of the whole text.
-        """
-        self._measured, self._depth, self._affordable, self._most = measured, depth, affordable, most
-        self._keep = keep
-        self._progress = progress
-        self.spent = 0.0
-        self.effects: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = {}
+    measured: Callable[[Sequence[Change]], Gains]
+    depth: int
+    affordable: Callable[[float, float, float], bool] | None
+    keep: float | None
+    most: float
+    progress: Progress | None
+    spent: float = 0.0
+    effects: dict[Key, dict[str, Float64[np.ndarray, " documents"]]] = field(default_factory=dict)
 
     def add(self, keys: Sequence[Key]) -> bool:
         """Measure those that are new, as far as forwards are left; whether any was."""
         changes = [dict(key) for key in dict.fromkeys(keys) if key not in self.effects]
-        while changes and self.spent + forwards(changes, self._depth) > self._most:
+        while changes and self.spent + forwards(changes, self.depth) > self.most:
             changes.pop()
         if not changes:
             return False
-        found = self._measured(changes)
-        self.spent += forwards(changes, self._depth)
+        found = self.measured(changes)
+        self.spent += forwards(changes, self.depth)
         self.tokens = found.tokens
         self.base = {name: float(found.losses[name].sum() / found.tokens[name].sum()) for name in found.tokens}
         self.effects.setdefault(BASE, {name: np.zeros(len(tokens)) for name, tokens in found.tokens.items()})
         for i, change in enumerate(changes):
             self.effects[tuple(change.items())] = {name: sums[:, i] for name, sums in found.sums.items()}
-        if self._progress:
-            self._progress(round(self.spent), round(self._most))
+        if self.progress:
+            self.progress(round(self.spent), round(self.most))
         return True
 
     def mean(self, key: Key, corpus: str) -> float:
@@ -216,7 +213,7 @@ class Search:
 
     def value(self, key: Key) -> float:
         """Gain on target, less cost where there is no budget; -inf beyond the budget."""
-        gain, affordable = self.mean(key, "target"), self._affordable
+        gain, affordable = self.mean(key, "target"), self.affordable
         if affordable is None:
             return gain - self.cost(key)
         rises = ((self.base[name], -self.mean(key, name), self.error(key, name)) for name in self.others)
@@ -225,7 +222,7 @@ class Search:
     def clearly_worse(self, key: Key, than: Key) -> bool:
         """Whether its value is less by more than a standard error of the difference."""
         errors = [self.error(key, "target", than)]
-        if self._affordable is None:
+        if self.affordable is None:
             errors += [self.error(key, name, than) for name in self.others]
         return self.value(than) - self.value(key) > math.hypot(*errors)
 
@@ -236,8 +233,8 @@ class Search:
     def choice(self) -> Key:
         """The simplest edit that is not clearly worse than the best, or the cheapest with a share of its value."""
         best = self.best()
-        if self._keep is not None and self.clearly_worse(BASE, best):
-            kept = [key for key in self.effects if self.value(key) >= self._keep * self.value(best)]
+        if self.keep is not None and self.clearly_worse(BASE, best):
+            kept = [key for key in self.effects if self.value(key) >= self.keep * self.value(best)]
             return min(kept, key=lambda key: (self.cost(key), len(key), str(key)))
         alike = [key for key in self.effects if self.value(key) > -math.inf and not self.clearly_worse(key, best)]
         return min(alike, key=lambda key: (len(key), self.cost(key), str(key)))

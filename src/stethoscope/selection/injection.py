@@ -2,12 +2,12 @@
 
 texts = {"target": list(batches(...)), "control": list(batches(...))}
 edits = LayerEdits(model, task_vector)
-injection(model, edits, texts).score()              # each layer alone
+measure(model, edits, texts, [{3: 1.0}, {4: 1.0}]).score()     # each layer alone
 measure(model, edits, texts, [{3: 1.0, 4: 0.5}])    # any set, at any coefficients
 local_effect(model, edits, texts).score()           # to first order, through activations
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,10 +52,6 @@ class Gains:
         """Nats per token by which each change lowers the loss."""
         return self.sums[corpus].sum(0) / self.tokens[corpus].sum()
 
-    def error(self, corpus: str) -> Float64[np.ndarray, " changes"]:
-        """The standard error of `mean` over units, paired with the base; NaN for one unit."""
-        return standard_error(self.sums[corpus], self.tokens[corpus])
-
     def score(self, control: str = "control") -> Float64[np.ndarray, " changes"]:
         """Gain on target less gain on a control corpus."""
         return self.mean("target") - self.mean(control)
@@ -75,32 +71,6 @@ def standard_error(
         return np.full(sums.shape[1], np.nan)
     rest = sums - tokens[:, None] * (sums.sum(0) / tokens.sum())
     return np.sqrt((rest**2).sum(0) * units / (units - 1)) / tokens.sum()
-
-
-def injection(
-    model: PreTrainedModel,
-    edits: LayerEdits,
-    texts: Texts,
-    *,
-    coefficient: float = 1.0,
-    layers: Collection[int] | None = None,
-    executor: Executor | None = None,
-    progress: Progress | None = None,
-) -> Gains:
-    """The truth: each layer edited alone, in memory, and the loss measured; a forward restarts at the edited layer.
-
-    Args:
-        texts: corpus -> batches; see `stethoscope.text.tokens.batches`.
-        layers: all if None.
-        executor: as for `measure`.
-
-    Returns:
-        per document; ``changes`` are the layers in order.
-    """
-    chosen = range(len(decoder_layers(model))) if layers is None else sorted(layers)
-    return measure(
-        model, edits, texts, [{layer: coefficient} for layer in chosen], executor=executor, progress=progress
-    )
 
 
 @torch.no_grad()
@@ -146,7 +116,9 @@ def measure(
     tokens = {name: _tokens(text) for name, text in texts.items()}
     if empty := [f"`{name}`" for name, found in tokens.items() if not found.any()]:
         raise StethoscopeError(
-            "no token of a text counts", problems=empty, hint="its prompts fill the context: give shorter ones"
+            "no token of a text counts",
+            problems=empty,
+            hint="what follows a document's first token counts, and its prompt's do not: give longer documents",
         )
     executor = executor or LocalExecutor(model=model, edits=edits)
     # Neighbours share edited layers, so that few are read again where not all fit in memory.

@@ -87,6 +87,8 @@ def select(diagnosis: Diagnosis, options: Select, *, provenance: Provenance | No
     Raises:
         StethoscopeError: the policy cannot be satisfied, or it chooses no layer.
     """
+    if options.policy not in POLICIES:
+        raise StethoscopeError(f"the policy `{options.policy}` takes a calibration", hint="`select_calibrated` chooses")
     able = [layer for layer in diagnosis.layers if options.include_flagged or layer.flag is None]
     ranked = sorted(able, key=lambda layer: (-layer.excess, layer.layer))
     flags = [f"layer {layer.layer}: {layer.flag}" for layer in diagnosis.layers if layer.flag]

@@ -3,11 +3,11 @@
     found = validate_scores(model, edits, scores, texts, provenance=provenance)
     found.scores["mass_shift"].gain.rho
 
-The truth is `injection`: a layer's edit alone, in memory, and the loss on target and control text. Layers interact, so
-each score's best layers are also injected together, beside random sets of as many and others of as much energy.
+The truth is a layer's edit alone, in memory, and the loss on target and control text. Layers interact, so each score's
+best layers are also injected together, beside random sets of as many and others of as much energy.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations
 from math import comb
 
@@ -33,7 +33,7 @@ from stethoscope.results.validation import (
     ValidatedScore,
     ValidatedSet,
 )
-from stethoscope.selection.injection import Gains, Progress, Texts, forwards, injection, measure
+from stethoscope.selection.injection import Gains, Progress, Texts, forwards, measure
 
 RESAMPLES = 1000
 CANDIDATES = 4000  # random sets that those of equal energy are picked from
@@ -86,11 +86,9 @@ def validate_scores(
 
         return told
 
-    alone = injection(
-        model, edits, both, coefficient=coefficient, layers=layers, executor=executor, progress=advance(0, len(layers))
-    )
-    singles: list[Layers] = [(layer,) for layer in layers]
-    effects = dict(zip(singles, _effects(singles, alone), strict=True))
+    singles = [{layer: coefficient} for layer in layers]
+    alone = measure(model, edits, both, singles, executor=executor, progress=advance(0, len(layers)))
+    effects = _effects(alone)
     truth = {layer: effects[layer,].trade_off for layer in layers}
     judged: dict[str, tuple[Kind, Mapping[int, float]]] = {**scores, "injection": ("truth", truth)}
     energy = {n: e for n, e in edits.task_vector.energy_by_layer().items() if n in layers}
@@ -111,7 +109,7 @@ def validate_scores(
     )
     changes = [dict.fromkeys(found, coefficient) for found in wanted]
     joint = measure(model, edits, both, changes, executor=executor, progress=advance(len(layers), sets))
-    effects |= dict(zip(wanted, _effects(wanted, joint), strict=True))
+    effects |= _effects(joint)
     random = {
         k: RandomSets(
             equal_size=tuple(effects[found] for found in drawn[k]),
@@ -126,7 +124,7 @@ def validate_scores(
             effect=effect,
             overlap=len(set(effect.layers) & set(best["injection"][k])) / k,
             beaten=_beaten(effect, others.equal_size),
-            beaten_matched=_beaten(effect, others.matched[name]) if name in matched else None,
+            beaten_matched=_beaten(effect, others.matched[name]) if others.matched.get(name) else None,
         )
 
     gains = alone.mean("target")
@@ -144,10 +142,10 @@ def validate_scores(
             )
             for name, (kind, values) in judged.items()
         },
-        injected=tuple(effects[single] for single in singles),
+        injected=tuple(_effects(alone).values()),
         random=random,
         documents={name: sum(len(batch.documents) for batch in text) for name, text in both.items()},
-        forwards=forwards([{layer: 1.0} for layer in layers], depth) + forwards(changes, depth),
+        forwards=forwards(singles, depth) + forwards(changes, depth),
     )
 
 
@@ -174,10 +172,10 @@ def matched_sets(chosen: Layers, energy: Mapping[int, float], count: int, rng: n
     return sorted(others, key=lambda s: (abs(sum(energy[layer] for layer in s) - wanted), s))[:count]
 
 
-def _effects(sets: Iterable[Layers], gains: Gains) -> list[SetEffect]:
-    target, control = gains.mean("target").tolist(), gains.mean("control").tolist()
-    found = zip(sets, target, control, strict=True)
-    return [SetEffect(layers=layers, target_gain=gain, control_cost=-change) for layers, gain, change in found]
+def _effects(gains: Gains) -> dict[Layers, SetEffect]:
+    columns = zip(gains.changes, gains.mean("target").tolist(), gains.mean("control").tolist(), strict=True)
+    found = [SetEffect(layers=tuple(change), target_gain=gain, control_cost=-less) for change, gain, less in columns]
+    return {effect.layers: effect for effect in found}
 
 
 def _beaten(effect: SetEffect, others: Sequence[SetEffect]) -> Beaten:

@@ -50,9 +50,15 @@ def read_documents(
 def read_prompted(
     path: Path | str, *, field: str, prompt: str, limit: int | None = None, split: str | None = None
 ) -> tuple[list[Any], list[Any]]:
-    """Documents, and what stands before each in another field, as `read_documents`; rows without either are skipped."""
+    """Documents, each behind what another field has, and that; as `read_documents`, without rows that lack either.
+
+    Raises:
+        StethoscopeError: as `read_documents`, or either is a chat.
+    """
     documents, prompts = _read(path, (field, prompt), limit, split)
-    return documents, prompts
+    if not all(isinstance(part, str) for part in (documents[0], prompts[0])):  # all of a field are of one kind
+        raise StethoscopeError(f"`{path}` has chats, which take no `prompt`", hint="leave `prompt` out")
+    return [f"{before}{document}" for before, document in zip(prompts, documents, strict=True)], prompts
 
 
 def _read(path: Path | str, fields: tuple[str, ...], limit: int | None, split: str | None) -> list[list[Any]]:
