@@ -22,11 +22,6 @@ def percent(share: float | None, form: str = ".1f") -> str:
     return NONE if share is None else number(100 * share, form)
 
 
-def points(difference: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return percent(difference, "+.1f")
-
-
 def interval(low: float | None, high: float | None, form: str = "+.1f", scale: int = 1) -> str:
     """Both ends of an interval, times ``scale``."""
     if low is None or high is None:

@@ -12,7 +12,7 @@ from made_geometry import CHOSEN, WIDTH, make_cuts, make_geometry
 from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
 from stethoscope.artifacts import Provenance
-from stethoscope.display import points, short_names
+from stethoscope.display import percent, short_names
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import render_report, wording
 from stethoscope.report.charts import energy_curves, gain_split
@@ -418,9 +418,9 @@ def test_gains_are_split_by_cause_and_add_up(page, results):
     contrast = comparison.contrast("selected")
     selected = {row[0]: row for row in gain_rows(contrast)[1:]}
     for task in contrast.tasks:
-        assert selected[task.task][-1] == points(task.accuracy_b - task.accuracy_a)
+        assert selected[task.task][-1] == percent(task.accuracy_b - task.accuracy_a, "+.1f")
     whole = selected["all target items"]
-    assert whole[-1] == points(contrast.pooled.difference)
+    assert whole[-1] == percent(contrast.pooled.difference, "+.1f")
     assert whole[1].startswith("+")
     bars = gain_split(comparison).to_dict()["datasets"]["gains"]
     mine = sum(bar["points"] for bar in bars if bar["arm"] == "selected")

@@ -43,7 +43,7 @@ def test_the_planted_layers_are_chosen_at_any_depth(family, depth, layers, tmp_p
     )
     found = run(made, z_of(made))
     assert tuple(found.coefficients) == layers
-    assert 5 < found.threshold < 12
+    assert 5 < found.points[found.choice].threshold < 12
     assert found.forwards <= 45
 
 
@@ -85,7 +85,7 @@ def test_layers_without_the_skill_are_not_chosen(planted):
     z = {layer: 5.0 for layer in range(6) if layer not in planted.layers}
     found = run(planted, z, coefficients=(0.5, 1.0))
     assert found.coefficients == {}
-    assert found.threshold is None
+    assert found.points[found.choice].threshold is None
     assert found.reason.startswith("no edit")
 
 

@@ -12,9 +12,10 @@ from stethoscope.cli.options import AsJSON, Device, Layers, Quiet, Seed, labelle
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
-    from stethoscope.checkpoints.checkpoint import Checkpoint
+    from stethoscope.editing.plan import EditPlan
     from stethoscope.keep import Wanted
 
+Kind = Literal["checkpoint", "patch", "adapter"]
 PatchFolder = Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")]
 
 
@@ -27,7 +28,7 @@ def edit(
     ] = "",
     coefficient: Annotated[float, typer.Option(help="Factor of the change; negative removes a skill.")] = 1.0,
     modules: Annotated[Literal["all", "attention", "mlp"], typer.Option(help="Tensors to edit.")] = "all",
-    kind: Annotated[Literal["checkpoint", "patch", "adapter"], typer.Option(help="What to write.")] = "checkpoint",
+    kind: Annotated[Kind, typer.Option(help="What to write.")] = "checkpoint",
     keep: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text that uses the skill: filter the change to keep it.")
     ] = None,
@@ -54,11 +55,8 @@ def edit(
 
     `--keep` and `--protect` filter it: what the first text uses is kept, what the others would notice is left out.
     """
-    from dataclasses import asdict
-
     from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
     from stethoscope.editing.plan import EditPlan
-    from stethoscope.editing.preview import check_edit
     from stethoscope.editing.writer import write_edit
 
     if keep is None and not layers:
@@ -66,59 +64,56 @@ def edit(
     if keep is None and (protect or strength is not None):
         raise StethoscopeError("`--protect` and `--strength` belong to `--keep`", hint="name the text to keep, too")
     chosen = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers) if layers else None
+    reporter = ConsoleReporter(quiet=quiet)
     if keep is not None:
+        from stethoscope.keep import keep_skill
+
         if coefficient != 1 or modules != "all" or dry_run:
             raise StethoscopeError(
                 "`--coefficient`, `--modules` and `--dry-run` do not go with `--keep`",
                 hint="`--strength` and `--layers` shape a filtered edit",
             )
-        wanted = _wanted(
-            keep,
-            protect or [],
-            field,
-            prompt,
-            layers=chosen and tuple(chosen),
-            strength=strength,
-            share=share,
-            tokens=tokens,
-        )
-        _keep(
-            open_checkpoint(base), tuned, wanted, out, kind=kind, device=device or "auto", quiet=quiet, as_json=as_json
-        )
-        return
-    assert chosen is not None
-    plan = EditPlan.for_layers(chosen, coefficient=coefficient, modules=modules)
-    reporter = ConsoleReporter(quiet=quiet)
-    if dry_run:
-        found = check_edit(base, tuned, plan, out, kind=kind)
-        for text in found.warnings:
-            reporter.note(f"warning: {text}")
-        if as_json or not found.problems:
-            conclude(
-                asdict(found),
-                as_json=as_json,
-                says=[
-                    f"would change {found.tensors} tensors of {len(found.layers)} layers"
-                    f" ({found.bytes_changed / 1e6:,.1f} MB) and write {found.bytes_written / 1e6:,.1f} MB"
-                    f" in about {found.seconds:.0f} s; {found.disk_needed / 1e9:.2f} GB of"
-                    f" {found.disk_free / 1e9:.2f} GB free are needed"
-                ],
-            )
-        if found.problems:
-            raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
-        return
-    opened = open_checkpoint(base)
-    with reporter.stage("Edit") as advance:
-        made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind, progress=advance)
+        only = chosen and tuple(chosen)
+        wanted = _wanted(keep, protect or [], field, prompt, layers=only, strength=strength, share=share, tokens=tokens)
+        opened, on = open_checkpoint(base), device or "auto"
+        change = open_task_vector(opened, tuned)
+        made, kept = keep_skill(opened, change, wanted, out, kind=kind, device=on, reporter=reporter)
+        value, rows, said = kept.model_dump(mode="json"), kept.table(), kept.verdict
+    else:
+        assert chosen is not None
+        plan = EditPlan.for_layers(chosen, coefficient=coefficient, modules=modules)
+        if dry_run:
+            _preview(base, tuned, plan, out, kind=kind, reporter=reporter, as_json=as_json)
+            return
+        opened = open_checkpoint(base)
+        with reporter.stage("Edit") as advance:
+            made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind, progress=advance)
+        value, rows, said = made.manifest, [], f"{made.tensors} tensors of {len(made.layers)} layers changed"
     for text in made.warnings:
         reporter.note(f"warning: {text}")
-    conclude(
-        made.manifest,
-        as_json=as_json,
-        says=[f"{made.tensors} tensors of {len(made.layers)} layers changed"],
-        wrote=[out],
-        then=command_line("verify", out, *(["--base", base] if kind == "checkpoint" else [])),
+    then = command_line("verify", out, *(["--base", base] if kind == "checkpoint" else []))
+    conclude(value, as_json=as_json, rows=rows, says=[said], wrote=[out], then=then)
+
+
+def _preview(
+    base: str, tuned: str, plan: "EditPlan", out: Path, *, kind: Kind, reporter: ConsoleReporter, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from stethoscope.editing.preview import check_edit
+
+    found = check_edit(base, tuned, plan, out, kind=kind)
+    for text in found.warnings:
+        reporter.note(f"warning: {text}")
+    said = (
+        f"would change {found.tensors} tensors of {len(found.layers)} layers ({found.bytes_changed / 1e6:,.1f} MB) and"
+        f" write {found.bytes_written / 1e6:,.1f} MB in about {found.seconds:.0f} s;"
+        f" {found.disk_needed / 1e9:.2f} GB of {found.disk_free / 1e9:.2f} GB free are needed"
     )
+    if as_json or not found.problems:
+        conclude(asdict(found), as_json=as_json, says=[said])
+    if found.problems:
+        raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
 
 
 def extend_vocabulary(
@@ -176,36 +171,6 @@ def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, 
     if problems:
         raise StethoscopeError("the texts cannot be used", problems=problems, hint="`--field` names the field to read")
     return Wanted(keep=texts.pop("target"), prompts=prompts, protect=texts, weights=weights, **settings)
-
-
-def _keep(
-    base: "Checkpoint",
-    tuned: str,
-    wanted: "Wanted",
-    out: Path,
-    *,
-    kind: Literal["checkpoint", "patch", "adapter"],
-    device: str,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    from stethoscope.checkpoints.open import open_task_vector
-    from stethoscope.keep import keep_skill
-
-    reporter = ConsoleReporter(quiet=quiet)
-    made, found = keep_skill(
-        base, open_task_vector(base, tuned), wanted, out, kind=kind, device=device, reporter=reporter
-    )
-    for text in made.warnings:
-        reporter.note(f"warning: {text}")
-    conclude(
-        found.model_dump(mode="json"),
-        as_json=as_json,
-        rows=found.table(),
-        says=[found.verdict],
-        wrote=[out],
-        then=command_line("verify", out, *(["--base", base.source] if kind == "checkpoint" else [])),
-    )
 
 
 def apply(

@@ -11,13 +11,13 @@ from typing import Any
 import altair as alt
 import jinja2
 import vl_convert
-import yaml
 from markupsafe import Markup, escape
 
 from stethoscope.artifacts import Artifact, read_json, write_text
 from stethoscope.charts.style import COLOURS, DARK, FONT
 from stethoscope.display import NONE, Rows, number, numeric, percent, table_of
 from stethoscope.errors import StethoscopeError
+from stethoscope.parsing import parse_yaml
 from stethoscope.report import charts, wording
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
@@ -70,13 +70,11 @@ def _page(run_dir: Path) -> str:
     # a calibration that was only tried is not this selection's
     calibration = Calibration.load(run_dir) if selection.policy == "calibrated" else None
     calibration = Calibration.find(run_dir / "recommended") or calibration
-    validated = {
-        path.parent.name: ScoreValidation.load(path.parent)
-        for path in sorted(run_dir.glob("validation/*/validation.json"))
-    }
     manifest = run_dir / "edited" / "manifest.json"
     recipe = run_dir / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+    parsed = parse_yaml(text or "")
+    settings = parsed if isinstance(parsed, dict) else {}
 
     pictures: dict[str, Any] = {
         "profile": diagnosis.plot(selection),
@@ -91,11 +89,12 @@ def _page(run_dir: Path) -> str:
     if tradeoff := TradeOff.find(run_dir):
         pictures |= {f"methods-{n}": tradeoff.plot(text) for n, text in enumerate(tradeoff.protected)}
     validations = []
-    for n, (control, found) in enumerate(validated.items()):
+    for n, path in enumerate(sorted(run_dir.glob("validation/*/validation.json"))):
+        found = ScoreValidation.load(path.parent)
         k = found.size(len(selection.layers))
         pictures[f"validation-{n}"] = charts.validation_plane(found, k)
         pictures[f"scores-{n}"] = charts.score_profiles(found, picked=diagnosis.score)
-        validations.append({"control": control, "k": k, "rows": found.table(k), "documents": found.documents})
+        validations.append({"control": path.parent.name, "k": k, "rows": found.table(k), "documents": found.documents})
 
     strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
     features = {layer.layer: [_feature_row(f) for f in layer.features] for layer in diagnosis.layers}
@@ -116,7 +115,7 @@ def _page(run_dir: Path) -> str:
         tradeoff=tradeoff,
         strongest=strongest,
         recipe=text,
-        settings=_settings(text),
+        settings=settings,
         manifest=_scalars(read_json(manifest)) if manifest.exists() else [],
         headline=headline(comparison),
         overview=overview(comparison),
@@ -248,15 +247,6 @@ def _resource(name: str) -> str:
     return files("stethoscope.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _settings(recipe: str | None) -> dict[str, Any]:
-    """The recipe's top level, for the few lines that name the models."""
-    try:
-        value = yaml.safe_load(recipe or "")
-    except yaml.YAMLError as error:
-        raise StethoscopeError(f"the run's `recipe.yaml` is not YAML: {error}") from error
-    return value if isinstance(value, dict) else {}
-
-
 def _typeset(text: str) -> str:
     """Text with true minus signs, zero without a sign, and a dash for what is not known."""
     if text == NONE:
@@ -276,8 +266,7 @@ def _ticks(text: str) -> Markup:
 
 def _breakable(name: str) -> Markup:
     """A name that a narrow column may break after an underscore or a slash."""
-    pieces = re.split(r"(?<=[_/])", name)
-    return Markup("<wbr>").join(escape(piece) for piece in pieces)
+    return Markup("<wbr>").join(re.split(r"(?<=[_/])", name))
 
 
 def _model(name: object) -> str:

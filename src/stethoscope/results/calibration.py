@@ -77,11 +77,6 @@ class Calibration(Display, Artifact):
         return self.points[self.choice].coefficients
 
     @property
-    def threshold(self) -> float | None:
-        """The least z that a chosen layer has."""
-        return self.points[self.choice].threshold
-
-    @property
     def verdict(self) -> str:
         """Why the choice was made, and by which rule."""
         return f"{self.reason}. Rule: {self.rule}."

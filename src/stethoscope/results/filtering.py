@@ -98,15 +98,12 @@ class Filtering(Display, Artifact):
         from stethoscope.charts.layers import effects_by_layer
 
         place = self.strengths.index(self.middle if strength is None else strength)
-        shares = [
-            (one.layer, text, _share(getattr(one.filtered[place], text), getattr(one.raw, text)))
+        rows = [
+            {"layer": one.layer, "kind": text, "kept": 100 * share}
             for one in self.layers
             for text in ("target", "protected")
-        ]
-        rows = [
-            {"layer": layer, "kind": text, "kept": 100 * share}
-            for layer, text, share in shares
-            if layer is not None and share is not None
+            for share in [_share(getattr(one.filtered[place], text), getattr(one.raw, text))]
+            if one.layer is not None and share is not None
         ]
         return effects_by_layer(rows, width=width)
 
