@@ -172,9 +172,9 @@ def show(run: RunPath, as_json: AsJSON = False) -> None:
     conclude(
         {},
         as_json=False,
-        says=[headline(found), found.verdict, *against],
+        says=list(dict.fromkeys([headline(found), found.verdict, *against])),
         wrote=[path for path in (result.report, result.edited) if path.exists()],
-        then=command_line("verify", result.edited),
+        then=command_line("verify", result.edited) if result.edited.exists() else "",
     )
 
 

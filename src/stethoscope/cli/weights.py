@@ -9,6 +9,7 @@ import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, conclude, warn
 from stethoscope.cli.options import AsJSON, Device, Layers, Quiet, Seed, labelled, parse_layers
+from stethoscope.display import listed
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def edit(
     strength: Annotated[
         float | None, typer.Option(min=0, help="Strength of the filter; by default the strongest that keeps `--share`.")
     ] = None,
-    share: Annotated[float, typer.Option(help="Share of the fine-tune's gain to keep.")] = 0.95,
-    tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of each text.")] = 20_000,
-    field: Annotated[str, typer.Option(help="Field of the texts' rows that holds a text or a chat.")] = "text",
+    share: Annotated[float | None, typer.Option(help="Share of the fine-tune's gain to keep; 0.95 by default.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of each text; 20,000 by default.")] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of the texts' rows that holds a text or a chat; `text` by default.")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="FIELD", help="Field with what precedes each text to keep; its loss is not counted."),
@@ -61,8 +64,10 @@ def edit(
 
     if keep is None and not layers:
         raise StethoscopeError("nothing says what to edit", hint="`--layers 3,5-8`, or `--keep` and `--protect` texts")
-    if keep is None and (protect or strength is not None):
-        raise StethoscopeError("`--protect` and `--strength` belong to `--keep`", hint="name the text to keep, too")
+    settings: dict[str, Any] = {"strength": strength, "share": share, "tokens": tokens}
+    lost = settings | {"protect": protect or None, "field": field, "prompt": prompt, "device": device}
+    if keep is None and (given := [f"`--{name}`" for name, value in lost.items() if value is not None]):
+        raise StethoscopeError(f"only `--keep` has a use for {listed(given)}", hint="name the text to keep, too")
     chosen = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers) if layers else None
     reporter = ConsoleReporter(quiet=quiet)
     if keep is not None:
@@ -73,8 +78,8 @@ def edit(
                 "`--coefficient`, `--modules` and `--dry-run` do not go with `--keep`",
                 hint="`--strength` and `--layers` shape a filtered edit",
             )
-        only = chosen and tuple(chosen)
-        wanted = _wanted(keep, protect or [], field, prompt, layers=only, strength=strength, share=share, tokens=tokens)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        wanted = _wanted(keep, protect or [], field or "text", prompt, layers=chosen and tuple(chosen), **settings)
         opened, on = open_checkpoint(base), device or "auto"
         change = open_task_vector(opened, tuned)
         made, kept = keep_skill(opened, change, wanted, out, kind=kind, device=on, reporter=reporter)
@@ -279,7 +284,9 @@ def train_saes(
     ] = None,
     layers: Layers = "all",
     site: Annotated[str, typer.Option(help="Where in a layer: resid_post, mlp_out, attn_out, ...")] = "resid_post",
-    width: Annotated[int | None, typer.Option(help="Features per SAE; by default four times the hidden size.")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Features per SAE; by default four times the hidden size.")
+    ] = None,
     k: Annotated[int, typer.Option(help="Features that fire per token, on average.")] = 64,
     tokens: Annotated[int, typer.Option(help="Tokens to train on; shorter text is repeated.")] = 1_000_000,
     batch: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
@@ -304,6 +311,8 @@ def train_saes(
     documents = read_documents(text, field=field)
     if held_out:
         named = {name or Path(path).stem: path for path, name in map(labelled, held_out)}
+        if len(named) < len(held_out):
+            raise StethoscopeError("two held-out texts have the same name", hint="name them: `--held-out FILE=NAME`")
         held = {name: read_documents(path, field=field) for name, path in named.items()}
     else:
         documents, kept = hold_out(documents)
