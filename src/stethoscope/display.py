@@ -13,8 +13,9 @@ NONE = "-"
 
 
 def number(value: float | None, form: str) -> str:
-    """A value in a format such as ``+.1f``; ``-`` for None and NaN."""
-    return NONE if value is None or value != value else format(value, form)
+    """A value in a format such as ``+.1f``, zero never negative; ``-`` for None and NaN."""
+    _, sign, rest = form.rpartition("+")
+    return NONE if value is None or value != value else format(value, f"{sign}z{rest}")
 
 
 def percent(share: float | None, form: str = ".1f") -> str:

@@ -82,11 +82,6 @@ class Calibration(Display, Artifact):
         return f"{self.reason}. Rule: {self.rule}."
 
     @property
-    def front(self) -> tuple[CalibrationPoint, ...]:
-        """The points that no other is better than, by rising cost."""
-        return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.control_cost))
-
-    @property
     def whole(self) -> CalibrationPoint | None:
         """The whole fine-tune, if it was tried and gains something: the gain that others keep a share of."""
         every = dict.fromkeys(self.z, 1.0)
@@ -131,7 +126,8 @@ class Calibration(Display, Artifact):
         return sorted(rows, key=lambda row: (row["method"], most_first[row["parameter"]] * row["value"]))
 
     def table(self) -> Rows:
-        """A row per edit on the front, by rising cost; the gain and the cost with their standard errors."""
+        """A row per edit on the front, and the chosen one, by rising cost; gain and cost with their standard errors."""
+        shown = [point for n, point in enumerate(self.points) if point.on_front or n == self.choice]
         return table_of(
             {
                 "edit": point.layers,
@@ -142,5 +138,5 @@ class Calibration(Display, Artifact):
                 "control, %": percent(point.control_increase, "+.2f"),
                 "chosen": "yes" if point == self.points[self.choice] else NONE,
             }
-            for point in self.front
+            for point in sorted(shown, key=lambda point: point.control_cost)
         )

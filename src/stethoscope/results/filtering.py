@@ -3,7 +3,8 @@
 from typing import Any, ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
-from stethoscope.display import Display, Rows, number, percent, table_of
+from stethoscope.display import Display, Rows, listed, number, percent, table_of
+from stethoscope.errors import StethoscopeError
 
 
 class Effect(Frozen):
@@ -64,10 +65,17 @@ class Filtering(Display, Artifact):
         """The strength that is shown where none is asked for."""
         return self.strengths[len(self.strengths) // 2]
 
+    def _place(self, strength: float | None = None) -> int:
+        at = self.middle if strength is None else strength
+        if at not in self.strengths:
+            made = listed(f"{strength:g}" for strength in self.strengths)
+            raise StethoscopeError(f"nothing was filtered at strength {at:g}", hint=f"strengths: {made}")
+        return self.strengths.index(at)
+
     @property
     def verdict(self) -> str:
         """What the middle strength lets through."""
-        place = self.strengths.index(self.middle)
+        place = self._place()
         shares = []
         for text in ("target", "protected"):
             before = sum(getattr(one.raw, text) for one in self.layers)
@@ -97,7 +105,7 @@ class Filtering(Display, Artifact):
         """The shares of each layer's effects that are kept at a strength, an Altair chart; the middle one if None."""
         from stethoscope.charts.layers import effects_by_layer
 
-        place = self.strengths.index(self.middle if strength is None else strength)
+        place = self._place(strength)
         rows = [
             {"layer": one.layer, "kind": text, "kept": 100 * share}
             for one in self.layers
@@ -109,8 +117,8 @@ class Filtering(Display, Artifact):
 
     def table(self, strength: float | None = None) -> Rows:
         """A row per layer, at a strength; the middle one if None."""
-        at = self.middle if strength is None else strength
-        place, kept = self.strengths.index(at), f"kept at {at:g}, %"
+        place = self._place(strength)
+        kept = f"kept at {self.strengths[place]:g}, %"
         return table_of(
             {
                 "layer": "outside" if one.layer is None else str(one.layer),
