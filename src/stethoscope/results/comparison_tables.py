@@ -87,8 +87,7 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
         "loss on held-out target text": [c.target_loss if c else None for c in contrasts.values()],
         "loss on control text": [c.loss if c else None for c in contrasts.values()],
     }
-    together = comparison.together
-    whole = accuracy(_whole(comparison, comparison.scale(together[0])), together, whole=True)
+    whole = accuracy(_whole(comparison, comparison.scale(comparison.together[0])), comparison.together, whole=True)
 
     def title(group: str, tasks: list[str]) -> str:
         return group + ("" if any(comparison.scale(task).label for task in tasks) else ": accuracy, %")

@@ -68,8 +68,7 @@ class Filtering(Display, Artifact):
     def _place(self, strength: float | None = None) -> int:
         at = self.middle if strength is None else strength
         if at not in self.strengths:
-            made = listed(f"{strength:g}" for strength in self.strengths)
-            raise StethoscopeError(f"nothing was filtered at strength {at:g}", hint=f"strengths: {made}")
+            raise StethoscopeError(f"nothing was filtered at strength {at:g}", hint=f"known: {listed(self.strengths)}")
         return self.strengths.index(at)
 
     @property

@@ -42,13 +42,11 @@ class Kept(Frozen):
     def verdict(self) -> str:
         """One sentence: do the features keep more than chance, and than other features would?"""
         drawn = self.random_features
-        times = f"{self.over_chance:.2f} times"
+        times, against = f"{self.over_chance:.2f} times", self._beside(self.random_bases)
         if self.interval:
             low, high = self.interval
             against = "more than" if low > 1 else "less than" if high < 1 else "no more than"
             times += f", 95 % interval {low:.2f} to {high:.2f}"
-        else:
-            against = self._beside(self.random_bases)
         return (
             f"The features' directions keep {self.share:.1%} of the task vector's energy, {against} the"
             f" {self.chance:.1%} of random directions ({times}), and {self._beside(drawn)} as many random features of"
