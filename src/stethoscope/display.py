@@ -13,18 +13,14 @@ NONE = "-"
 
 
 def number(value: float | None, form: str) -> str:
-    """A value in a format such as ``+.1f``; ``-`` for None and NaN."""
-    return NONE if value is None or value != value else format(value, form)
+    """A value in a format such as ``+.1f``, zero never negative; ``-`` for None and NaN."""
+    _, sign, rest = form.rpartition("+")
+    return NONE if value is None or value != value else format(value, f"{sign}z{rest}")
 
 
 def percent(share: float | None, form: str = ".1f") -> str:
     """A share in percent, or a difference of shares in points with ``+.1f``."""
     return NONE if share is None else number(100 * share, form)
-
-
-def points(difference: float) -> str:
-    """A difference of shares in points, with its sign."""
-    return percent(difference, "+.1f")
 
 
 def interval(low: float | None, high: float | None, form: str = "+.1f", scale: int = 1) -> str:

@@ -19,6 +19,8 @@ from stethoscope.cli import app, console, main
 from stethoscope.cli.console import ConsoleReporter
 from stethoscope.errors import StethoscopeError
 
+PAIR = ("--base", "x", "--tuned", "y", "--out", "z")
+
 
 def test_help_groups_the_commands_and_says_the_exit_codes(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
@@ -34,6 +36,13 @@ def test_help_groups_the_commands_and_says_the_exit_codes(monkeypatch, capsys):
     assert {name for name, given in options.items() if "quiet" not in given} == {
         "check", "report", "compare", "show",
     }  # fmt: skip
+
+
+def test_without_a_command_the_help_is_shown_and_no_error(capsys):
+    main([])
+    shown = capsys.readouterr()
+    assert "A recipe, end to end" in shown.out
+    assert shown.err == ""
 
 
 def test_the_version_is_that_of_the_package(capsys):
@@ -60,11 +69,34 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(tmp_path):
         (["check", "nowhere.yaml"], "error: the recipe `nowhere.yaml` cannot be read", ""),
         (["run", "bad.yaml"], "tuned: Field required", ""),
         (["check", "bad.yaml", "--json"], "tuned: Field required", ""),
+        (["edit", *PAIR, "--layers", "all", "--field", "x"], "`--field`", "name the text to keep"),
+        (["compare", "a", "b", "--margin", "2"], "the margin `2`", "`--margin 0.02`"),
+        (["compare", "a", "b", "--margin", "task=inf"], "the margin `task=inf`", "`TASK=0.05`"),
+        (["evaluate", "--model", "a", "--tasks", "b", "--out", "c", "--batch-size", "0"], "--batch-size", "--help`"),
+        (["train-saes", "--base", "a", "--text", "b", "--out", "c", "--width", "0"], "--width", "--help`"),
+        (
+            [
+                "train-saes",
+                "--base",
+                "a",
+                "--text",
+                "x.jsonl",
+                "--out",
+                "c",
+                "--held-out",
+                "x.jsonl=n",
+                "--held-out",
+                "y.jsonl=n",
+            ],
+            "the same name",
+            "`--held-out FILE=NAME`",
+        ),
     ],
 )
 def test_wrong_usage_is_said_as_any_other_error(arguments, said, hint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text("base: x\n")
+    Path("x.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     shown = capsys.readouterr()
@@ -143,11 +175,15 @@ def test_one_plain_line_a_stage_or_one_bar_on_a_terminal(monkeypatch, capsys):
     [
         (["run", "a b.yaml", "--out", "runs/x"], "go on with"),
         (["train-saes", "--base", "a", "--text", "b", "--out", "c"], "go on with"),
+        (["--debug", "run", "a b.yaml"], "go on with"),
         (["verify", "edited"], "nothing was written"),
+        (["edit", *PAIR, "--layers", "1"], "nothing was written"),
+        (["verify", "run"], "nothing was written"),
     ],
 )
 def test_ctrl_c_says_the_exact_command(arguments, word, monkeypatch, capsys):
-    for name in ("recipe.Recipe.from_yaml", "editing.verify.verify", "text.documents.read_documents"):
+    for name in ("recipe.Recipe.from_yaml", "editing.verify.verify", "text.documents.read_documents",
+                 "checkpoints.open.open_checkpoint"):  # fmt: skip
         monkeypatch.setattr(f"stethoscope.{name}", interrupt)
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

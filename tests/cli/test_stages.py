@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def test_a_finished_run_is_shown_without_loading_a_model(finished, tmp_path):
     assert headline(comparison) in ended.stdout
     with pytest.raises(SystemExit):
         main(["show", str(tmp_path)])
+
+
+def test_what_is_not_there_is_not_suggested_and_nothing_is_said_twice(run, capsys):
+    shutil.rmtree(run / "edited")
+    comparison = Comparison.load(run / "comparison.json")
+    others = replace(comparison, contrasts=[c for c in comparison.contrasts if c.b != comparison.edit])
+    others.save(run / "comparison.json")
+    main(["show", str(run)])
+    shown = lines_of(capsys)
+    assert shown.count(others.verdict) == 1
+    assert not any(line.startswith("next:") for line in shown)
 
 
 @pytest.mark.parametrize("place", ["evidence.json", "losses", "parts/new.parquet"])
@@ -127,6 +139,26 @@ def test_the_edited_folder_has_the_results_on_its_card_and_still_verifies(finish
     assert contrast.verdict in card
     assert verify(edited).ok
     assert read_manifest(edited)["results"]["verdict"] == contrast.verdict
+
+
+def test_the_next_command_is_of_the_same_recipe():
+    given = {"ray": "auto", "workers": 0, "gpus": 0.5, "device": "cpu", "changes": ["select.k=3", "seed=1"]}
+    words = shlex.split(RecipeOptions(recipe=Path("a b.yaml"), out=Path("c"), **given).next("run", "--dry-run"))
+    assert words[:3] == ["stethoscope", "run", "a b.yaml"]
+    pairs = set(zip(words[3:-1:2], words[4:-1:2], strict=True))
+    assert pairs == {("--out", "c"), ("--ray", "auto"), ("--workers", "0"), ("--gpus", "0.5"), ("--device", "cpu"),
+                     ("--set", "select.k=3"), ("--set", "seed=1")}  # fmt: skip
+
+
+def test_a_family_and_margins_of_tasks_are_read_as_they_are_meant(finished, capsys):
+    task, *_ = Comparison.load(finished / "comparison.json").family
+    compare = ["compare", f"{finished}=base", f"{finished}=selected", "--json"]
+    main([*compare, "--family", f" {task}, {task},", "--margin", f"{task}=0.3"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["family"] == [task]
+    with pytest.raises(SystemExit):
+        main([*compare, "--margin", f"{task}=2"])
+    assert task in capsys.readouterr().err
 
 
 def test_workers_on_the_command_line_override_the_recipe(tmp_path):

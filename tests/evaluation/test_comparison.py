@@ -297,7 +297,11 @@ def test_tasks_of_several_units_are_not_pooled_together():
     assert "over 1 task of 2" in contrast.verdict
     assert (contrast.improved, contrast.worsened) == (["t"], ["u"])
     result = compare(Outcomes(frame=frame, provenance=told))
-    assert [line.name for line in by_task(result)["Target"]] == ["t", "u, bits per byte, lower is better", WHOLE]
+    assert [line.name for line in by_task(result)["Target"]] == [
+        "t",
+        "u, bits per byte, lower is better",
+        f"{WHOLE} in %",
+    ]
     header, *body = accuracy_rows(result)
     assert header[3:5] == ["acc", "bits_per_byte, bits per byte, lower is better"]
     assert [row[3:5] for row in body] == [["50.0", "-"], ["100.0", "-"], ["-", "1.5"], ["-", "1.65"]]

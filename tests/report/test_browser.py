@@ -162,6 +162,10 @@ def test_the_choices_pictures_draw(visit, results, tmp_path):
     assert "score: norm" not in (bars.first.get_attribute("aria-label") or "")
     seen.page.locator("#scores-0 select").select_option(label="norm")
     seen.page.wait_for_function("document.querySelector('#scores-0 svg .mark-rect path').ariaLabel.includes('norm')")
+    seen.page.set_viewport_size({"width": 700, "height": 900})
+    seen.page.wait_for_function("document.querySelector('#scores-0 svg')?.clientWidth <= 700")
+    seen.page.wait_for_function("document.querySelector('#scores-0 svg .mark-rect path').ariaLabel.includes('norm')")
+    assert seen.page.locator("#scores-0 select").input_value() == "norm"
     tried = seen.page.locator("header #tried svg")  # the whole fine-tune is among the edits: the picture comes first
     assert tried.locator(".mark-line path").count() == 3
     legend = tried.text_content() or ""

@@ -1,18 +1,19 @@
 """The page as text: what it says, that it says it safely, and that equal artefacts give equal bytes."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from made_choice import save_choice
+from made_choice import make_calibration, make_validation, save_choice
 from made_geometry import CHOSEN, WIDTH, make_cuts, make_geometry
 from made_results import ARMS, SUBJECTS, Results, make_comparison, make_diagnosis, make_evidence, make_selection
 
 from stethoscope.artifacts import Provenance
-from stethoscope.display import points, short_names
+from stethoscope.display import percent, short_names
 from stethoscope.errors import StethoscopeError
 from stethoscope.report import render_report, wording
 from stethoscope.report.charts import energy_curves, gain_split
@@ -163,9 +164,16 @@ def test_what_a_filter_passes_is_shown_as_text(tmp_path, hostile):
     markup = list(hostile.evidence.documents)[1]
     layers = (LayerFiltering(layer=1, separability=0.5, raw=one, filtered=(one,)),)
     tokens = {"target": 1, markup: 1}
-    Filtering(
+    made = Filtering(
         provenance=Provenance(), strengths=(1.0,), weights={markup: 1.0}, tokens=tokens, layers=layers
-    ).save(folder / "filter")  # fmt: skip
+    )  # fmt: skip
+    made.save(folder / "filter")
+    with pytest.raises(StethoscopeError, match="strength 3"):
+        made.table(3.0)
+    calibration = of(make_calibration(), filter=made.provenance.key)
+    calibration.save(folder / "recommended")
+    inputs = {"recommend": calibration.provenance.key}
+    replace(hostile.comparison, inputs=inputs).save(folder / "comparison.json")
     (feature,) = hostile.evidence.layers[0].features
     context = feature.contexts["target"][0]
     passes = feature.model_copy(update={"passed": 0.97, "contexts": {"target": (), markup: (context,)}})
@@ -275,6 +283,26 @@ def test_missing_and_foreign_results_are_named(run_folder, name):
     assert not (run_folder / "report.html").exists()
 
 
+def damaged(text, **changed):
+    return json.dumps(json.loads(text) | changed)
+
+
+@pytest.mark.parametrize(("file", "change"), [
+    ("recipe.yaml", lambda _: "a: " + "[" * 3000 + "]" * 3000),
+    ("comparison.json", lambda text: damaged(text, accuracy=[json.loads(text)["accuracy"][0] | {"accuracy": None}])),
+    ("comparison.json", lambda text: re.sub('("loss".*?"difference": )[^,]*', r"\1NaN", text, count=1, flags=re.S)),
+    ("edits.json", lambda _: json.dumps({
+        "schema_version": 1, "provenance": {}, "plans": {"selected": {"layers": 5, "default": 0.0}}, "energy": [],
+    })),
+])  # fmt: skip
+def test_damaged_results_are_an_error_without_a_traceback(run_folder, file, change):
+    path = run_folder / file
+    path.write_text(change(path.read_text() if path.exists() else ""))
+    with pytest.raises(StethoscopeError):
+        render_report(run_folder)
+    assert not (run_folder / "report.html").exists()
+
+
 def test_charts_save_as_pictures(tmp_path, results):
     results.diagnosis.plot(results.selection).save(tmp_path / "profile.svg")
     results.comparison.plot().save(tmp_path / "trade_off.png")
@@ -342,6 +370,84 @@ def test_an_exploratory_claim_is_said(run_folder):
     page = Page(render_report(run_folder).read_text(encoding="utf-8"))
     assert "exploratory: some test items were seen in the choice (2 of algebra)" in page.text
     assert "confirmatory" not in page.text
+
+
+def page_of(folder) -> Page:
+    return Page(render_report(folder).read_text(encoding="utf-8"))
+
+
+def of(made, **inputs):
+    return made.model_copy(update={"provenance": Provenance(inputs=inputs)})
+
+
+@pytest.mark.parametrize("current", [True, False])
+def test_results_of_an_earlier_recipe_are_not_shown(run_folder, results, current):
+    key = {"diagnose": results.diagnosis.provenance.key if current else "ab" * 32}
+    of(make_geometry(), **key).save(run_folder)
+    for name, inputs in (("chat", {}), ("control", key)):  # the first is of no known origin, and stays
+        (run_folder / "validation" / name).mkdir(parents=True)
+        of(make_validation(), **inputs).save(run_folder / "validation" / name)
+    one = Effect(energy=1.0, target=1.0, protected=1.0)
+    layers = (LayerFiltering(layer=1, raw=one, filtered=(one,)),)
+    made = Filtering(provenance=Provenance(), strengths=(1.0,), weights={}, tokens={"target": 1}, layers=layers)
+    made.save(run_folder / "filter")
+    calibration = of(make_calibration(), filter=made.provenance.key)
+    calibration.save(run_folder / "recommended")
+    inputs = {"recommend": calibration.provenance.key} if current else {}  # without a filter nothing is recommended
+    replace(results.comparison, inputs=inputs).save(run_folder / "comparison.json")
+    page = page_of(run_folder)
+    shown = {"energy", "curves", "passed", "tried", "validation-1", "scores-1"}
+    assert shown & set(page.data()["charts"]) == (shown if current else set())
+    assert "control: chat" in page.text
+    assert ("control: control" in page.text) == current
+    of(made, target="cd" * 32).save(run_folder / "filter")  # made again, and nothing recommended with it
+    assert "passed" not in page_of(run_folder).data()["charts"]
+
+
+def test_the_published_method_is_marked_at_the_recipes_coefficient(run_folder, results):
+    (run_folder / "recipe.yaml").write_text("edit: {coefficient: 0.5}\n")
+    calibration, layers = make_calibration(), results.selection.layers
+    point = calibration.points[1].model_copy(update={"coefficients": dict.fromkeys(layers, 0.5)})
+    calibration = calibration.model_copy(update={"points": (*calibration.points, point)})
+    calibration.save(run_folder / "recommended")
+    inputs = {"recommend": calibration.provenance.key}
+    replace(results.comparison, inputs=inputs).save(run_folder / "comparison.json")
+    marks = page_of(run_folder).data()["charts"]["tried"]["datasets"]["marks"]
+    assert {mark["mark"]: mark["n"] for mark in marks}["selected"] == len(calibration.points) - 1
+
+
+def test_an_edit_that_was_chosen_for_another_reason_is_among_the_best(results):
+    calibration = make_calibration().model_copy(update={"choice": 4})
+    assert not calibration.points[4].on_front
+    head, *rows = calibration.table()
+    assert [row[0] for row in rows if row[head.index("chosen")] == "yes"] == [calibration.points[4].layers]
+
+
+def test_causes_of_control_tasks_alone_make_no_picture(tmp_path, results):
+    made = make_comparison(arms={"base": (0, 0), "selected": (0.1, 0.1)}, subjects=ONE, items=60)
+    (contrast,) = made.contrasts
+    tasks = [replace(t, flips=None) if t.in_family else t for t in contrast.tasks]
+    made = replace(made, contrasts=[replace(contrast, tasks=tasks)])
+    page = page_of(replace(results, comparison=made).save(tmp_path / "run"))
+    drawn = {attributes["id"] for tag, attributes in page.tags if attributes.get("class") == "chart"}
+    assert drawn == set(page.data()["charts"])
+    assert "Where the gain comes from" in page.text
+    assert "frozen" not in page.text  # no claim was made
+
+
+def test_a_tie_is_no_rivals_win():
+    made = make_validation()
+    best = made.scores["gradient"].sets
+    tied = {name: found.model_copy(update={"sets": best}) for name, found in made.scores.items()}
+    verdict = made.model_copy(update={"scores": tied}).verdict("attribution", 5)
+    assert "no other score does better" in verdict
+    assert "no other score" not in made.verdict("mass_shift", 5)
+
+
+def test_without_an_interval_none_is_claimed():
+    kept = make_geometry().total
+    assert "interval" in kept.verdict
+    assert "interval" not in kept.model_copy(update={"interval": None}).verdict
 
 
 def test_the_geometry_is_shown_with_its_chance_level(run_folder, results):
@@ -418,9 +524,9 @@ def test_gains_are_split_by_cause_and_add_up(page, results):
     contrast = comparison.contrast("selected")
     selected = {row[0]: row for row in gain_rows(contrast)[1:]}
     for task in contrast.tasks:
-        assert selected[task.task][-1] == points(task.accuracy_b - task.accuracy_a)
+        assert selected[task.task][-1] == percent(task.accuracy_b - task.accuracy_a, "+.1f")
     whole = selected["all target items"]
-    assert whole[-1] == points(contrast.pooled.difference)
+    assert whole[-1] == percent(contrast.pooled.difference, "+.1f")
     assert whole[1].startswith("+")
     bars = gain_split(comparison).to_dict()["datasets"]["gains"]
     mine = sum(bar["points"] for bar in bars if bar["arm"] == "selected")

@@ -32,24 +32,18 @@ def axis(number: str, ticks: int = 6, **options: Any) -> alt.Axis:
     return alt.Axis(labelExpr="datum.value === 0 ? '0' : datum.label", format=number, tickCount=ticks, **options)
 
 
-def y_axis(number: str, ticks: int = 6) -> alt.Axis:
-    """The same, of a fixed width, so that charts above each other are flush."""
-    return axis(number, ticks, minExtent=38, maxExtent=38)
-
-
 def y(field: str, number: str, ticks: int = 6, **options: Any) -> alt.Y:
-    """A quantity on the y axis, which the line above the chart explains."""
-    return alt.Y(f"{field}:Q", title=None, axis=y_axis(number, ticks), **options)
+    """A quantity on a y axis of a fixed width, so that charts are flush; the line above the chart explains it."""
+    return alt.Y(f"{field}:Q", title=None, axis=axis(number, ticks, minExtent=38, maxExtent=38), **options)
 
 
 def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
     """Tooltips of fields such as ``arm:N``, each with its format and its title where it has one."""
-    found = []
-    for field in fields:
-        name, number, *title = (field, "") if isinstance(field, str) else field
-        options = {"format": number} if number else {}
-        found.append(alt.Tooltip(name, **options, **({"title": title[0]} if title else {})))
-    return found
+    parts = [(field, "") if isinstance(field, str) else field for field in fields]
+    return [
+        alt.Tooltip(name, format=number or alt.Undefined, title=title[0] if title else alt.Undefined)
+        for name, number, *title in parts
+    ]
 
 
 def rule(field: str, at: float, colour: str = "muted", **options: Any) -> alt.Chart:

@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from stethoscope.charts.style import COLOURS, axis, drawn, rule, tips, y_axis
+from stethoscope.charts.style import COLOURS, axis, drawn, rule, tips, y
 
 # What an arm's name begins with -> its colour and shape.
 _ARMS = {
@@ -44,15 +44,13 @@ def _plane(baseline: str, arms: Sequence[dict[str, Any]], unit: str, width: int)
     _place_labels(rows, domains["cost"], domains["gain"])
     base = alt.Chart(alt.NamedData(name="arms")).encode(color=alt.Color("colour:N", scale=None))
 
+    up = {"number": "+.3~f", "scale": alt.Scale(domain=domains["gain"], nice=False)}
+
     def x(field: str) -> alt.X:
         scale = alt.Scale(domain=domains["cost"], nice=False)
         return alt.X(f"{field}:Q", title=_COST, scale=scale, axis=axis("+.2~f"))
 
-    def y(field: str) -> alt.Y:
-        scale = alt.Scale(domain=domains["gain"], nice=False)
-        return alt.Y(f"{field}:Q", title=None, scale=scale, axis=y_axis("+.3~f"))
-
-    at = {"x": x("cost"), "y": y("gain")}
+    at = {"x": x("cost"), "y": y("gain", **up)}
     whisker = base.mark_rule(strokeWidth=1.5, opacity=0.55)
     points = base.mark_point(filled=True, size=90, opacity=1).encode(
         **at, shape=alt.Shape("shape:N", scale=None), tooltip=_tips(unit)
@@ -61,8 +59,8 @@ def _plane(baseline: str, arms: Sequence[dict[str, Any]], unit: str, width: int)
     zero = rule("zero", 0.0, strokeDash=[2, 3])
     return drawn(
         zero.encode(x=x("zero")),
-        zero.encode(y=y("zero")),
-        whisker.encode(x=at["x"], y=y("gain_low"), y2="gain_high:Q"),
+        zero.encode(y=y("zero", **up)),
+        whisker.encode(x=at["x"], y=y("gain_low", **up), y2="gain_high:Q"),
         whisker.encode(x=x("cost_low"), x2="cost_high:Q", y=at["y"]),
         points,
         base.mark_text(**beside, baseline="middle", fontSize=12).encode(**at, text="label:N"),
@@ -114,20 +112,20 @@ def _place_labels(rows: list[dict[str, Any]], x_domain: Sequence[float], y_domai
 
     shares = [(row["cost"] - x_domain[0]) / (x_domain[1] - x_domain[0]) for row in rows]
     heights = [_HEIGHT * (y_domain[1] - row["gain"]) / (y_domain[1] - y_domain[0]) for row in rows]
-    taken: list[Box] = [(x, -6, 6, y - 6, y + 6) for x, y in zip(shares, heights, strict=True)]
+    taken: list[Box] = [(x, -6, 6, at - 6, at + 6) for x, at in zip(shares, heights, strict=True)]
     random = [row for row in rows if row["arm"].startswith("random_layers")]
     for row in rows:
         row.update(label=row["arm"], align="left", dx=0, dy=0)
     if len(random) > _FEW_RANDOM:
         for row in random:
             row["label"] = "random layer sets" if row is random[0] else ""
-    for row, x, y in zip(rows, shares, heights, strict=True):
+    for row, x, height in zip(rows, shares, heights, strict=True):
         if not row["label"]:
             continue
         length = 6.5 * len(row["label"]) + 6
         sides = {"left": (0.0, length), "right": (-length, 0.0)}
         places: list[tuple[int, str, Box]] = [
-            (dy, side, (x, *sides[side], y + dy - 7, y + dy + 7))
+            (dy, side, (x, *sides[side], height + dy - 7, height + dy + 7))
             for dy in (-9, 9, -24, 24, -39, 39, -54, 54, -69, 69)
             for side in (("left", "right") if x < 0.5 else ("right", "left"))
         ]

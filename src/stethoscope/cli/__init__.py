@@ -37,12 +37,11 @@ PANELS: dict[str, tuple[Callable[..., None], ...]] = {
     "SAEs": (train_saes,),
 }
 # Commands that go on where they stopped; the others write nothing before they are done.
-RESUMED = {"push", "run", "demo", "evaluate", "train-saes", *(stage.name for stage in STAGES)}
+RESUMED = {"push", "run", "demo", "evaluate", "train-saes", *(stage.name for stage in STAGES if stage.help)}
 
 app = typer.Typer(
     help="Keep a fine-tune's skill, protect the rest of the model, and prove gain and cost.",
     epilog=EXIT_CODES,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 for panel, commands in PANELS.items():
@@ -79,7 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     for variable in ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
         os.environ.setdefault(variable, "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    argv = sys.argv[1:] if arguments is None else arguments
+    argv = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    resumed = next((word for word in argv if not word.startswith("-")), "") in RESUMED
     terminated = False
 
     def terminate(_signal: int, _frame: object) -> None:
@@ -110,15 +110,14 @@ def main(arguments: list[str] | None = None) -> None:
     except typer.Exit as done:
         sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        kept = RESUMED & set(argv[:2])
         ended = "terminated" if terminated else "interrupted"
-        warn(f"\n{ended}: " + ("finished work is kept; go on with" if kept else "nothing was written; again with"))
+        warn(f"\n{ended}: " + ("finished work is kept; go on with" if resumed else "nothing was written; again with"))
         warn(f"  {command_line(*argv)}")
         sys.exit(TERMINATED if terminated else INTERRUPTED)
     except Exception as error:
         if "--debug" not in argv and (refused := refused_by_system(error)):
             warn(f"error: {refused}")
-            if RESUMED & set(argv[:2]):
+            if resumed:
                 warn(f"\nfinished work is kept; go on with\n  {command_line(*argv)}")
             sys.exit(USER_ERROR)
         if not hasattr(error, "format_message"):  # what typer raises for a wrong command, from a private module

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -74,8 +75,11 @@ class RecipeOptions:
         return chosen, self.out or Path("runs") / self.recipe.stem
 
     def next(self, command: str, *more: str) -> str:
-        """The command line of another command for the same recipe and folder."""
-        return command_line(command, self.recipe, *(["--out", self.out] if self.out else []), *more)
+        """The command line of another command for the same recipe and folder, with what the options change in it."""
+        own = {"--out": self.out, "--ray": self.ray, "--workers": self.workers, "--gpus": self.gpus}
+        pairs = [*own.items(), ("--device", self.device), *(("--set", change) for change in self.changes or ())]
+        words = [word for name, value in pairs if value is not None for word in (name, value)]
+        return command_line(command, self.recipe, *words, *more)
 
 
 def with_recipe_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -123,12 +127,14 @@ def parse_margin(text: str) -> tuple[str, float]:
     """A task and its margin from `TASK=0.05`; the task is empty if there is none.
 
     Raises:
-        StethoscopeError: the margin is not a number.
+        StethoscopeError: the margin is not a number above 0, or without a task not a share.
     """
-    task, _, share = text.rpartition("=")
+    task, _, loss = text.rpartition("=")
     try:
-        return task, float(share)
-    except ValueError as error:
-        raise StethoscopeError(
-            f"the margin `{text}` is not a number", hint="`--margin 0.02`, or `TASK=0.05`"
-        ) from error
+        margin = float(loss)
+    except ValueError:
+        margin = math.nan
+    if not 0 < margin < (math.inf if task else 1):
+        kind = "a number above 0" if task else "a share between 0 and 1"
+        raise StethoscopeError(f"the margin `{text}` is not {kind}", hint="`--margin 0.02`, or `TASK=0.05`")
+    return task, margin

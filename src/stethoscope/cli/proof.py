@@ -9,6 +9,7 @@ import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, conclude, say, say_json, show_rows, warn
 from stethoscope.cli.options import AsJSON, Device, GPUs, Quiet, RayAddress, Seed, Workers, labelled, parse_margin
+from stethoscope.display import listed
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ def evaluate(
     allow_task_code: Annotated[
         bool, typer.Option("--allow-task-code", help="Run the Python that task files of your own name.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="Maximum items per task.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 32,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum items per task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts decoded together.")] = 32,
     backend: Annotated[Literal["hf", "vllm"], typer.Option(help="Generation backend.")] = "hf",
     seed: Seed = 0,
     ray: RayAddress = None,
@@ -46,7 +47,7 @@ def evaluate(
     with _executor(ray, workers, gpus) as executor, ConsoleReporter(quiet=quiet).stage("Evaluate") as advance:
         outcomes = evaluate_checkpoints(
             arms,
-            [name.strip() for name in tasks.split(",") if name.strip()],
+            _names(tasks),
             out=out,
             backend=backend,
             include_path=include_path,
@@ -104,30 +105,37 @@ def compare(
     from stethoscope.evaluation.comparison import compare as compare_arms
     from stethoscope.evaluation.harness_logs import join, read_results
 
+    margins = dict(map(parse_margin, margin or ()))
+    common = margins.pop("", 0.02)
     (path_a, arm_a), (path_b, arm_b) = labelled(a), labelled(b)
     first = read_results(Path(path_a), arm=arm_a, source=cluster)
     second = read_results(Path(path_b), arm=arm_b, source=cluster)
     if first.arms == second.arms:
         first, second = first.renamed(f"{first.arms[0]} (a)"), second.renamed(f"{second.arms[0]} (b)")
     joined, left_out = join(first, second, shared_only=shared_only)
-    margins = dict(map(parse_margin, margin or ()))
-    common = margins.pop("", 0.02)
     found = compare_arms(
         joined,
         baseline=first.arms[0],
         pairs=[(first.arms[0], second.arms[0])],
-        family=family.split(",") if family else None,
+        family=None if family is None else _names(family),
         metric=metric,
         margin=common,
         margins=margins,
         adjustment=correction,
         seed=seed,
     )
+    if wide := [task for task, loss in margins.items() if loss >= 1 and found.scale(task).is_share]:
+        raise StethoscopeError(f"the margin of {listed(wide)} is not a share between 0 and 1", hint="`TASK=0.05`")
     if out:
         found.save(out)
     for line in left_out:
         warn(f"left out: {line}")
     show_comparison(found, as_json=as_json, everything=True, wrote=[out] if out else [])
+
+
+def _names(text: str) -> list[str]:
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def logs(

@@ -40,11 +40,17 @@ def run(
     ] = False,
 ) -> None:
     """Run all stages of a recipe; run again, it continues where it stopped."""
+    reporter = ConsoleReporter(quiet=options.quiet)
     if dry_run:
-        _dry_run(options)
+        with _problems_as_json(options.as_json), reporter.stage("Check the recipe"):
+            chosen, folder = options.read()
+            from stethoscope.check import check_run
+
+            found = check_run(chosen, folder, headers_only=True)
+        said = f"`{options.recipe}` can be run: all it names is here and fits together."
+        _show_check(found, options, said, options.next("run"))
         return
     chosen, folder = options.read()
-    reporter = ConsoleReporter(quiet=options.quiet)
     run_recipe(chosen, folder, reporter=reporter)
     show(folder, as_json=options.as_json)
 
@@ -94,16 +100,6 @@ def check(
         said = f"`{recipe}` can be run, as far as names and headers tell; `run --dry-run` also builds the tasks and"
         said += " looks for items that the texts have shown."
         _show_check(found, options, said, options.next("run", "--dry-run"))
-
-
-def _dry_run(options: RecipeOptions) -> None:
-    with _problems_as_json(options.as_json), ConsoleReporter(quiet=options.quiet).stage("Check the recipe"):
-        chosen, folder = options.read()
-        from stethoscope.check import check_run
-
-        found = check_run(chosen, folder, headers_only=True)
-    said = f"`{options.recipe}` can be run: all it names is here and fits together."
-    _show_check(found, options, said, options.next("run"))
 
 
 def _show_check(found: "Check", options: RecipeOptions, said: str, then: str) -> None:
@@ -176,9 +172,9 @@ def show(run: RunPath, as_json: AsJSON = False) -> None:
     conclude(
         {},
         as_json=False,
-        says=[headline(found), found.verdict, *against],
+        says=list(dict.fromkeys([headline(found), found.verdict, *against])),
         wrote=[path for path in (result.report, result.edited) if path.exists()],
-        then=command_line("verify", result.edited),
+        then=command_line("verify", result.edited) if result.edited.exists() else "",
     )
 
 

@@ -9,12 +9,14 @@ import typer
 
 from stethoscope.cli.console import ConsoleReporter, command_line, conclude, warn
 from stethoscope.cli.options import AsJSON, Device, Layers, Quiet, Seed, labelled, parse_layers
+from stethoscope.display import listed
 from stethoscope.errors import StethoscopeError
 
 if TYPE_CHECKING:
-    from stethoscope.checkpoints.checkpoint import Checkpoint
+    from stethoscope.editing.plan import EditPlan
     from stethoscope.keep import Wanted
 
+Kind = Literal["checkpoint", "patch", "adapter"]
 PatchFolder = Annotated[Path, typer.Argument(help="A patch that `edit --kind patch` wrote.")]
 
 
@@ -27,7 +29,7 @@ def edit(
     ] = "",
     coefficient: Annotated[float, typer.Option(help="Factor of the change; negative removes a skill.")] = 1.0,
     modules: Annotated[Literal["all", "attention", "mlp"], typer.Option(help="Tensors to edit.")] = "all",
-    kind: Annotated[Literal["checkpoint", "patch", "adapter"], typer.Option(help="What to write.")] = "checkpoint",
+    kind: Annotated[Kind, typer.Option(help="What to write.")] = "checkpoint",
     keep: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text that uses the skill: filter the change to keep it.")
     ] = None,
@@ -38,9 +40,11 @@ def edit(
     strength: Annotated[
         float | None, typer.Option(min=0, help="Strength of the filter; by default the strongest that keeps `--share`.")
     ] = None,
-    share: Annotated[float, typer.Option(help="Share of the fine-tune's gain to keep.")] = 0.95,
-    tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of each text.")] = 20_000,
-    field: Annotated[str, typer.Option(help="Field of the texts' rows that holds a text or a chat.")] = "text",
+    share: Annotated[float | None, typer.Option(help="Share of the fine-tune's gain to keep; 0.95 by default.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Maximum tokens of each text; 20,000 by default.")] = None,
+    field: Annotated[
+        str | None, typer.Option(help="Field of the texts' rows that holds a text or a chat; `text` by default.")
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="FIELD", help="Field with what precedes each text to keep; its loss is not counted."),
@@ -54,71 +58,67 @@ def edit(
 
     `--keep` and `--protect` filter it: what the first text uses is kept, what the others would notice is left out.
     """
-    from dataclasses import asdict
-
     from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
     from stethoscope.editing.plan import EditPlan
-    from stethoscope.editing.preview import check_edit
     from stethoscope.editing.writer import write_edit
 
     if keep is None and not layers:
         raise StethoscopeError("nothing says what to edit", hint="`--layers 3,5-8`, or `--keep` and `--protect` texts")
-    if keep is None and (protect or strength is not None):
-        raise StethoscopeError("`--protect` and `--strength` belong to `--keep`", hint="name the text to keep, too")
+    settings: dict[str, Any] = {"strength": strength, "share": share, "tokens": tokens}
+    lost = settings | {"protect": protect or None, "field": field, "prompt": prompt, "device": device}
+    if keep is None and (given := [f"`--{name}`" for name, value in lost.items() if value is not None]):
+        raise StethoscopeError(f"only `--keep` has a use for {listed(given)}", hint="name the text to keep, too")
     chosen = range(open_checkpoint(base).layers) if layers == "all" else parse_layers(layers) if layers else None
+    reporter = ConsoleReporter(quiet=quiet)
     if keep is not None:
+        from stethoscope.keep import keep_skill
+
         if coefficient != 1 or modules != "all" or dry_run:
             raise StethoscopeError(
                 "`--coefficient`, `--modules` and `--dry-run` do not go with `--keep`",
                 hint="`--strength` and `--layers` shape a filtered edit",
             )
-        wanted = _wanted(
-            keep,
-            protect or [],
-            field,
-            prompt,
-            layers=chosen and tuple(chosen),
-            strength=strength,
-            share=share,
-            tokens=tokens,
-        )
-        _keep(
-            open_checkpoint(base), tuned, wanted, out, kind=kind, device=device or "auto", quiet=quiet, as_json=as_json
-        )
-        return
-    assert chosen is not None
-    plan = EditPlan.for_layers(chosen, coefficient=coefficient, modules=modules)
-    reporter = ConsoleReporter(quiet=quiet)
-    if dry_run:
-        found = check_edit(base, tuned, plan, out, kind=kind)
-        for text in found.warnings:
-            reporter.note(f"warning: {text}")
-        if as_json or not found.problems:
-            conclude(
-                asdict(found),
-                as_json=as_json,
-                says=[
-                    f"would change {found.tensors} tensors of {len(found.layers)} layers"
-                    f" ({found.bytes_changed / 1e6:,.1f} MB) and write {found.bytes_written / 1e6:,.1f} MB"
-                    f" in about {found.seconds:.0f} s; {found.disk_needed / 1e9:.2f} GB of"
-                    f" {found.disk_free / 1e9:.2f} GB free are needed"
-                ],
-            )
-        if found.problems:
-            raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
-        return
-    opened = open_checkpoint(base)
-    with reporter.stage("Edit") as advance:
-        made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind, progress=advance)
+        settings = {name: value for name, value in settings.items() if value is not None}
+        wanted = _wanted(keep, protect or [], field or "text", prompt, layers=chosen and tuple(chosen), **settings)
+        opened, on = open_checkpoint(base), device or "auto"
+        change = open_task_vector(opened, tuned)
+        made, kept = keep_skill(opened, change, wanted, out, kind=kind, device=on, reporter=reporter)
+        value, rows, said = kept.model_dump(mode="json"), kept.table(), kept.verdict
+    else:
+        assert chosen is not None
+        plan = EditPlan.for_layers(chosen, coefficient=coefficient, modules=modules)
+        if dry_run:
+            _preview(base, tuned, plan, out, kind=kind, reporter=reporter, as_json=as_json)
+            return
+        opened = open_checkpoint(base)
+        with reporter.stage("Edit") as advance:
+            made = write_edit(opened, open_task_vector(opened, tuned), plan, out, kind=kind, progress=advance)
+        value, rows, said = made.manifest, [], f"{made.tensors} tensors of {len(made.layers)} layers changed"
     for text in made.warnings:
         reporter.note(f"warning: {text}")
-    conclude(
-        made.manifest,
-        as_json=as_json,
-        says=[f"{made.tensors} tensors of {len(made.layers)} layers changed"],
-        wrote=[out],
-        then=command_line("verify", out, *(["--base", base] if kind == "checkpoint" else [])),
+    then = command_line("verify", out, *(["--base", base] if kind == "checkpoint" else []))
+    conclude(value, as_json=as_json, rows=rows, says=[said], wrote=[out], then=then)
+
+
+def _preview(
+    base: str, tuned: str, plan: "EditPlan", out: Path, *, kind: Kind, reporter: ConsoleReporter, as_json: bool
+) -> None:
+    from dataclasses import asdict
+
+    from stethoscope.editing.preview import check_edit
+
+    found = check_edit(base, tuned, plan, out, kind=kind)
+    for text in found.warnings:
+        reporter.note(f"warning: {text}")
+    said = (
+        f"would change {found.tensors} tensors of {len(found.layers)} layers ({found.bytes_changed / 1e6:,.1f} MB) and"
+        f" write {found.bytes_written / 1e6:,.1f} MB in about {found.seconds:.0f} s;"
+        f" {found.disk_needed / 1e9:.2f} GB of {found.disk_free / 1e9:.2f} GB free are needed"
     )
+    if as_json or not found.problems:
+        conclude(asdict(found), as_json=as_json, says=[said])
+    if found.problems:
+        raise StethoscopeError("the edit cannot be written", problems=found.problems, hint=found.hint)
 
 
 def extend_vocabulary(
@@ -176,36 +176,6 @@ def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, 
     if problems:
         raise StethoscopeError("the texts cannot be used", problems=problems, hint="`--field` names the field to read")
     return Wanted(keep=texts.pop("target"), prompts=prompts, protect=texts, weights=weights, **settings)
-
-
-def _keep(
-    base: "Checkpoint",
-    tuned: str,
-    wanted: "Wanted",
-    out: Path,
-    *,
-    kind: Literal["checkpoint", "patch", "adapter"],
-    device: str,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    from stethoscope.checkpoints.open import open_task_vector
-    from stethoscope.keep import keep_skill
-
-    reporter = ConsoleReporter(quiet=quiet)
-    made, found = keep_skill(
-        base, open_task_vector(base, tuned), wanted, out, kind=kind, device=device, reporter=reporter
-    )
-    for text in made.warnings:
-        reporter.note(f"warning: {text}")
-    conclude(
-        found.model_dump(mode="json"),
-        as_json=as_json,
-        rows=found.table(),
-        says=[found.verdict],
-        wrote=[out],
-        then=command_line("verify", out, *(["--base", base.source] if kind == "checkpoint" else [])),
-    )
 
 
 def apply(
@@ -314,7 +284,9 @@ def train_saes(
     ] = None,
     layers: Layers = "all",
     site: Annotated[str, typer.Option(help="Where in a layer: resid_post, mlp_out, attn_out, ...")] = "resid_post",
-    width: Annotated[int | None, typer.Option(help="Features per SAE; by default four times the hidden size.")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Features per SAE; by default four times the hidden size.")
+    ] = None,
     k: Annotated[int, typer.Option(help="Features that fire per token, on average.")] = 64,
     tokens: Annotated[int, typer.Option(help="Tokens to train on; shorter text is repeated.")] = 1_000_000,
     batch: Annotated[int, typer.Option(help="Tokens per step.")] = 1024,
@@ -339,6 +311,8 @@ def train_saes(
     documents = read_documents(text, field=field)
     if held_out:
         named = {name or Path(path).stem: path for path, name in map(labelled, held_out)}
+        if len(named) < len(held_out):
+            raise StethoscopeError("two held-out texts have the same name", hint="name them: `--held-out FILE=NAME`")
         held = {name: read_documents(path, field=field) for name, path in named.items()}
     else:
         documents, kept = hold_out(documents)

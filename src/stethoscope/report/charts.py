@@ -123,7 +123,7 @@ def validation_plane(validation: ScoreValidation, k: int, *, width: int = 640) -
 
 
 def score_profiles(validation: ScoreValidation, *, picked: str = "") -> alt.LayerChart:
-    """One score's layers, chosen from a list, beside the true gain of injecting each layer alone.
+    """One score's layers, chosen from a list, beside what injecting each layer alone truly gains less what it costs.
 
     Scores have units of their own, so each is drawn as a share of its largest layer.
 
@@ -148,14 +148,14 @@ def score_profiles(validation: ScoreValidation, *, picked: str = "") -> alt.Laye
     ]
     options = alt.binding_select(options=list(judged), name="score ")
     shown = alt.param(name="shown", value=picked if picked in judged else next(iter(judged)), bind=options)
-    gain = ("gain:Q", "+.4f", "true gain, nats per token")
+    gain = ("gain:Q", "+.4f", "true gain less cost, nats per token")
     base = alt.Chart(alt.NamedData(name="scores")).transform_filter("datum.score === shown")
     base = base.encode(x=layer_axis(), tooltip=tips("layer:Q", "score:N", "kind:N", ("value:Q", ".4~g"), gain))
     line = base.mark_line(color=COLOURS["edit"], strokeWidth=1.5, point=alt.OverlayMarkDef(color=COLOURS["edit"]))
     return drawn(
         base.mark_bar(color=COLOURS["selected"], width=8).encode(y=y("share", ".0%")).add_params(shown),
         line.encode(y=y("truth", ".0%")),
-        heading="score (bars), true gain (line); shares of the largest",
+        heading="score (bars), true gain less cost (line); shares of the largest",
         data={"scores": rows},
         height=200,
     )

@@ -3,21 +3,22 @@
 import base64
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import altair as alt
 import jinja2
 import vl_convert
-import yaml
 from markupsafe import Markup, escape
 
 from stethoscope.artifacts import Artifact, read_json, write_text
 from stethoscope.charts.style import COLOURS, DARK, FONT
 from stethoscope.display import NONE, Rows, number, numeric, percent, table_of
 from stethoscope.errors import StethoscopeError
+from stethoscope.parsing import parse_yaml
 from stethoscope.report import charts, wording
 from stethoscope.results.calibration import Calibration
 from stethoscope.results.comparison import Claim, Comparison
@@ -33,6 +34,8 @@ from stethoscope.results.tradeoff import TradeOff
 from stethoscope.results.validation import ScoreValidation
 
 CORNER = 0.3  # share of the trade-off's width that is too narrow to tell several arms apart
+Found = TypeVar("Found", bound=Artifact)
+
 PAGES = "https://www.neuronpedia.org/"  # a saved link that leads elsewhere is not shown
 
 
@@ -42,7 +45,8 @@ def render_report(run_dir: Path) -> Path:
     Reads ``diagnosis.json``, ``selection.json``, ``comparison.json``, and where they exist ``evidence.json``,
     ``geometry.json``, ``filter/filter.json``, ``filter/evidence.json``, ``edits.json``, ``claim.json``,
     ``calibration.json``, ``recommended/calibration.json``, ``validation/*/validation.json``, ``tradeoff.json``,
-    ``recipe.yaml`` and ``edited/manifest.json``.
+    ``recipe.yaml`` and ``edited/manifest.json``. Of those that exist, results that an earlier recipe left in the
+    folder are not shown.
 
     Returns:
         the path of the report.
@@ -53,7 +57,7 @@ def render_report(run_dir: Path) -> Path:
     path = run_dir / "report.html"
     try:
         write_text(path, _page(run_dir))
-    except (LookupError, ValueError, ArithmeticError) as error:
+    except (LookupError, ValueError, ArithmeticError, TypeError, AttributeError) as error:
         raise StethoscopeError(
             f"the results in `{run_dir}` contradict each other: {type(error).__name__}: {error}",
             hint="remove the file that was changed and run the recipe again, which makes it again",
@@ -65,18 +69,26 @@ def _page(run_dir: Path) -> str:
     """The page as text."""
     diagnosis, selection = Diagnosis.load(run_dir), Selection.load(run_dir)
     comparison = Comparison.load(run_dir / "comparison.json")
-    evidence, edits, geometry = Evidence.find(run_dir), Edits.find(run_dir), Geometry.find(run_dir)
-    filtering = Filtering.find(run_dir / "filter")
+    evidence, edits = Evidence.find(run_dir), Edits.find(run_dir)
+    known = comparison.inputs | {"diagnose": diagnosis.provenance.key, "select": selection.provenance.key}
+    geometry, tradeoff = _current(Geometry.find(run_dir), known), _current(TradeOff.find(run_dir), known)
     # a calibration that was only tried is not this selection's
     calibration = Calibration.load(run_dir) if selection.policy == "calibrated" else None
-    calibration = Calibration.find(run_dir / "recommended") or calibration
-    validated = {
-        path.parent.name: ScoreValidation.load(path.parent)
-        for path in sorted(run_dir.glob("validation/*/validation.json"))
-    }
+    recommended, filtering = Calibration.find(run_dir / "recommended"), Filtering.find(run_dir / "filter")
+    if recommended and recommended.provenance.key == known.get("recommend"):
+        calibration, known["filter"] = recommended, recommended.provenance.inputs.get("filter", "")
+    if filtering and filtering.provenance.key != known.get("filter"):
+        filtering = None
+    passed = _current(Evidence.find(run_dir / "filter"), known)
     manifest = run_dir / "edited" / "manifest.json"
     recipe = run_dir / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else None
+    try:
+        parsed = parse_yaml(text or "")
+    except ValueError as error:
+        raise StethoscopeError(f"the run's `recipe.yaml` cannot be read: {error}") from error
+    settings = parsed if isinstance(parsed, dict) else {}
+    coefficient = (settings.get("edit") or {}).get("coefficient", 1.0)
 
     pictures: dict[str, Any] = {
         "profile": diagnosis.plot(selection),
@@ -86,16 +98,18 @@ def _page(run_dir: Path) -> str:
         "energy": geometry.plot(selection) if geometry else None,
         "curves": charts.energy_curves(geometry, selection.layers) if geometry else None,
         "passed": filtering.plot() if filtering else None,
-        "tried": calibration.plot(selection.amounts(1.0)) if calibration else None,
+        "tried": calibration.plot(selection.amounts(coefficient)) if calibration else None,
     }
-    if tradeoff := TradeOff.find(run_dir):
+    if tradeoff:
         pictures |= {f"methods-{n}": tradeoff.plot(text) for n, text in enumerate(tradeoff.protected)}
-    validations = []
-    for n, (control, found) in enumerate(validated.items()):
-        k = found.size(len(selection.layers))
+    validations: list[dict[str, Any]] = []
+    for path in sorted(run_dir.glob("validation/*/validation.json")):
+        if not (found := _current(ScoreValidation.load(path.parent), known)):
+            continue
+        n, k = len(validations), found.size(len(selection.layers))
         pictures[f"validation-{n}"] = charts.validation_plane(found, k)
         pictures[f"scores-{n}"] = charts.score_profiles(found, picked=diagnosis.score)
-        validations.append({"control": control, "k": k, "rows": found.table(k), "documents": found.documents})
+        validations.append({"control": path.parent.name, "k": k, "rows": found.table(k), "documents": found.documents})
 
     strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
     features = {layer.layer: [_feature_row(f) for f in layer.features] for layer in diagnosis.layers}
@@ -116,7 +130,7 @@ def _page(run_dir: Path) -> str:
         tradeoff=tradeoff,
         strongest=strongest,
         recipe=text,
-        settings=_settings(text),
+        settings=settings,
         manifest=_scalars(read_json(manifest)) if manifest.exists() else [],
         headline=headline(comparison),
         overview=overview(comparison),
@@ -130,10 +144,15 @@ def _page(run_dir: Path) -> str:
         facts={layer.layer: wording.layer_facts(layer, diagnosis) for layer in diagnosis.layers},
         health={layer.layer: _health(layer) for layer in diagnosis.layers},
         evidence=evidence,
-        passed=Evidence.find(run_dir / "filter"),
+        passed=passed,
         rates={(layer.layer, f.feature): f for layer in diagnosis.layers for f in layer.features},
         provenance=_provenance(diagnosis, evidence, selection, geometry, filtering, edits),
     )
+
+
+def _current(made: Found | None, known: Mapping[str, str]) -> Found | None:
+    """A result if nothing that it was made from has another hash than is known, else None."""
+    return made if made and all(known.get(n, hash_) == hash_ for n, hash_ in made.provenance.inputs.items()) else None
 
 
 def _fill(data: dict[str, Any], **values: Any) -> str:
@@ -146,6 +165,7 @@ def _fill(data: dict[str, Any], **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"ticks": _ticks, "breakable": _breakable, "model": _model, "typeset": _typeset}
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": True, "allow_nan": False}  # browsers know no NaN
     environment.filters |= {"one_line": _one_line, "visible": _visible, "percent": percent}
     environment.globals |= {"numeric": numeric, "pages": PAGES}
     scripts = [_vega(), _resource("report.js")]
@@ -248,15 +268,6 @@ def _resource(name: str) -> str:
     return files("stethoscope.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _settings(recipe: str | None) -> dict[str, Any]:
-    """The recipe's top level, for the few lines that name the models."""
-    try:
-        value = yaml.safe_load(recipe or "")
-    except yaml.YAMLError as error:
-        raise StethoscopeError(f"the run's `recipe.yaml` is not YAML: {error}") from error
-    return value if isinstance(value, dict) else {}
-
-
 def _typeset(text: str) -> str:
     """Text with true minus signs, zero without a sign, and a dash for what is not known."""
     if text == NONE:
@@ -276,8 +287,7 @@ def _ticks(text: str) -> Markup:
 
 def _breakable(name: str) -> Markup:
     """A name that a narrow column may break after an underscore or a slash."""
-    pieces = re.split(r"(?<=[_/])", name)
-    return Markup("<wbr>").join(escape(piece) for piece in pieces)
+    return Markup("<wbr>").join(re.split(r"(?<=[_/])", name))
 
 
 def _model(name: object) -> str:

@@ -7,7 +7,7 @@
   const FEW = 10;
   const AXES = 64; // pixels that axes and padding take beside the plotting area
   let picked = data.picked;
-  let profile = null;
+  const drawn = {};
 
   function fitted(spec, width) {
     const inner = Math.max(200, Math.min(width - AXES, 960));
@@ -19,13 +19,16 @@
 
   async function draw(name) {
     const place = document.getElementById(name);
-    const { view } = await vegaEmbed(place, fitted(data.charts[name], place.clientWidth), {
+    const chosen = place.querySelector("select")?.value; // of a chart's own list
+    drawn[name]?.finalize();
+    drawn[name] = await vegaEmbed(place, fitted(data.charts[name], place.clientWidth), {
       actions: false,
       ast: true, // the page's policy forbids code made of strings
       renderer: "svg",
     });
+    const { view } = drawn[name];
+    if (chosen) await view.signal("shown", chosen).runAsync();
     if (name !== "profile") return;
-    profile = view;
     view.addEventListener("click", (event, item) => {
       if (item && item.datum && item.datum.layer !== undefined) pick(item.datum.layer);
     });
@@ -54,7 +57,7 @@
     document.getElementById("count").textContent = `${features.length} features that lean to the target`;
     more.hidden = features.length <= FEW;
     more.textContent = `Show all ${features.length}`;
-    if (profile) profile.signal("picked", layer).runAsync();
+    drawn.profile?.view.signal("picked", layer).runAsync();
   }
 
   function drawAll() {

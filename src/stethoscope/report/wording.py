@@ -53,12 +53,10 @@ def findings(comparison: Comparison, geometry: Geometry | None) -> list[tuple[st
         found.append(("Against random layers", rivals))
     if everywhere := comparison.find("selected", "scaled"):
         found.append(("Against all layers at equal energy", everywhere.verdict))
-    for arm in comparison.arms:
-        contrast = comparison.find(arm)
-        if contrast and arm.startswith("tuned"):
-            found.append(("The whole fine-tune", contrast.verdict + _share_kept(comparison, contrast)))
-        elif contrast and arm == "projected":
-            found.append(("Projected", f"{contrast.verdict} {geometry.verdict if geometry else ''}".strip()))
+    if tuned := comparison.find("tuned"):
+        found.append(("The whole fine-tune", tuned.verdict + _share_kept(comparison, tuned)))
+    if projected := comparison.find("projected"):
+        found.append(("Projected", f"{projected.verdict} {geometry.verdict if geometry else ''}".strip()))
     return found
 
 
@@ -110,7 +108,7 @@ def notices(
         if gains := sorted(t.smallest_detectable_gain or 1.0 for t in contrast.family) if contrast else []:
             least = gains[len(gains) // 2]
             seen = f"below about {100 * least:.0f} points " if least < 1 else ""
-            text += f" A true gain {seen}in one task would usually be missed."
+            text += f" A true gain {seen}in one task may well be missed."
         found.append(f"{text} Run more items before acting on this.")
     doubts = selection.warnings if selection else ()
     warnings = [*diagnosis.warnings, *doubts, *(f"the arm {warning}" for warning in (edits.warnings if edits else ()))]

@@ -77,19 +77,9 @@ class Calibration(Display, Artifact):
         return self.points[self.choice].coefficients
 
     @property
-    def threshold(self) -> float | None:
-        """The least z that a chosen layer has."""
-        return self.points[self.choice].threshold
-
-    @property
     def verdict(self) -> str:
         """Why the choice was made, and by which rule."""
         return f"{self.reason}. Rule: {self.rule}."
-
-    @property
-    def front(self) -> tuple[CalibrationPoint, ...]:
-        """The points that no other is better than, by rising cost."""
-        return tuple(sorted((p for p in self.points if p.on_front), key=lambda p: p.control_cost))
 
     @property
     def whole(self) -> CalibrationPoint | None:
@@ -136,7 +126,8 @@ class Calibration(Display, Artifact):
         return sorted(rows, key=lambda row: (row["method"], most_first[row["parameter"]] * row["value"]))
 
     def table(self) -> Rows:
-        """A row per edit on the front, by rising cost; the gain and the cost with their standard errors."""
+        """A row per edit on the front, and the chosen one, by rising cost; gain and cost with their standard errors."""
+        shown = [point for n, point in enumerate(self.points) if point.on_front or n == self.choice]
         return table_of(
             {
                 "edit": point.layers,
@@ -147,5 +138,5 @@ class Calibration(Display, Artifact):
                 "control, %": percent(point.control_increase, "+.2f"),
                 "chosen": "yes" if point == self.points[self.choice] else NONE,
             }
-            for point in self.front
+            for point in sorted(shown, key=lambda point: point.control_cost)
         )

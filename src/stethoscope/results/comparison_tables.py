@@ -11,6 +11,11 @@ from stethoscope.results.scale import Scale
 WHOLE = "all target items"
 
 
+def _whole(of: Comparison | Contrast, scale: Scale) -> str:
+    """What the items that are pooled are called: those of one unit."""
+    return WHOLE if len(of.together) == len(of.family) else f"{WHOLE} in {scale.unit}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cell:
     """A value of one arm, and what it gains over the baseline's.
@@ -82,7 +87,7 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
         "loss on held-out target text": [c.target_loss if c else None for c in contrasts.values()],
         "loss on control text": [c.loss if c else None for c in contrasts.values()],
     }
-    whole = accuracy(WHOLE, comparison.together, whole=True)
+    whole = accuracy(_whole(comparison, comparison.scale(comparison.together[0])), comparison.together, whole=True)
 
     def title(group: str, tasks: list[str]) -> str:
         return group + ("" if any(comparison.scale(task).label for task in tasks) else ": accuracy, %")
@@ -167,7 +172,7 @@ def contrast_rows(contrast: Contrast) -> Rows:
         )
     whole = dict.fromkeys(rows[0], "") | _change(pooled, contrast.pooled_mcnemar, contrast.scale)
     whole |= {"items": str(pooled.n), "metric": contrast.scale.unit}
-    whole[next(iter(whole))] = WHOLE
+    whole[next(iter(whole))] = _whole(contrast, contrast.scale)
     return table_of([*rows, whole] if len(rows) > 1 else rows)
 
 
@@ -186,7 +191,7 @@ def gain_rows(contrast: Contrast) -> Rows:
     known = [t for t in contrast.tasks if t.flips]
     parts = {t.task: [t] for t in known}
     if len(family := [t for t in known if t.in_family]) > 1:
-        parts[WHOLE] = family
+        parts[WHOLE if len(family) == len(contrast.family) else f"{WHOLE} of these"] = family
     rows = []
     for name, tasks in parts.items():
         changes = {words: flipped(tasks, cause) for cause, words in CAUSES.items()}
@@ -216,6 +221,6 @@ def notes(contrast: Contrast) -> list[str]:
         reasons = t.reasons | {name: result.reason for name, result in results.items() if result and result.reason}
         for name, reason in reasons.items():
             found.setdefault(f"{name.replace('_', ' ')}: {reason}", []).append(t.task)
-    whole = len(contrast.tasks)
-    lines = [f"{'every task' if len(tasks) == whole > 1 else ', '.join(tasks)}: {why}" for why, tasks in found.items()]
-    return [*lines, *([f"{WHOLE}: interval: {contrast.pooled.reason}"] if contrast.pooled.reason else [])]
+    count, whole = len(contrast.tasks), _whole(contrast, contrast.scale)
+    lines = [f"{'every task' if len(tasks) == count > 1 else ', '.join(tasks)}: {why}" for why, tasks in found.items()]
+    return [*lines, *([f"{whole}: interval: {contrast.pooled.reason}"] if contrast.pooled.reason else [])]

@@ -1,6 +1,6 @@
 """The result of `diagnose`: every layer's specificity for the target, and the SAEs' health."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from jaxtyping import Float64
@@ -47,10 +47,6 @@ class SAEHealth:
             return self
         shares = {"dead": float((rate == 0).mean()), "dense": float((rate > DENSE_RATE).mean())}
         return replace(self, tokens=tokens, l0=float(rate.sum()), **shares)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
 
 
 class FeatureDifference(Frozen):

@@ -3,7 +3,8 @@
 from typing import Any, ClassVar
 
 from stethoscope.artifacts import Artifact, Frozen
-from stethoscope.display import Display, Rows, number, percent, table_of
+from stethoscope.display import Display, Rows, listed, number, percent, table_of
+from stethoscope.errors import StethoscopeError
 
 
 class Effect(Frozen):
@@ -64,10 +65,16 @@ class Filtering(Display, Artifact):
         """The strength that is shown where none is asked for."""
         return self.strengths[len(self.strengths) // 2]
 
+    def _place(self, strength: float | None = None) -> int:
+        at = self.middle if strength is None else strength
+        if at not in self.strengths:
+            raise StethoscopeError(f"nothing was filtered at strength {at:g}", hint=f"known: {listed(self.strengths)}")
+        return self.strengths.index(at)
+
     @property
     def verdict(self) -> str:
         """What the middle strength lets through."""
-        place = self.strengths.index(self.middle)
+        place = self._place()
         shares = []
         for text in ("target", "protected"):
             before = sum(getattr(one.raw, text) for one in self.layers)
@@ -97,23 +104,20 @@ class Filtering(Display, Artifact):
         """The shares of each layer's effects that are kept at a strength, an Altair chart; the middle one if None."""
         from stethoscope.charts.layers import effects_by_layer
 
-        place = self.strengths.index(self.middle if strength is None else strength)
-        shares = [
-            (one.layer, text, _share(getattr(one.filtered[place], text), getattr(one.raw, text)))
+        place = self._place(strength)
+        rows = [
+            {"layer": one.layer, "kind": text, "kept": 100 * share}
             for one in self.layers
             for text in ("target", "protected")
-        ]
-        rows = [
-            {"layer": layer, "kind": text, "kept": 100 * share}
-            for layer, text, share in shares
-            if layer is not None and share is not None
+            for share in [_share(getattr(one.filtered[place], text), getattr(one.raw, text))]
+            if one.layer is not None and share is not None
         ]
         return effects_by_layer(rows, width=width)
 
     def table(self, strength: float | None = None) -> Rows:
         """A row per layer, at a strength; the middle one if None."""
-        at = self.middle if strength is None else strength
-        place, kept = self.strengths.index(at), f"kept at {at:g}, %"
+        place = self._place(strength)
+        kept = f"kept at {self.strengths[place]:g}, %"
         return table_of(
             {
                 "layer": "outside" if one.layer is None else str(one.layer),

@@ -42,14 +42,19 @@ class Kept(Frozen):
     def verdict(self) -> str:
         """One sentence: do the features keep more than chance, and than other features would?"""
         drawn = self.random_features
-        low, high = self.interval or (self.over_chance, self.over_chance)
-        against = "more than" if low > 1 else "less than" if high < 1 else "no more than"
-        other = "more than" if self.share > drawn.high else "less than" if self.share < drawn.low else "as much as"
+        times, against = f"{self.over_chance:.2f} times", self._beside(self.random_bases)
+        if self.interval:
+            low, high = self.interval
+            against = "more than" if low > 1 else "less than" if high < 1 else "no more than"
+            times += f", 95 % interval {low:.2f} to {high:.2f}"
         return (
             f"The features' directions keep {self.share:.1%} of the task vector's energy, {against} the"
-            f" {self.chance:.1%} of random directions ({self.over_chance:.2f} times, 95 % interval {low:.2f} to"
-            f" {high:.2f}), and {other} as many random features of the same SAEs ({drawn.low:.1%} to {drawn.high:.1%})."
+            f" {self.chance:.1%} of random directions ({times}), and {self._beside(drawn)} as many random features of"
+            f" the same SAEs ({drawn.low:.1%} to {drawn.high:.1%})."
         )
+
+    def _beside(self, drawn: Draws) -> str:
+        return "more than" if self.share > drawn.high else "less than" if self.share < drawn.low else "no more than"
 
 
 class Curve(Frozen):

@@ -1,7 +1,10 @@
 """What a comparison comes to: a sentence on whether to use the edit, and a row for each model that matters."""
 
-from stethoscope.display import NONE, Rows, listed, short_names, table_of
+from collections.abc import Sequence
+
+from stethoscope.display import Rows, listed, number, short_names, table_of
 from stethoscope.results.comparison import Comparison, Contrast, is_random
+from stethoscope.results.comparison_tables import by_task
 
 FREE = 0.01  # nats per token by which the loss may rise before that counts as damage
 SHOWN = ("recommended", "selected", "random_layers", "scaled", "projected")  # the arms to show first
@@ -17,26 +20,39 @@ def headline(comparison: Comparison) -> str:
         return (
             f"Judge this edit yourself: it is not known whether more is better of {listed(unknown)} ({contrast.gain})."
         )
-    gain, certain = contrast.gain, contrast.significant(comparison.alpha)
+    gain, certain, cost = contrast.gain, contrast.significant(comparison.alpha), damage(comparison, contrast)
     if not certain or contrast.pooled.difference <= 0:
         why = "it is worse than the base model" if certain else "no evidence that it is better than the base model"
-        return f"Do not use this edit: {why} ({gain})."
+        better = _named(comparison, [t.task for t in contrast.family if t.task in contrast.improved])
+        if not better:
+            return f"Do not use this edit: {why} ({gain})."
+        advice = "Do not use this edit" if certain else "Judge this edit yourself"
+        though = f"though it is significantly better on {better}" + (f", but {cost}" if cost else "")
+        return f"{advice}: {why} over all target items ({gain}), {though}."
     share = share_of_gain(comparison, contrast)
     gains = f"it gains {gain}" + (f", {share} of the fine-tune's gain" if share else "")
-    if cost := damage(comparison, contrast):
+    if cost:
         return f"Use this edit only if its damage is acceptable: {gains}, but {cost}."
-    return f"Use this edit: {gains}, and nothing that was measured became clearly worse."
+    but = f" but the loss, by {listed(rises)}" if (rises := _rises(contrast)) else ""
+    return f"Use this edit: {gains}, and nothing that was measured became clearly worse{but}."
 
 
 def damage(comparison: Comparison, contrast: Contrast) -> str:
-    """What an arm clearly made worse, tasks and control text; empty for nothing."""
-    found = []
-    if contrast.worsened:
-        names = short_names([*comparison.family, *comparison.controls])
-        found.append(f"is significantly worse on {listed(names[task] for task in contrast.worsened)}")
-    if (loss := contrast.loss) and loss.above and loss.difference > FREE:
-        found.append(f"raises the loss on control text by {loss.difference:.3f} nats per token")
-    return " and ".join(found)
+    """What an arm clearly made worse, tasks and texts; empty for nothing."""
+    worse = [f"is significantly worse on {_named(comparison, contrast.worsened)}"] if contrast.worsened else []
+    return " and ".join([*worse, *(f"raises the loss by {rise}" for rise in _rises(contrast, FREE))])
+
+
+def _rises(contrast: Contrast, least: float = 0.0) -> list[str]:
+    """By how much, and on which text, a loss clearly rose by more than ``least`` nats per token."""
+    losses = {"control": contrast.loss, "held-out target": contrast.target_loss}
+    risen = [(name, loss.difference) for name, loss in losses.items() if loss and loss.above]
+    return [f"{rise:.3f} nats per token on {name} text" for name, rise in risen if rise > least]
+
+
+def _named(comparison: Comparison, tasks: Sequence[str]) -> str:
+    names = short_names([*comparison.family, *comparison.controls])
+    return listed(names[task] for task in tasks)
 
 
 def share_of_gain(comparison: Comparison, contrast: Contrast) -> str:
@@ -50,29 +66,28 @@ def share_of_gain(comparison: Comparison, contrast: Contrast) -> str:
 def overview(comparison: Comparison) -> Rows:
     """A row for the baseline, the edit, the arms that it has to beat, and the whole fine-tune; six at most.
 
-    One set of random layers stands for all.
+    Results are over all target items. One set of random layers stands for all.
     """
-    names = short_names([*comparison.family, *comparison.controls])
-    tasks = comparison.together
-    scales = {comparison.scale(task) for task in tasks}
-    scale = comparison.scale(tasks[0])
-    result = scale.label or "accuracy, %"
+    whole = next(line for lines in by_task(comparison).values() for line in lines if line.kind == "total")
+    results = dict(zip(comparison.arms, whole.cells, strict=True))
+    result = comparison.scale(comparison.together[0]).label or "accuracy, %"
     compared = [arm for arm in comparison.arms if comparison.find(arm)]
     first = [next((arm for arm in compared if arm.startswith(name)), None) for name in SHOWN]
     others = [arm for arm in compared if not is_random(arm) and arm != "tuned"]
     chosen = list(dict.fromkeys([*filter(None, first), *others]))[: MOST - 2]
     rows = []
     for arm in (comparison.baseline, *chosen, *(["tuned"] if "tuned" in compared else [])):
-        found = [r["accuracy"] for r in comparison.accuracy if r["arm"] == arm and r["task"] in tasks]
-        row = dict.fromkeys(("gain", "of the fine-tune's", "control loss, nats", "significantly worse on"), "")
-        if contrast := comparison.find(arm):
-            loss = contrast.loss
-            row = {
-                "gain": contrast.gain,
-                "of the fine-tune's": share_of_gain(comparison, contrast),
-                "control loss, nats": f"{loss.difference:+.3f} ({loss.text('+.3f')})" if loss else "",
-                "significantly worse on": listed(names[task] for task in contrast.worsened),
+        contrast = comparison.find(arm)
+        loss = contrast and contrast.loss
+        rows.append(
+            {
+                "model": arm,
+                result: results[arm].value,
+                "gain": contrast.gain if contrast else "",
+                "of the fine-tune's": share_of_gain(comparison, contrast) if contrast else "",
+                "control loss, nats": f"{number(loss.difference, '+.3f')} ({loss.text('+.3f')})" if loss else "",
+                "significantly worse on": _named(comparison, contrast.worsened) if contrast else "",
             }
-        rows.append({"model": arm, result: scale.text(sum(found) / len(found)) if len(scales) == 1 else NONE, **row})
+        )
     filled = [head for head in rows[0] if any(row[head] for row in rows)]
     return table_of({head: row[head] for head in filled} for row in rows)

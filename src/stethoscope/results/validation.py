@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from stethoscope.artifacts import Artifact, Frozen
-from stethoscope.display import NONE, Rows, interval, listed, table_of
+from stethoscope.display import NONE, Rows, interval, listed, number, table_of
 
 Kind = Literal["sae", "rival", "truth"]
 Layers = tuple[int, ...]
@@ -138,8 +138,8 @@ class ScoreValidation(Artifact):
                 "correlation with gain": found.gain.text,
                 "with gain less cost": found.trade_off.text,
                 f"best {k} layers": listed(best.effect.layers),
-                "gain": f"{best.effect.target_gain:+.3f}",
-                "cost": f"{best.effect.control_cost:+.3f}",
+                "gain": number(best.effect.target_gain, "+.3f"),
+                "cost": number(best.effect.control_cost, "+.3f"),
                 "shared with the truth": f"{100 * best.overlap:.0f} %",
                 "beats random sets": best.beaten.text,
                 "beats sets of equal energy": best.beaten_matched.text if best.beaten_matched else NONE,
@@ -159,6 +159,6 @@ class ScoreValidation(Artifact):
             f" layers beat {100 * share.share:.0f} % of random sets (95 % interval {100 * share.low:.0f} to"
             f" {100 * share.high:.0f} %), and gain {chosen.effect.trade_off:+.3f} nats per token more than they cost"
         )
-        if best == score:
+        if sets[best].effect.trade_off <= chosen.effect.trade_off:
             return f"{sentence}; no other score does better."
         return f"{sentence}; `{best}` would have chosen layers that gain {sets[best].effect.trade_off:+.3f}."

@@ -188,7 +188,7 @@ def train_saes(
         with new_folder(out, overwrite=overwrite) as folder:
             saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
             health = _measure(saes, stream, held_out)
-            table = {str(layer): {kind: h.to_dict() for kind, h in kinds.items()} for layer, kinds in health.items()}
+            table = {str(layer): {kind: asdict(h) for kind, h in kinds.items()} for layer, kinds in health.items()}
             write_json(folder / "health.json", {"settings": asdict(settings), "layers": table})
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     return health
