@@ -108,7 +108,9 @@ def _page(run_dir: Path) -> str:
             continue
         n, k = len(validations), found.size(len(selection.layers))
         pictures[f"validation-{n}"] = charts.validation_plane(found, k)
-        pictures[f"scores-{n}"] = charts.score_profiles(found, picked=diagnosis.score)
+        chosen_by = f"{diagnosis.score} increment" if diagnosis.increments else diagnosis.score
+        picked = chosen_by if chosen_by in found.scores else diagnosis.score
+        pictures[f"scores-{n}"] = charts.score_profiles(found, picked=picked)
         validations.append({"control": path.parent.name, "k": k, "rows": found.table(k), "documents": found.documents})
 
     strongest = max(diagnosis.layers, key=lambda layer: (layer.layer in selection.layers, layer.excess))
