@@ -14,10 +14,11 @@ from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from world import contents, exact_sae, random_sae, write_lines
+from world import BYTES, build, contents, exact_sae, random_sae, write_lines
 
 from stethoscope.cli import main
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import SITES, hook_point
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import health_rows, measure_health
 from stethoscope.saes.open import load_sae, open_saes
@@ -144,6 +145,21 @@ def test_what_cannot_be_trained_is_refused_at_once(train, tmp_path):
     with pytest.raises(SAEError, match="only one token"):
         train(tmp_path / "saes", documents=["a", "b"])
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_saes_of_every_site_of_gemma_are_opened_where_they_were_trained(site, train, tokenizer, tmp_path):
+    model = build("Gemma3", **BYTES, num_hidden_layers=2, head_dim=8)
+    train(tmp_path / "saes", model=model, settings=replace(SHORT, tokens=128, layers=[1], site=site))
+    (sae,) = open_saes(tmp_path / "saes").values()
+    points = ActivationStream(model, tokenizer, [1], site=site).points
+    assert [hook_point(model, sae.layer, sae.site, sae.tap)] == [*points.values()]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_saes_are_trained_on_a_gpu(train, llama, tmp_path):
+    train(tmp_path / "saes", model=llama(layers=3).to("cuda"))
+    assert list(open_saes(tmp_path / "saes")) == [0, 2]
 
 
 def test_health_is_shown_by_kind_with_all_of_it_last():

@@ -7,6 +7,7 @@ The same call resumes a stopped training from its last checkpoint, in `saes.trai
 
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.models.sites import SITES
 from stethoscope.results.diagnosis import SAEHealth
-from stethoscope.saes.activations import ActivationStream, Position
+from stethoscope.saes.activations import ActivationStream, Position, on_device
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.layouts import unit_decoder
 from stethoscope.text.documents import Document, documents_hash
@@ -352,7 +353,8 @@ def _new_sae(
             metadata=SAEMetadata(
                 model_name=settings.model_name or Path(stream.model.name_or_path or "").name,
                 model_class_name="AutoModelForCausalLM",
-                hook_name=name,
+                # Gemma's norm after attention is called like the norm before the MLP of others
+                hook_name=re.sub(r".*\.(\d+)\.post_attention_layernorm", r"blocks.\1.hook_attn_out", name),
                 context_size=stream.max_tokens,
                 prepend_bos=False,
                 exclude_special_tokens=True,
@@ -391,7 +393,9 @@ def _measure(
     for kind, documents in held_out.items():
         for activations in stream.outputs(stream.tokenize(documents)):
             for layer, sae in saes.items():
-                found = measure_health(sae, activations[stream.hooks[layer]])
+                hidden = activations[stream.hooks[layer]]
+                with on_device(sae, hidden.device):
+                    found = measure_health(sae, hidden)
                 for name in (kind, "all"):
                     sums[layer][name] = sums[layer][name] + found if name in sums[layer] else found
     return {layer: {name: found.health() for name, found in kinds.items()} for layer, kinds in sums.items()}
