@@ -46,6 +46,18 @@ def test_every_score_finds_the_planted_layer(name, seed):
     assert (found.excess <= high).all()
 
 
+@pytest.mark.parametrize("name", SCORES)
+def test_a_relabelling_that_is_the_one_seen_counts_as_equal(name):
+    """Of five blocks and five, the labelling seen, or its mirror image, is drawn again and again."""
+    rng, sizes = np.random.default_rng(0), {"blocks": 5, "width": 500, "tokens": 2000}
+    target = FeatureStatistics(layers={n: corpus(rng, planted=n, **sizes).layers[n] for n in range(5)})
+    found = assess(target, corpus(rng, **sizes), SCORES[name], permutations=2000, resamples=2, rng=rng)
+    again = np.isclose(found.null, found.score, rtol=1e-12, atol=0).sum(0)
+    assert (again > 1).all()
+    assert (found.p >= (1 + again) / 2001).all()
+    assert (found.p_familywise >= found.p).all()
+
+
 def test_increments_find_where_a_cumulative_site_changes():
     rng = np.random.default_rng(1)
     layers = {n: corpus(rng, planted=3 if n >= 2 else None).layers[3] for n in range(5)}  # seen from layer 2 on

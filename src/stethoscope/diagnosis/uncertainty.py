@@ -16,6 +16,8 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import FEWEST_BLOCKS
 
 LABELLED_ELEMENTS = 1 << 23  # labellings x features held at a time
+# In standard deviations of the null: scores of one labelling differ in the last bits with those scored beside it.
+EQUAL = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class ScoreUncertainty:
     @property
     def p(self) -> Float64[ndarray, " layers"]:
         """One-sided permutation p per layer; never 0, as the labelling seen is one of those possible."""
-        return (1 + (self.null >= self.score).sum(0)) / (1 + len(self.null))
+        return (1 + (self.null >= self.score - EQUAL * self.null.std(0)).sum(0)) / (1 + len(self.null))
 
     @property
     def p_familywise(self) -> Float64[ndarray, " layers"]:
@@ -56,7 +58,7 @@ class ScoreUncertainty:
         # as the largest of many layers picks those whose spread happens to be small.
         rows = np.concatenate([self.score[None], self.null])
         z = (rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12)
-        return (1 + (z[1:].max(1)[:, None] >= z[0]).sum(0)) / len(rows)
+        return (1 + (z[1:].max(1)[:, None] >= z[0] - EQUAL).sum(0)) / len(rows)
 
     def interval(self, confidence: float = 0.95) -> Float64[ndarray, "2 layers"]:
         """Bootstrap interval of the excess.
