@@ -524,6 +524,10 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(name, tmp_path):
     assert said in refusal(path)
 
 
+def test_gemma_scope_2_is_of_the_model_that_its_release_names(tmp_path):
+    assert read_folder(gemma_scope_2(tmp_path).path).model_name == "google/gemma-3-4b-it"
+
+
 def test_gemma_scope_must_say_where_it_reads(tmp_path):
     two = gemma_scope_2(tmp_path, config=False).path
     moved = two.parent.rename(two.parents[1] / "mine") / two.name

@@ -96,7 +96,7 @@ def read_sae_lens(stored: Stored) -> Claim:
     sizes = [config.get(name) for name in ("d_in", "d_sae", "d_out" if architecture.endswith("transcoder") else "d_in")]
     older = config.get("activation_fn_kwargs")
     k = config.get("k", older.get("k") if isinstance(older, dict) else None)
-    options = {"k": k} if architecture.startswith("topk") else {}
+    options = {"normalize_activations": normalized} | ({"k": k} if architecture.startswith("topk") else {})
     return Claim(hook_name, architecture, sizes, {name: name for name in names}, options, about.get("model_name"))
 
 
@@ -170,7 +170,8 @@ def read_gemma_scope_2(stored: Stored) -> Claim:
         if "affine_skip_connection" in stored.shapes:
             architecture, tensors["W_skip"] = "jumprelu_skip_transcoder", "affine_skip_connection.T"
     release = re.search(r"gemma-scope-2-(\w+-(?:it|pt))", stored.where.as_posix())
-    model_name = config.get("model_name") or (release and f"google/gemma-3-{release[1]}")
+    # the configuration calls it by another name than the hub
+    model_name = f"google/gemma-3-{release[1]}" if release else config.get("model_name")
     return Claim(hook_name, architecture, (d_in, width), tensors, options, model_name)
 
 
