@@ -121,6 +121,7 @@ def test_tiles_sum_to_what_saelens_encodes(kind, options, exact, monkeypatch):
     sae, hidden = random_sae(kind, width=300, **options), torch.randn(150, 32)
     encoder = encoding.Encoder(sae, dtype=torch.float32, device=torch.device("cpu"))
     assert encoder.exact == exact
+    assert encoding.encoder_bytes(sae, torch.bfloat16) == 300 * 32 * (8 if exact else 2)
     sums = encoding.BlockSums(300, torch.device("cpu"))
     for part in hidden.split(100):
         encoder.add(part, sums)

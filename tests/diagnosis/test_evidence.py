@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from world import LAYOUTS, make
+from world import BYTES, LAYOUTS, build, exact_sae, make
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis import evidence as room
@@ -156,6 +156,15 @@ def test_the_lens_names_the_token_whose_unembedding_the_direction_is(model, toke
     # what MLPs read is no direction of the residual stream
     inner = gather({1: sae}, site="mlp_in")
     assert all(found.promotes is None for part in inner.layers for found in part.features)
+
+
+def test_the_lens_needs_no_weights_in_the_final_norm(tokenizer):
+    model, texts = build("Olmo", **BYTES, num_hidden_layers=2), {"target": TARGET, "control": CONTROL}
+    collected = collect_activations(model, tokenizer, {1: exact_sae()}, texts, block_size=1)
+    diagnosis = diagnose(collected, permutations=5, resamples=5)
+    peaks = {name: one.peaks for name, one in collected.items()}
+    found = gather_evidence(model, tokenizer, {1: exact_sae()}, texts, diagnosis, peaks, provenance=Provenance())
+    assert len(found.layers[0].features[0].promotes) == room.PROMOTED
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

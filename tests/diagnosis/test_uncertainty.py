@@ -171,14 +171,15 @@ def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
     target, control = corpus(rng, planted=2), corpus(rng)
     options = {"explained": {0: 0.9, 1: 0.31, 2: 0.8, 3: None, 4: 0.95}, "seed": 3}
     made = diagnosed(target, control, **options)
-    flags = {1: "SAE variance explained 0.31 on target text", 3: "SAE variance explained undefined on target text"}
+    flags = {1: "SAE variance explained 0.31 on target text", 3: "SAE variance explained not measured on target text"}
     assert {layer.layer: layer.flag for layer in made.layers if layer.flag} == flags
-    (warning,) = made.warnings
-    assert warning.startswith(f"2 of 5 layers are excluded, layer 1 ({flags[1]}), ")
+    for layer, warning in zip(flags, made.warnings, strict=True):
+        assert warning.startswith(f"1 of 5 layers are excluded, layer {layer} ({flags[layer]}): ")
+    assert "include_flagged" in made.warnings[1]
     assert max(made.layers, key=lambda layer: layer.excess).layer == 2
     assert {f.feature for f in made.layers[2].features[:20]} == set(range(0, 200, 10))
     assert sum(layer.increment for layer in made.layers) == pytest.approx(made.layers[-1].excess)
-    assert diagnosed(target, control, **options) == made
+    assert diagnosed(target, control, **options, attribution={"target": control, "control": control}) == made
     made.save(tmp_path)
     assert type(made).load(tmp_path) == made
     assert type(made).load_if_current(tmp_path, Provenance(seed=4)) is None

@@ -102,7 +102,7 @@ def collect_activations(
         progress: called with characters of text done and in all.
 
     Raises:
-        SAEError: an SAE gave values that are not finite, or does not fit its site.
+        SAEError: an SAE gave values that are not finite, or the model has no such site.
         StethoscopeError: documents that cannot be processed, by name; a corpus has no token to count.
     """
     dtype = dtype or (torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)

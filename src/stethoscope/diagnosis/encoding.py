@@ -7,6 +7,7 @@ cost ten times as much per element on a CPU. Other architectures are encoded by 
 """
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -81,7 +82,7 @@ class Encoder:
         )
         self.threshold: Tensor | None = None
         if self.exact:
-            self._sae = sae.to(device=str(device))
+            self._sae = sae if sae.device == device else deepcopy(sae).to(device=str(device))
             return
         weights = sae.W_enc.detach().float()
         shift = sae.b_enc.detach().float()
@@ -142,10 +143,11 @@ def layer_groups(sizes: Mapping[int, int], memory: int | None = None) -> tuple[L
 def encoder_bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
     """Of an encoder; where SAELens encodes itself, of the whole SAE in float32."""
     if isinstance(sae, SAEFolder):
-        architecture, size = sae.architecture, sae.width * sae.d_in
+        architecture, size, scale = sae.architecture, sae.width * sae.d_in, sae.options.get("normalize_activations")
     else:
-        architecture, size = sae.cfg.architecture(), sae.W_enc.numel()
+        architecture, size, scale = sae.cfg.architecture(), sae.W_enc.numel(), sae.cfg.normalize_activations
     plain = architecture in PLAIN or architecture.endswith("batchtopk")  # which is read as a JumpReLU
+    plain = plain and scale not in ("layer_norm", "constant_norm_rescale")
     return size * (dtype.itemsize if plain else 2 * torch.float32.itemsize)
 
 

@@ -143,7 +143,7 @@ def _promotes(
     norm, head = final_norm(model), model.get_output_embeddings()
     if norm is None or head is None:
         return None
-    weight = next(norm.parameters())
+    weight = next(norm.parameters(), head.weight)
     directions = directions.to(device=weight.device, dtype=weight.dtype)
     normed = (norm(directions) - norm(torch.zeros_like(directions))).float()
     parts = head.weight.split(_HEAD_ROWS)  # each is read once for all features
