@@ -25,9 +25,8 @@ def corpus(rng, *, blocks=12, width=200, layers=5, planted=None, tokens=200) -> 
         fired = rng.binomial(tokens, np.minimum(p, 1))
         sums = fired * rng.gamma(20.0, 1 / 20, (blocks, width))
         made[layer] = LayerStatistics(
-            sums=sums, fired=fired, maxima=(fired > 0).astype(np.float32), tokens=np.full(blocks, tokens),
-            sinks=np.zeros(blocks, dtype=np.int64),
-        )  # fmt: skip
+            sums=sums, fired=fired, tokens=np.full(blocks, tokens), sinks=np.zeros(blocks, dtype=np.int64)
+        )
     return FeatureStatistics(layers=made)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
+from scipy.stats import rankdata
 
 from stethoscope.diagnosis.scores import Blocks, Score
 from stethoscope.diagnosis.statistics import FeatureStatistics
@@ -74,12 +75,13 @@ class ScoreUncertainty:
     @property
     def rank(self) -> Int64[ndarray, " layers"]:
         """Place by excess, from 1; ties go to the lower layer."""
-        return _ranks(self.excess[None])[0]
+        return np.asarray(rankdata(-self.excess, method="ordinal"))
 
     @property
     def stability(self) -> Float64[ndarray, " layers"]:
         """Share of resamples that place a layer as high as its rank, or higher."""
-        return np.asarray((_ranks(self.resamples - self.null.mean(0)) <= self.rank).mean(0))
+        ranks = rankdata(self.null.mean(0) - self.resamples, method="ordinal", axis=1)
+        return np.asarray((ranks <= self.rank).mean(0))
 
     def increments(self) -> "ScoreUncertainty":
         """Each layer's score less that of the layer before it that has an SAE, judged in the same way.
@@ -88,11 +90,6 @@ class ScoreUncertainty:
         """
         kinds = {name: getattr(self, name) for name in ("score", "null", "resamples")}
         return replace(self, **{name: np.diff(kind, axis=-1, prepend=0.0) for name, kind in kinds.items()})
-
-
-def _ranks(excess: Float64[ndarray, "rows layers"]) -> Int64[ndarray, "rows layers"]:
-    order = np.argsort(-excess, axis=1, kind="stable")
-    return np.argsort(order, axis=1, kind="stable") + 1
 
 
 def assess(
