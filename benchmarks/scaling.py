@@ -99,7 +99,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def same(ours: Any, theirs: Any) -> bool:
     """All arrays of all layers, bit for bit, and the SAEs' health."""
-    names = ("sums", "fired", "maxima", "tokens", "sinks")
+    names = ("sums", "fired", "tokens", "sinks")
     return all(
         one.health == theirs[corpus].health
         and np.array_equal(getattr(found, name), getattr(theirs[corpus].statistics.layers[layer], name))
@@ -163,7 +163,7 @@ def measure_time(world: Path, documents: int, rounds: int) -> dict[str, Any]:
     result_bytes = sum(
         getattr(layer, name).nbytes
         for layer in block.statistics.layers.values()
-        for name in ("sums", "fired", "maxima", "tokens", "sinks")
+        for name in ("sums", "fired", "tokens", "sinks")
     )
     return {
         "documents": documents,
@@ -288,7 +288,7 @@ def measure_memory(world: Path) -> dict[str, Any]:
         "statistics_mb": sum(
             getattr(layer, name).nbytes / 1e6
             for layer in collected["text"].statistics.layers.values()
-            for name in ("sums", "fired", "maxima", "tokens", "sinks")
+            for name in ("sums", "fired", "tokens", "sinks")
         ),
         "seconds": seconds,
         "growth_mb": {

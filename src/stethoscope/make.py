@@ -39,7 +39,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     """Collect every layer's SAE activations on target and control text, and score the layers."""
     from stethoscope.diagnosis.collect import collect_activations
     from stethoscope.diagnosis.diagnose import diagnose
-    from stethoscope.diagnosis.statistics import save_layers, save_statistics
+    from stethoscope.diagnosis.statistics import save_layers
 
     recipe, options, executor = context.recipe, context.recipe.diagnose, context.executor
     texts = {name: context.found.texts[name] for name in recipe.corpora}
@@ -61,7 +61,7 @@ def diagnosis(context: "Context", _: Results, provenance: Provenance, progress: 
     attribution = _attribution(context, broken, progress) if recipe.score == ATTRIBUTION else None
     (context.folder / "diagnosis.json").unlink(missing_ok=True)  # of other files than those beside it from now on
     save_layers(context.folder / "peaks.safetensors", {n: one.peaks for n, one in collected.items()})
-    save_statistics(context.folder / "statistics.safetensors", {n: one.statistics for n, one in collected.items()})
+    save_layers(context.folder / "statistics.safetensors", {n: one.statistics.layers for n, one in collected.items()})
     return diagnose(
         collected,
         provenance=provenance,

@@ -1,4 +1,4 @@
-"""Features and the unexplained part are the exact first-order effect, and planted layers come first."""
+"""Features have the exact first-order effect of what their SAE decodes, and planted layers come first."""
 
 from dataclasses import replace
 
@@ -14,50 +14,58 @@ from stethoscope.models.sites import hook_point
 from stethoscope.selection.injection import local_effect
 
 
-@pytest.mark.parametrize("site", ["resid_post", "mlp_out", "attn_out"])
-def test_features_and_the_rest_are_the_exact_first_order_effect(planted, edits, site):
-    saes = {n: random_sae(width=48, seed=n) for n in range(6)}
-    found = attribute(planted.model, edits, saes, planted.texts["target"], site=site, block_size=5)
-    exact = local_effect(planted.model, edits, planted.texts, site=site)
+def counted_changes(planted, edits, layer, site="resid_post"):
+    """Each document's place and its counted tokens under base and tuned weights, and the gradient there."""
+    points = {layer: hook_point(planted.model, layer, site)}
+    for batch in planted.texts["target"]:
+        own = own_changes(planted.model, edits, points, batch)
+        change = own.changes[layer]
+        for row, document in enumerate(batch.documents):
+            at = (batch.countable & ~own.sinks)[row]
+            yield document, change.base[row, at], change.tuned[row, at], change.gradient[row, at]
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "mlp_out", "attn_out"])
+def test_features_that_decode_everything_sum_to_the_exact_first_order_effect(planted, edits, site):
+    saes, text = {n: exact_sae() for n in range(6)}, planted.texts["target"]
+    alone, blocks = (attribute(planted.model, edits, saes, text, site=site, block_size=size) for size in (1, 5))
     for n in range(6):
-        np.testing.assert_allclose(
-            found.explained[n] + found.unexplained[n], exact.sums["target"][:, n], rtol=1e-6, atol=1e-6
-        )
-        features = found.features.layers[n]
-        assert features.sums.shape == (5, 48)
-        assert features.sums.sum() == pytest.approx(found.explained[n].sum())
-        assert features.tokens.tolist() == [found.tokens[i : i + 5].sum() for i in range(0, 24, 5)]
-    np.testing.assert_array_equal(found.tokens, exact.tokens["target"])
+        exact = np.zeros(24)
+        for document, base, tuned, slope in counted_changes(planted, edits, n, site):
+            exact[document] = -(slope * (tuned - base)).double().sum()
+        np.testing.assert_allclose(alone.features.layers[n].sums.sum(1), exact, rtol=1e-4, atol=1e-5)
+        features = blocks.features.layers[n]
+        summed = np.add.reduceat(alone.features.layers[n].sums, range(0, 24, 5))
+        np.testing.assert_allclose(features.sums, summed, rtol=1e-6, atol=1e-9)
+        assert features.tokens.tolist() == [blocks.tokens[i : i + 5].sum() for i in range(0, 24, 5)]
+    exact_tokens = local_effect(planted.model, edits, planted.texts, site=site).tokens["target"]
+    np.testing.assert_array_equal(alone.tokens, exact_tokens)
 
 
-@pytest.mark.parametrize("architecture", ["standard", "jumprelu"])
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("standard", {}), ("jumprelu", {}), ("topk", {}), ("topk", {"rescale_acts_by_decoder_norm": True})],
+)
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 @pytest.mark.parametrize("normalize", ["none", "layer_norm", "constant_norm_rescale"])
 @torch.no_grad()
-def test_the_unexplained_part_is_what_the_sae_does_not_decode(planted, edits, architecture, apply_b_dec, normalize):
-    sae = random_sae(architecture, width=48, seed=3, apply_b_dec_to_input=apply_b_dec, normalize_activations=normalize)
-    point = {4: hook_point(planted.model, 4, "resid_post")}
-    found = attribute(planted.model, edits, {4: sae}, planted.texts["target"])
-    parts = np.zeros(48)
-    for batch in planted.texts["target"]:
-        own = own_changes(planted.model, edits, point, batch)
-        change = own.changes[4]
-        for row, document in enumerate(batch.documents):
-            at = (batch.countable & ~own.sinks)[row]
-            base, tuned, slope = change.base[row, at], change.tuned[row, at], change.gradient[row, at]
-            after = sae.encode(tuned)
-            before = sae.encode(base)
-            decoded_before = sae.decode(before)
-            sae.encode(base)  # decoding forgets the scale
-            decoded = sae.decode(after) - decoded_before
-            rest = -(slope * (tuned - base - decoded)).sum()
-            masked = change.gain()[row, batch.attention_mask[row] & ~at].sum()
-            expected = float(rest + masked)
-            assert found.unexplained[4][document] == pytest.approx(expected, rel=1e-3, abs=1e-4)
-            if normalize == "none":
-                parts += (-(slope @ sae.W_dec.T) * (after - before)).sum(0).numpy()
-    if normalize == "none":
-        np.testing.assert_allclose(found.features.layers[4].sums.sum(0), parts, rtol=1e-3, atol=1e-4)
+def test_features_sum_to_the_effect_of_what_the_sae_decodes(
+    planted, edits, architecture, options, apply_b_dec, normalize
+):
+    own = {"apply_b_dec_to_input": apply_b_dec, "normalize_activations": normalize}
+    sae = random_sae(architecture, width=48, seed=3, **own, **options)
+    found = attribute(planted.model, edits, {4: sae}, planted.texts["target"], block_size=1).features.layers[4].sums
+    rows = sae.W_dec / (sae.W_dec.norm(dim=1, keepdim=True) if options else 1)
+    for document, base, tuned, slope in counted_changes(planted, edits, 4):
+        after = sae.encode(tuned)
+        before = sae.encode(base)
+        decoded_before = sae.decode(before)
+        sae.encode(base)  # decoding forgets the scale
+        decoded = sae.decode(after) - decoded_before
+        assert found[document].sum() == pytest.approx(float(-(slope * decoded).sum()), rel=1e-3, abs=1e-4)
+        if normalize == "none":
+            parts = (-(slope @ rows.T) * (after - before)).sum(0)
+            np.testing.assert_allclose(found[document], parts, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("Llama", (0, 3)), ("Llama", (2, 5)), ("Gemma3", (1, 2))])
@@ -78,15 +86,13 @@ def test_a_layers_attribution_is_target_less_control(planted, edits):
     assert made.score == pytest.approx(sum(value for value in ours - theirs if value > 0))
     assert made.explained == pytest.approx((ours - theirs).sum())
     alone = attribution_scores(found, found)[4]
-    assert (alone.score, alone.explained, alone.unexplained) == (0, 0, 0)
+    assert (alone.score, alone.explained) == (0, 0)
 
 
-def test_masked_tokens_count_as_unexplained(planted, edits):
+def test_tokens_that_do_not_count_have_no_part(planted, edits):
     text = [replace(b, countable=torch.zeros_like(b.countable)) for b in planted.texts["target"]]
     found = attribute(planted.model, edits, {4: exact_sae()}, text)
     assert not found.features.layers[4].sums.any()
-    exact = local_effect(planted.model, edits, planted.texts).sums["target"][:, 4]
-    np.testing.assert_allclose(found.unexplained[4], exact, rtol=1e-6, atol=1e-6)
 
 
 def test_values_that_are_not_finite_are_refused(planted, edits):
@@ -94,4 +100,12 @@ def test_values_that_are_not_finite_are_refused(planted, edits):
     broken.W_dec.data[0, 0] = torch.nan
     with pytest.raises(SAEError, match="not finite") as caught:
         attribute(planted.model, edits, {1: broken, 2: exact_sae()}, planted.texts["target"])
+    assert caught.value.problems == ("layer 1",)
+
+
+def test_transcoders_are_refused(planted, edits):
+    transcoder = random_sae("transcoder", d_out=32)
+    transcoder.cfg.metadata.hook_name_out = "blocks.1.hook_mlp_out"
+    with pytest.raises(SAEError, match="transcoders") as caught:
+        attribute(planted.model, edits, {0: exact_sae(), 1: transcoder}, planted.texts["target"], site="mlp_in")
     assert caught.value.problems == ("layer 1",)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from world import LAYOUTS, make
+from world import BYTES, LAYOUTS, build, exact_sae, make
 
 from stethoscope.artifacts import Provenance
 from stethoscope.diagnosis import evidence as room
@@ -66,11 +66,11 @@ def on_q(model, tokenizer) -> SAE:
 def gather(model, tokenizer):
     """Collect, diagnose and gather evidence on two texts."""
 
-    def gathered(saes, *, target=TARGET, control=CONTROL, site="resid_post", documents=64, **options) -> Evidence:
-        texts, searched = {"target": target, "control": control}, {"peak_documents": documents, "site": site}
-        collected = collect_activations(model, tokenizer, saes, texts, block_size=1, **searched)
+    def gathered(saes, *, target=TARGET, control=CONTROL, site="resid_post", **options) -> Evidence:
+        texts = {"target": target, "control": control}
+        collected = collect_activations(model, tokenizer, saes, texts, block_size=1, site=site)
         diagnosis = diagnose(collected, permutations=5, resamples=5)
-        peaks, options = {n: one.peaks for n, one in collected.items()}, {"documents": documents, **options}
+        peaks = {n: one.peaks for n, one in collected.items()}
         made = {"site": site, "provenance": Provenance()}
         return gather_evidence(model, tokenizer, saes, texts, diagnosis, peaks, **made, **options)
 
@@ -84,27 +84,25 @@ def only(evidence: Evidence, layer: int, feature: int) -> FeatureEvidence:
 
 def test_contexts_show_the_planted_token_in_its_text(model, tokenizer, gather, tmp_path):
     sae = firing(model, [{byte(tokenizer, "q"): 1.0, byte(tokenizer, "Z"): 1.2}])
-    evidence = gather({2: sae}, contexts=3)
+    evidence = gather({2: sae})
     found = only(evidence, 2, 0).contexts
     assert found["control"] == ()
-    assert [(c.document, c.token) for c in found["target"]] == [(6, "Z"), (0, "q"), (1, "q")]
-    for context, letter in zip(found["target"], "gab", strict=True):
+    assert [(c.document, c.token) for c in found["target"]] == [(6, "Z"), (0, "q"), (1, "q"), (2, "q")]
+    for context, letter in zip(found["target"], "gabc", strict=True):
         assert context.before == f"reads {letter} has "
         assert context.after == f", and {letter} has "
         assert context.activation == pytest.approx(2.4 if context.token == "Z" else 2, rel=1e-4)
     evidence.save(tmp_path)
-    assert Evidence.load(tmp_path) == evidence == gather({2: sae}, contexts=3)
+    assert Evidence.load(tmp_path) == evidence == gather({2: sae})
 
 
 def test_one_context_per_document_and_none_beyond_the_sample(gather, on_q):
-    evidence = gather({0: on_q, 1: on_q}, contexts=20, documents=4)
-    assert evidence.documents == {"target": 4, "control": 4}
-    assert [c.document for c in only(evidence, 1, 0).contexts["target"]] == [0, 1, 2, 3]
-    (everything,) = only(gather({0: on_q}, contexts=20), 0, 0).contexts["target"][-1:]
-    assert (everything.document, everything.token) == (6, "q")
+    evidence = gather({0: on_q, 1: on_q}, target=[*CONTROL * 15, *TARGET[:2], *CONTROL[:2], *TARGET[2:]])
+    assert evidence.documents == {"target": 64, "control": 4}
+    assert [c.document for c in only(evidence, 1, 0).contexts["target"]] == [60, 61]
     # the same words again are no more evidence
-    evidence = gather({0: on_q}, target=[TARGET[0], *TARGET[:2], *TARGET[1:5]], contexts=3)
-    assert [c.document for c in only(evidence, 0, 0).contexts["target"]] == [0, 2, 4]
+    evidence = gather({0: on_q}, target=[TARGET[0], *TARGET[:2], *TARGET[1:5]])
+    assert [c.document for c in only(evidence, 0, 0).contexts["target"]] == [0, 2, 4, 5]
 
 
 def test_text_at_the_edges_and_characters_of_several_bytes_stay_whole(model, tokenizer, gather):
@@ -156,6 +154,15 @@ def test_the_lens_names_the_token_whose_unembedding_the_direction_is(model, toke
     # what MLPs read is no direction of the residual stream
     inner = gather({1: sae}, site="mlp_in")
     assert all(found.promotes is None for part in inner.layers for found in part.features)
+
+
+def test_the_lens_needs_no_weights_in_the_final_norm(tokenizer):
+    model, texts = build("Olmo", **BYTES, num_hidden_layers=2), {"target": TARGET, "control": CONTROL}
+    collected = collect_activations(model, tokenizer, {1: exact_sae()}, texts, block_size=1)
+    diagnosis = diagnose(collected, permutations=5, resamples=5)
+    peaks = {name: one.peaks for name, one in collected.items()}
+    found = gather_evidence(model, tokenizer, {1: exact_sae()}, texts, diagnosis, peaks, provenance=Provenance())
+    assert len(found.layers[0].features[0].promotes) == room.PROMOTED
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

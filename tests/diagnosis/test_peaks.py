@@ -10,7 +10,7 @@ from world import random_sae
 
 from stethoscope.diagnosis import encoding
 from stethoscope.diagnosis.collect import collect_activations
-from stethoscope.diagnosis.peaks import KEPT, Peaks
+from stethoscope.diagnosis.peaks import DOCUMENTS, KEPT, Peaks
 from stethoscope.diagnosis.statistics import load_layers, save_layers
 from stethoscope.errors import StethoscopeError
 from stethoscope.models.sites import hook_point, read_activations
@@ -29,10 +29,10 @@ def test_they_are_those_of_a_plain_loop_on_tiles_that_cut_documents_and_features
     monkeypatch.setitem(encoding.TILE_TOKENS, "cpu", 16)
     monkeypatch.setitem(encoding.TILE_WIDTH, "cpu", 70)
     model, sae = llama(layers=2), random_sae(kind, width=200)
-    options = {"block_size": 7, "peak_documents": 20, "health_tokens": 0}
-    peaks = collect_activations(model, tokenizer, {1: sae}, {"all": TEXTS}, **options)["all"]
-    rows, point = tokenize(TEXTS, tokenizer), {1: hook_point(model, 1, "resid_post")}
-    encoded = [sae.encode(read_activations(model, point, torch.tensor([row]))[1][0]) for row in rows[:20]]
+    texts, options = [*TEXTS, *TEXTS[::-1], *TEXTS[5:], *TEXTS[:5]], {"block_size": 7, "health_tokens": 0}
+    peaks = collect_activations(model, tokenizer, {1: sae}, {"all": texts}, **options)["all"]
+    rows, point = tokenize(texts, tokenizer), {1: hook_point(model, 1, "resid_post")}
+    encoded = [sae.encode(read_activations(model, point, torch.tensor([row]))[1][0]) for row in rows[:DOCUMENTS]]
     largest = torch.stack([one.amax(0) for one in encoded])
     for feature in range(200):
         found = peaks.peaks[1].of(feature)

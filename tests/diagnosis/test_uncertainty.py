@@ -25,9 +25,8 @@ def corpus(rng, *, blocks=12, width=200, layers=5, planted=None, tokens=200) -> 
         fired = rng.binomial(tokens, np.minimum(p, 1))
         sums = fired * rng.gamma(20.0, 1 / 20, (blocks, width))
         made[layer] = LayerStatistics(
-            sums=sums, fired=fired, maxima=(fired > 0).astype(np.float32), tokens=np.full(blocks, tokens),
-            sinks=np.zeros(blocks, dtype=np.int64),
-        )  # fmt: skip
+            sums=sums, fired=fired, tokens=np.full(blocks, tokens), sinks=np.zeros(blocks, dtype=np.int64)
+        )
     return FeatureStatistics(layers=made)
 
 
@@ -44,6 +43,18 @@ def test_every_score_finds_the_planted_layer(name, seed):
     assert low[3] > 0
     assert (low <= found.excess).all()
     assert (found.excess <= high).all()
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_relabelling_that_is_the_one_seen_counts_as_equal(name):
+    """Of five blocks and five, the labelling seen, or its mirror image, is drawn again and again."""
+    rng, sizes = np.random.default_rng(0), {"blocks": 5, "width": 500, "tokens": 2000}
+    target = FeatureStatistics(layers={n: corpus(rng, planted=n, **sizes).layers[n] for n in range(5)})
+    found = assess(target, corpus(rng, **sizes), SCORES[name], permutations=2000, resamples=2, rng=rng)
+    again = np.isclose(found.null, found.score, rtol=1e-12, atol=0).sum(0)
+    assert (again > 1).all()
+    assert (found.p >= (1 + again) / 2001).all()
+    assert (found.p_familywise >= found.p).all()
 
 
 def test_increments_find_where_a_cumulative_site_changes():
@@ -159,14 +170,15 @@ def test_diagnosis_flags_bad_saes_and_is_identical_on_a_second_run(tmp_path):
     target, control = corpus(rng, planted=2), corpus(rng)
     options = {"explained": {0: 0.9, 1: 0.31, 2: 0.8, 3: None, 4: 0.95}, "seed": 3}
     made = diagnosed(target, control, **options)
-    flags = {1: "SAE variance explained 0.31 on target text", 3: "SAE variance explained undefined on target text"}
+    flags = {1: "SAE variance explained 0.31 on target text", 3: "SAE variance explained not measured on target text"}
     assert {layer.layer: layer.flag for layer in made.layers if layer.flag} == flags
-    (warning,) = made.warnings
-    assert warning.startswith(f"2 of 5 layers are excluded, layer 1 ({flags[1]}), ")
+    for layer, warning in zip(flags, made.warnings, strict=True):
+        assert warning.startswith(f"1 of 5 layers are excluded, layer {layer} ({flags[layer]}): ")
+    assert "include_flagged" in made.warnings[1]
     assert max(made.layers, key=lambda layer: layer.excess).layer == 2
     assert {f.feature for f in made.layers[2].features[:20]} == set(range(0, 200, 10))
     assert sum(layer.increment for layer in made.layers) == pytest.approx(made.layers[-1].excess)
-    assert diagnosed(target, control, **options) == made
+    assert diagnosed(target, control, **options, attribution={"target": control, "control": control}) == made
     made.save(tmp_path)
     assert type(made).load(tmp_path) == made
     assert type(made).load_if_current(tmp_path, Provenance(seed=4)) is None

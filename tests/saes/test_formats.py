@@ -173,10 +173,11 @@ def topk_layer_norm(root: Path) -> Case:
     )  # fmt: skip
 
 
-def batchtopk_in_training(root: Path) -> Case:
+def batchtopk_in_training(root: Path, factor: float | None = None) -> Case:
     """A checkpoint that SAELens' trainer wrote; SAELens' own way to inference is the oracle."""
     metadata = SAEMetadata(hook_name="model.layers.3.mlp", model_name="tiny")
     options = {"d_in": D, "d_sae": W, "k": K, "rescale_acts_by_decoder_norm": True, "metadata": metadata}
+    options |= {"normalize_activations": "expected_average_only_in"} if factor else {}
     sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**options))
     w = weights(threshold=False)
     with torch.no_grad():
@@ -184,12 +185,16 @@ def batchtopk_in_training(root: Path) -> Case:
             getattr(sae, name).copy_(value)
         sae.topk_threshold.fill_(1.5)
     sae.save_model(root / "saved")
+    if factor:
+        change("cfg.json", None, norm_scaling_factor=factor)(root / "saved")
+        sae.fold_activation_norm_scaling_factor(factor)
     sae.save_inference_model(root / "inference")
-    norms = w["W_dec"].norm(dim=1)
+    scale = factor or 1
+    norms, cut = w["W_dec"].norm(dim=1) / scale, jump(1.5 / scale)
     return Case(
         path=root / "saved", place=(3, "mlp_out", "mlp.output"), architecture="batchtopk",
         loader=lambda: loaders.sae_lens_disk_loader(root / "inference"),
-        **formula(w, lambda z: jump(1.5)(z * norms), norms=norms),
+        **formula(w, lambda z: cut(z * norms), norms=norms, scale=scale),
     )  # fmt: skip
 
 
@@ -349,6 +354,7 @@ CASES: dict[str, Callable[[Path], Case]] = {
     **{f"sae_lens, {kind}": partial(sae_lens, kind=kind) for kind in SAE_LENS},
     "sae_lens, topk in a layer norm": topk_layer_norm,
     "sae_lens, batchtopk as its trainer saves it": batchtopk_in_training,
+    "sae_lens, batchtopk on a scaled input": partial(batchtopk_in_training, factor=0.5),
     "sparsify, topk of an MLP": sparsify,
     "sparsify, topk of a block": partial(sparsify, folder="layers.5", num_latents=0),
     "sparsify, topk transcoder": partial(sparsify, transcode=True),
@@ -444,6 +450,9 @@ def test_a_release_says_the_factor_that_a_configuration_lacks(tmp_path):
     features = formulas["encode"](x)
     assert torch.allclose(sae.encode(x), features, atol=1e-5)
     assert torch.allclose(sae.decode(features), formulas["decode"](features), atol=1e-5)
+    change("cfg.json", None, normalize_activations="none")(path)
+    plain = load_sae(read_folder(path, {"norm_scaling_factor": 2.0}))
+    assert torch.allclose(plain.encode(x), formula(w, relu)["encode"](x), atol=1e-5)
 
 
 def test_half_precision_is_widened_before_it_is_folded(tmp_path):
@@ -474,6 +483,8 @@ flat_configurations: list[tuple[dict[str, Any], str]] = [
     ({"hook_head_index": 3}, "one attention head"),
     ({"model_from_pretrained_kwargs": {"center_writing_weights": True}}, "centred residual stream"),
     ({"normalize_activations": True}, "does not say the scale"),
+    ({"normalize_activations": "expected_average_only_in", "norm_scaling_factor": None}, "expected_average_only_in"),
+    ({"normalize_activations": "covariance_whitening", "norm_scaling_factor": 2.0}, "covariance_whitening"),
     ({"hook_name": "blocks.3.hook_mlp_in"}, "`blocks.3.hook_mlp_in`"),  # before the norm: no module reads it
 ]
 REFUSED: dict[str, tuple[Callable[[Path], Case], Callable[[Path], object], str]] = {
@@ -511,6 +522,10 @@ def test_what_cannot_be_read_rightly_is_refused_by_name(name, tmp_path):
     path = make(tmp_path).path
     spoil(path)
     assert said in refusal(path)
+
+
+def test_gemma_scope_2_is_of_the_model_that_its_release_names(tmp_path):
+    assert read_folder(gemma_scope_2(tmp_path).path).model_name == "google/gemma-3-4b-it"
 
 
 def test_gemma_scope_must_say_where_it_reads(tmp_path):

@@ -12,11 +12,13 @@ from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import save_file
 from world import make, random_sae
 
+from stethoscope import errors
 from stethoscope.checkpoints.checkpoint import Checkpoint
 from stethoscope.checkpoints.header import make_entry
-from stethoscope.errors import SAEError
+from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.sites import SITES, TAPS, hook_point, read_activations, site_of
 from stethoscope.saes.open import check_fit, load_sae, open_saes
+from stethoscope.saes.releases import release_texts
 
 
 def write_sae(folder: Path, hook_name: str, *, d_in: int = 8) -> Path:
@@ -108,7 +110,7 @@ def test_a_pattern_picks_some(saes):
     assert open_saes(saes / "other").keys() == {2}
     write_sae(saes / "layer_3", "model.layers.4")
     assert "layer 3: the SAE reads layer 4" in refusal(saes, sae_id="layer_{layer}")
-    for sae_id in ("layer_3", "../{layer}", "/{layer}"):
+    for sae_id in ("layer_3", "../{layer}", "/{layer}", "layer_**{layer}"):
         assert "no pattern" in refusal(saes, sae_id)
 
 
@@ -149,6 +151,22 @@ def test_every_misfit_is_said_at_once(saes):
         "the SAEs read `mlp_out`, `resid_post`: layers would not be comparable",
     ]
     assert "tiny/llama" in (caught.value.hint or "")
+
+
+def test_two_taps_of_one_site_are_not_comparable(saes, tmp_path):
+    for layer, module in enumerate(("mlp", "post_feedforward_layernorm", "mlp")):
+        write_sae(tmp_path / "taps" / f"layer_{layer}", f"model.layers.{layer}.{module}")
+    with pytest.raises(SAEError, match=r"`mlp.output`, `post_feedforward_layernorm.output`"):
+        check_fit(open_saes(tmp_path / "taps"), base_of())
+    write_sae(saes / "other", "blocks.3.hook_resid_post")  # the same place by another name
+    check_fit(open_saes(saes), base_of())
+
+
+def test_without_sae_lens_a_name_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(errors, "find_spec", lambda _name: None)
+    release_texts.cache_clear()
+    with pytest.raises(StethoscopeError, match="not installed: sae_lens"):
+        open_saes(GEMMA, local=True)
 
 
 def test_nothing_found_says_what_is_there(saes, tmp_path):
@@ -296,6 +314,7 @@ GEMMA = "gemma-scope-2-4b-it-res-all"
         (GEMMA, None, "choose with `sae_id`: `layer_{layer}_width_16k_l0_big`"),
         (GEMMA, "layer_{layer}_width_16k_smal", "there are: `layer_{layer}_width_16k_l0_small`"),
         (GEMMA, "layer_12_width_16k_l0_small", "no pattern"),
+        (GEMMA, "layer_{layer}_width_16k_*", "picks several SAEs for a layer"),
         ("llama_scope_r1_distill", None, "stored as `llama_scope_r1_distill`, which is not supported"),
         ("someone/saes", None, "which SAEs of the hub repository `someone/saes`"),
         ("someone/saes", "layer_{layer}", "nor in the hub's cache, and the hub cannot be reached"),

@@ -14,10 +14,11 @@ from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-from world import contents, exact_sae, random_sae, write_lines
+from world import BYTES, build, contents, exact_sae, random_sae, write_lines
 
 from stethoscope.cli import main
 from stethoscope.errors import SAEError
+from stethoscope.models.sites import SITES, hook_point
 from stethoscope.saes.activations import ActivationStream
 from stethoscope.saes.health import health_rows, measure_health
 from stethoscope.saes.open import load_sae, open_saes
@@ -85,8 +86,8 @@ def train(llama, tokenizer) -> Callable[..., list[int]]:
             if tokens == stop_at:
                 raise KeyboardInterrupt
 
-        options = {"settings": SHORT, "checkpoint_seconds": 0.0, **changed}
-        options |= {"held_out": {"some": DOCUMENTS[90:]}, "progress": progress}
+        options = {"settings": SHORT, "checkpoint_seconds": 0.0, "held_out": {"some": DOCUMENTS[90:]}, **changed}
+        options |= {"progress": progress}
         with pytest.raises(KeyboardInterrupt) if stop_at else nullcontext():
             train_saes(model, tokenizer, documents, out, **options)
         return done
@@ -143,7 +144,38 @@ def test_what_cannot_be_trained_is_refused_at_once(train, tmp_path):
     assert caught.value.problems == ("layer 3", "layer 7")
     with pytest.raises(SAEError, match="only one token"):
         train(tmp_path / "saes", documents=["a", "b"])
+    with pytest.raises(SAEError) as caught:
+        replace(SHORT, learning_rate=float("nan"), buffer=0)
+    assert [problem.split()[0] for problem in caught.value.problems] == ["learning_rate", "buffer"]
+    for held_out in ({"all": FEW}, {"some": FEW, "none": []}, {"short": ["a", "b"]}):
+        with pytest.raises(SAEError, match="held-out"):
+            train(tmp_path / "saes", held_out=held_out)
     assert not any(tmp_path.iterdir())
+
+
+def test_text_and_models_that_give_nothing_to_train_on_are_refused(train, llama, tmp_path):
+    with pytest.raises(SAEError, match="too few for a batch of 128"):
+        train(tmp_path / "saes", documents=["</s></s></s>"] * 8)
+    for value in (float("nan"), 1e30):
+        model = llama(layers=3)
+        model.model.layers[0].mlp.up_proj.weight[0] = value
+        with pytest.raises(SAEError, match="activations are not finite"):
+            train(tmp_path / "other", model=model)
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_saes_of_every_site_of_gemma_are_opened_where_they_were_trained(site, train, tokenizer, tmp_path):
+    model = build("Gemma3", **BYTES, num_hidden_layers=2, head_dim=8)
+    train(tmp_path / "saes", model=model, settings=replace(SHORT, tokens=128, layers=range(1, 2), site=site))
+    (sae,) = open_saes(tmp_path / "saes").values()
+    points = ActivationStream(model, tokenizer, [1], site=site).points
+    assert [hook_point(model, sae.layer, sae.site, sae.tap)] == [*points.values()]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_saes_are_trained_on_a_gpu(train, llama, tmp_path):
+    train(tmp_path / "saes", model=llama(layers=3).to("cuda"))
+    assert list(open_saes(tmp_path / "saes")) == [0, 2]
 
 
 def test_health_is_shown_by_kind_with_all_of_it_last():
@@ -239,6 +271,7 @@ def test_a_checkpoint_of_a_training_that_is_damaged_is_not_used(train, tmp_path,
         damaged = next(newest.rglob(file))
         damaged.write_bytes(damaged.read_bytes()[:-9])
         (tmp_path / "saes.training" / "step_other").mkdir()
+        shutil.copytree(newest, tmp_path / "saes.training" / "step_1")
         assert train(tmp_path / "saes")[0] == 128
         assert "is damaged: the training begins again" in caplog.text
         assert contents(tmp_path / "saes") == contents(tmp_path / "whole")

@@ -5,8 +5,8 @@
     control = attribute(model, edits, saes, control_batches)
     attribution_scores(target, control)[12].score      # nats per token, on features that help the target more
 
-Attribution patching over SAE features with error terms (arXiv 2403.19647), applied to a weight edit: a block is run
-with tuned weights on the base's input to it, and -dL/dh . dh is split into the features' parts and the rest.
+Attribution patching over SAE features (arXiv 2403.19647), applied to a weight edit: a block is run with tuned weights
+on the base's input to it, and of -dL/dh . dh each feature has a part; the rest is what the SAE does not decode.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,28 +86,22 @@ def own_changes(
         for (layer, point), base, gradient in zip(points.items(), sites, gradients, strict=True):
             with edits.entered({layer: coefficient}), recording.below(layer):
                 tuned = read_activations(model, {layer: point}, batch.input_ids)[layer]
-            changes[layer] = OwnChange(base=base.detach(), tuned=tuned, gradient=gradient)
+            changes[layer] = OwnChange(base=base.detach(), tuned=tuned.detach(), gradient=gradient)
         sinks = attention_sinks((recording.after(layer) for layer in points), batch.attention_mask)
     return OwnChanges(losses=losses.where(counted, 0.0).double().sum(1), changes=changes, sinks=sinks)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attribution:
-    """Every layer's edit on one corpus; all are sums, in nats by which the loss falls to first order.
-
-    ``explained`` + ``unexplained`` is the exact first-order effect of the change at the site.
+    """Every layer's edit on one corpus.
 
     Attributes:
-        features: each feature's part in place of its activation, so that chance is known for it in the same way;
-            tokens are those predicted.
-        explained: by layer, the features' parts together, per document.
-        unexplained: by layer, the part that the SAE does not decode, and all of it on special tokens and sinks.
+        features: in place of its activation each feature's part, in nats by which the loss falls to first order, so
+            that chance is known for it in the same way; special tokens and sinks have none. Tokens are those predicted.
         tokens: predicted tokens of each document.
     """
 
     features: FeatureStatistics
-    explained: Mapping[int, Float64[np.ndarray, " documents"]]
-    unexplained: Mapping[int, Float64[np.ndarray, " documents"]]
     tokens: Int64[np.ndarray, " documents"]
 
 
@@ -125,7 +119,7 @@ def attribute(
 ) -> Attribution:
     """Attribute every layer's own edit to the features of its SAE, on one corpus.
 
-    Costs two forwards and a backward, and four products with an SAE's matrix per token and layer.
+    Costs two forwards and a backward, and three products with an SAE's matrix per token and layer.
 
     Args:
         saes: by layer, reading ``site``.
@@ -136,33 +130,31 @@ def attribute(
         progress: called with batches done and in all.
 
     Raises:
-        SAEError: the model has no such site, or an SAE gave values that are not finite.
+        SAEError: the model has no such site, an SAE is a transcoder, or gave values that are not finite.
     """
+    if transcoders := [f"layer {n}" for n, sae in saes.items() if getattr(sae.cfg.metadata, "hook_name_out", None)]:
+        said = "transcoders do not decode what they read, so that a change there has no parts along their features"
+        raise SAEError(said, problems=transcoders, hint="choose SAEs, or another score")
     documents = 1 + max(i for batch in batches for i in batch.documents)
     points = {layer: hook_point(model, layer, site, tap) for layer in sorted(saes)}
     features = FeatureStatistics.zeros({n: saes[n].cfg.d_sae for n in points}, -(-documents // block_size))
     tokens = np.zeros(documents, dtype=np.int64)
-    explained, total = ({layer: np.zeros(documents) for layer in points} for _ in range(2))
     for done, batch in enumerate(batches, 1):
-        rows = np.array(batch.documents)
-        tokens[rows] = batch.predicted.sum(1).numpy()
+        tokens[np.array(batch.documents)] = batch.predicted.sum(1).numpy()
         own = own_changes(model, edits, points, batch, coefficient=coefficient)
         counted = batch.countable & ~own.sinks
         for layer, change in own.changes.items():
-            total[layer][rows] = change.gain().cpu().where(batch.attention_mask, 0.0).sum(1).numpy()
             with torch.no_grad(), on_device(saes[layer], change.base.device):
                 for row, document in enumerate(batch.documents):
                     for parts in _parts(saes[layer], change, row, counted[row]):
                         features.layers[layer].sums[document // block_size] += parts
-                        explained[layer][document] += parts.sum()
         if progress:
             progress(done, len(batches))
     if broken := [layer for layer, found in features.layers.items() if not np.isfinite(found.sums).all()]:
         raise SAEError("some layers' attributions are not finite", problems=[f"layer {layer}" for layer in broken])
     for statistics in features.layers.values():
         statistics.tokens[:] = np.add.reduceat(tokens, range(0, documents, block_size))
-    unexplained = {layer: total[layer] - explained[layer] for layer in points}
-    return Attribution(features=features, explained=explained, unexplained=unexplained, tokens=tokens)
+    return Attribution(features=features, tokens=tokens)
 
 
 def _parts(
@@ -176,6 +168,8 @@ def _parts(
         written = after - sae.encode(base)  # [tokens, width]; the last to be encoded sets the scale of decoding
         # An SAE that normalises each token decodes into units of that token: the gradient is taken there, once.
         scaled, offset = sae.run_time_activation_norm_fn_out(torch.stack([gradient, torch.zeros_like(gradient)]))
+        if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+            written = written / sae.get_W_dec_norm()
         parts = -((scaled - offset) @ sae.W_dec.T) * written
         yield parts.sum(0, dtype=torch.float64).cpu().numpy()
 
@@ -187,12 +181,10 @@ class AttributionScore:
     Attributes:
         score: the positive features' parts together: `attribution` as a score of the layer.
         explained: all features' parts together.
-        unexplained: what the SAE does not decode; ``explained`` + ``unexplained`` is the exact first-order effect.
     """
 
     score: float
     explained: float
-    unexplained: float
 
 
 def attribution_scores(target: Attribution, control: Attribution) -> dict[int, AttributionScore]:
@@ -201,8 +193,5 @@ def attribution_scores(target: Attribution, control: Attribution) -> dict[int, A
     found = {}
     for layer, ours in target.features.layers.items():
         features = ours.sums.sum(0) * share_t - control.features.layers[layer].sums.sum(0) * share_c
-        rest = target.unexplained[layer].sum() * share_t - control.unexplained[layer].sum() * share_c
-        found[layer] = AttributionScore(
-            score=float(np.maximum(features, 0).sum()), explained=float(features.sum()), unexplained=float(rest)
-        )
+        found[layer] = AttributionScore(score=float(np.maximum(features, 0).sum()), explained=float(features.sum()))
     return found

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.diagnosis.encoding import BlockSums, Encoder, encoder_bytes, layer_groups, sae_health
-from stethoscope.diagnosis.peaks import DOCUMENTS, MOST_DOCUMENTS, BatchPeaks, Peaks
+from stethoscope.diagnosis.peaks import DOCUMENTS, BatchPeaks, Peaks
 from stethoscope.diagnosis.statistics import FeatureStatistics
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.executor import Executor, Failed, LocalExecutor, WorkerContext
@@ -73,7 +73,6 @@ def collect_activations(
     max_tokens: int = 1024,
     tokens: Tokens = "all",
     health_tokens: int = 2048,
-    peak_documents: int = DOCUMENTS,
     memory: int | None = None,
     dtype: torch.dtype | None = None,
     skip_broken: bool = False,
@@ -92,7 +91,6 @@ def collect_activations(
         tokens: which count, special and template tokens apart: all, the assistant's, or the last.
         health_tokens: variance explained and encoding error are measured on about the first so many tokens of each
             corpus, or on an eighth of its documents if that is fewer, but on 128 tokens at least; 0 for none.
-        peak_documents: so many of each corpus are searched for peaks, from the top, 1024 at most; 0 for none.
         memory: bytes that a worker's encoders may take. Layers that do not fit wait for another forward over the
             corpora, so that each SAE is read once; all at once by default.
         dtype: of the encoders' products; by default bfloat16 if the model computes in it, else float32. SAE health
@@ -102,7 +100,7 @@ def collect_activations(
         progress: called with characters of text done and in all.
 
     Raises:
-        SAEError: an SAE gave values that are not finite, or does not fit its site.
+        SAEError: an SAE gave values that are not finite, or the model has no such site.
         StethoscopeError: documents that cannot be processed, by name; a corpus has no token to count.
     """
     dtype = dtype or (torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32)
@@ -114,7 +112,6 @@ def collect_activations(
         tokens=tokens,
         dtype=dtype,
         health_tokens=health_tokens,
-        peak_documents=min(peak_documents, MOST_DOCUMENTS),
     )
     here = LocalExecutor(model=model, tokenizer=tokenizer)
     samples = {name: collector(here).first_documents(name, some) for name, some in corpora.items()}
@@ -253,7 +250,6 @@ class Collector:
     tokens: Tokens
     dtype: torch.dtype = torch.float32
     health_tokens: int = 0
-    peak_documents: int = 0
     encoders: dict[int, Encoder] = field(default_factory=dict)  # of the layers last asked for
 
     @cached_property
@@ -361,7 +357,7 @@ class Collector:
             spans = {
                 place: range(end - count, end)
                 for row, count, end in zip(batch.documents, counts, accumulate(counts), strict=True)
-                if (place := places[row]) < self.peak_documents
+                if (place := places[row]) < DOCUMENTS
             }
             for layer, encoder in self.encoders.items():
                 sums[layer].sinks += int(batch.countable.sum() - counted.sum())

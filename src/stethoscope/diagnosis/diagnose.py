@@ -18,6 +18,7 @@ from stethoscope.results.diagnosis import NAMED, CorpusSummary, Diagnosis, Featu
 
 # Below this an SAE does not describe the layer, and the layer is excluded.
 LEAST_VARIANCE_EXPLAINED = 0.5
+UNKNOWN = "not measured"
 
 
 def diagnose(
@@ -55,7 +56,8 @@ def diagnose(
     controls = [name for name in collected if name != "target"]
     if not controls:
         raise StethoscopeError("there is no control text to compare the target with")
-    scored = attribution if attribution is not None else {name: one.statistics for name, one in collected.items()}
+    statistics = {name: one.statistics for name, one in collected.items()}
+    scored = (attribution if score == ATTRIBUTION else None) or statistics
     figures: dict[str, list[dict[str, Any]]] = {}
     for name in controls:
         found = assess(
@@ -77,7 +79,7 @@ def diagnose(
         ours, theirs = (scored[name].layers[layer] for name in ("target", least["against"]))
         difference = ours.mean - theirs.mean if score == ATTRIBUTION else ours.mass - theirs.mass
         order = np.argsort(-difference, kind="stable")[:top_features]
-        pair = [collected[name].statistics.layers[layer] for name in ("target", least["against"])]
+        pair = [statistics[name].layers[layer] for name in ("target", least["against"])]
         features = _features(order[difference[order] > 0].tolist(), *pair)
         layers.append(LayerDiagnosis(layer=layer, **least, health=health, flag=_flag(health), features=features))
     summaries = {name: _summary(one) for name, one in collected.items()}
@@ -107,8 +109,7 @@ def _flag(health: Mapping[str, SAEHealth]) -> str | None:
     for name, measured in health.items():
         explained = measured.variance_explained
         if explained is None or explained < LEAST_VARIANCE_EXPLAINED:
-            shown = "undefined" if explained is None else f"{explained:.2f}"
-            return f"SAE variance explained {shown} on {name} text"
+            return f"SAE variance explained {UNKNOWN if explained is None else f'{explained:.2f}'} on {name} text"
     return None
 
 
@@ -140,11 +141,14 @@ def _warnings(corpora: Mapping[str, CorpusSummary], layers: Sequence[LayerDiagno
         for name, corpus in corpora.items()
         if corpus.broken
     ]
-    if flagged := [f"layer {layer.layer} ({layer.flag})" for layer in layers if layer.flag]:
-        found.append(
-            f"{len(flagged)} of {len(layers)} layers are excluded, {first_of(flagged, NAMED)}: SAEs of another model"
-            " or layer look like this, and so does text unlike what they were trained on"
-        )
+    for unknown, why in (
+        (False, "SAEs of another model or layer look like this, and so does text unlike what they were trained on"),
+        (True, "of transcoders it never is; to use these layers all the same, set `include_flagged`"),
+    ):
+        flags = {layer.layer: layer.flag for layer in layers if layer.flag and (UNKNOWN in layer.flag) == unknown}
+        if flags:
+            named = first_of([f"layer {layer} ({flag})" for layer, flag in flags.items()], NAMED)
+            found.append(f"{len(flags)} of {len(layers)} layers are excluded, {named}: {why}")
     lengths = {name: corpus.tokens / corpus.documents for name, corpus in corpora.items()}
     return (
         *found,

@@ -2,11 +2,12 @@
 
 A JumpReLU feature with threshold t >= 0 is t + relu(z - t) where z > t, so its sum over tokens is that of
 relu(z - t) plus t for each time it fired. Hence ReLU and JumpReLU take the same passes over a tile that fits the
-processor's caches: product, shift, relu, sum, maximum, count. Comparisons that make booleans, and products with them,
+processor's caches: product, shift, relu, sum, count. Comparisons that make booleans, and products with them,
 cost ten times as much per element on a CPU. Other architectures are encoded by SAELens.
 """
 
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -37,27 +38,22 @@ class BlockSums:
     def __init__(self, width: int, device: torch.device) -> None:
         self.sums = torch.zeros(width, dtype=torch.float64, device=device)
         self.fired = torch.zeros(width, dtype=torch.int64, device=device)
-        self.maxima = torch.zeros(width, device=device)
         self.tokens = self.sinks = 0
 
     def add(self, part: slice, positive: Float[Tensor, "tokens part"], threshold: Tensor | None) -> None:
         """Add a tile of features ``part``, whose values are activations less ``threshold``; overwrites it."""
         sums = self.sums[part]
         sums += positive.sum(0)
-        largest = positive.amax(0)
         fired = positive.gt_(0).sum(0).to(torch.int64)
         self.fired[part] += fired
         if threshold is not None:
             sums += threshold[part].double() * fired
-            largest = torch.where(fired > 0, largest + threshold[part], 0.0)
-        torch.maximum(self.maxima[part], largest, out=self.maxima[part])
 
     def freeze(self) -> LayerStatistics:
         """The block's statistics."""
         return LayerStatistics(
             sums=self.sums.cpu().numpy()[None],
             fired=self.fired.cpu().numpy()[None],
-            maxima=self.maxima.cpu().numpy()[None],
             tokens=np.array([self.tokens]),
             sinks=np.array([self.sinks]),
         )
@@ -81,7 +77,7 @@ class Encoder:
         )
         self.threshold: Tensor | None = None
         if self.exact:
-            self._sae = sae.to(device=str(device))
+            self._sae = sae if sae.device == device else deepcopy(sae).to(device=str(device))
             return
         weights = sae.W_enc.detach().float()
         shift = sae.b_enc.detach().float()
@@ -142,10 +138,11 @@ def layer_groups(sizes: Mapping[int, int], memory: int | None = None) -> tuple[L
 def encoder_bytes(sae: SAE | SAEFolder, dtype: torch.dtype) -> int:
     """Of an encoder; where SAELens encodes itself, of the whole SAE in float32."""
     if isinstance(sae, SAEFolder):
-        architecture, size = sae.architecture, sae.width * sae.d_in
+        architecture, size, scale = sae.architecture, sae.width * sae.d_in, sae.options.get("normalize_activations")
     else:
-        architecture, size = sae.cfg.architecture(), sae.W_enc.numel()
+        architecture, size, scale = sae.cfg.architecture(), sae.W_enc.numel(), sae.cfg.normalize_activations
     plain = architecture in PLAIN or architecture.endswith("batchtopk")  # which is read as a JumpReLU
+    plain = plain and scale not in ("layer_norm", "constant_norm_rescale")
     return size * (dtype.itemsize if plain else 2 * torch.float32.itemsize)
 
 

@@ -26,6 +26,8 @@ from stethoscope.saes.open import SAEFolder, load_directions
 from stethoscope.text.documents import Document
 from stethoscope.text.tokens import agreement, tokenize
 
+FEATURES = 8  # of each layer
+CONTEXTS = 4  # of each feature and corpus, of its `KEPT` peaks
 WINDOW = 12  # tokens of text on each side of the one that fired
 # Sites whose SAEs decode to directions of the residual stream.
 RESIDUAL_SITES = ("resid_pre", "resid_post", "mlp_out", "attn_out")
@@ -43,10 +45,7 @@ def gather_evidence(
     peaks: Mapping[str, Mapping[int, Peaks]],
     *,
     provenance: Provenance,
-    features: int = 8,
     passed: Mapping[int, Mapping[int, float]] | None = None,
-    contexts: int = 4,
-    documents: int = DOCUMENTS,
     max_tokens: int = 1024,
     site: str = "resid_post",
     progress: Callable[[int, int], None] | None = None,
@@ -58,13 +57,10 @@ def gather_evidence(
     Args:
         diagnosis: its layers' first features are shown.
         peaks: by corpus and layer, from `collect_activations`; their activations are those of its encoders.
-        features: of each layer.
         passed: by layer, features to show instead, with the share of the change that a filter passes along each.
-        contexts: of each feature and corpus, of the `KEPT` peaks.
-        documents: so many of each corpus were searched for peaks, from the top.
         progress: called with layers whose SAEs are read and in all.
     """
-    first = {found.layer: [f.feature for f in found.features[:features]] for found in diagnosis.layers}
+    first = {found.layer: [f.feature for f in found.features[:FEATURES]] for found in diagnosis.layers}
     chosen = first if passed is None else {layer: list(shares) for layer, shares in passed.items()}
     ids = cache(lambda name, place: tokenize([corpora[name][place]], tokenizer, max_tokens=max_tokens)[0])
     names: dict[int, str | None] = {}  # of the SAEs' pages
@@ -84,7 +80,7 @@ def gather_evidence(
         return FeatureEvidence(
             feature=feature,
             contexts={
-                name: _contexts(peaks[name][layer].of(feature), partial(ids, name), tokenizer, contexts)
+                name: _contexts(peaks[name][layer].of(feature), partial(ids, name), tokenizer)
                 for name in diagnosis.corpora
             },
             promotes=promoted.get((layer, feature)),
@@ -95,7 +91,7 @@ def gather_evidence(
     return Evidence(
         provenance=provenance,
         documents={
-            name: len(set(range(len(corpora[name]))[:documents]).difference(corpus.broken))
+            name: len(set(range(len(corpora[name]))[:DOCUMENTS]).difference(corpus.broken))
             for name, corpus in diagnosis.corpora.items()
         },
         layers=tuple(
@@ -106,13 +102,13 @@ def gather_evidence(
 
 
 def _contexts(
-    peaks: Peaks, ids: Callable[[int], Sequence[int]], tokenizer: PreTrainedTokenizerBase, count: int
+    peaks: Peaks, ids: Callable[[int], Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Context, ...]:
     """A feature's strongest contexts; of equally worded ones the strongest, or the first documents'."""
     shown: dict[tuple[str, str, str], Context] = {}
     columns = (peaks.documents.tolist(), peaks.tokens.tolist(), peaks.activations.tolist())
     for document, place, activation in zip(*columns, strict=True):
-        if len(shown) < count:
+        if len(shown) < CONTEXTS:
             before, token, after = _around(ids(document), place, tokenizer)
             context = Context(document=document, before=before, token=token, after=after, activation=activation)
             shown.setdefault((before, token, after), context)
@@ -143,7 +139,7 @@ def _promotes(
     norm, head = final_norm(model), model.get_output_embeddings()
     if norm is None or head is None:
         return None
-    weight = next(norm.parameters())
+    weight = next(norm.parameters(), head.weight)
     directions = directions.to(device=weight.device, dtype=weight.dtype)
     normed = (norm(directions) - norm(torch.zeros_like(directions))).float()
     parts = head.weight.split(_HEAD_ROWS)  # each is read once for all features

@@ -13,8 +13,7 @@ from numpy import ndarray
 from torch import Tensor
 
 KEPT = 8  # documents of each feature: more than are shown, for those of equal wording are shown once
-DOCUMENTS = 64  # of each corpus are searched, from the top
-MOST_DOCUMENTS = 1 << 10  # that can be searched: their places share 64 bits with feature and activation
+DOCUMENTS = 64  # of each corpus are searched, from the top; their places share 64 bits with feature and activation
 _FAR = 1e30
 
 

@@ -81,7 +81,7 @@ def specific_mass(blocks: Blocks, target: Weights, control: Weights) -> Float[nd
 
 
 def lift(blocks: Blocks, target: Weights, control: Weights) -> Float[ndarray, "*batch"]:
-    """Mean smoothed log-odds of a firing: ``sum_i p_T log((p_T + e) / (p_C + e)) / sum_i p_T``, e = 1 / (n + 2).
+    """Mean log ratio of smoothed firing rates: ``sum_i p_T log((p_T + e) / (p_C + e)) / sum_i p_T``, e = 1 / (n + 2).
 
     n is the smaller corpus' number of tokens, so that a feature never seen there counts alike in both.
     """

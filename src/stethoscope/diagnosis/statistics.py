@@ -4,13 +4,13 @@ A block is what a permutation test relabels and a bootstrap draws, because token
 independent. Blocks never share a batch, so a block's sums do not depend on the other blocks.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64
+from jaxtyping import Float, Float64, Int64
 from numpy import ndarray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 from stethoscope.artifacts import new_file
 from stethoscope.errors import StethoscopeError
 
-Found = TypeVar("Found")
-_NAMES = ("sums", "fired", "maxima", "tokens", "sinks")
+Found = TypeVar("Found", bound=Any)
+_NAMES = ("sums", "fired", "tokens", "sinks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +29,12 @@ class LayerStatistics:
     Attributes:
         sums: sum of each feature's activation over a block's counted tokens.
         fired: number of a block's counted tokens on which each feature is active.
-        maxima: each feature's largest activation in a block.
         tokens: a block's counted tokens, special and sink tokens left out.
         sinks: tokens of a block left out because their norm marks them as attention sinks.
     """
 
     sums: Float64[ndarray, "blocks width"]
     fired: Int64[ndarray, "blocks width"]
-    maxima: Float32[ndarray, "blocks width"]
     tokens: Int64[ndarray, " blocks"]
     sinks: Int64[ndarray, " blocks"]
 
@@ -75,7 +73,6 @@ class FeatureStatistics:
                 layer: LayerStatistics(
                     sums=np.zeros((blocks, width)),
                     fired=np.zeros((blocks, width), dtype=np.int64),
-                    maxima=np.zeros((blocks, width), dtype=np.float32),
                     tokens=np.zeros(blocks, dtype=np.int64),
                     sinks=np.zeros(blocks, dtype=np.int64),
                 )
@@ -101,8 +98,7 @@ class FeatureStatistics:
         """
 
         def gathered(layer: LayerStatistics) -> LayerStatistics:
-            sums = {n: np.stack([getattr(layer, n)[group].sum(0) for group in groups]) for n in _NAMES if n != "maxima"}
-            return LayerStatistics(maxima=np.stack([layer.maxima[group].max(0) for group in groups]), **sums)
+            return LayerStatistics(**{n: np.stack([getattr(layer, n)[g].sum(0) for g in groups]) for n in _NAMES})
 
         return FeatureStatistics(layers={n: gathered(layer) for n, layer in self.layers.items()})
 
@@ -119,30 +115,26 @@ def save_layers(path: Path, corpora: Mapping[str, Mapping[int, Any]]) -> None:
         save_file(arrays, temporary)
 
 
-def load_layers(path: Path, kind: Callable[..., Found]) -> dict[str, dict[int, Found]]:
-    """Read what `save_layers` wrote, in order of layers; ``kind`` is the dataclass.
+def load_layers(path: Path, kind: type[Found]) -> dict[str, dict[int, Found]]:
+    """Read what `save_layers` wrote, in order of layers; ``kind`` is the dataclass. Arrays that it lacks are left out.
 
     Raises:
         StethoscopeError: the file is missing or damaged.
     """
-    try:
-        arrays = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StethoscopeError(f"the {path.stem} `{path}` cannot be read: {error}") from error
+    known = {one.name for one in fields(kind)}
     corpora: dict[str, dict[int, dict[str, ndarray]]] = {}
-    for key, array in arrays.items():
-        corpus, layer, name = key.rsplit(".", 2)
-        corpora.setdefault(corpus, {}).setdefault(int(layer), {})[name] = array
-    return {corpus: {n: kind(**found) for n, found in sorted(layers.items())} for corpus, layers in corpora.items()}
-
-
-def save_statistics(path: Path, corpora: Mapping[str, FeatureStatistics]) -> None:
-    """Write the statistics of named corpora to one safetensors file."""
-    save_layers(path, {corpus: features.layers for corpus, features in corpora.items()})
+    try:
+        for key, array in load_file(path).items():
+            corpus, layer, name = key.rsplit(".", 2)
+            if name in known:
+                corpora.setdefault(corpus, {}).setdefault(int(layer), {})[name] = array
+        return {corpus: {n: kind(**found) for n, found in sorted(layers.items())} for corpus, layers in corpora.items()}
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        raise StethoscopeError(f"the {path.stem} `{path}` cannot be read: {error}") from error
 
 
 def load_statistics(path: Path) -> dict[str, FeatureStatistics]:
-    """Read what `save_statistics` wrote.
+    """Read the statistics of corpora that `save_layers` wrote.
 
     Raises:
         StethoscopeError: the file is missing or damaged.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float64, Int64
 from numpy import ndarray
+from scipy.stats import rankdata
 
 from stethoscope.diagnosis.scores import Blocks, Score
 from stethoscope.diagnosis.statistics import FeatureStatistics
@@ -16,6 +17,8 @@ from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import FEWEST_BLOCKS
 
 LABELLED_ELEMENTS = 1 << 23  # labellings x features held at a time
+# In standard deviations of the null: scores of one labelling differ in the last bits with those scored beside it.
+EQUAL = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class ScoreUncertainty:
     @property
     def p(self) -> Float64[ndarray, " layers"]:
         """One-sided permutation p per layer; never 0, as the labelling seen is one of those possible."""
-        return (1 + (self.null >= self.score).sum(0)) / (1 + len(self.null))
+        return (1 + (self.null >= self.score - EQUAL * self.null.std(0)).sum(0)) / (1 + len(self.null))
 
     @property
     def p_familywise(self) -> Float64[ndarray, " layers"]:
@@ -56,7 +59,7 @@ class ScoreUncertainty:
         # as the largest of many layers picks those whose spread happens to be small.
         rows = np.concatenate([self.score[None], self.null])
         z = (rows - rows.mean(0)) / np.maximum(rows.std(0), 1e-12)
-        return (1 + (z[1:].max(1)[:, None] >= z[0]).sum(0)) / len(rows)
+        return (1 + (z[1:].max(1)[:, None] >= z[0] - EQUAL).sum(0)) / len(rows)
 
     def interval(self, confidence: float = 0.95) -> Float64[ndarray, "2 layers"]:
         """Bootstrap interval of the excess.
@@ -72,12 +75,13 @@ class ScoreUncertainty:
     @property
     def rank(self) -> Int64[ndarray, " layers"]:
         """Place by excess, from 1; ties go to the lower layer."""
-        return _ranks(self.excess[None])[0]
+        return np.asarray(rankdata(-self.excess, method="ordinal"))
 
     @property
     def stability(self) -> Float64[ndarray, " layers"]:
         """Share of resamples that place a layer as high as its rank, or higher."""
-        return np.asarray((_ranks(self.resamples - self.null.mean(0)) <= self.rank).mean(0))
+        ranks = rankdata(self.null.mean(0) - self.resamples, method="ordinal", axis=1)
+        return np.asarray((ranks <= self.rank).mean(0))
 
     def increments(self) -> "ScoreUncertainty":
         """Each layer's score less that of the layer before it that has an SAE, judged in the same way.
@@ -86,11 +90,6 @@ class ScoreUncertainty:
         """
         kinds = {name: getattr(self, name) for name in ("score", "null", "resamples")}
         return replace(self, **{name: np.diff(kind, axis=-1, prepend=0.0) for name, kind in kinds.items()})
-
-
-def _ranks(excess: Float64[ndarray, "rows layers"]) -> Int64[ndarray, "rows layers"]:
-    order = np.argsort(-excess, axis=1, kind="stable")
-    return np.argsort(order, axis=1, kind="stable") + 1
 
 
 def assess(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from stethoscope.errors import SAEError
 from stethoscope.models.sites import hook_point, read_activations
 from stethoscope.text.documents import Document
 from stethoscope.text.tokens import batches, tokenize
@@ -66,6 +67,9 @@ class ActivationStream:
 
         Yields each batch with the position after it; given as ``start``, the stream goes on from there. What is left
         of a buffer, fewer tokens than a batch, is not used.
+
+        Raises:
+            SAEError: a buffer has not enough tokens for one batch.
         """
         taken, given = start
         documents = _endless(rows, seed, taken)
@@ -77,6 +81,9 @@ class ActivationStream:
             parts = list(self.outputs(fill))
             packed = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             count = len(next(iter(packed.values())))
+            if count < batch:
+                said = f"of {held} tokens of text {count} remain without special tokens, first positions and sinks"
+                raise SAEError(f"{said}: too few for a batch of {batch}", hint="give other text, or a larger buffer")
             order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + taken))
             for place in range(given, count // batch):
                 chosen = order[place * batch : (place + 1) * batch].to(self.model.device)

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from stethoscope.display import NONE
-from stethoscope.results.diagnosis import DENSE_RATE, SAEHealth
+from stethoscope.display import number, percent
+from stethoscope.results.diagnosis import SAEHealth
 
 
 @dataclass(kw_only=True)
@@ -39,17 +39,11 @@ class HealthSums:
 
     def health(self) -> SAEHealth:
         """What the sums say; undefined values are None."""
-        if not self.tokens:
-            return SAEHealth(tokens=0, variance_explained=None, l0=None, dead=None, dense=None)
-        variance = self.square - float(self.total.square().sum()) / self.tokens
-        rate = self.fired.double() / self.tokens
-        return SAEHealth(
-            tokens=self.tokens,
-            variance_explained=1 - self.residual / variance if variance > 0 else None,
-            l0=float(rate.sum()),
-            dead=float((self.fired == 0).double().mean()),
-            dense=float((rate > DENSE_RATE).double().mean()),
-        )
+        count = max(self.tokens, 1)
+        variance = self.square - float(self.total.square().sum()) / count
+        explained = 1 - self.residual / variance if variance > 0 else None
+        rest = SAEHealth(tokens=0, variance_explained=explained, l0=None, dead=None, dense=None)
+        return rest.on(self.fired.cpu().numpy() / count, self.tokens)
 
 
 @torch.no_grad()
@@ -77,9 +71,7 @@ def health_rows(layers: Mapping[Any, Mapping[str, Mapping[str, Any]]]) -> list[l
     kinds += ["all"] if len(kinds) > 1 else []
     rows = [["layer", *kinds, "L0", "dead, %", "dense, %"]]
     for layer, found in layers.items():
-        whole = found["all"]
-        values = [(found[kind]["variance_explained"], ".3f") for kind in kinds]
-        values += [(whole["l0"], ".0f")]
-        values += [(whole[name] and 100 * whole[name], ".1f") for name in ("dead", "dense")]
-        rows.append([str(layer), *(NONE if value is None else format(value, form) for value, form in values)])
+        explained, whole = [number(found[kind]["variance_explained"], ".3f") for kind in kinds], found["all"]
+        shares = [percent(whole[name]) for name in ("dead", "dense")]
+        rows.append([str(layer), *explained, number(whole["l0"], ".0f"), *shares])
     return rows

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 Converted = tuple[dict[str, Any], State]  # SAELens' configuration and state dict
+SCALED = (True, "expected_average_only_in")  # SAELens' `normalize_activations` where the input has a factor
 OUTPUT = "the module's output"  # every transcoder's metadata has a `hook_name_out`, by which it is known
 
 
@@ -71,13 +72,13 @@ def read_sae_lens(stored: Stored) -> Claim:
     if architecture == "standard" and activation == "topk":
         architecture = "topk"
     normalized = config.get("normalize_activations")
-    scaled = normalized is True or normalized in ("expected_average_only_in", "covariance_whitening")
-    if scaled and "norm_scaling_factor" not in config:
+    factor = config.get("norm_scaling_factor")
+    if normalized == "covariance_whitening" or (normalized in SCALED and factor is None):
         stored.problems.append(
             f"it reads scaled activations but does not say the scale (normalize_activations: {normalized})"
         )
-    if config.get("norm_scaling_factor") is not None:
-        stored.number("norm_scaling_factor", config["norm_scaling_factor"], above=0.0)
+    if factor is not None:
+        stored.number("norm_scaling_factor", factor, above=0.0)
     if about.get("hook_head_index", about.get("hook_point_head_index")) is not None:
         stored.problems.append("it reads one attention head, which is not supported")
     loading = about.get("model_from_pretrained_kwargs")
@@ -95,7 +96,7 @@ def read_sae_lens(stored: Stored) -> Claim:
     sizes = [config.get(name) for name in ("d_in", "d_sae", "d_out" if architecture.endswith("transcoder") else "d_in")]
     older = config.get("activation_fn_kwargs")
     k = config.get("k", older.get("k") if isinstance(older, dict) else None)
-    options = {"k": k} if architecture.startswith("topk") else {}
+    options = {"normalize_activations": normalized} | ({"k": k} if architecture.startswith("topk") else {})
     return Claim(hook_name, architecture, sizes, {name: name for name in names}, options, about.get("model_name"))
 
 
@@ -110,11 +111,15 @@ def convert_sae_lens(folder: SAEFolder, config: dict[str, Any], state: State) ->
         if not config.get("finetuning_scaling_factor"):
             raise ValueError("it has a `scaling_factor`, but its configuration does not use one")
         state["W_dec"] = scale[:, None] * state["W_dec"]  # versions 3 to 5 scaled features before decoding
-    if (factor := config.pop("norm_scaling_factor", None)) is not None:
+    rescaled, factor = (config.pop(name, None) for name in ("rescale_acts_by_decoder_norm", "norm_scaling_factor"))
+    if config.get("normalize_activations") in SCALED:
         config["normalize_activations"] = "none"
         state = scaled_input(state, factor)
+        if rescaled and "topk_threshold" in state:  # of features that are as much smaller as the decoder's rows
+            state["topk_threshold"] = state["topk_threshold"] / factor
+    if rescaled:
+        state = unit_decoder(state)
     if folder.architecture in ("batchtopk", "matryoshka_batchtopk"):  # saved while it trained
-        state = unit_decoder(state) if config.get("rescale_acts_by_decoder_norm") else state
         state["threshold"] = state.pop("topk_threshold").float().expand(folder.width).clone()
         config["architecture"] = "jumprelu"
     return config, state
@@ -165,7 +170,8 @@ def read_gemma_scope_2(stored: Stored) -> Claim:
         if "affine_skip_connection" in stored.shapes:
             architecture, tensors["W_skip"] = "jumprelu_skip_transcoder", "affine_skip_connection.T"
     release = re.search(r"gemma-scope-2-(\w+-(?:it|pt))", stored.where.as_posix())
-    model_name = config.get("model_name") or (release and f"google/gemma-3-{release[1]}")
+    # the configuration calls it by another name than the hub
+    model_name = f"google/gemma-3-{release[1]}" if release else config.get("model_name")
     return Claim(hook_name, architecture, (d_in, width), tensors, options, model_name)
 
 

@@ -108,7 +108,10 @@ def check_fit(saes: Mapping[int, SAEFolder], base: Checkpoint) -> None:
         if not 0 <= sae.layer < base.layers:
             wrong.append(f"the model has {base.layers} layers, 0 to {base.layers - 1} (`{sae.hook_name}`)")
         problems += [f"layer {sae.layer}: {one}, from `{sae.path}`" for one in wrong]
-    if len(places := sorted({sae.site for sae in saes.values()})) > 1:
+    places = sorted({sae.site for sae in saes.values()})
+    if len(places) == 1:
+        places = sorted({sae.tap for sae in saes.values() if sae.tap})
+    if len(places) > 1:
         problems.append(f"the SAEs read {quoted(places)}: layers would not be comparable")
     names = sorted({sae.model_name for sae in saes.values() if sae.model_name})
     if problems:

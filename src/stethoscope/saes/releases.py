@@ -12,7 +12,7 @@ import yaml
 
 from stethoscope.checkpoints.hub import HUB_ID, hub_errors
 from stethoscope.display import first_of
-from stethoscope.errors import CheckpointError, SAEError
+from stethoscope.errors import CheckpointError, SAEError, require
 from stethoscope.saes.layouts import ONE_FILE
 
 # SAELens' names in its directory of releases for the layouts that are read here; None is its own.
@@ -31,6 +31,7 @@ def release_texts() -> dict[str, str]:
 
     The file is found without importing SAELens, which would bring torch.
     """
+    require("sae_lens", extra="train")
     spec = importlib.util.find_spec("sae_lens")
     assert spec is not None
     assert spec.origin is not None
@@ -80,14 +81,17 @@ def find_on_hub(source: str, sae_id: str | None) -> tuple[str, dict[str, dict[st
         hint = f"choose with `sae_id`: {quoted(patterns)}"
         raise SAEError(f"the release `{source}` has several SAEs for a layer", hint=hint)
     pattern = id_pattern(sae_id or patterns[0])
-    chosen = [sae for sae in release["saes"] if pattern.fullmatch(str(sae["id"]))]
+    chosen = [(match[1], sae) for sae in release["saes"] if (match := pattern.fullmatch(str(sae["id"])))]
+    if len({layer for layer, _ in chosen}) < len(chosen):
+        hint = f"choose among {quoted([str(sae['id']) for _, sae in chosen])}"
+        raise SAEError(f"`{sae_id}` picks several SAEs for a layer in the release `{source}`", hint=hint)
     if not chosen:
         close = get_close_matches(sae_id or "", patterns, n=3, cutoff=0.3) or patterns
         raise SAEError(f"no SAE of the release `{source}` is called `{sae_id}`", hint=f"there are: {quoted(close)}")
     known = release.get("config_overrides") or {}
     return release["repo_id"], {
         str(sae["path"]): {**known, **{ours: sae[theirs] for theirs, ours in _CORRECTIONS.items() if sae.get(theirs)}}
-        for sae in chosen
+        for _, sae in chosen
     }
 
 
@@ -108,9 +112,9 @@ def id_pattern(sae_id: str) -> re.Pattern[str]:
     """A pattern of SAE ids or paths as a regular expression whose first group is the layer.
 
     Raises:
-        SAEError: it has no ``{layer}``, or leads out of the folder.
+        SAEError: it has no ``{layer}``, matches across folders, or leads out of the folder.
     """
-    if "{layer}" not in sae_id or ".." in Path(sae_id).parts or Path(sae_id).is_absolute():
+    if "{layer}" not in sae_id or "**" in sae_id or ".." in Path(sae_id).parts or Path(sae_id).is_absolute():
         raise SAEError(
             f"`{sae_id}` is no pattern of SAEs",
             hint="write what the SAEs are called, with `{layer}` for the number, such as `layer_{layer}`",

@@ -7,6 +7,7 @@ The same call resumes a stopped training from its last checkpoint, in `saes.trai
 
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import (
-    canonical_json,
     kept_for_one,
     new_folder,
     read_json,
@@ -41,7 +41,7 @@ from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.models.sites import SITES
 from stethoscope.results.diagnosis import SAEHealth
-from stethoscope.saes.activations import ActivationStream, Position
+from stethoscope.saes.activations import ActivationStream, Position, on_device
 from stethoscope.saes.health import HealthSums, measure_health
 from stethoscope.saes.layouts import unit_decoder
 from stethoscope.text.documents import Document, documents_hash
@@ -87,7 +87,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         positive = ("width", "k", "tokens", "batch", "learning_rate", "buffer")
-        problems = [f"{name} is `{getattr(self, name)}`, not above 0" for name in positive if getattr(self, name) <= 0]
+        values = {name: getattr(self, name) for name in positive}
+        problems = [f"{name} is `{value}`, not above 0" for name, value in values.items() if not 0 < value < math.inf]
         if self.k > self.width:
             problems.append(f"k is `{self.k}`, but there are only {self.width} features")
         if self.max_tokens < 2:
@@ -165,7 +166,8 @@ def train_saes(
         Health by layer and kind of held-out text; the kind ``all`` is all of them together.
 
     Raises:
-        SAEError: the model lacks a layer, there is no text, or the checkpoint is of another training.
+        SAEError: the model lacks a layer, there is no text, its activations are not finite, or the checkpoint is of
+            another training.
         StethoscopeError: ``out`` exists.
     """
     if out.exists() and not overwrite:
@@ -176,11 +178,15 @@ def train_saes(
         raise SAEError(f"the model has {depth} layers, numbered from 0", problems=bad)
     if not documents or not layers:
         raise SAEError("there is nothing to train SAEs on", hint="pass documents and layers")
+    if "all" in held_out:
+        raise SAEError("a held-out text is called `all`", hint="that stands for all of them: choose another name")
     torch.manual_seed(settings.seed)
     stream = ActivationStream(model, tokenizer, layers, site=settings.site, max_tokens=settings.max_tokens)
     rows = stream.tokenize(documents)
     if not rows:
         raise SAEError("every document has only one token", hint="the first is never trained on: give longer text")
+    if empty := [f"`{kind}`" for kind, some in held_out.items() if not (some and stream.tokenize(some))]:
+        raise SAEError("some held-out texts have no document of two tokens", problems=empty, hint="give longer text")
     begun = asdict(settings) | {"layers": layers, "text": documents_hash(documents), "model": _fingerprint(model)}
     with kept_for_one(out.with_name(f"{out.name}.training")) as kept:
         checkpoints = _Checkpoints(kept, begun, seconds=checkpoint_seconds)
@@ -189,7 +195,8 @@ def train_saes(
             saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
             health = _measure(saes, stream, held_out)
             table = {str(layer): {kind: asdict(h) for kind, h in kinds.items()} for layer, kinds in health.items()}
-            write_json(folder / "health.json", {"settings": asdict(settings), "layers": table})
+            chosen = asdict(settings) | {"layers": settings.layers and layers}
+            write_json(folder / "health.json", {"settings": chosen, "layers": table})
         shutil.rmtree(checkpoints.folder, ignore_errors=True)
     return health
 
@@ -303,7 +310,7 @@ class _Checkpoints:
         if time.monotonic() - self.saved_at < self.seconds:
             return
         self.newest = self.folder / f"step_{step}"
-        with new_folder(self.newest) as folder:
+        with new_folder(self.newest, overwrite=True) as folder:
             for name, one in trainer.trainers.items():
                 one.save_checkpoint(checkpoint_name=name, base_path=folder)
             saved = {"begun": self.begun, "position": position, "files": _hashes(folder)}
@@ -326,12 +333,14 @@ def _fingerprint(model: PreTrainedModel) -> str:
         [name, list(value.shape), value.detach().flatten()[:: max(1, value.numel() // 64)][:64].float().tolist()]
         for name, value in model.named_parameters()
     ]
-    return sha256_bytes(canonical_json(few).encode())
+    return sha256_bytes(repr(few).encode())
 
 
 def _scale(hidden: Float[Tensor, "tokens d_in"]) -> float:
     """A power of two, exact in bfloat16, that gives activations about unit variance around their mean."""
     deviation = float((hidden.float() - hidden.float().mean(0)).square().mean().sqrt())
+    if not math.isfinite(deviation):
+        raise SAEError("the model's activations are not finite, or too large to train on", hint="is the model damaged?")
     return 2.0 ** -round(math.log2(deviation)) if deviation > 0 else 1.0
 
 
@@ -352,7 +361,8 @@ def _new_sae(
             metadata=SAEMetadata(
                 model_name=settings.model_name or Path(stream.model.name_or_path or "").name,
                 model_class_name="AutoModelForCausalLM",
-                hook_name=name,
+                # Gemma's norm after attention is called like the norm before the MLP of others
+                hook_name=re.sub(r".*\.(\d+)\.post_attention_layernorm", r"blocks.\1.hook_attn_out", name),
                 context_size=stream.max_tokens,
                 prepend_bos=False,
                 exclude_special_tokens=True,
@@ -391,7 +401,9 @@ def _measure(
     for kind, documents in held_out.items():
         for activations in stream.outputs(stream.tokenize(documents)):
             for layer, sae in saes.items():
-                found = measure_health(sae, activations[stream.hooks[layer]])
+                hidden = activations[stream.hooks[layer]]
+                with on_device(sae, hidden.device):
+                    found = measure_health(sae, hidden)
                 for name in (kind, "all"):
                     sums[layer][name] = sums[layer][name] + found if name in sums[layer] else found
     return {layer: {name: found.health() for name, found in kinds.items()} for layer, kinds in sums.items()}
