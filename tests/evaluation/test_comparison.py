@@ -78,6 +78,90 @@ def test_default_pairs_reach_tuned_and_random_arms():
     assert {("tuned", "selected"), ("random_1", "selected"), ("random_2", "selected")} <= pairs
 
 
+def flipped(task, gained, lost, alike):
+    """Both arms' rows of a task on which ``edit`` mends and breaks so many items."""
+    counts = [gained, lost, alike]
+    return rows("base", task, np.repeat([0, 1, 1], counts)), rows("edit", task, np.repeat([1, 0, 1], counts))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "begins"),
+    [
+        ({"small": (9, 0, 11), **{f"t{i}": (28, 40, 132) for i in range(5)}}, "Mixed"),  # one gains, all together lose
+        ({"small": (9, 0, 11), "t": (28, 45, 132)}, "Mixed"),
+        ({"t": (12, 10, 178), "control": (0, 30, 100)}, "No evidence of benefit"),
+        ({"t": (10, 12, 178), "control": (0, 30, 100)}, "`edit` is worse than `base`"),
+        ({"t": (40, 2, 100), "control": (0, 30, 100)}, "Mixed"),
+    ],
+)
+def test_no_verdict_contradicts_the_sign_of_the_gain(tasks, begins):
+    made = outcomes(*(part for task, counts in tasks.items() for part in flipped(task, *counts)))
+    contrast = compare(made, family=[task for task in tasks if task != "control"]).contrast("edit")
+    assert contrast.verdict.startswith(begins)
+    for task in contrast.worsened or contrast.improved:
+        assert f"on {task}" in contrast.verdict
+
+
+def test_a_few_results_claim_only_what_a_t_test_claims():
+    base = np.array([0.1, 0.2, 0.3])
+    made = outcomes(rows("base", "t", base), rows("edit", "t", base + np.array([0.01, 0.02, 0.03])))
+    result = compare(made)
+    contrast = result.contrast("edit")
+    assert contrast.pooled.above  # as a bootstrap of three items has it
+    assert contrast.pooled.p_value == pytest.approx(stats.ttest_1samp([0.01, 0.02, 0.03], 0).pvalue)
+    assert not contrast.significant(0.05)
+    assert contrast.verdict.startswith("No evidence of benefit")
+    assert "does not bear out" in contrast.verdict
+    assert [line.cells[1].kind for line in by_task(result)["Target: accuracy, %"]] == ["", ""]
+
+
+def test_items_that_share_sources_are_tested_by_source():
+    """Three of four passages change all of their items the same way, 75 items better and none worse: no evidence."""
+    source = np.repeat(list("abcd"), 25)
+    base, edit = rows("base", "t", np.zeros(100)), rows("edit", "t", source != "d")
+    made = outcomes(base.assign(source=source), edit.assign(source=source))
+    contrast = compare(made).contrast("edit")
+    task = contrast.tasks[0]
+    assert task.p_adjusted == pytest.approx(stats.ttest_1samp([1, 1, 1, 0], 0).pvalue)
+    assert (task.mcnemar, contrast.pooled_mcnemar, contrast.improved) == (None, None, [])
+    assert contrast.verdict.startswith("No evidence of benefit")
+    assert task.flips.gained["correctness"] == 75
+    assert compare(outcomes(base, edit)).contrast("edit").improved == ["t"]
+    # a task without sources beside it: each of its items is one
+    both = compare(outcomes(made.frame, *flipped("u", 9, 1, 30))).contrast("edit")
+    assert (both.pooled.clusters, both.pooled_mcnemar) == (44, None)
+
+
+def test_tasks_of_one_source_each_claim_nothing():
+    parts = [part.assign(source=task) for task, k in (("t", 9), ("u", 12)) for part in flipped(task, k, 0, 11)]
+    contrast = compare(outcomes(*parts)).contrast("edit")
+    assert (contrast.pooled.low, contrast.significant(0.05)) == (None, False)
+    assert contrast.verdict.startswith("No evidence of benefit")
+    assert contrast.tasks[0].reasons["p_adjusted"] == "one unit cannot be resampled"
+
+
+def test_a_task_named_twice_counts_once():
+    made = outcomes(*flipped("t", 9, 1, 30))
+    assert compare(made, family=["t", "t"]).contrasts == compare(made).contrasts
+
+
+def test_another_filters_metric_has_no_known_extraction():
+    parts = [rows(arm, "t", [0] * 9, extracted=arm == "edit") for arm in ("base", "edit")]
+    frame = pd.concat([part.assign(**{"exact_match,flexible": float(i)}) for i, part in enumerate(parts)])
+    made = Outcomes(frame=frame.reset_index(drop=True))
+    task = compare(made, metric="exact_match,flexible").contrast("edit").tasks[0]
+    assert (task.flips, task.mcnemar.c) == (None, 9)
+    assert "first filter" in task.reasons["flips"]
+    assert made.accuracy("exact_match,flexible")["accuracy_extracted"].isna().all()
+    assert made.accuracy()["accuracy_extracted"].tolist()[1] == 0
+
+
+@pytest.mark.parametrize("alpha", [5.0, 0.0, -0.1])
+def test_a_level_that_is_none_is_refused(alpha):
+    with pytest.raises(EvaluationError, match="not between 0 and 1"):
+        compare(pair_of([0, 1], [1, 1]), alpha=alpha)
+
+
 def test_flips_tell_format_from_mathematics(tmp_path):
     base = rows(
         "base", "t", [0, 0, 0, 1, 1], extracted=[False, False, True, True, True], truncated=[True, *[False] * 4]
@@ -118,6 +202,8 @@ def test_an_arm_evaluated_twice_gives_the_noise_floor():
     assert result.noise == aa_floor(made, "base", "base_again")
     assert any("3 of 200 items of `base` changed" in line for line in noise(result))
     assert compare(pair_of(right, right)).noise == []
+    made.frame.loc[made.frame["item"] >= 100, "exact_match"] = np.nan  # no result, twice
+    assert aa_floor(made, "base", "base_again")[0].changed == 3
 
 
 def test_margins_metrics_and_a_verdict_for_each_task():
@@ -193,6 +279,7 @@ def test_arms_with_other_items_prompts_or_documents_are_refused():
         (lambda: compare(outcomes(rows("base", "u", [1, 0, 1]), edit)), "`edit` has 3 items"),
         (lambda: compare(outcomes(base), baseline="nobody"), "`nobody`"),
         (lambda: outcomes(base, base), "twice"),
+        (lambda: outcomes(base[:0]), "no item"),
         (lambda: compare(outcomes(base, edit), losses=losses), "same documents"),
     ):
         with pytest.raises(EvaluationError, match=said):
@@ -203,6 +290,18 @@ def test_accuracy_table():
     made = outcomes(rows("base", "t", [1, 0, 0, 0], extracted=[True, True, False, False]))
     columns = ["n", "correct", "accuracy", "extracted", "accuracy_extracted"]
     assert made.accuracy().loc[0, columns].tolist() == [4, 1, 0.25, 0.5, 0.5]
+
+
+def test_only_results_of_0_and_1_have_an_exact_interval_and_tasks_without_a_metric_are_left_out():
+    parts = [rows("base", "t", [1, 0, 1]), rows("base", "u", [0.5, 0.5, 1.0]).rename(columns={"exact_match": "f1"})]
+
+    def shown(**metric):
+        (points,) = outcomes(*parts).plot(**metric).to_dict()["datasets"].values()
+        return {row["task"]: (row["low"], row["accuracy"], row["high"]) for row in points}
+
+    assert shown()["t"] == pytest.approx((9.43, 66.67, 99.16), abs=0.01)
+    assert shown()["u"] == pytest.approx((200 / 3,) * 3)
+    assert list(shown(metric="f1")) == ["u"]
 
 
 def test_files_that_are_not_ours_are_refused(tmp_path):
@@ -315,6 +414,7 @@ def test_what_was_saved_before_metrics_had_scales_reads_as_shares(tmp_path):
         del contrast["scale"]
         for task in contrast["tasks"]:
             del task["scale"]
+            task["unpaired"]["share_a"] = 1 / 3
     (tmp_path / "c.json").write_text(json.dumps(saved))
     old = Comparison.load(tmp_path / "c.json")
     assert old.contrasts == made.contrasts

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from world import write_task
 
 from stethoscope.errors import StethoscopeError
-from stethoscope.evaluation.contamination import Seen
+from stethoscope.evaluation.contamination import Seen, seen_items
+from stethoscope.evaluation.tasks import load_tasks
 
 DOCUMENT = (
     "Problem:\nSolve $t + 26 = 28$ for $t$.\n\nSolution: $t = 2$.\n\nProblem: How many legs have 3 cats and 2 ants?"
@@ -43,6 +45,28 @@ def test_what_is_held(text, held, tmp_path):
 
 def test_nothing_seen_holds_nothing():
     assert not Seen.of([]).holds("How many legs have 3 cats and 2 ants?")
+
+
+TEXT = "The trophy does not fit into the brown suitcase because it is far too large for it."
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"},
+        {
+            "output_type": "multiple_choice", "doc_to_text": "{{ {'1': 0, '2': 1}[answer] }}",
+            "doc_to_choice": "{{ ['a ' + text[:9], 'b ' + text[:9]] }}", "doc_to_target": "{{text[9:]}}",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        },
+        {"doc_to_text": "Q: {{text}}"},
+    ],
+)  # fmt: skip
+def test_an_item_is_judged_by_its_text_whatever_its_prompt_is(settings, make_task):
+    folder, other = make_task(), "A text of other words that nobody has seen before."
+    rows = [{"text": text, "answer": "1"} for text in (other, TEXT)]
+    write_task(folder, "own", rows, **{"generation_kwargs": None, "metric_list": None} | settings)
+    assert seen_items(load_tasks(["own"], folder), Seen.of([TEXT])) == {"own": (1,)}
 
 
 def test_a_damaged_file_is_said(tmp_path):

@@ -10,13 +10,14 @@ import pytest
 import torch
 from world import gpt2, interrupt, write_task
 
-from stethoscope.errors import EvaluationError
+from stethoscope.errors import CheckpointError, EvaluationError
 from stethoscope.evaluation import run
 from stethoscope.evaluation import tasks as task_files
 from stethoscope.evaluation.comparison import aa_floor, compare
 from stethoscope.evaluation.names import task_functions
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate, evaluate_checkpoints, load_tasks, weights_hash
+from stethoscope.evaluation.tasks import prompts_hash
 from stethoscope.models.load import load_model
 
 BASE = {"base": nullcontext}
@@ -132,6 +133,9 @@ def test_no_arm_and_no_items_are_refused(stirred_llama, tokenizer, tmp_path):
         evaluate(stirred_llama, tokenizer, {}, ["sums"], out=tmp_path)
     with pytest.raises(EvaluationError, match="`0` items"):
         evaluate(stirred_llama, tokenizer, BASE, ["sums"], out=tmp_path, limit=0)
+    for size in (0, -1):
+        with pytest.raises(EvaluationError, match=f"`{size}` prompts"):
+            evaluate(stirred_llama, tokenizer, BASE, ["sums"], out=tmp_path, batch_size=size)
 
 
 def test_weights_hash_sees_one_element(stirred_llama):
@@ -176,6 +180,9 @@ def test_checkpoints_that_cannot_be_compared_are_refused(checkpoints, make_task,
     GenerationConfig(repetition_penalty=1.2).save_pretrained(checkpoints["edited"])
     with pytest.raises(EvaluationError, match=r"other decoding settings than `base`.*\n.*`edited`"):
         evaluate_checkpoints(checkpoints, ["sums"], **options)
+    (checkpoints["edited"] / "generation_config.json").write_text("{broken")
+    with pytest.raises(CheckpointError, match="generation_config"):
+        evaluate_checkpoints(checkpoints, ["sums"], **options)
     tokenizer.add_tokens(["twenty"])
     tokenizer.save_pretrained(checkpoints["edited"])
     with pytest.raises(EvaluationError, match=r"other tokenizers than `base`.*\n.*`edited`"):
@@ -200,6 +207,22 @@ def test_a_metric_without_aggregation_is_told(make_task):
     task.write_text(task.read_text().replace("OWN", "!function own.t_func"))
     with pytest.raises(EvaluationError, match=r"`own`: .*needs `aggregation`"):
         load_tasks(["own"], folder, task_code=True)
+
+
+@pytest.mark.parametrize("place", ["process_results", "metric_list"])
+def test_outcomes_are_not_kept_when_a_scoring_function_changes(place, make_task):
+    """Not even where the change is in what the named function calls."""
+    folder, found = make_task(), []
+    metric = {"metric": "OWN", "aggregation": "mean", "higher_is_better": True}
+    settings = {"process_results": "OWN"} if place == "process_results" else {"metric_list": [metric]}
+    for value in (0, 0, 1):
+        grade = f"def grade(a):\n    return {value}.0\n\n"
+        (folder / "own.py").write_text(f"{grade}def score(doc, results):\n    return {{'exact_match': grade(doc)}}\n")
+        write_task(folder, "own", [{"problem": "a", "answer": "b"}], **settings)
+        task = folder / "own.yaml"
+        task.write_text(task.read_text().replace("OWN", "!function own.score"))
+        found.append(prompts_hash(load_tasks(["own"], folder, task_code=True)["own"], None, 0))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("place", ["in the file", "included", "in a group", "by its path", "importable"])

@@ -9,7 +9,7 @@ from world import make_tokenizer
 
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation import decoding, harness
-from stethoscope.evaluation.harness import SharedPrefixLM
+from stethoscope.evaluation.harness import SharedPrefixLM, read_journal
 from stethoscope.evaluation.run import load_tasks
 
 
@@ -90,14 +90,14 @@ def test_a_model_that_does_not_fit_is_noticed(stirred_llama, monkeypatch):
     assert not decoding.agrees(stirred_llama, list(range(40)))
 
 
-@pytest.mark.parametrize(
-    ("prompts", "common"), [([[1, 2, 3], [1, 2, 3]], [1, 2]), ([[1, 2], [1, 2, 3, 4]], [1]), ([[4], [5, 6]], [])]
-)
-def test_common_prefix_leaves_a_token_of_each_prompt(prompts, common):
-    assert decoding.common_prefix(prompts) == common
+def test_a_temperature_alone_samples_every_repeat(stirred_llama, tokenizer, decoded):
+    arguments = ("one and", {"until": ["\n"], "temperature": 1.0, "max_gen_toks": 8})
+    repeats = [Instance(request_type="generate_until", doc={}, arguments=arguments, idx=0)] * 4
+    assert len(set(SharedPrefixLM(stirred_llama, tokenizer, batch_size=4).generate_until(repeats))) > 1
+    assert not decoded
 
 
-def test_journal_survives_a_torn_line(stirred_llama, tokenizer, asked, decoded, tmp_path):
+def test_journal_survives_a_torn_line(stirred_llama, tokenizer, asked, decoded, tmp_path, caplog):
     lm = SharedPrefixLM(stirred_llama, tokenizer, batch_size=4)
     lm.journal = tmp_path / "journal.jsonl"
     whole = lm.generate_until(asked)
@@ -109,6 +109,9 @@ def test_journal_survives_a_torn_line(stirred_llama, tokenizer, asked, decoded, 
     assert again.generate_until(asked) == whole
     assert decoded == [4, 4]
     assert sum(seen) == 16
+    caplog.clear()
+    assert read_journal(lm.journal).keys() == again._generations.keys()
+    assert not caplog.records  # the torn batch's first line stands there twice and is sound
 
 
 @pytest.mark.parametrize("shares", [True, False])

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from world import read_lines, write_lines, write_logs, write_task
@@ -10,8 +11,9 @@ from world import read_lines, write_lines, write_logs, write_task
 from stethoscope import cli
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.comparison import compare
-from stethoscope.evaluation.harness_logs import join, read_results
+from stethoscope.evaluation.harness_logs import join, read_results, to_rows
 from stethoscope.evaluation.harness_logs import write_logs as save_logs
+from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate_checkpoints
 from stethoscope.evaluation.tasks import load_tasks
 
@@ -167,9 +169,13 @@ def test_items_that_share_a_source_widen_the_interval(logs, capsys):
     clustered = task["difference"]
     assert (plain["n"], plain["clusters"], clustered["clusters"]) == (64, 64, 16)
     assert clustered["standard_error"] == pytest.approx(2 * plain["standard_error"], rel=0.05)
-    assert "p-values are not" in task["reasons"]["p"]
+    assert (task["mcnemar"], "share sources" in task["reasons"]["p"]) == (None, True)
     code, _, err = run_cli(capsys, "compare", *sources, "--cluster", "chapter")
     assert (code, "the document has no `chapter`" in err) == (2, True)
+    (path,) = logs["edited"].glob("samples_sums_*.jsonl")
+    write_lines(path, [row | {"doc": row["doc"] | {"passage": row["doc_id"] or None}} for row in read_lines(path)])
+    code, _, err = run_cli(capsys, "compare", *sources, "--cluster", "passage")
+    assert (code, "line 1: the document has no `passage`" in err) == (2, True)
 
 
 def test_logs_are_those_of_the_harness(outcomes, written, tmp_path):
@@ -202,6 +208,36 @@ def test_logs_read_back_compare_the_same(outcomes, written, tmp_path):
         told = [{t.task: (t.mcnemar, t.difference) for t in contrast.tasks} for contrast in (found, expected)]
         assert told[0] == told[1]
         assert joined.rows("base", "sums")["extracted"].tolist() == outcomes.rows("base", "sums")["extracted"].tolist()
+
+
+def test_a_long_name_of_a_task_is_kept(outcomes, tmp_path):
+    name = "a task of a (very) long name, " + "x" * 64
+    save_logs(Outcomes(frame=outcomes.frame.assign(task=name).drop_duplicates(["arm", "item"])), tmp_path)
+    assert read_results(tmp_path / "base").tasks == [name]
+
+
+@pytest.mark.parametrize("task", ["minerva_math_algebra", "leaderboard_math_algebra_hard", "putnam_axiom_original"])
+def test_answers_are_sought_in_the_logs_of_tasks_that_extract_while_they_score(task, tmp_path):
+    line = {
+        "doc_id": 0, "doc": {}, "target": "4", "doc_hash": "a", "prompt_hash": "b", "target_hash": "c",
+        "arguments": {"gen_args_0": {"arg_0": "q", "arg_1": {"until": []}}}, "filter": "none",
+        "metrics": ["exact_match"], "exact_match": 0,
+    }  # fmt: skip
+    said = ("I do not know", "Final Answer: The final answer is $4$. I hope it is correct.")
+    log = tmp_path / f"samples_{task}_2025-01-01T00-00-00.000000.jsonl"
+    write_lines(log, [line | {"doc_id": i, "resps": [[s]], "filtered_resps": [s]} for i, s in enumerate(said)])
+    frame = read_results(tmp_path, arm="x").frame
+    assert frame["extracted"].tolist() == [False, True]
+    assert frame["answer"][1].startswith("$4$")
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), 0.5])
+def test_a_metric_may_be_any_scalar(value):
+    sample = {
+        "doc_id": 0, "doc_hash": "a", "prompt_hash": "b", "target": "4", "arguments": [("q", {"until": []})],
+        "resps": [["r"]], "filtered_resps": ["r"], "filter": "none", "metrics": ["own"], "own": value,
+    }  # fmt: skip
+    assert to_rows("base", "t", [sample])["own"].tolist() == [0.5]
 
 
 def test_other_tasks_and_unknown_arms_are_refused(outcomes, written, tmp_path):

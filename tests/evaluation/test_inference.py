@@ -110,6 +110,31 @@ def test_strata_are_resampled_apart():
     assert apart.high - apart.low < 0.3 * (together.high - together.low)
 
 
+def test_clustered_error_in_strata_is_the_bootstraps():
+    rng = np.random.default_rng(0)
+    sizes = np.tile(np.repeat([1, 9], 40), 2)  # sources of one item and of nine, in two strata that differ
+    clusters, strata = np.repeat(np.arange(160), sizes), np.repeat(np.repeat([0, 1], 80), sizes)
+    b = 0.8 * strata + rng.normal(0, 0.05, len(strata))
+    found = paired_difference(np.zeros(len(b)), b, clusters=clusters, strata=strata)
+    assert found.standard_error == pytest.approx((found.high - found.low) / 3.92, rel=0.05)
+
+
+def test_the_t_test_is_welchs_in_two_strata():
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(0.4, 0.1, 8), rng.normal(0.3, 1.0, 8)
+    found = paired_difference(np.zeros(16), np.concatenate([one, two]), strata=np.repeat([0, 1], 8))
+    assert found.p_value == pytest.approx(stats.ttest_ind(one, -two, equal_var=False).pvalue)
+
+
+@pytest.mark.parametrize("labels", [{"clusters": [0, 0, 0, 1, 1, 1]}, {}])
+def test_strata_without_any_spread_have_no_interval(labels):
+    same = labels or {"strata": [0, 0, 0, 1, 1, 1]}
+    b = [1, 1, 0, 0, 0, 0] if labels else [1, 1, 1, 0, 0, 0]
+    found = paired_difference([0] * 6, b, **{"strata": [0, 0, 0, 1, 1, 1]} | same)
+    assert (found.low, found.high, found.p_value) == (None, None, None)
+    assert found.reason
+
+
 def test_ratio_difference_weighs_units_and_agrees_with_scipy():
     by_hand = ratio_difference([2.0, 9.0], [3.0, 9.0], [1, 3])
     assert (by_hand.difference, by_hand.low, by_hand.high) == pytest.approx((0.25, 0.0, 1.0))
@@ -139,6 +164,11 @@ def test_detectable_gain_is_the_published_one_and_has_its_power():
     for discordance in (0.05, 0.0):
         assert smallest_detectable_gain(20, discordance).gain is None
     assert "too few" in smallest_detectable_gain(20, 0.05).reason
+    assert mcnemar_exact(0, 5).p_value > 0.05  # the best that five items can give
+    assert (smallest_detectable_gain(5, 1.0).gain, smallest_detectable_gain(6, 1.0).gain is None) == (None, False)
+    for power, alpha in ((0.02, 0.05), (1.0, 0.05), (0.8, 0.0)):
+        with pytest.raises(EvaluationError, match="power"):
+            smallest_detectable_gain(540, 0.2, power, alpha)
 
 
 @pytest.mark.parametrize(("method", "theirs"), [("holm", "holm"), ("bh", "fdr_bh")])
@@ -161,6 +191,14 @@ def test_non_inferiority_is_a_claim_of_its_own():
     assert noisy.p_value > 0.025
     with pytest.raises(EvaluationError, match="margin"):
         non_inferiority([1], [1], 0.0)
+
+
+def test_few_units_rule_out_no_loss_that_a_t_test_does_not():
+    x, y = np.zeros(3), np.array([-0.02, 0.0, 0.02])
+    reach = float(stats.t.isf(0.025, 2) * stats.sem(y))
+    assert paired_difference(x, y).low > -0.03  # the bootstrap's
+    for margin, shown in ((0.03, False), (reach * 0.999, False), (reach * 1.001, True)):
+        assert non_inferiority(x, y, margin).shown is shown
 
 
 @settings(max_examples=60, deadline=None)
@@ -188,8 +226,18 @@ def test_unpairable_results_are_refused():
     for a, b in [([1, 0], [1]), ([], []), ([np.nan], [1.0])]:
         with pytest.raises(EvaluationError):
             paired_difference(a, b)
-    with pytest.raises(EvaluationError, match="score interval"):
-        paired_difference([0.5], [1], method="score")
+    for a, options in [
+        ([0.5, 1.0], {"method": "score"}),
+        ([0.0, 1.0], {"method": "score", "clusters": [0, 1]}),
+        ([0.0, 1.0], {"method": "score", "strata": [0, 1]}),
+    ]:
+        with pytest.raises(EvaluationError, match=f"no interval by `{options['method']}`"):
+            paired_difference(a, [1, 0], **options)
+    for confidence in (95.0, 0.0, 1.0, -0.5):
+        for call in (paired_difference, non_inferiority, ratio_difference):
+            third = [] if call is paired_difference else [0.02] if call is non_inferiority else [[1, 1]]
+            with pytest.raises(EvaluationError, match=f"`{confidence}`"):
+                call([1, 0], [0, 1], *third, confidence=confidence)
 
 
 def test_levels_hold_in_simulation():

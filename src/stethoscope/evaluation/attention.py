@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, DynamicLayer
 
 _NAME = "stethoscope_shared_prefix"
 _STEP = 32  # columns by which buffers grow
@@ -21,10 +21,9 @@ _STEP = 32  # columns by which buffers grow
 States = tuple[Float[Tensor, "kv prefix head"], Float[Tensor, "kv prefix head_v"]]
 
 
-class OwnLayer(CacheLayerMixin):
+class OwnLayer(DynamicLayer):
     """One layer's keys and values of what items do not share, [kv, rows, capacity, head], and the prefix's."""
 
-    is_sliding = False
     keys: Tensor
     values: Tensor
 
@@ -56,14 +55,8 @@ class OwnLayer(CacheLayerMixin):
         """Drop all other rows of the batch."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
     def get_seq_length(self) -> int:
         return self.length
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 _CACHE: ContextVar[Cache] = ContextVar("cache of the batch being decoded")

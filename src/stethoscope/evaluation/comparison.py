@@ -21,13 +21,7 @@ from stethoscope.evaluation.inference import (
     unpaired_z,
 )
 from stethoscope.evaluation.outcomes import SOURCE, Outcomes, PerDocument
-from stethoscope.results.comparison import (
-    Comparison,
-    Contrast,
-    Flips,
-    NoiseFloor,
-    TaskContrast,
-)
+from stethoscope.results.comparison import Comparison, Contrast, Flips, NoiseFloor, TaskContrast
 from stethoscope.results.paired import PairedDifference
 from stethoscope.results.scale import SHARE, Scale
 
@@ -77,7 +71,7 @@ def compare(
         EvaluationError: arms that met other items, or names that are not there.
     """
     outcomes.check_comparable()
-    arms, tasks = outcomes.arms, list(family) if family is not None else outcomes.tasks
+    arms, tasks = outcomes.arms, list(dict.fromkeys(outcomes.tasks if family is None else family))
     twice = {again: arm for again in arms if (arm := again.removesuffix(AGAIN)) != again and arm in arms}
     if pairs is None:
         pairs = _default_pairs([arm for arm in arms if arm not in twice], baseline)
@@ -129,7 +123,7 @@ def aa_floor(outcomes: Outcomes, arm: str, again: str, *, metric: str | None = N
     for task in outcomes.tasks:
         one, two = outcomes.rows(arm, task), outcomes.rows(again, task)
         name = metric or outcomes.metric_of(task)
-        changed, n = int((one[name] != two[name]).sum()), len(one)
+        changed, n = len(one[name].compare(two[name])), len(one)
         low, high = stats.binomtest(changed, n).proportion_ci(0.95, method="exact")
         kept = bool(one["response"].notna().all() and two["response"].notna().all())
         floors.append(
@@ -169,37 +163,32 @@ class _Pair:
         if scale.higher_is_better is False:  # turned, so that more is better in all that follows
             x, y = (1 - x, 1 - y) if scale.is_share else (-x, -y)
         sources, n = _sources(rows_a), len(x)
-        binary = np.isin(np.concatenate([x, y]), (0, 1)).all()
-        method: Literal["bootstrap", "score"] = "score" if binary and sources is None else "bootstrap"
-        drawn = {**self._bootstrap, "clusters": sources}  # the second interval goes on where the first one stopped
-        difference = paired_difference(x, y, method=method, **drawn)
+        unfit = "" if np.isin([x, y], (0, 1)).all() else f"`{metric}` is not 0 or 1 for every item"
+        why = unfit or ("" if sources is None else "items share sources")  # no exact test fits
+        method: Literal["bootstrap", "score"] = "bootstrap" if why else "score"
+        difference = paired_difference(x, y, method=method, clusters=sources, **self._bootstrap)
+        limit = margins.get(task, margin if scale.is_share else None)
+        flips = None if unfit or "," in metric else _flips(rows_a, rows_b, x, y)
+        unknown = "only the first filter's extraction is recorded" if "," in metric else "no extraction is recorded"
+        reasons = {} if flips else {"flips": unfit or unknown}
         found: dict[str, Any] = {
             "task": task, "metric": metric, "scale": scale, "n": n, "accuracy_a": means[0], "accuracy_b": means[1],
-            "difference": difference,
-            "non_inferiority": non_inferiority(x, y, margins.get(task, margin if scale.is_share else None), **drawn),
+            "difference": difference, "flips": flips, "reasons": reasons,
+            "non_inferiority": non_inferiority(x, y, limit, clusters=sources, **self._bootstrap),
         }  # fmt: skip
-        if not binary:
-            why = f"`{metric}` is not 0 or 1 for every item"
-            names = ("unpaired", "mcnemar", "smallest_detectable_gain", "flips")
-            missing, p, how = dict.fromkeys(names), None, {"p_adjusted": "all items differ alike"}
-            if error := difference.standard_error:
-                p = float(2 * stats.t.sf(abs(difference.difference) / error, difference.clusters - 1))
-                how = {"p": f"of a paired t-test, as {why}"}
-            return found | missing | {"p_value": p, "reasons": dict.fromkeys(names, why) | how}
+        if why:
+            lacking, p = ("unpaired", "mcnemar", "smallest_detectable_gain"), difference.p_value
+            reasons |= dict.fromkeys(lacking, why)
+            reasons |= {"p_adjusted": str(difference.reason)} if p is None else {"p": f"of a paired t-test, as {why}"}
+            return found | dict.fromkeys(lacking) | {"p_value": p}
         detectable = smallest_detectable_gain(n, float((x != y).mean()), alpha=self.alpha)
-        flips = _flips(rows_a, rows_b, x, y)
-        reasons = {
-            "smallest_detectable_gain": detectable.reason,
-            "flips": None if flips else "no extraction is recorded",
-            "p": None if sources is None else "items share sources: intervals are clustered by them, p-values are not",
-        }
+        if detectable.reason:
+            reasons["smallest_detectable_gain"] = detectable.reason
         return found | {
             "unpaired": unpaired_z(int(x.sum()), n, int(y.sum()), n),
             "mcnemar": (test := mcnemar_exact(int((x > y).sum()), int((y > x).sum()))),
             "p_value": test.p_value,
             "smallest_detectable_gain": detectable.gain,
-            "flips": flips,
-            "reasons": {name: reason for name, reason in reasons.items() if reason},
         }
 
     def pooled(self, family: Sequence[TaskContrast]) -> dict[str, Any]:
@@ -212,8 +201,9 @@ class _Pair:
             np.concatenate([sign * r[t.metric] for r, t, sign in zip(own, family, signs, strict=True)])
             for own in rows.values()
         )
-        known = [labels for own in rows[self.a] if (labels := _sources(own)) is not None]
-        sources = np.concatenate(known) if len(known) == len(family) else None
+        known = [(_sources(own), own["item"].to_numpy(dtype=np.str_)) for own in rows[self.a]]
+        shared = any(labels is not None for labels, _ in known)  # an item without a source is one of its own
+        sources = np.concatenate([own if labels is None else labels for labels, own in known]) if shared else None
         strata = np.repeat(np.arange(len(family)), [t.n for t in family])
         tests = [t.mcnemar for t in family if t.mcnemar]
         exact = mcnemar_exact(sum(m.b for m in tests), sum(m.c for m in tests)) if len(tests) == len(family) else None
@@ -288,16 +278,22 @@ def _overall_verdict(contrast: Contrast, *, margin: float, alpha: float) -> str:
     better = sum(t.task in contrast.improved for t in contrast.family)
     differs = contrast.significant(alpha)
     gain = f"{contrast.gain} over {tested}"
-    if better or (differs and pooled.difference > 0):
+    if pooled.low is not None and differs != (pooled.above or pooled.below):
+        gain += ", an interval that the test does not bear out"
+    if better and pooled.difference <= 0:
+        words = f"Mixed: `{b}` against `{a}` gives {gain}, but is significantly better on {listed(contrast.improved)}"
+        words += f" and worse on {worsened}" if worsened else ""
+    elif better or (differs and pooled.difference > 0):
         if worsened:
             words = f"Mixed: `{b}` against `{a}` gains {gain}, but is significantly worse on {worsened}"
         else:
             where = f"significantly in {better} of them" if better else "though significantly in no single one"
             words = f"`{b}` beats `{a}` by {gain}, {where}"
-    elif worsened or (differs and pooled.difference < 0):
+    elif differs or (worsened and pooled.difference <= 0):
         words = f"`{b}` is worse than `{a}`: {gain}" + (f", significantly on {worsened}" if worsened else "")
     else:
         words = f"No evidence of benefit: `{b}` against `{a}` gives {gain}"
+        words += f", and is significantly worse on {worsened}" if worsened else ""
     bounded = [t for t in contrast.tasks if t.non_inferiority.margin is not None]
     everywhere = all(t.scale.is_share and t.non_inferiority.margin == margin for t in bounded)
     bound = f"a loss of {100 * margin:g} points" if everywhere else "a loss of its margin"
@@ -308,7 +304,8 @@ def _overall_verdict(contrast: Contrast, *, margin: float, alpha: float) -> str:
     measured = contrast.target_loss, contrast.loss, contrast.divergence
     for what, change in zip(("target loss", "control loss", "divergence from the base"), measured, strict=True):
         if change is not None:
-            words += f"; {what} {change.difference:+.3f} nats per token{_in_brackets(change)}"
+            words += f"; {what} {change.difference:+.3f} nats per token"
+            words += "" if change.low is None else f" ({change.text('+.3f')})"
     if unknown:
         which = listed(f"`{t.metric}` of {t.task}" for t in unknown)
         words += f"; whether more is better is not known of {which}, and is taken to be so"
@@ -318,7 +315,7 @@ def _overall_verdict(contrast: Contrast, *, margin: float, alpha: float) -> str:
 def _task_verdict(task: TaskContrast, a: str, b: str, alpha: float) -> str:
     """One sentence on one task: do the arms differ, and is a loss of the margin ruled out."""
     difference, bound, scale = task.difference, task.non_inferiority, task.scale
-    differs = difference.above or difference.below if task.p_adjusted is None else task.p_adjusted < alpha
+    differs = task.p_adjusted is not None and task.p_adjusted < alpha
     p = "" if task.p_adjusted is None else f", adjusted p = {p_value(task.p_adjusted)}"
     known = {True: "", False: ", lower is better", None: ", if more is better"}[scale.higher_is_better]
     gain = f"({scale.words(difference.difference)}{known}{p})"
@@ -332,7 +329,3 @@ def _task_verdict(task: TaskContrast, a: str, b: str, alpha: float) -> str:
     if bound.shown is None:
         return f"{words}; whether {margin} ruled out is not defined: {bound.reason}."
     return f"{words}; {margin}{'' if bound.shown else ' not'} ruled out."
-
-
-def _in_brackets(change: PairedDifference) -> str:
-    return "" if change.low is None or change.high is None else f" ({change.text('+.3f')})"

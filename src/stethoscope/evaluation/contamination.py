@@ -101,9 +101,11 @@ def refuse_seen(found: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _question(task: "Task", document: Mapping[str, Any]) -> str:
-    """What an item asks: the longest of its fields that stands in its prompt, else the prompt itself."""
-    prompt = str(task.doc_to_text(document))
-    fields = (value.strip() for value in document.values() if isinstance(value, str))
+    """What an item asks: the longest field that stands in its prompt, else the prompt; without one, the longest."""
+    prompt = task.doc_to_text(document)
+    fields = [value.strip() for value in document.values() if isinstance(value, str)]
+    if not isinstance(prompt, str) or not prompt.strip():  # the number of a choice; a whole text
+        return max(fields, key=len, default="")
     return max((field for field in fields if field and field in prompt), key=len, default=prompt)
 
 

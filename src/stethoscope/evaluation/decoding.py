@@ -40,14 +40,6 @@ def can_share(model: PreTrainedModel, longest: int) -> bool:
     )
 
 
-def common_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """Longest run of tokens that all prompts begin with, short of the last token of the shortest."""
-    low, high = min(map(list, prompts)), max(map(list, prompts))
-    size = min(len(prompt) for prompt in prompts) - 1
-    shared = next((i for i in range(size) if low[i] != high[i]), size)
-    return list(low[:shared])
-
-
 @torch.no_grad()
 def encode_prefix(model: PreTrainedModel, tokens: list[int]) -> Prefix:
     """Run the model over the shared tokens once and keep its keys and values."""
@@ -140,11 +132,7 @@ def _layers(model: PreTrainedModel) -> int:
 
 
 def _last_logits(
-    model: PreTrainedModel,
-    cache: Cache,
-    tokens: Int[Tensor, "rows new"],
-    padding: Int[Tensor, " rows"],
-    shared: int,
+    model: PreTrainedModel, cache: Cache, tokens: Int[Tensor, "rows new"], padding: Int[Tensor, " rows"], shared: int
 ) -> Float[Tensor, "rows vocabulary"]:
     """Logits after the last of some new tokens, of which, and of those in the cache, the first ones may be padding."""
     first = cache.get_seq_length()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_text
 from stethoscope.errors import EvaluationError
-from stethoscope.evaluation.decoding import Prefix, agrees, can_share, common_prefix, decode_greedily, encode_prefix
+from stethoscope.evaluation.decoding import Prefix, agrees, can_share, decode_greedily, encode_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Responses of the requests, in their order; equal prompts are generated once unless sampled."""
-        if any(request.args[1].get("do_sample") for request in requests):
+        if any(normalize_gen_kwargs(dict(request.args[1]))["do_sample"] for request in requests):
             return super().generate_until(requests, disable_tqdm=True)
         self._generations = read_journal(self.journal) if self.journal else {}
         groups: dict[str, list[Instance]] = {}
@@ -124,7 +125,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             self.on_items(known)
         plain = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("temperature")
         shares = bool(todo) and plain and self._shares(prompts[order[0]], limit)
-        prefix = encode_prefix(self.model, common_prefix(list(prompts.values()))) if shares else None
+        every = list(prompts.values())
+        shared = commonprefix(every)[: min(map(len, every)) - 1]  # noqa: RUF071 - of lists; each prompt goes on
+        prefix = encode_prefix(self.model, shared) if shares else None
         for batch in todo:
             tokens = [prompts[key] for key in batch]
             if prefix:
@@ -188,8 +191,8 @@ def read_journal(path: Path) -> dict[str, Generation]:
             entry = json.loads(line)
             if line == journal_line({name: value for name, value in entry.items() if name != "check"}).encode():
                 found[line] = entry
-    if len(found) < len(lines):
-        logger.warning("%d lines of `%s` are damaged: these answers are made again", len(lines) - len(found), path)
+    if damaged := len(set(lines)) - len(found):
+        logger.warning("%d lines of `%s` are damaged: these answers are made again", damaged, path)
         write_text(path, b"".join(found).decode())
     return {e["key"]: Generation(**{n: v for n, v in e.items() if n not in ("key", "check")}) for e in found.values()}
 

@@ -30,7 +30,7 @@ _NO_ANSWER = frozenset(("", "[invalid]", "[invalidanswer]"))
 _LOG = re.compile(r"samples_(?P<task>.+)_(?P<time>\d{4}-\d{2}-\d{2}T[\d.\-]+)\.jsonl")
 _NEEDED = ("doc_id", "doc_hash", "prompt_hash", "target", "resps", "filtered_resps", "filter", "metrics", "arguments")
 # Tasks that extract inside their scoring function, out of the filters' sight: the whole response is logged as filtered.
-_UNFILTERED = "minerva_math"
+_UNFILTERED = {"minerva_math": "minerva_math", "leaderboard_math": "leaderboard.math", "putnam_axiom": "putnam_axiom"}
 
 Sample = Mapping[str, Any]
 
@@ -69,7 +69,7 @@ def _value(metric: str, value: Any) -> float | None:
     """
     if metric in LIKELIHOODS and isinstance(value, Sequence) and value[1]:
         return -float(value[0]) / value[1] / (math.log(2) if metric == "bits_per_byte" else 1)
-    return float(value) if isinstance(value, (int, float)) else None
+    return float(value) if isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0 else None
 
 
 def _describe(sample: Sample, extract: Callable[..., str] | None, generation: Callable[..., Any] | None) -> Sample:
@@ -207,7 +207,7 @@ def _read_log(path: Path, task: str, arm: str, source: str | None) -> pd.DataFra
             problems.append(f"{where}: not JSON ({sample})")
         elif lacking := [name for name in _NEEDED if name not in have]:
             problems.append(f"{where}: lacks {', '.join(f'`{name}`' for name in lacking)}")
-        elif source is not None and source not in (have.get("doc") or {}):
+        elif source is not None and (have.get("doc") or {}).get(source) is None:
             problems.append(f"{where}: the document has no `{source}`")
         else:
             samples.append(sample)
@@ -218,8 +218,8 @@ def _read_log(path: Path, task: str, arm: str, source: str | None) -> pd.DataFra
             hint="give what `lm_eval --log_samples --output_path DIR` wrote",
         )
     extract = None
-    if task.startswith(_UNFILTERED):
-        extract = importlib.import_module("lm_eval.tasks.minerva_math.utils").get_unnormalized_answer
+    if folder := next((folder for begin, folder in _UNFILTERED.items() if task.startswith(begin)), None):
+        extract = importlib.import_module(f"lm_eval.tasks.{folder}.utils").get_unnormalized_answer
     rows = to_rows(arm, task, samples, extract=extract)
     if source is not None:
         rows[SOURCE] = rows["item"].map({sample["doc_id"]: str(sample["doc"][source]) for sample in samples})
@@ -268,7 +268,8 @@ def write_logs(
                 for row in outcomes.rows(arm, name).to_dict("records")
                 for sample in _samples(row, outcomes.metrics, first, asked.get(row["item"]))
             ]
-            path = out / file_name(arm) / f"samples_{file_name(name)}_{time}.jsonl"
+            named = name if Path(name).name == name else file_name(name)  # lm_eval keeps it, and so does reading it
+            path = out / file_name(arm) / f"samples_{named}_{time}.jsonl"
             write_text(path, "".join(lines))
             written.append(path)
     for arm in chosen if DIRECTIONS in outcomes.provenance else ():
@@ -288,7 +289,7 @@ def _samples(
         )
     doc, arguments = asked or ({}, [("", {} if generated else "")])
     resps = [[row["response"]]] if generated else json.loads(row["response"])
-    answer = row["response" if row["task"].startswith(_UNFILTERED) else "answer"]
+    answer = row["response" if row["task"].startswith(tuple(_UNFILTERED)) else "answer"]
     filtered = [answer] if generated else [several[0] for several in resps]
     by_filter: dict[str, dict[str, float]] = {}
     for column in metrics:

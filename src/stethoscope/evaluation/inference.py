@@ -56,7 +56,7 @@ def unpaired_z(k_a: int, n_a: int, k_b: int, n_b: int) -> UnpairedZ:
     else:
         statistic = (b - a) / variance**0.5
         p_value = float(2 * stats.norm.sf(abs(statistic)))
-    return UnpairedZ(share_a=a, share_b=b, difference=b - a, statistic=statistic, p_value=p_value, reason=reason)
+    return UnpairedZ(statistic=statistic, p_value=p_value, reason=reason)
 
 
 def mcnemar_exact(b: int, c: int) -> McNemar:
@@ -93,19 +93,19 @@ def paired_difference(
         clusters: labels of items that share a source, shape [items]; the error is clustered too (arXiv 2411.00640).
         strata: labels within which items are resampled, shape [items]; a task, say.
     """
-    x, y = _paired(a, b)
+    x, y = _paired(a, b, confidence)
     labels = [None if given is None else np.asarray(given) for given in (clusters, strata)]
     if bad := [label.shape for label in labels if label is not None and label.shape != x.shape]:
         raise EvaluationError(f"`{len(x)}` items but labels of shape `{bad[0]}`")
     units = _sum_by_cluster(y - x, *labels)
     if method == "bootstrap":
         ends = _bootstrap(units, confidence, resamples, rng)
-    elif labels == [None, None] and np.isin([x, y], (0, 1)).all():
+    elif method == "score" and clusters is None and strata is None and np.isin([x, y], (0, 1)).all():
         ends = (*_score_interval(int((y < x).sum()), int((y > x).sum()), len(x), confidence), None)
     else:
         raise EvaluationError(
-            "the score interval needs results of 0 and 1, and neither clusters nor strata",
-            hint="use `method='bootstrap'`",
+            f"there is no interval by `{method}` for these results",
+            hint="`bootstrap` is for all; `score` for results of 0 and 1, with neither clusters nor strata",
         )
     return _difference(len(x), float((y - x).mean()), units, confidence, method, ends)
 
@@ -125,7 +125,7 @@ def ratio_difference(
         totals_a, totals_b: each unit's total under either arm, shape [units].
         weights: each unit's weight (its tokens), shape [units]; positive.
     """
-    x, y = _paired(totals_a, totals_b)
+    x, y = _paired(totals_a, totals_b, confidence)
     sizes = np.asarray(weights, dtype=np.float64)
     if sizes.shape != x.shape or not (sizes > 0).all():
         raise EvaluationError("every unit needs one positive weight")
@@ -146,17 +146,20 @@ def non_inferiority(
     """Is b shown not to be worse than a by ``margin``: is the interval's lower end above -margin?
 
     Results of 0 and 1 without clusters use Tango's score test, which is defined even where the arms agree on
-    every item; all else the bootstrap, without a p-value. Arguments are as for `paired_difference`; ``margin`` is
-    positive and in the results' unit, and the one-sided level is (1 - confidence) / 2. Without a margin nothing is
-    shown, and the smallest one that could be is found.
+    every item; all else the lower of the bootstrap's end and a t-test's, without a p-value. Arguments are as for
+    `paired_difference`; ``margin`` is positive and in the results' unit, and the one-sided level is
+    (1 - confidence) / 2. Without a margin nothing is shown, and the smallest one that could be is found.
     """
     if margin is not None and not margin > 0:
         raise EvaluationError(f"the margin `{margin}` is not positive", hint="0.02 stands for 2 points")
-    x, y = _paired(a, b)
+    x, y = _paired(a, b, confidence)
     binary = clusters is None and bool(np.isin([x, y], (0, 1)).all())
     method: Literal["bootstrap", "score"] = "score" if binary else "bootstrap"
     found = paired_difference(x, y, confidence=confidence, method=method, rng=rng, clusters=clusters)
     low, p_value = found.low, None
+    if not binary and low is not None and found.standard_error:  # of few units the bootstrap's end is too near
+        reach = float(stats.t.isf((1 - confidence) / 2, found.clusters - 1))
+        low = min(low, found.difference - reach * found.standard_error)
     if binary and margin is not None and margin < 1:
         p_value = float(stats.norm.sf(score_statistic(int((y < x).sum()), int((y > x).sum()), len(x), -margin)))
     return NonInferiority(
@@ -176,6 +179,8 @@ def smallest_detectable_gain(n: int, discordance: float, power: float = 0.8, alp
     z_alpha, z_power = stats.norm.isf(alpha / 2), stats.norm.isf(1 - power)
     if not (0 <= discordance <= 1 and n >= 1):
         raise EvaluationError(f"`{n}` items with discordance `{discordance}` cannot be")
+    if not 0 < alpha / 2 < power < 1:
+        raise EvaluationError(f"no test of level `{alpha}` has the power `{power}`", hint="0.05 and 0.8 are usual")
 
     def shortfall(d: float) -> float:
         spread = z_alpha * discordance**0.5 + z_power * max(discordance - d * d, 0.0) ** 0.5
@@ -183,7 +188,7 @@ def smallest_detectable_gain(n: int, discordance: float, power: float = 0.8, alp
 
     if discordance == 0:
         return DetectableGain(None, f"{_NO_FLIP}, so their discordance is not known")
-    if shortfall(discordance) < 0:
+    if shortfall(discordance) < 0 or 0.5 ** (n - 1) >= alpha:  # the exact test's least p-value
         return DetectableGain(None, "too few items: even a gain on every item that differs would be missed")
     return DetectableGain(float(optimize.brentq(shortfall, 0.0, discordance)))
 
@@ -235,7 +240,9 @@ def _score_interval(worse: int, better: int, n: int, confidence: float) -> tuple
     return end(1), end(-1)
 
 
-def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:
+def _paired(a: ArrayLike, b: ArrayLike, confidence: float) -> tuple[Floats, Floats]:
+    if not 0 < confidence < 1:
+        raise EvaluationError(f"the confidence `{confidence}` is not between 0 and 1", hint="it is 0.95 at level 0.05")
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape or not len(x):
         raise EvaluationError(f"results of shapes `{x.shape}` and `{y.shape}` cannot be paired")
@@ -260,7 +267,7 @@ def _bootstrap(units: _Units, confidence: float, resamples: int, rng: np.random.
     sums, sizes, groups = units
     if len(sums) < 2:
         return None, None, "one unit cannot be resampled"
-    if len(np.unique(sums / sizes)) == 1:
+    if np.unique(np.stack([groups, sums / sizes]), axis=1).shape[1] == len(np.unique(groups)):
         return None, None, "every unit has the same difference, which a bootstrap cannot tell from certainty"
     rng = rng or np.random.default_rng(0)
     top, bottom = np.zeros(resamples), np.zeros(resamples)
@@ -281,15 +288,21 @@ def _bootstrap(units: _Units, confidence: float, resamples: int, rng: np.random.
 def _difference(
     n: int, difference: float, units: _Units, confidence: float, method: str, ends: _Ends
 ) -> PairedDifference:
-    """The standard error is that of sum(sums) / sum(sizes); None where a group has a single unit."""
-    variance = 0.0
-    for group in np.unique(units.groups):
-        sums, sizes = (values[units.groups == group] for values in (units.sums, units.sizes))
-        residual, count = sums - sizes * sums.sum() / sizes.sum(), len(sums)
-        variance += float((residual**2).sum()) * count / (count - 1) if count > 1 else np.nan
-    low, high, reason = ends
+    """The standard error is that of sum(sums) / sum(sizes); None where a group has a single unit.
+
+    The t-test has the degrees of freedom of Welch and Satterthwaite, as groups may vary unlike.
+    """
+    residual = units.sums - units.sizes * (units.sums.sum() / units.sizes.sum())
+    parts = [residual[units.groups == group] for group in np.unique(units.groups)]
+    free = np.array([len(part) - 1 for part in parts])
+    variances = np.array([len(part) * part.var(ddof=1) if len(part) > 1 else np.nan for part in parts])
+    error = float(variances.sum() ** 0.5 / units.sizes.sum())
+    (low, high, reason), p_value = ends, None
+    if method == "bootstrap" and low is not None and error > 0:
+        freedom = variances.sum() ** 2 / (variances**2 / free).sum()
+        p_value = float(2 * stats.t.sf(abs(difference) / error, freedom))
     return PairedDifference(
         n=n, clusters=len(units.sums), difference=difference, low=low, high=high,
-        standard_error=None if np.isnan(variance) else float(variance**0.5 / float(units.sizes.sum())),
-        confidence=confidence, method=method, reason=reason,
+        standard_error=None if np.isnan(error) else error,
+        confidence=confidence, method=method, reason=reason, p_value=p_value,
     )  # fmt: skip

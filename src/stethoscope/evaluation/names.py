@@ -4,6 +4,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from os.path import isfile
 from pathlib import Path
 
 # `task: gsm8k`, `"group": "mmlu"`, `tag: [a, b]`, and `tag:` with its names on the lines below; a group's own list of
@@ -21,7 +22,7 @@ def unknown_tasks(names: Sequence[str], include_path: Path | None = None) -> dic
     Returns:
         those by name, each with known names that are close to it.
     """
-    missing = [name for name in names if not _is_file(name)]
+    missing = [name for name in names if not isfile(name)]  # noqa: PTH113 - a Path raises for a long name
     known = _named(include_path.rglob("*.yaml")) if include_path is not None else set()
     # Most tasks lie in a folder called as they begin, or in `benchmarks`; to read all 14,000 files takes a second.
     starts = {"benchmarks", *(re.split(r"[_-]", name)[0] for name in missing)}
@@ -34,20 +35,13 @@ def unknown_tasks(names: Sequence[str], include_path: Path | None = None) -> dic
     return {name: get_close_matches(name, known, n=3) for name in missing}
 
 
-def _is_file(name: str) -> bool:
-    try:
-        return Path(name).is_file()
-    except OSError:  # no file can be called so
-        return False
-
-
 def task_functions(names: Sequence[str], include_path: Path | None = None) -> dict[str, list[str]]:
     """Python functions (`!function`) in the files of tasks that are not the harness' own, and in what those include.
 
     Returns:
         their names by file. A group's tasks are not followed.
     """
-    files = [Path(name) for name in names if _is_file(name)]
+    files = [Path(name) for name in names if isfile(name)]  # noqa: PTH113
     if include_path is not None:
         files += [path for path in sorted(include_path.rglob("*.yaml")) if _named([path]) & set(names)]
     found: dict[Path, list[str]] = {}

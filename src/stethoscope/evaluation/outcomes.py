@@ -56,6 +56,8 @@ class Outcomes(Display):
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not len(self.frame):
+            raise EvaluationError("these outcomes hold no item", hint="evaluate again")
         if missing := [name for name in (*KEYS, *DETAILS) if name not in self.frame]:
             raise EvaluationError(
                 "these outcomes lack columns", problems=missing, hint="were they written by `stethoscope evaluate`?"
@@ -151,7 +153,7 @@ class Outcomes(Display):
 
         Returns:
             columns task, arm, metric, n, correct, accuracy, extracted and truncated (shares), accuracy_extracted (among
-            the extracted), generated_tokens (mean).
+            the extracted, of the first filter's metrics), generated_tokens (mean).
         """
         table = []
         for (task, arm), rows in self.frame.groupby(["task", "arm"], sort=False):
@@ -162,7 +164,7 @@ class Outcomes(Display):
                 "task": task, "arm": arm, "metric": name, "n": len(rows),
                 "correct": values.sum(), "accuracy": values.mean(),
                 "extracted": rows["extracted"].mean(), "truncated": rows["truncated"].mean(),
-                "accuracy_extracted": values[found].mean() if found.any() else None,
+                "accuracy_extracted": values[found].mean() if found.any() and "," not in name else None,
                 "generated_tokens": rows["generated_tokens"].mean(),
             })  # fmt: skip
         return pd.DataFrame(table)
@@ -172,21 +174,21 @@ class Outcomes(Display):
         return self.frame.copy()
 
     def plot(self, *, metric: str | None = None, width: int = 480) -> Any:
-        """Every arm on each task, shares with an exact 95 % interval, an Altair chart ``width`` pixels wide.
+        """Every arm on each task, shares of items with an exact 95 % interval, an Altair chart ``width`` pixels wide.
 
         Args:
-            metric: as for `accuracy`.
+            metric: as for `accuracy`; tasks without it are left out.
         """
         import altair as alt
 
         from stethoscope.charts.style import COLOURS, configured, tips, title
 
-        table = self.accuracy(metric)
+        table = self.accuracy(metric).dropna(subset="accuracy", ignore_index=True)
         scales = {task: self.scale(task, metric) for task in self.tasks}
         found = [scales[task] for task in table["task"]]
         table[["low", "high"]] = [
-            _exact_interval(k, n) if scale.is_share else (k / n, k / n)
-            for k, n, scale in zip(table["correct"], table["n"], found, strict=True)
+            _exact_interval(self.rows(arm, task)[name])
+            for arm, task, name in zip(table["arm"], table["task"], table["metric"], strict=True)
         ]
         values = ["accuracy", "low", "high"]
         table[values] = table[values].mul([scale.factor for scale in found], axis=0)
@@ -258,9 +260,9 @@ def _items(numbers: Any) -> str:
     return f"{len(numbers)} items ({first_of(list(numbers), 5)})"
 
 
-def _exact_interval(correct: float, n: int) -> tuple[float, float]:
-    """Clopper and Pearson's, as shares; the share itself twice where items have parts of a point."""
-    if correct != round(correct):
-        return correct / n, correct / n
-    found = stats.binomtest(round(correct), n).proportion_ci()
+def _exact_interval(results: pd.Series) -> tuple[float, float]:
+    """Clopper and Pearson's; the mean itself twice where results are not all 0 or 1."""
+    if not results.isin((0, 1)).all():
+        return results.mean(), results.mean()
+    found = stats.binomtest(int(results.sum()), len(results)).proportion_ci()
     return float(found.low), float(found.high)

@@ -27,7 +27,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from stethoscope.artifacts import canonical_json, file_name, kept_for_one, sha256_bytes, sha256_files
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
-from stethoscope.errors import EvaluationError
+from stethoscope.errors import CheckpointError, EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.harness_logs import to_rows
 from stethoscope.evaluation.outcomes import DIRECTIONS, Outcomes
@@ -108,7 +108,7 @@ def evaluate(
         runner.open(arm)
         return weights_hash(loaded())
 
-    _check(arms, limit)
+    _check(arms, limit, batch_size)
     build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
     setup = partial(_set_up_worker, arms=arms, build=build, batch_size=batch_size, limit=limit, seed=seed)
     firsts: dict[str, str] = {}
@@ -154,7 +154,7 @@ def evaluate_checkpoints(
         CheckpointError: a checkpoint cannot be opened.
         StethoscopeError: another process works in ``out``.
     """
-    _check(checkpoints, limit)
+    _check(checkpoints, limit, batch_size)
     if backend == "vllm" and executor:
         raise EvaluationError("workers decode by `hf`", hint="vLLM spreads over GPUs itself: leave out `--ray`")
     if backend == "vllm" and find_spec("vllm") is None:
@@ -370,11 +370,13 @@ def _stored(path: Path, key: str) -> pd.DataFrame | None:
     return None
 
 
-def _check(arms: Mapping[str, Any], limit: int | None) -> None:
+def _check(arms: Mapping[str, Any], limit: int | None, batch_size: int) -> None:
     if not arms:
         raise EvaluationError("there is no arm to evaluate", hint="`{'base': contextlib.nullcontext}` is the least")
     if limit is not None and limit < 1:
         raise EvaluationError(f"the limit of `{limit}` items leaves nothing to evaluate")
+    if batch_size < 1:
+        raise EvaluationError(f"a batch of `{batch_size}` prompts cannot be decoded", hint="the least is 1")
 
 
 def _check_alike(what: str, found: Mapping[str, str], hint: str) -> None:
@@ -395,5 +397,8 @@ def _decoding(folder: Path) -> str:
     """The generation settings of a checkpoint that change what greedy decoding writes, end tokens aside."""
     if not (folder / "generation_config.json").exists():
         return "{}"
-    changed = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    try:
+        changed = GenerationConfig.from_pretrained(folder).to_diff_dict()
+    except OSError as error:
+        raise CheckpointError(f"`{folder / 'generation_config.json'}` cannot be read: {error}") from error
     return canonical_json({name: value for name, value in changed.items() if value and name not in HARMLESS})

@@ -5,10 +5,11 @@ in the MATH schema instead of the hub.
 """
 
 import functools
+import inspect
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager, _yaml_loader
 
-from stethoscope.artifacts import sha256_bytes
+from stethoscope.artifacts import sha256_bytes, sha256_files
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.names import unknown_tasks
 from stethoscope.text.documents import json_lines
@@ -155,8 +156,22 @@ def prompts_hash(task: Task, limit: int | None, seed: int) -> str:
     task.set_fewshot_seed(seed=seed)
     task.build_all_requests(limit=limit)
     settings = {name: value for name, value in task.dump_config().items() if name != "custom_dataset"}
+    settings |= {"code": sha256_files(files)} if (files := _own_code(task)) else {}
     asked = [[i.args, i.doc] for i in task.instances]
     return sha256_bytes(json.dumps([settings, asked], sort_keys=True, default=plain).encode())
+
+
+def _own_code(task: Task) -> set[Path]:
+    """The files of a task's Python functions that are not the harness' own."""
+    found: set[Path] = set()
+
+    def note(value: Any) -> None:
+        with suppress(TypeError, OSError):  # what is built in has no file
+            found.add(Path(inspect.getfile(value)).resolve())
+
+    settings = task.config.to_dict(keep_callable=True) | {"custom_dataset": None}
+    json.dumps([type(task), settings], default=note)
+    return {path for path in found if _TEMPLATES.parents[1].resolve() not in path.parents}
 
 
 @contextmanager

@@ -37,7 +37,8 @@ class TaskContrast:
 
     ``accuracy_a`` and ``accuracy_b`` are means of the metric, whose unit and direction ``scale`` has. All else is of
     gains: a positive ``difference`` means that b is better, even if less is better. The p-value is McNemar's, or a
-    paired t-test's where results are not 0 or 1. ``reasons`` says of each value that is ``None`` why it is not defined.
+    paired t-test's where results are not 0 or 1, or items share sources. ``reasons`` says of each value that is
+    ``None`` why it is not defined.
     """
 
     task: str
@@ -132,9 +133,9 @@ class Contrast:
         return text if pooled.low is None else f"{text} ({pooled.text(self.scale.form, self.scale.factor)})"
 
     def significant(self, alpha: float) -> bool:
-        """Whether the arms differ over the family: by McNemar's test, or by the interval where there is none."""
-        test, pooled = self.pooled_mcnemar, self.pooled
-        return test.p_value < alpha if test else pooled.above or pooled.below
+        """Whether the arms differ over the family: by McNemar's test, or by the t-test where there is none."""
+        p = (self.pooled_mcnemar or self.pooled).p_value
+        return p is not None and p < alpha
 
     def summary(self) -> dict[str, Any]:
         """The verdict and each task's accuracies in plain values, as a model's card has them."""

@@ -60,8 +60,8 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
             value = scale.text(sum(row["n"] * row["accuracy"] for row in mine) / total if known else None)
             tested = contrast.task(tasks[0]) if contrast and not whole else None
             if contrast and whole:
-                test = contrast.pooled_mcnemar
-                cells.append(_cell(value, contrast.pooled, test.p_value if test else None, comparison.alpha, scale))
+                p = (contrast.pooled_mcnemar or contrast.pooled).p_value
+                cells.append(_cell(value, contrast.pooled, p, comparison.alpha, scale))
             elif tested:
                 cells.append(_cell(value, tested.difference, tested.p_adjusted, comparison.alpha, scale))
             else:
@@ -101,7 +101,7 @@ def by_task(comparison: Comparison) -> dict[str, list[Line]]:
 
 
 def _cell(value: str, difference: PairedDifference, p: float | None, alpha: float, scale: Scale) -> Cell:
-    clear = difference.above or difference.below if p is None else p < alpha
+    clear = p is not None and p < alpha
     return Cell(
         value=value,
         change=scale.gain(difference.difference),

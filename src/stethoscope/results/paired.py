@@ -9,9 +9,6 @@ from stethoscope.display import interval
 class UnpairedZ:
     """Two proportions compared as if their items were unrelated."""
 
-    share_a: float
-    share_b: float
-    difference: float
     statistic: float | None
     p_value: float | None
     reason: str | None = None
@@ -31,7 +28,8 @@ class McNemar:
 class PairedDifference:
     """Mean gain of b over a on ``n`` items, above 0 where b is better, with an interval; of a loss, its change.
 
-    ``clusters`` counts the units resampled.
+    ``clusters`` counts the units resampled. The p-value of a bootstrap's is a t-test's with the standard error, which
+    holds its level where units are few and the interval does not.
     """
 
     n: int
@@ -43,6 +41,7 @@ class PairedDifference:
     confidence: float
     method: str
     reason: str | None = None
+    p_value: float | None = None
 
     @property
     def above(self) -> bool:
