@@ -123,6 +123,9 @@ def test_a_tap_says_exactly_where():
     with pytest.raises(SAEError, match=r"no `mixer\.output`") as error:
         hook_point(model, 0, "mlp_out", "mixer.output")
     assert "self_attn, mlp" in error.value.hint
+    for layer in (-1, 3):
+        with pytest.raises(SAEError, match=f"no layer {layer}"):
+            hook_point(model, layer, "mlp_out")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -86,11 +86,14 @@ def hook_point(model: torch.nn.Module, layer: int, site: str, tap: str | None = 
         tap: the exact module and end, for SAEs that were trained elsewhere than at the site's usual one.
 
     Raises:
-        SAEError: the block has no such module.
+        SAEError: there is no such layer, or its block has no such module.
     """
     from stethoscope.models.load import decoder_layers
 
-    block = decoder_layers(model)[layer]
+    blocks = decoder_layers(model)
+    if not 0 <= layer < len(blocks):
+        raise SAEError(f"{type(model).__name__} has no layer {layer}", hint=f"its layers are 0 to {len(blocks) - 1}")
+    block = blocks[layer]
     modules = dict(block.named_modules())
     if tap is None and site == "attn_out" and "post_feedforward_layernorm" in modules:
         tap = "post_attention_layernorm.output"

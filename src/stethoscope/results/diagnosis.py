@@ -143,7 +143,7 @@ class Diagnosis(Display, Artifact):
         else:
             said = f"No evidence by `{self.score}` that any of {whole} is specific to the target"
         flagged = sum(layer.flag is not None for layer in self.layers)
-        return f"{said}; {flagged} are excluded, as their SAEs explain too little." if flagged else f"{said}."
+        return f"{said}; {flagged} are excluded for their SAEs." if flagged else f"{said}."
 
     def to_frame(self) -> Any:
         """A pandas frame: a row per layer, ``variance_explained`` and ``l0`` by corpus in columns of their own."""
