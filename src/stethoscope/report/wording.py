@@ -86,7 +86,7 @@ def _against_random(comparison: Comparison) -> str:
 def _share_kept(comparison: Comparison, tuned: Contrast) -> str:
     """What share of the whole fine-tune's gain and cost the selected layers have, where both are clearly above 0."""
     selected = comparison.find("selected")
-    if selected is None or not (selected.pooled.above and tuned.pooled.above):
+    if selected is None or not (selected.is_better(comparison.alpha) and tuned.is_better(comparison.alpha)):
         return ""
     words = f" The selected layers alone give {selected.pooled.difference / tuned.pooled.difference:.0%} of its gain"
     if tuned.loss and selected.loss and tuned.loss.above and selected.loss.above:
@@ -127,7 +127,7 @@ def layer_facts(layer: LayerDiagnosis, diagnosis: Diagnosis) -> str:
 
 
 class _Gain(NamedTuple):
-    """What one arm gains over another, whether its interval lies above or below 0, and the gain in words."""
+    """What one arm gains over another, whether it is clearly above or below 0, and the gain in words."""
 
     value: float
     above: bool
@@ -139,7 +139,10 @@ def _gained(contrast: Contrast, *, accuracy: bool = False) -> _Gain:
     """The fall of loss on held-out target text where that was measured, else, or if asked for, the rise of accuracy."""
     loss, pooled = contrast.target_loss, contrast.pooled
     if loss is None or accuracy:
-        return _Gain(pooled.difference, pooled.above, pooled.below, contrast.gain)
+        certain = contrast.significant(1 - pooled.confidence)
+        return _Gain(
+            pooled.difference, certain and pooled.difference > 0, certain and pooled.difference < 0, contrast.gain
+        )
     text = f"{-loss.difference:+.3f} nats per token"
     if loss.low is not None and loss.high is not None:
         text += f" ({interval(-loss.high, -loss.low, '+.3f')})"

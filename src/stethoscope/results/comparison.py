@@ -137,6 +137,10 @@ class Contrast:
         p = (self.pooled_mcnemar or self.pooled).p_value
         return p is not None and p < alpha
 
+    def is_better(self, alpha: float) -> bool:
+        """Whether the arm is better over the family."""
+        return self.significant(alpha) and self.pooled.difference > 0
+
     def summary(self) -> dict[str, Any]:
         """The verdict and each task's accuracies in plain values, as a model's card has them."""
         tasks = [

@@ -21,7 +21,7 @@ def headline(comparison: Comparison) -> str:
             f"Judge this edit yourself: it is not known whether more is better of {listed(unknown)} ({contrast.gain})."
         )
     gain, certain, cost = contrast.gain, contrast.significant(comparison.alpha), damage(comparison, contrast)
-    if not certain or contrast.pooled.difference <= 0:
+    if not contrast.is_better(comparison.alpha):
         why = "it is worse than the base model" if certain else "no evidence that it is better than the base model"
         better = _named(comparison, [t.task for t in contrast.family if t.task in contrast.improved])
         if not better:
@@ -58,7 +58,7 @@ def _named(comparison: Comparison, tasks: Sequence[str]) -> str:
 def share_of_gain(comparison: Comparison, contrast: Contrast) -> str:
     """An arm's gain in percent of the whole fine-tune's; empty where that has no certain gain."""
     tuned = comparison.find("tuned")
-    if tuned is None or not tuned.pooled.above:
+    if tuned is None or not tuned.is_better(comparison.alpha):
         return ""
     return f"{contrast.pooled.difference / tuned.pooled.difference:.0%}"
 
