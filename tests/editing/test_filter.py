@@ -1,5 +1,6 @@
 """The filter: its moments against brute force, its closed forms, and edits made of it."""
 
+import copy
 import json
 
 import pytest
@@ -192,6 +193,41 @@ def test_an_input_that_target_text_never_has_keeps_the_base():
         next(filtered(torch.ones(2, 3, dtype=torch.float64), one * torch.nan, one, [1.0]))
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_target_of_one_token_is_a_target(tokens):
+    """Nothing but the floor that shrinkage adds is left of its moments."""
+    x = {name: torch.randn(n, 16) for name, n in (("target", 1), ("other", tokens))}
+    change = torch.randn(3, 16, dtype=torch.float64)
+    few = FewTokens.of({name: Samples(rows=rows) for name, rows in x.items()}, "target", {"other": 1.0})
+    moments = [shrunk(Moments(sums=rows.T @ rows, tokens=len(rows))) for rows in x.values()]
+    (found,), (expected,) = few.filtered(change, [1.0]), filtered(change, *moments, [1.0])
+    assert found.any()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_no_token_reaches_does_not_stand_in_the_way(opened, tmp_path):
+    model, change = opened("qwen3 moe")
+    model = copy.deepcopy(model)
+    model.model.layers[1].mlp.gate.weight.zero_()  # two of three experts get all tokens
+    texts = {"target": random_text(), "other": random_text(seed=1)}
+    names = [name for name in change.names if name.startswith("layers.1.mlp.experts.")]
+    inputs = dict(collect_moments(model, texts, names))[1]
+    assert sum(not any(found.sums.any() for found in inputs[name].values()) for name in names) == 3
+    made = write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[1.0], separable=True)
+    assert 0 < made.layers[1].separability < 1
+
+
+@pytest.mark.parametrize("separable", [True, False])
+@pytest.mark.parametrize("documents", [1, 20])
+def test_activations_that_are_no_numbers_are_said(documents, separable, opened, tmp_path):
+    model, change = opened("llama untied")
+    model = copy.deepcopy(model)
+    model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    texts = {name: random_text(documents, longest=8, seed=n) for n, name in enumerate(("target", "other"))}
+    with pytest.raises(CheckpointError, match="second moments"):
+        write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, separable=separable)
+
+
 @pytest.mark.parametrize("tokens", [3, 50, 4000])
 def test_shrinkage_is_oas_and_merging_is_addition(tokens):
     x = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(2)) @ torch.diag(torch.arange(1.0, 13))
@@ -263,6 +299,9 @@ def test_the_record_says_what_was_let_through(opened, tmp_path):
         assert one.raw.protected > weak.protected > strong.protected > 0
         assert one.raw.target > weak.target > strong.target > 0
     assert len(found.table()) > 2
+    alone = write_filters(model, change, texts, tmp_path / "raw", provenance=NOWHERE, strengths=[], layers=[0, 2])
+    assert [one.raw for one in alone.layers] == [one.raw for one in found.layers]
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["filter.json"]
 
 
 def test_what_cannot_be_filtered_is_refused(opened, tmp_path):
@@ -273,6 +312,7 @@ def test_what_cannot_be_filtered_is_refused(opened, tmp_path):
         ({"protected": text}, {}),
         ({"target": text, "protected": text}, {"strengths": [-1.0]}),
         ({"target": text, "protected": text}, {"weights": {"protected": 0.0}}),
+        ({"target": text, "protected": text}, {"weights": {"protected": 1.0, "chat": 1.0}}),
         ({"target": text, "protected": []}, {}),
     ):
         with pytest.raises(StethoscopeError):

@@ -38,9 +38,14 @@ class FewTokens:
         Args:
             text: the target's name.
             weights: of the protected texts.
+
+        Raises:
+            CheckpointError: inputs are not finite.
         """
         X = torch.cat([at[name].rows for name in (text, *weights)]).double()
         gram = second_moment(X.T)
+        if not gram.isfinite().all():
+            raise not_definite()
         floors, columns, start = [], [], 0
         for name, weight in {text: 1.0, **weights}.items():
             n, d = at[name].tokens, X.shape[1]
@@ -64,7 +69,7 @@ class FewTokens:
         wanted = seen * weights
         reached = floor * seen + wanted @ self.gram
         for strength in strengths:
-            if not weights.any():
+            if not floor and not weights.any():
                 yield torch.zeros_like(change)
                 continue
             rest, root, factor = self._inverse(strength)
