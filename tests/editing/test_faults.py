@@ -83,6 +83,40 @@ def test_a_disk_that_fills_on_the_way(kind, call, refused, monkeypatch):
     refused("is full", kind=kind)
 
 
+WITH_A_TRANSFORM = """
+import errno, os, sys
+from pathlib import Path
+from world import Kept
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.writer import write_edit
+from stethoscope.errors import CheckpointError
+
+def full(*args):
+    if next(calls, None) is None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return real(*args)
+
+base = open_checkpoint(Path(sys.argv[1]))
+change, plan = open_task_vector(base, Path(sys.argv[2])), EditPlan.for_layers([0, 1, 2], transform=Kept())
+real, os.pwrite = os.pwrite, full
+for kind in ("checkpoint", "patch"):
+    calls = iter(range(8))
+    try:
+        write_edit(base, change, plan, Path(sys.argv[3]), kind=kind)
+    except CheckpointError as error:
+        print(error.hint)
+"""
+
+
+def test_a_disk_that_fills_while_changes_are_transformed(pair, tmp_path):
+    """In a process of its own: threads that wait for each other would never end."""
+    command = [sys.executable, "-c", WITH_A_TRANSFORM, *map(str, pair), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["free some space"] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("name", "message"), [("access", "cannot be written to"), ("pwrite", "Permission denied")]
 )  # fmt: skip
