@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.covariance import oas
 from transformers import AutoModelForCausalLM
 from world import LAYOUTS, LINEAR, make, make_tokenizer, save_adapter, save_pair, stored
@@ -14,6 +14,7 @@ from world import LAYOUTS, LINEAR, make, make_tokenizer, save_adapter, save_pair
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.apply import applied
 from stethoscope.editing.few_tokens import FewTokens
 from stethoscope.editing.filter import FilteredChange, filtered, separability, shrunk, write_filters
 from stethoscope.editing.moments import Moments, Samples, collect_moments, roles
@@ -273,6 +274,21 @@ def test_a_lora_gives_the_same_as_its_merged_checkpoint_and_an_adapter_for_peft(
     assert manifest["plan"]["transform"]["strength"] == 1
     card = (tmp_path / "out-checkpoint" / "README.md").read_text()
     assert "mergekit" in card
+
+
+def test_a_tied_head_stored_as_a_copy_gets_the_embeddings_filter(tmp_path):
+    base, tuned = save_pair("llama tied", tmp_path, dtype=torch.float32)
+    tensors = stored(base)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    checkpoint, model = open_checkpoint(base), load_model(base, dtype=torch.float32)
+    change = open_task_vector(checkpoint, tuned)
+    texts = {"target": random_text(), "other": random_text(seed=1)}
+    write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[1.0])
+    plan = EditPlan(default=1.0, transform=FilteredChange(tmp_path / "f", 1.0, change))
+    after = stored(write_edit(checkpoint, change, plan, tmp_path / "edited").path)
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    with applied(model, change, plan):
+        assert torch.equal(model.lm_head.weight, after["lm_head.weight"])
 
 
 def test_few_tokens_and_repeated_runs(opened, tmp_path):

@@ -40,6 +40,7 @@ from stethoscope.editing.moments import (
     roles,
     shrinkage,
 )
+from stethoscope.editing.plan import followed
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.results.filtering import Effect, Filtering, LayerFiltering
 
@@ -158,7 +159,7 @@ def write_filters(
     """
     weights = dict.fromkeys((name for name in texts if name != TARGET), 1.0) | dict(weights or {})
     _check(texts, strengths, weights)
-    names = [name for name in task_vector.names if _is_filtered(name, layers)]
+    names = [name for name in task_vector.names if _is_filtered(name, layers) and followed(task_vector, name) == name]
     met, found = roles(model, names), []
     with new_folder(out, overwrite=True) as folder:
         for layer, inputs in collect_moments(model, texts, names, samples=True, progress=progress):
@@ -340,7 +341,7 @@ class FilteredChange:
         }
 
     def _read(self, name: str) -> dict[str, Tensor]:
-        path = _path(self._folder, self.strength, name)
+        path = _path(self._folder, self.strength, followed(self.task_vector, name))
         return load_file(path) if path.exists() else {}
 
 
