@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -201,9 +202,17 @@ def test_a_base_that_shrinks_while_it_is_copied(pair, refused, tmp_path, monkeyp
 
 
 def test_torch_keeps_its_threads(base, change, tmp_path):
-    threads = torch.get_num_threads()
-    write_edit(base, change, PLAN, tmp_path / "out")
-    assert torch.get_num_threads() == threads
+    """Also for threads that begin later."""
+    threads, later = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        write_edit(base, change, PLAN, tmp_path / "out")
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *later] == [2, 2]
+    finally:
+        torch.set_num_threads(threads)
 
 
 SERVER = """

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from sklearn.covariance import oas
 from transformers import AutoModelForCausalLM
-from world import LAYOUTS, LINEAR, make, make_tokenizer, save_adapter, save_pair, stored
+from world import LAYOUTS, LINEAR, SMALL, build, make, make_tokenizer, save_adapter, save_pair, stir, stored
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
@@ -78,6 +78,29 @@ def test_moments_give_the_mean_squared_effect_of_every_tensors_change(opened, la
             compared.add(name)
     linear = {name for name in names if met[name] != "added" and ".experts." not in name}
     assert compared == linear
+
+
+def test_a_norm_that_takes_off_the_mean_without_being_torchs():
+    model, text, name = build("Cohere", **SMALL), random_text(), "layers.1.input_layernorm.weight"
+    norm = model.model.layers[1].input_layernorm
+    inputs = dict(collect_moments(model, {"target": text}, [name]))[1]
+    delta = torch.randn(16)
+    counted = sum(int(batch.countable.sum()) for batch in text)
+    measured = brute_force(model, norm, name, delta, text) / counted
+    assert float((delta.double().square() * inputs[name]["target"].mean()).sum()) == pytest.approx(measured, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "name"),
+    [
+        ("Cohere", SMALL | {"use_qk_norm": True}, "layers.0.self_attn.q_norm.weight"),
+        ("OPT", SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 16}, "embed_positions.weight"),
+    ],
+)
+def test_inputs_that_are_not_what_they_seem_are_refused(family, sizes, name):
+    """A row for each head; positions that are made of a mask."""
+    with pytest.raises(CheckpointError, match="not known"):
+        roles(build(family, **sizes), [name])
 
 
 def brute_force(model, module, name, delta, text):
@@ -200,7 +223,7 @@ def test_a_target_of_one_token_is_a_target(tokens):
     x = {name: torch.randn(n, 16) for name, n in (("target", 1), ("other", tokens))}
     change = torch.randn(3, 16, dtype=torch.float64)
     few = FewTokens.of({name: Samples(rows=rows) for name, rows in x.items()}, "target", {"other": 1.0})
-    moments = [shrunk(Moments(sums=rows.T @ rows, tokens=len(rows))) for rows in x.values()]
+    moments = [shrunk(Moments(sums=rows.T @ rows, tokens=len(rows), seen=len(rows))) for rows in x.values()]
     (found,), (expected,) = few.filtered(change, [1.0]), filtered(change, *moments, [1.0])
     assert found.any()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -230,13 +253,13 @@ def test_activations_that_are_no_numbers_are_said(documents, separable, opened, 
 
 
 @pytest.mark.parametrize("tokens", [3, 50, 4000])
-def test_shrinkage_is_oas_and_merging_is_addition(tokens):
+def test_shrinkage_is_oas_of_the_tokens_that_are_seen(tokens):
     x = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(2)) @ torch.diag(torch.arange(1.0, 13))
-    halves = [Moments(sums=part.T @ part, tokens=len(part)) for part in (x[: tokens // 2], x[tokens // 2 :])]
-    merged = halves[0] + halves[1]
-    assert merged.tokens == tokens
-    assert torch.allclose(shrunk(merged), torch.tensor(oas(x.double().numpy(), assume_centered=True)[0]), rtol=1e-4)
-    assert torch.linalg.matrix_rank(shrunk(merged)) == 12
+    expected = torch.tensor(oas(x.double().numpy(), assume_centered=True)[0])
+    for others in (0, 1000):
+        found = shrunk(Moments(sums=x.T @ x, tokens=tokens + others, seen=tokens))
+        assert torch.allclose(found, expected * tokens / (tokens + others), rtol=1e-4)
+        assert torch.linalg.matrix_rank(found) == 12
 
 
 def test_a_lora_gives_the_same_as_its_merged_checkpoint_and_an_adapter_for_peft(tmp_path):
@@ -360,3 +383,25 @@ def test_features_that_the_filter_mutes_are_told_from_those_that_pass(opened, tm
         after += (half.apply(f"layers.1.{module}.weight", delta) @ inputs.T).square().sum(0)
     assert torch.allclose(shares, (after / before).sqrt().double(), rtol=1e-4)
     assert torch.allclose(lengths, before.sqrt().double(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Olmo2", "Phi", "Cohere", "Nemotron", "GPTNeoX"])
+def test_what_reaches_an_mlp_is_scaled_by_the_norm_before_it(family, tmp_path):
+    """OLMo 2 has none, Phi and Cohere one before attention and MLP, Nemotron stores its gain less 1."""
+    sizes = {key: value for key, value in SMALL.items() if (family, key) != ("GPTNeoX", "num_key_value_heads")}
+    base = stir(build(family, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    block = base.get_submodule("gpt_neox" if family == "GPTNeoX" else "model").layers[1]
+    module = next(module for name, module in block.mlp.named_children() if name in ("up_proj", "fc1", "dense_h_to_4h"))
+    delta, directions = torch.randn(module.weight.shape), torch.randn(5, 16)
+    module.weight.data += delta
+    base.save_pretrained(tmp_path / "tuned")
+    model = load_model(tmp_path / "base", dtype=torch.float32)
+    change = open_task_vector(open_checkpoint(tmp_path / "base"), tmp_path / "tuned")
+    texts = {"target": random_text(), "protected": random_text(seed=6)}
+    write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[0.0], layers=[1])
+    transform = FilteredChange(tmp_path / "f", 0.0, change)
+    _, lengths = passed_shares(model, change, transform, 1, directions)
+    norm = getattr(block, "post_attention_layernorm", None) or block.input_layernorm
+    gain = 1 if family == "Olmo2" else norm.weight + (family == "Nemotron")
+    assert torch.allclose(lengths, (directions * gain @ delta.T).norm(dim=1).double(), rtol=1e-4)

@@ -228,6 +228,14 @@ def test_lora_factors_give_what_the_product_gives(layout, options, tmp_path):
         assert np.cos(principal_angles(one.leading, two.leading)) == pytest.approx(np.ones(3), abs=1e-3)
 
 
+def test_a_lora_of_a_rank_above_the_hidden_size(tmp_path):
+    save_adapter(make("llama untied", dtype=torch.float32), tmp_path, r=D + 4, target_modules=["up_proj", "down_proj"])
+    change = open_task_vector(open_checkpoint(tmp_path / "base"), tmp_path / "adapter")
+    whole = measure_geometry(change, features(FEATURES), draws=3)
+    assert whole.total.share == pytest.approx(1, abs=1e-3)
+    assert whole.layers[0].curve.share[-1] == pytest.approx(1, abs=1e-3)
+
+
 def test_gpt2_is_measured_too(tmp_path):
     change = adapter(tmp_path, *GPT2)
     model = make("gpt2", dtype=torch.float32)

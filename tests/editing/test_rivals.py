@@ -24,6 +24,7 @@ from stethoscope.editing.rivals import (
     rivals,
     trimmed,
 )
+from stethoscope.editing.transfer import in_parallel
 from stethoscope.models.load import load_model
 from stethoscope.text.tokens import batches
 
@@ -110,6 +111,15 @@ def test_ties_and_dare_are_pefts_own():
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, seed in (("v", 3), ("w", 4)):
         assert not torch.equal(dropped(name, delta, density=0.5, seed=seed), thinned)
+
+
+def test_dare_drops_the_same_whatever_other_threads_do():
+    deltas = {str(n): noise(300, 200, seed=n) for n in range(24)}
+    jobs = [(1, partial(dropped, name, delta, density=0.4, seed=0)) for name, delta in deltas.items()]
+    state = torch.random.get_rng_state()
+    for found, (_, again) in zip(in_parallel(jobs, arithmetic=True), jobs, strict=True):
+        assert torch.equal(found, again())
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_at_its_first_value_every_rival_is_the_fine_tune_and_later_it_is_less(change):

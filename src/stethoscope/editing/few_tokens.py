@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from stethoscope.editing.moments import Samples, not_definite, second_moment, shrinkage
+from stethoscope.editing.change import second_moment
+from stethoscope.editing.moments import Samples, not_definite, shrinkage
 
 Floor = tuple[float, Float64[Tensor, " tokens"]]  # what every direction has, and the weight of each token
 

@@ -50,7 +50,7 @@ TARGET = "target"  # the name of the text whose skill is kept; every other text 
 Mean = Float64[Tensor, "d d"] | Float64[Tensor, " d"]
 
 
-def shrunk(moments: Moments | Samples) -> Mean:
+def shrunk(moments: Moments) -> Mean:
     """Moments per token, drawn toward a multiple of the identity as far as so few tokens demand.
 
     With fewer tokens than dimensions the result still has full rank, and inputs that no text has shown pass the filter
@@ -63,11 +63,11 @@ def shrunk(moments: Moments | Samples) -> Mean:
     mean = moments.mean()
     if not mean.isfinite().all():
         raise not_definite()
-    if mean.ndim == 1 or not moments.tokens:
+    if mean.ndim == 1 or not moments.seen:
         return mean
     d = len(mean)
     scale, squares = float(mean.diagonal().mean()), float(mean.square().mean())
-    amount = shrinkage(scale, squares, d, moments.tokens)
+    amount = shrinkage(scale, squares, d, moments.seen)
     mean.mul_(1 - amount)  # in place: at 10,240 values each copy is 0.8 GB
     mean.diagonal().add_(amount * scale)
     return mean

@@ -233,7 +233,8 @@ class _Subspaces:
         total = sum(one.energy for one in energies)
         shares = (torch.cat(rows) @ self.whole).square().sum(0)
         if len(gram):
-            shares += (gram @ self.whole.float() * self.whole).sum(0)
+            whole = self.whole.to(gram)
+            shares += (gram @ whole * whole).sum(0)
         return LayerGeometry(
             layer=self.layer,
             features=self.found.chosen,
