@@ -15,7 +15,7 @@ from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.change import DrawnSpans, LinearChange
 from stethoscope.editing.geometry import energy_curve, measure_geometry
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import FeatureProjection, LayerFeatures, feature_basis, principal_angles
+from stethoscope.editing.subspace import FeatureProjection, LayerFeatures, nested_basis, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.results.geometry import Geometry
 from stethoscope.text.tokens import TokenBatch
@@ -39,7 +39,7 @@ def features(chosen: int = 4, *, encoder: torch.Tensor | None = None) -> dict:
 
 
 def basis(layer: int, chosen: int = 4) -> torch.Tensor:
-    return feature_basis(directions(layer).flip(0)[:chosen])
+    return nested_basis(directions(layer).flip(0)[:chosen])[0]
 
 
 def save_change(folder: Path, change_of) -> TaskVector:
@@ -168,7 +168,7 @@ def test_what_is_written_into_what_the_features_read(tmp_path):
     """Writers aim at the encoder directions and readers elsewhere: only the former is alignment."""
     torch.manual_seed(0)
     encoder = torch.randn(FEATURES, D)
-    aimed = FeatureProjection(bases={layer: feature_basis(encoder.flip(0)[:4]) for layer in (0, 1)})
+    aimed = FeatureProjection(bases={layer: nested_basis(encoder.flip(0)[:4])[0] for layer in (0, 1)})
     writers = ("o_proj.weight", "down_proj.weight")
 
     def change(name: str, shape: torch.Size, _layer: int) -> torch.Tensor:
@@ -301,7 +301,7 @@ def test_drawn_spans_keep_what_their_bases_keep():
     assert any(len({4, 7, 1} & set(one.tolist())) > 1 for one in spans.sets)
     for change in (torch.randn(5, D), torch.randn(40, D)):
         linear = LinearChange(left=None, right=change, writes=False)
-        bases = [feature_basis(spans.pool[one]) for one in spans.sets]
+        bases = [nested_basis(spans.pool[one])[0] for one in spans.sets]
         expected = [float((change.double() @ Q).square().sum()) for Q in bases]
         assert spans.energies(linear) == pytest.approx(expected, rel=1e-4)
 

@@ -9,6 +9,7 @@ import torch
 from peft.utils import merge_utils
 from world import make_tokenizer, save_pair
 
+from stethoscope.artifacts import sha256_bytes
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.apply import edited_tensor
 from stethoscope.editing.plan import EditPlan, coefficients
@@ -103,6 +104,9 @@ def test_ties_and_dare_are_pefts_own():
     assert torch.equal(kept, merge_utils.magnitude_based_pruning(delta, 0.25))
     assert int((kept != 0).sum()) == 300
     thinned = dropped("w", delta, density=0.5, seed=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(sha256_bytes(b"3 w")[:15], 16))
+        assert torch.equal(merge_utils.dare_linear([delta], torch.ones(1), 0.5), thinned)
     ratio = thinned / delta
     assert {round(value, 4) for value in ratio.flatten().tolist()} == {0.0, 2.0}
     assert float((ratio != 0).float().mean()) == pytest.approx(0.5, abs=0.06)

@@ -39,9 +39,6 @@ class FewTokens:
         Args:
             text: the target's name.
             weights: of the protected texts.
-
-        Raises:
-            CheckpointError: inputs are not finite.
         """
         X = torch.cat([at[name].rows for name in (text, *weights)]).double()
         gram = second_moment(X.T)
@@ -49,7 +46,7 @@ class FewTokens:
             raise not_definite()
         floors, columns, start = [], [], 0
         for name, weight in {text: 1.0, **weights}.items():
-            n, d = at[name].tokens, X.shape[1]
+            n, d = at[name].seen, X.shape[1]
             own = gram[start : start + n, start : start + n]
             scale, squares = float(own.diagonal().sum()) / max(n, 1) / d, float(own.square().sum()) / max(n * d, 1) ** 2
             amount = shrinkage(scale, squares, d, n) if n else 0.0

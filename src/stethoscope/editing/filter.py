@@ -50,7 +50,7 @@ TARGET = "target"  # the name of the text whose skill is kept; every other text 
 Mean = Float64[Tensor, "d d"] | Float64[Tensor, " d"]
 
 
-def shrunk(moments: Moments) -> Mean:
+def shrunk(moments: Moments | Samples) -> Mean:
     """Moments per token, drawn toward a multiple of the identity as far as so few tokens demand.
 
     With fewer tokens than dimensions the result still has full rank, and inputs that no text has shown pass the filter
@@ -231,7 +231,6 @@ class _Part:
     name: str
     role: Role
     rows: Float[Tensor, "rows d"]
-    shape: torch.Size
     B: Float64[Tensor, "out rank"] | None
 
     @classmethod
@@ -239,7 +238,7 @@ class _Part:
         factors = low_rank(task_vector, name) if role in ("columns", "rows") else None
         if factors:
             A, B = factors.A.to(device).double(), factors.B.to(device).double()
-            return cls(name=name, role=role, rows=A, shape=A.shape, B=B * factors.scaling)
+            return cls(name=name, role=role, rows=A, B=B * factors.scaling)
         delta = task_vector.delta(name).to(device)
         if role in ("rows", "token"):
             rows = delta.T
@@ -247,9 +246,7 @@ class _Part:
             rows = delta[:, None]
         else:
             rows = delta.reshape(-1, delta.shape[-1])
-        return cls(
-            name=name, role=role, rows=rows if role in ("token", "tied") else rows.double(), shape=delta.shape, B=None
-        )
+        return cls(name=name, role=role, rows=rows if role in ("token", "tied") else rows.double(), B=None)
 
     def effect(self, change: Float[Tensor, "rows d"], pair: "tuple[Mean, Mean] | FewTokens") -> Effect:
         """Of the change that these rows make; of an embedding that is the head, too, as the head."""
@@ -272,9 +269,9 @@ class _Part:
         """What is written to disk: LoRA's A in float32, or the change in the base's dtype and the tensor's layout."""
         if self.B is not None:
             return {"A": change.to("cpu", torch.float32).contiguous()}
-        dtype = torch_dtype(task_vector.base.entries[self.name].dtype)
+        entry = task_vector.base.entries[self.name]
         change = change.T if self.role in ("rows", "token") else change
-        return {"change": change.reshape(self.shape).to("cpu", dtype).contiguous()}
+        return {"change": change.reshape(entry.shape).to("cpu", torch_dtype(entry.dtype)).contiguous()}
 
 
 def check_files(folder: Path, filtering: Filtering) -> None:

@@ -65,13 +65,13 @@ class Samples:
     rows: Float[Tensor, "tokens d"]
 
     @property
-    def tokens(self) -> int:
-        """How many count."""
+    def seen(self) -> int:
+        """How many tokens count."""
         return len(self.rows)
 
     def mean(self) -> Float64[Tensor, "d d"]:
         """Moments per token."""
-        return second_moment(self.rows.double()) / max(self.tokens, 1)
+        return second_moment(self.rows.double()) / max(self.seen, 1)
 
 
 # tensor -> text -> moments of its input, or the input itself; tensors that share one share these
@@ -157,9 +157,8 @@ def _role(model: PreTrainedModel, module: nn.Module, parameter: str, tensor: Ten
         return "tied" if head is not None and head.weight is tensor else "token"
     if "norm" in type(module).__name__.lower():
         return "channel" if tensor.ndim == 1 else None  # Cohere's may have a row for each head
-    if tensor.ndim == 2:
-        return "rows" if isinstance(module, Conv1D) else "columns"
-    return None
+    matrix: Role = "rows" if isinstance(module, Conv1D) else "columns"
+    return matrix if tensor.ndim == 2 else None
 
 
 @torch.no_grad()

@@ -73,8 +73,7 @@ def apply_patch(
         copy_side_files(source.path, folder, undo=undo)
         if not undo:
             base = {key: value for key, value in manifest["base"].items() if key != "rest_fingerprint"}
-            made = manifest | {"kind": "checkpoint", "base": base, "tensors": tensors}
-            write_generated(made, source.config, folder)
+            write_generated(manifest | {"kind": "checkpoint", "base": base, "tensors": tensors}, source.config, folder)
     return out
 
 
