@@ -24,7 +24,7 @@ from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.change import energy_along
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import feature_basis
+from stethoscope.editing.subspace import nested_basis
 
 RESULTS = Path(__file__).parent / "results" / "projection.json"
 
@@ -38,7 +38,7 @@ def read(task_vector: TaskVector, layer: int) -> None:
 
 def project(task_vector: TaskVector, layer: int, directions: torch.Tensor) -> float:
     """The share of a layer's energy that some directions keep."""
-    Q = feature_basis(directions)
+    Q = nested_basis(directions)[0]
     whole = kept = 0.0
     for name, axis in residual_axes(task_vector, [layer], len(Q)).items():
         if axis:
@@ -67,7 +67,7 @@ def measure(scratch: Path, layers: int, features: int, rounds: int) -> dict[str,
             times["project"].append(
                 seconds(lambda layer=layer: shares.append(project(task_vector, layer, directions)))
             )  # fmt: skip
-            times["basis"].append(seconds(lambda: feature_basis(directions)))
+            times["basis"].append(seconds(lambda: nested_basis(directions)))
     medians = {name: statistics.median(several) for name, several in times.items()}
     return {
         "vs_read": round(medians["project"] / medians["read"], 3),

@@ -215,6 +215,8 @@ def test_a_base_takes_the_vocabulary_of_its_fine_tune(layout, tokenizer, tmp_pat
     model.resize_token_embeddings(53)
     stir(model).to(torch.float32).save_pretrained(tmp_path / "tuned")
     with_tokenizers(tmp_path, tokenizer)
+    (tmp_path / "base" / "merges.txt").write_text("of another tokenizer")
+    (tmp_path / "tuned" / "tokenization_mine.py").write_text("code")
     names = [f"--{name}={tmp_path / name}" for name in ("base", "tuned")]
     main(["extend-vocabulary", *names, "--out", str(tmp_path / "larger"), "--json"])
     rows = json.loads(capsys.readouterr().out)["rows"]
@@ -226,6 +228,7 @@ def test_a_base_takes_the_vocabulary_of_its_fine_tune(layout, tokenizer, tmp_pat
         if name in rows:
             assert torch.equal(larger[name][len(own) :], tuned[name][len(own) :].to(own.dtype))
     assert (larger.path / "tokenizer.json").read_bytes() == (tuned.path / "tokenizer.json").read_bytes()
+    assert not {path.name for path in larger.path.iterdir()} & {"merges.txt", "tokenization_mine.py"}
     added = torch.tensor([[1, 5, 50, 52]])
     assert AutoModelForCausalLM.from_pretrained(larger.path)(added).logits.shape[-1] == 53
     # an edit of it may ask for embeddings, and all of the change makes tuned

@@ -1,12 +1,17 @@
 """Live edits: a pointer put in and taken out, whatever happens in between."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from world import make
 
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.apply import applied, prepare
 from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError
 
 UP = "layers.{}.mlp.up_proj.weight"
@@ -66,6 +71,23 @@ def test_a_model_in_another_dtype(pair, change):
     model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
     with applied(model, change, EditPlan.for_layers([1])):
         assert torch.equal(model.model.layers[1].mlp.up_proj.weight, change.edited(UP.format(1), 1.0).float())
+
+
+def test_an_adapter_of_one_projection_of_the_experts(tmp_path):
+    """Transformers runs them as one tensor with others, which the adapter leaves alone."""
+    make("qwen3 moe", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    experts = [f"base_model.model.model.layers.1.mlp.experts.{n}.gate_proj" for n in range(3)]
+    shapes = {"lora_A": (2, 16), "lora_B": (8, 2)}
+    weights = {f"{name}.{part}.weight": torch.randn(shape) for name in experts for part, shape in shapes.items()}
+    (tmp_path / "adapter").mkdir()
+    save_file(weights, tmp_path / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["gate_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    base, ids = open_checkpoint(tmp_path / "base"), torch.arange(3, 30)[None]
+    change, plan = open_task_vector(base, tmp_path / "adapter"), EditPlan.for_layers([1])
+    edited = AutoModelForCausalLM.from_pretrained(write_edit(base, change, plan, tmp_path / "edited").path)
+    with applied(AutoModelForCausalLM.from_pretrained(base.path), change, plan) as live:
+        assert torch.equal(live(ids).logits, edited(ids).logits)
 
 
 def test_a_model_that_does_not_fit(change):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -81,6 +82,40 @@ def test_a_disk_that_fills_on_the_way(kind, call, refused, monkeypatch):
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda *args: real(*args) if next(calls) < call else failing(errno.ENOSPC)())
     refused("is full", kind=kind)
+
+
+WITH_A_TRANSFORM = """
+import errno, os, sys
+from pathlib import Path
+from world import Kept
+from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.plan import EditPlan
+from stethoscope.editing.writer import write_edit
+from stethoscope.errors import CheckpointError
+
+def full(*args):
+    if next(calls, None) is None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return real(*args)
+
+base = open_checkpoint(Path(sys.argv[1]))
+change, plan = open_task_vector(base, Path(sys.argv[2])), EditPlan.for_layers([0, 1, 2], transform=Kept())
+real, os.pwrite = os.pwrite, full
+for kind in ("checkpoint", "patch"):
+    calls = iter(range(8))
+    try:
+        write_edit(base, change, plan, Path(sys.argv[3]), kind=kind)
+    except CheckpointError as error:
+        print(error.hint)
+"""
+
+
+def test_a_disk_that_fills_while_changes_are_transformed(pair, tmp_path):
+    """In a process of its own: threads that wait for each other would never end."""
+    command = [sys.executable, "-c", WITH_A_TRANSFORM, *map(str, pair), str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["free some space"] * 2
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -167,9 +202,17 @@ def test_a_base_that_shrinks_while_it_is_copied(pair, refused, tmp_path, monkeyp
 
 
 def test_torch_keeps_its_threads(base, change, tmp_path):
-    threads = torch.get_num_threads()
-    write_edit(base, change, PLAN, tmp_path / "out")
-    assert torch.get_num_threads() == threads
+    """Also for threads that begin later."""
+    threads, later = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        write_edit(base, change, PLAN, tmp_path / "out")
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert [torch.get_num_threads(), *later] == [2, 2]
+    finally:
+        torch.set_num_threads(threads)
 
 
 SERVER = """

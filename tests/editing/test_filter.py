@@ -1,18 +1,20 @@
 """The filter: its moments against brute force, its closed forms, and edits made of it."""
 
+import copy
 import json
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.covariance import oas
 from transformers import AutoModelForCausalLM
-from world import LAYOUTS, LINEAR, make, make_tokenizer, save_adapter, save_pair, stored
+from world import LAYOUTS, LINEAR, SMALL, build, make, make_tokenizer, save_adapter, save_pair, stir, stored
 
 from stethoscope.artifacts import Provenance
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
+from stethoscope.editing.apply import applied
 from stethoscope.editing.few_tokens import FewTokens
 from stethoscope.editing.filter import FilteredChange, filtered, separability, shrunk, write_filters
 from stethoscope.editing.moments import Moments, Samples, collect_moments, roles
@@ -76,6 +78,29 @@ def test_moments_give_the_mean_squared_effect_of_every_tensors_change(opened, la
             compared.add(name)
     linear = {name for name in names if met[name] != "added" and ".experts." not in name}
     assert compared == linear
+
+
+def test_a_norm_that_takes_off_the_mean_without_being_torchs():
+    model, text, name = build("Cohere", **SMALL), random_text(), "layers.1.input_layernorm.weight"
+    norm = model.model.layers[1].input_layernorm
+    inputs = dict(collect_moments(model, {"target": text}, [name]))[1]
+    delta = torch.randn(16)
+    counted = sum(int(batch.countable.sum()) for batch in text)
+    measured = brute_force(model, norm, name, delta, text) / counted
+    assert float((delta.double().square() * inputs[name]["target"].mean()).sum()) == pytest.approx(measured, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "name"),
+    [
+        ("Cohere", SMALL | {"use_qk_norm": True}, "layers.0.self_attn.q_norm.weight"),
+        ("OPT", SMALL | {"ffn_dim": 32, "word_embed_proj_dim": 16}, "embed_positions.weight"),
+    ],
+)
+def test_inputs_that_are_not_what_they_seem_are_refused(family, sizes, name):
+    """A row for each head; positions that are made of a mask."""
+    with pytest.raises(CheckpointError, match="not known"):
+        roles(build(family, **sizes), [name])
 
 
 def brute_force(model, module, name, delta, text):
@@ -192,14 +217,49 @@ def test_an_input_that_target_text_never_has_keeps_the_base():
         next(filtered(torch.ones(2, 3, dtype=torch.float64), one * torch.nan, one, [1.0]))
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_target_of_one_token_is_a_target(tokens):
+    """Nothing but the floor that shrinkage adds is left of its moments."""
+    x = {name: torch.randn(n, 16) for name, n in (("target", 1), ("other", tokens))}
+    change = torch.randn(3, 16, dtype=torch.float64)
+    few = FewTokens.of({name: Samples(rows=rows) for name, rows in x.items()}, "target", {"other": 1.0})
+    moments = [shrunk(Moments(sums=rows.T @ rows, tokens=len(rows), seen=len(rows))) for rows in x.values()]
+    (found,), (expected,) = few.filtered(change, [1.0]), filtered(change, *moments, [1.0])
+    assert found.any()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_expert_that_no_token_reaches_does_not_stand_in_the_way(opened, tmp_path):
+    model, change = opened("qwen3 moe")
+    model = copy.deepcopy(model)
+    model.model.layers[1].mlp.gate.weight.zero_()  # two of three experts get all tokens
+    texts = {"target": random_text(), "other": random_text(seed=1)}
+    names = [name for name in change.names if name.startswith("layers.1.mlp.experts.")]
+    inputs = dict(collect_moments(model, texts, names))[1]
+    assert sum(not any(found.sums.any() for found in inputs[name].values()) for name in names) == 3
+    made = write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[1.0], separable=True)
+    assert 0 < made.layers[1].separability < 1
+
+
+@pytest.mark.parametrize("separable", [True, False])
+@pytest.mark.parametrize("documents", [1, 20])
+def test_activations_that_are_no_numbers_are_said(documents, separable, opened, tmp_path):
+    model, change = opened("llama untied")
+    model = copy.deepcopy(model)
+    model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.nan
+    texts = {name: random_text(documents, longest=8, seed=n) for n, name in enumerate(("target", "other"))}
+    with pytest.raises(CheckpointError, match="second moments"):
+        write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, separable=separable)
+
+
 @pytest.mark.parametrize("tokens", [3, 50, 4000])
-def test_shrinkage_is_oas_and_merging_is_addition(tokens):
+def test_shrinkage_is_oas_of_the_tokens_that_are_seen(tokens):
     x = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(2)) @ torch.diag(torch.arange(1.0, 13))
-    halves = [Moments(sums=part.T @ part, tokens=len(part)) for part in (x[: tokens // 2], x[tokens // 2 :])]
-    merged = halves[0] + halves[1]
-    assert merged.tokens == tokens
-    assert torch.allclose(shrunk(merged), torch.tensor(oas(x.double().numpy(), assume_centered=True)[0]), rtol=1e-4)
-    assert torch.linalg.matrix_rank(shrunk(merged)) == 12
+    expected = torch.tensor(oas(x.double().numpy(), assume_centered=True)[0])
+    for others in (0, 1000):
+        found = shrunk(Moments(sums=x.T @ x, tokens=tokens + others, seen=tokens))
+        assert torch.allclose(found, expected * tokens / (tokens + others), rtol=1e-4)
+        assert torch.linalg.matrix_rank(found) == 12
 
 
 def test_a_lora_gives_the_same_as_its_merged_checkpoint_and_an_adapter_for_peft(tmp_path):
@@ -239,6 +299,21 @@ def test_a_lora_gives_the_same_as_its_merged_checkpoint_and_an_adapter_for_peft(
     assert "mergekit" in card
 
 
+def test_a_tied_head_stored_as_a_copy_gets_the_embeddings_filter(tmp_path):
+    base, tuned = save_pair("llama tied", tmp_path, dtype=torch.float32)
+    tensors = stored(base)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors")
+    checkpoint, model = open_checkpoint(base), load_model(base, dtype=torch.float32)
+    change = open_task_vector(checkpoint, tuned)
+    texts = {"target": random_text(), "other": random_text(seed=1)}
+    write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[1.0])
+    plan = EditPlan(default=1.0, transform=FilteredChange(tmp_path / "f", 1.0, change))
+    after = stored(write_edit(checkpoint, change, plan, tmp_path / "edited").path)
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    with applied(model, change, plan):
+        assert torch.equal(model.lm_head.weight, after["lm_head.weight"])
+
+
 def test_few_tokens_and_repeated_runs(opened, tmp_path):
     model, change = opened("llama untied")
     texts = {"target": random_text(documents=1, longest=8), "protected": random_text(documents=1, longest=7, seed=5)}
@@ -263,6 +338,9 @@ def test_the_record_says_what_was_let_through(opened, tmp_path):
         assert one.raw.protected > weak.protected > strong.protected > 0
         assert one.raw.target > weak.target > strong.target > 0
     assert len(found.table()) > 2
+    alone = write_filters(model, change, texts, tmp_path / "raw", provenance=NOWHERE, strengths=[], layers=[0, 2])
+    assert [one.raw for one in alone.layers] == [one.raw for one in found.layers]
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["filter.json"]
 
 
 def test_what_cannot_be_filtered_is_refused(opened, tmp_path):
@@ -273,6 +351,7 @@ def test_what_cannot_be_filtered_is_refused(opened, tmp_path):
         ({"protected": text}, {}),
         ({"target": text, "protected": text}, {"strengths": [-1.0]}),
         ({"target": text, "protected": text}, {"weights": {"protected": 0.0}}),
+        ({"target": text, "protected": text}, {"weights": {"protected": 1.0, "chat": 1.0}}),
         ({"target": text, "protected": []}, {}),
     ):
         with pytest.raises(StethoscopeError):
@@ -304,3 +383,25 @@ def test_features_that_the_filter_mutes_are_told_from_those_that_pass(opened, tm
         after += (half.apply(f"layers.1.{module}.weight", delta) @ inputs.T).square().sum(0)
     assert torch.allclose(shares, (after / before).sqrt().double(), rtol=1e-4)
     assert torch.allclose(lengths, before.sqrt().double(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Olmo2", "Phi", "Cohere", "Nemotron", "GPTNeoX"])
+def test_what_reaches_an_mlp_is_scaled_by_the_norm_before_it(family, tmp_path):
+    """OLMo 2 has none, Phi and Cohere one before attention and MLP, Nemotron stores its gain less 1."""
+    sizes = {key: value for key, value in SMALL.items() if (family, key) != ("GPTNeoX", "num_key_value_heads")}
+    base = stir(build(family, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    block = base.get_submodule("gpt_neox" if family == "GPTNeoX" else "model").layers[1]
+    module = next(module for name, module in block.mlp.named_children() if name in ("up_proj", "fc1", "dense_h_to_4h"))
+    delta, directions = torch.randn(module.weight.shape), torch.randn(5, 16)
+    module.weight.data += delta
+    base.save_pretrained(tmp_path / "tuned")
+    model = load_model(tmp_path / "base", dtype=torch.float32)
+    change = open_task_vector(open_checkpoint(tmp_path / "base"), tmp_path / "tuned")
+    texts = {"target": random_text(), "protected": random_text(seed=6)}
+    write_filters(model, change, texts, tmp_path / "f", provenance=NOWHERE, strengths=[0.0], layers=[1])
+    transform = FilteredChange(tmp_path / "f", 0.0, change)
+    _, lengths = passed_shares(model, change, transform, 1, directions)
+    norm = getattr(block, "post_attention_layernorm", None) or block.input_layernorm
+    gain = 1 if family == "Olmo2" else norm.weight + (family == "Nemotron")
+    assert torch.allclose(lengths, (directions * gain @ delta.T).norm(dim=1).double(), rtol=1e-4)

@@ -15,7 +15,7 @@ from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.change import DrawnSpans, LinearChange
 from stethoscope.editing.geometry import energy_curve, measure_geometry
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import FeatureProjection, LayerFeatures, feature_basis, principal_angles
+from stethoscope.editing.subspace import FeatureProjection, LayerFeatures, nested_basis, principal_angles
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.results.geometry import Geometry
 from stethoscope.text.tokens import TokenBatch
@@ -39,7 +39,7 @@ def features(chosen: int = 4, *, encoder: torch.Tensor | None = None) -> dict:
 
 
 def basis(layer: int, chosen: int = 4) -> torch.Tensor:
-    return feature_basis(directions(layer).flip(0)[:chosen])
+    return nested_basis(directions(layer).flip(0)[:chosen])[0]
 
 
 def save_change(folder: Path, change_of) -> TaskVector:
@@ -168,7 +168,7 @@ def test_what_is_written_into_what_the_features_read(tmp_path):
     """Writers aim at the encoder directions and readers elsewhere: only the former is alignment."""
     torch.manual_seed(0)
     encoder = torch.randn(FEATURES, D)
-    aimed = FeatureProjection(bases={layer: feature_basis(encoder.flip(0)[:4]) for layer in (0, 1)})
+    aimed = FeatureProjection(bases={layer: nested_basis(encoder.flip(0)[:4])[0] for layer in (0, 1)})
     writers = ("o_proj.weight", "down_proj.weight")
 
     def change(name: str, shape: torch.Size, _layer: int) -> torch.Tensor:
@@ -226,6 +226,14 @@ def test_lora_factors_give_what_the_product_gives(layout, options, tmp_path):
         assert one.effective_rank == pytest.approx(two.effective_rank, rel=2e-2)
         assert one.stable_rank == pytest.approx(two.stable_rank, rel=1e-3)
         assert np.cos(principal_angles(one.leading, two.leading)) == pytest.approx(np.ones(3), abs=1e-3)
+
+
+def test_a_lora_of_a_rank_above_the_hidden_size(tmp_path):
+    save_adapter(make("llama untied", dtype=torch.float32), tmp_path, r=D + 4, target_modules=["up_proj", "down_proj"])
+    change = open_task_vector(open_checkpoint(tmp_path / "base"), tmp_path / "adapter")
+    whole = measure_geometry(change, features(FEATURES), draws=3)
+    assert whole.total.share == pytest.approx(1, abs=1e-3)
+    assert whole.layers[0].curve.share[-1] == pytest.approx(1, abs=1e-3)
 
 
 def test_gpt2_is_measured_too(tmp_path):
@@ -293,7 +301,7 @@ def test_drawn_spans_keep_what_their_bases_keep():
     assert any(len({4, 7, 1} & set(one.tolist())) > 1 for one in spans.sets)
     for change in (torch.randn(5, D), torch.randn(40, D)):
         linear = LinearChange(left=None, right=change, writes=False)
-        bases = [feature_basis(spans.pool[one]) for one in spans.sets]
+        bases = [nested_basis(spans.pool[one])[0] for one in spans.sets]
         expected = [float((change.double() @ Q).square().sum()) for Q in bases]
         assert spans.energies(linear) == pytest.approx(expected, rel=1e-4)
 

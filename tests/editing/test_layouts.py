@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-from world import LAYOUTS, make, rename, save_pair, stored
+from world import LAYOUTS, Kept, make, rename, save_pair, stored
 
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
@@ -143,8 +143,14 @@ def test_a_tied_head_stored_as_a_copy_follows_the_embedding(tmp_path):
     tensors = stored(base)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    after = stored(edit_of(base, tuned, EditPlan(outside={"embedding": 1.0}), tmp_path / "edited"))
-    assert bits_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
-    assert bits_equal(after["lm_head.weight"], stored(tuned)["model.embed_tokens.weight"])
+    model, change = load(base), open_task_vector(open_checkpoint(base), tuned)
+    for transform in (None, Kept()):
+        plan = EditPlan(outside={"embedding": 1.0}, transform=transform)
+        after = stored(write_edit(change.base, change, plan, tmp_path / "edited", overwrite=True).path)
+        assert bits_equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+        expected = change.edited("embed_tokens.weight", 0.5 if transform else 1.0)
+        assert bits_equal(after["lm_head.weight"], expected)
+        with applied(model, change, plan):
+            assert bits_equal(model.lm_head.weight, expected)
     # a fine-tune that grew a copy of its tied head is the same fine-tune
     assert "lm_head.weight" not in open_task_vector(open_checkpoint(tuned), base).names

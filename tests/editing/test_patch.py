@@ -1,5 +1,6 @@
 """Patches: there and back again to the bit, and for no other base."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -62,6 +63,27 @@ def test_a_damaged_patch(base, patch, tmp_path):
     assert not verify(patch).ok
     with pytest.raises(CheckpointError, match="is damaged"):
         apply_patch(patch, base.path, tmp_path / "edited")
+    assert not (tmp_path / "edited").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda manifest: manifest.pop("layers"),
+        lambda manifest: manifest.pop("stethoscope"),
+        lambda manifest: manifest["base"].pop("source"),
+        lambda manifest: manifest["plan"].pop("transform"),
+        lambda manifest: manifest.update(base=5),
+        lambda manifest: next(iter(manifest["tensors"].values())).update(dtype="F17"),
+    ],
+)
+def test_a_damaged_manifest(damage, base, patch, tmp_path):
+    manifest = json.loads((patch / "manifest.json").read_text())
+    damage(manifest)
+    (patch / "manifest.json").write_text(json.dumps(manifest))
+    for act in (verify, lambda folder: apply_patch(folder, base.path, tmp_path / "edited")):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            act(patch)
     assert not (tmp_path / "edited").exists()
 
 

@@ -13,11 +13,7 @@ from stethoscope.editing.change import energy_along
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.residual_axis import residual_axes, residual_axis
 from stethoscope.editing.scalpel import scalpel_plans
-from stethoscope.editing.subspace import (
-    FeatureProjection,
-    feature_basis,
-    nested_basis,
-)
+from stethoscope.editing.subspace import FeatureProjection, nested_basis
 from stethoscope.editing.writer import write_edit
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.recipe import SCALPEL_ARMS
@@ -32,7 +28,7 @@ def random_directions(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def projection(directions: torch.Tensor) -> FeatureProjection:
-    return FeatureProjection(bases={1: feature_basis(directions)})
+    return FeatureProjection(bases={1: nested_basis(directions)[0]})
 
 
 def energy_of(*deltas: torch.Tensor) -> float:
@@ -54,7 +50,7 @@ def test_what_lies_in_the_subspace_is_kept_and_what_lies_outside_is_not(name):
     assert energy_of(kept, any_change - kept) == pytest.approx(energy_of(any_change), rel=1e-5)
     everything = projection(random_directions(2 * D)).apply(name, any_change)
     torch.testing.assert_close(everything, any_change, rtol=1e-4, atol=1e-5)
-    assert feature_basis(torch.zeros(3, D)).shape == (D, 0)
+    assert nested_basis(torch.zeros(3, D))[0].shape == (D, 0)
     assert not projection(torch.zeros(3, D)).apply(name, any_change).any()
 
 
@@ -98,7 +94,7 @@ WRITES = {"o_proj", "down_proj", "c_proj", "dense", "fc2", "dense_4h_to_h"}
 @pytest.mark.parametrize("layout", ["llama tied", "qwen2", "mistral", "gemma3 text", "gpt2", "phi", "phi3", "gpt-neox"])
 def test_a_projected_matrix_sees_or_says_only_what_lies_in_the_subspace(layout):
     model = make(layout, dtype=torch.float64)
-    Q = feature_basis(torch.randn(5, 16))
+    Q = nested_basis(torch.randn(5, 16))[0]
     made = FeatureProjection(bases={1: Q})
     checked = 0
     for stored_name, module in model.named_modules():
@@ -145,7 +141,7 @@ LLAMA, DORA = (("llama untied", {"target_modules": LINEAR, "use_dora": dora}) fo
 def test_the_factors_energy_is_the_products(layout, options, tmp_path):
     save_adapter(make(layout, dtype=torch.float32), tmp_path, r=3, **options)
     change = open_task_vector(open_checkpoint(tmp_path / "base"), tmp_path / "adapter")
-    Q = feature_basis(torch.randn(5, 16))
+    Q = nested_basis(torch.randn(5, 16))[0]
     made = FeatureProjection(bases={1: Q})
     axes = residual_axes(change, [1], 16)
     assert len(axes) >= 4

@@ -9,6 +9,7 @@ import torch
 from peft.utils import merge_utils
 from world import make_tokenizer, save_pair
 
+from stethoscope.artifacts import sha256_bytes
 from stethoscope.checkpoints.open import open_checkpoint, open_task_vector
 from stethoscope.editing.apply import edited_tensor
 from stethoscope.editing.plan import EditPlan, coefficients
@@ -24,6 +25,7 @@ from stethoscope.editing.rivals import (
     rivals,
     trimmed,
 )
+from stethoscope.editing.transfer import in_parallel
 from stethoscope.models.load import load_model
 from stethoscope.text.tokens import batches
 
@@ -102,6 +104,9 @@ def test_ties_and_dare_are_pefts_own():
     assert torch.equal(kept, merge_utils.magnitude_based_pruning(delta, 0.25))
     assert int((kept != 0).sum()) == 300
     thinned = dropped("w", delta, density=0.5, seed=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(sha256_bytes(b"3 w")[:15], 16))
+        assert torch.equal(merge_utils.dare_linear([delta], torch.ones(1), 0.5), thinned)
     ratio = thinned / delta
     assert {round(value, 4) for value in ratio.flatten().tolist()} == {0.0, 2.0}
     assert float((ratio != 0).float().mean()) == pytest.approx(0.5, abs=0.06)
@@ -110,6 +115,15 @@ def test_ties_and_dare_are_pefts_own():
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, seed in (("v", 3), ("w", 4)):
         assert not torch.equal(dropped(name, delta, density=0.5, seed=seed), thinned)
+
+
+def test_dare_drops_the_same_whatever_other_threads_do():
+    deltas = {str(n): noise(300, 200, seed=n) for n in range(24)}
+    jobs = [(1, partial(dropped, name, delta, density=0.4, seed=0)) for name, delta in deltas.items()]
+    state = torch.random.get_rng_state()
+    for found, (_, again) in zip(in_parallel(jobs, arithmetic=True), jobs, strict=True):
+        assert torch.equal(found, again())
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_at_its_first_value_every_rival_is_the_fine_tune_and_later_it_is_less(change):

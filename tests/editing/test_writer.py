@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from world import Kept, contents, flip, make, save_adapter, save_pair, stored
 
@@ -92,8 +93,16 @@ def third(folder):
     return sorted(folder.glob("*.safetensors"))[2]
 
 
+def reread(folder, old, new):
+    """Let a weight file's header say other things of the same bytes."""
+    data = third(folder).read_bytes()
+    third(folder).write_bytes(re.sub(old, new, data, count=1))
+
+
 DAMAGES = {
     "a bit of a weight": (lambda f: flip(third(f)), "are not those that were written"),
+    "another dtype": (lambda f: reread(f, rb'"BF16"', rb'"F16" '), "another dtype"),
+    "another shape": (lambda f: reread(f, rb"\[(\d+),(\d+)\]", rb"[\2,\1]"), "another dtype or shape"),
     "a lost shard": (lambda f: third(f).unlink(), "cannot read"),
     "a cut shard": (lambda f: os.truncate(third(f), 100), "truncated|announces"),
     "another config": (lambda f: (f / "config.json").write_text("{}"), "`config.json` is not as it was written"),
@@ -126,6 +135,36 @@ def test_what_lies_beside_the_weights(base, change, tmp_path):
     weights = [source["parameters"]["weight"] for source in sources]
     assert weights[0][-1] == {"value": 0.5}
     assert weights[1] == 0
+
+
+def test_what_others_wrote_beside_base_and_tuned(tmp_path):
+    """A manifest of another program, a config without a dtype, and one whose values are Markdown."""
+    paths = save_pair("llama untied", tmp_path, dtype=torch.float32)
+    (paths[0] / "manifest.json").write_text('{"name": "mine"}')
+    for path, more in zip(paths, ({}, {"rms_norm_eps": "1\n\n# 2\n<img src=x> [here](http://x)"}), strict=True):
+        config = json.loads((path / "config.json").read_text()) | more
+        del config["dtype"]
+        (path / "config.json").write_text(json.dumps(config))
+    base = open_checkpoint(paths[0])
+    edit = write_edit(base, open_task_vector(base, paths[1]), EditPlan.for_layers([1]), tmp_path / "edited")
+    assert edit.manifest["schema"].startswith("stethoscope")
+    assert yaml.safe_load((edit.path / "mergekit.yaml").read_text())["out_dtype"] == "float32"
+    card = (edit.path / "README.md").read_text()
+    assert "src=x" in card
+    assert not re.search(r"<img|\[here\]|^# 2", card, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("coefficient", "value"), [(0.5, float("nan")), (1e39, 1.0)])
+def test_an_adapter_that_is_no_numbers_is_not_written(coefficient, value, adapter, tmp_path):
+    base, _ = adapter
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors[next(key for key in tensors if ".1." in key and "lora_B" in key)][0, 0] = value
+    save_file(tensors, path)
+    plan = EditPlan.for_layers([1], coefficient=coefficient)
+    with pytest.raises(CheckpointError, match="NaN or infinity"):
+        write_edit(base, open_task_vector(base, path.parent), plan, tmp_path / "out", kind="adapter")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("coefficient", [1.0, -0.5])

@@ -22,7 +22,7 @@ from jaxtyping import Shaped
 from stethoscope.checkpoints.config import differences
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
-from stethoscope.editing.plan import EditPlan, coefficients
+from stethoscope.editing.plan import EditPlan, coefficients, followed
 from stethoscope.editing.transfer import in_parallel
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
@@ -153,9 +153,14 @@ def stacked_place(name: str) -> str:
 
 def _stack_experts(task_vector: TaskVector, plan: EditPlan, place: str) -> torch.Tensor:
     prefix, _, stacked = place.rpartition(".")
+    changed, base = frozenset(task_vector.names), task_vector.base
     parts = ([f"{prefix}.{n}.{module}.weight" for module in STACKED[stacked]] for n in count())
-    experts = takewhile(lambda names: names[0] in task_vector.base.entries, parts)
-    return torch.stack([torch.cat([edited_tensor(task_vector, plan, name) for name in names]) for names in experts])
+    experts = takewhile(lambda names: names[0] in base.entries, parts)
+
+    def one(name: str) -> torch.Tensor:
+        return edited_tensor(task_vector, plan, name) if name in changed else base.read(name)
+
+    return torch.stack([torch.cat([one(name) for name in names]) for names in experts])
 
 
 def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[torch.Tensor, "..."]:
@@ -163,6 +168,7 @@ def edited_tensor(task_vector: TaskVector, plan: EditPlan, name: str) -> Shaped[
 
     At coefficient 1 without a transform it is tuned's tensor; else base + coefficient * change in float32, cast once.
     """
+    name = followed(task_vector, name)
     coefficient = plan.coefficient(name)
     if not coefficient:
         return task_vector.base.read(name)

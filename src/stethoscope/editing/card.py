@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from stethoscope.checkpoints.adapter import AdapterTaskVector
+from stethoscope.checkpoints.header import DTYPES
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.plan import EditPlan
 
@@ -41,13 +42,14 @@ def mergekit_recipe(task_vector: TaskVector, plan: EditPlan) -> str | None:
         tuned = {"model": task_vector.source, "layer_range": [start, stop], "parameters": {"weight": value}}
         slices.append({"sources": [{"model": base.source, "layer_range": [start, stop]}, tuned]})
         start = stop
+    largest = max(base.entries.values(), key=lambda entry: entry.nbytes)
     recipe = {
         "merge_method": "task_arithmetic",
         "base_model": base.source,
         "slices": slices,
         "parameters": {"normalize": False},
         "dtype": "float32",
-        "out_dtype": str(base.config.get("dtype") or base.config.get("torch_dtype") or "bfloat16"),
+        "out_dtype": str(base.config.get("dtype") or base.config.get("torch_dtype") or DTYPES[largest.dtype].torch),
     }
     return yaml.safe_dump(recipe, sort_keys=False, width=1 << 20)  # a folded name could end the card's block of code
 
@@ -90,12 +92,12 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     lines = ["---", yaml.safe_dump(metadata, sort_keys=True).strip(), "---", "", f"# {name}", "", what, ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
     for note in manifest.get("notes", ()):
-        lines += [f"Note: {note}.", ""]
+        lines += [f"Note: {_text(note)}.", ""]
     if results:
         lines += [
             "## Results",
             "",
-            html.escape(" ".join(results["verdict"].split()), quote=False).replace("[", "&#91;"),
+            _text(results["verdict"]),
             "",
             *_result_rows(results),
             "",
@@ -111,6 +113,11 @@ def model_card(manifest: Mapping[str, Any], config: Mapping[str, Any]) -> str:
 def _plain(name: object) -> str:
     """A name from elsewhere without what could end its place in the card, or be more than text there."""
     return " ".join(re.sub(r"[|<>\[\]`]", " ", str(name)).split())
+
+
+def _text(words: object) -> str:
+    """A sentence that quotes what is from elsewhere: in one line, without HTML and links."""
+    return html.escape(" ".join(str(words).split()), quote=False).replace("[", "&#91;")
 
 
 def _transform(described: Mapping[str, Any] | None) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor
 from stethoscope.checkpoints.adapter import low_rank
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.residual_axis import ResidualAxis
-from stethoscope.editing.subspace import RANK_TOLERANCE, nested_basis
+from stethoscope.editing.subspace import RANK_TOLERANCE
 
 POOL = 16  # times a set's size: the directions that random sets are drawn from where each costs a full matrix' product
-_BLOCK = 256  # columns multiplied at once
+_BLOCK = 512  # columns multiplied at once
+_FEW = 256  # dimensions of a matrix of which all eigenvectors are found
 _SMALL = 768  # matrices whose spectrum costs little in float64
 _DOUBTFUL = 1e-5  # of the largest: a square below this may be the rounding of float32
 
@@ -79,29 +80,23 @@ class LinearChange:
     @property
     def energy(self) -> float:
         """The squared Frobenius norm."""
-        return float(self._smaller.diagonal().double().sum())
+        return float(self.gram.diagonal().double().sum())
 
     @property
     def tall(self) -> bool:
         """Whether there are more rows than the stream has values, so that `gram` is the smaller matrix."""
         return self.rows.shape[0] > self.rows.shape[1]
 
-    @property
-    def gram(self) -> Float[Tensor, "d d"]:
-        """``rows.T @ rows`` of a tall change, the Gram matrix along the residual stream."""
-        assert self.tall
-        return self._smaller
-
     @cached_property
-    def _smaller(self) -> Float[Tensor, "n n"]:
+    def gram(self) -> Float[Tensor, "n n"]:
         """The Gram matrix along the shorter side: an SVD of the whole would cost ten times as much."""
-        return _gram(self.rows if self.tall else self.rows.T)
+        return second_moment(self.rows if self.tall else self.rows.T)
 
     def halves(self, directions: Float[Tensor, "some d"]) -> tuple[Tensor, Tensor]:
         """Two matrices, a row a direction; the rows' products are the directions' in the Gram matrix."""
         directions = directions.to(self.rows)
         if self.tall:
-            return directions @ self._smaller, directions
+            return directions @ self.gram, directions
         images = directions @ self.rows.T
         return images, images
 
@@ -116,9 +111,9 @@ class LinearChange:
         Singular values below 1e-5 of the largest are the rounding of float32, and count as 0.
         """
         sides = self.rows if self.tall else self.rows.T
-        squares, vectors = _eigen(self._smaller if len(self._smaller) > _SMALL else _gram(sides.double()), leading)
+        squares, vectors = _eigen(self.gram if len(self.gram) > _SMALL else second_moment(sides.double()), leading)
         if squares[0] < _DOUBTFUL * squares[-1] and vectors.dtype != torch.float64:
-            squares, vectors = _eigen(_gram(sides.double()), leading)
+            squares, vectors = _eigen(second_moment(sides.double()), leading)
         values = squares.clamp(min=0).sqrt().flip(0)
         if not values[0] > 0:
             return None
@@ -144,20 +139,21 @@ def energy_along(
     return float(change.rows.square().sum(dtype=torch.float64)), along.double()
 
 
-def _gram(rows: Float[Tensor, "rows d"]) -> Float[Tensor, "d d"]:
-    """``rows.T @ rows``, of which half is computed."""
-    width = rows.shape[1]
-    made = rows.new_zeros(width, width)
-    for start in range(0, width, _BLOCK):
-        stop = start + _BLOCK
-        torch.mm(rows[:, start:].T, rows[:, start:stop], out=made[start:, start:stop])
-    return made.tril_() + made.tril(-1).T
+def second_moment(x: Float[Tensor, "rows d"]) -> Float[Tensor, "d d"]:
+    """``x.T @ x``, by blocks of its upper triangle."""
+    d = x.shape[1]
+    product = x.new_empty(d, d)
+    for start in range(0, d, _BLOCK):
+        rows = slice(start, min(start + _BLOCK, d))
+        product[rows, start:] = x[:, rows].T @ x[:, start:]
+        product[rows.stop :, rows] = product[rows, rows.stop :].T
+    return product
 
 
 def _eigen(matrix: Float[Tensor, "n n"], leading: int) -> tuple[Float64[Tensor, " n"], Float[Tensor, "n leading"]]:
     """All eigenvalues of a symmetric matrix, smallest first, and the leading eigenvectors, largest first."""
     size = len(matrix)
-    if matrix.device.type != "cpu" or size <= max(_BLOCK, leading):
+    if matrix.device.type != "cpu" or size <= max(_FEW, leading):
         values, vectors = torch.linalg.eigh(matrix)
         return values.double().cpu(), vectors.flip(1)[:, :leading]
     # eigh would find all vectors, at four times the cost
@@ -178,7 +174,7 @@ class DrawnSpans:
     Attributes:
         pool: the directions that are in any set, of unit norm.
         sets: numbers of rows of the pool.
-        weights: the inverse of each set's scalar products, zero where rows depend on others.
+        weights: the inverse of each set's scalar products, a pseudo-inverse where rows depend on others.
     """
 
     pool: Float64[Tensor, "pool d"]
@@ -217,12 +213,9 @@ class DrawnSpans:
 
 
 def _inverse_products(rows: Float64[Tensor, "size d"]) -> Float64[Tensor, "size size"]:
-    """The inverse of unit rows' scalar products, of those alone that add to a nested basis."""
+    """The inverse of unit rows' scalar products, or the pseudo-inverse of dependent ones."""
     products = rows @ rows.T
     triangle, failed = torch.linalg.cholesky_ex(products)
     if not failed and bool((triangle.diagonal() > RANK_TOLERANCE).all()):
         return torch.cholesky_inverse(triangle)
-    kept = nested_basis(rows)[1].to(rows.device)
-    inverse = torch.zeros_like(products)
-    inverse[kept[:, None], kept] = torch.linalg.inv(products[kept[:, None], kept])
-    return inverse
+    return torch.linalg.pinv(products, rtol=RANK_TOLERANCE**2, hermitian=True)

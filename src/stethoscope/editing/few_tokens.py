@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from stethoscope.editing.moments import Samples, not_definite, second_moment, shrinkage
+from stethoscope.editing.change import second_moment
+from stethoscope.editing.moments import Samples, not_definite, shrinkage
 
 Floor = tuple[float, Float64[Tensor, " tokens"]]  # what every direction has, and the weight of each token
 
@@ -41,9 +42,11 @@ class FewTokens:
         """
         X = torch.cat([at[name].rows for name in (text, *weights)]).double()
         gram = second_moment(X.T)
+        if not gram.isfinite().all():
+            raise not_definite()
         floors, columns, start = [], [], 0
         for name, weight in {text: 1.0, **weights}.items():
-            n, d = at[name].tokens, X.shape[1]
+            n, d = at[name].seen, X.shape[1]
             own = gram[start : start + n, start : start + n]
             scale, squares = float(own.diagonal().sum()) / max(n, 1) / d, float(own.square().sum()) / max(n * d, 1) ** 2
             amount = shrinkage(scale, squares, d, n) if n else 0.0
@@ -64,7 +67,7 @@ class FewTokens:
         wanted = seen * weights
         reached = floor * seen + wanted @ self.gram
         for strength in strengths:
-            if not weights.any():
+            if not floor and not weights.any():
                 yield torch.zeros_like(change)
                 continue
             rest, root, factor = self._inverse(strength)

@@ -1,7 +1,7 @@
 """The filter: the part of a task vector that target text uses and protected text does not notice.
 
     write_filters(model, task_vector, {"target": ..., "chat": ...}, Path("filters"), weights={"chat": 1.0})
-    EditPlan.everything(transform=FilteredChange(Path("filters"), 1.0, task_vector))
+    EditPlan(default=1.0, transform=FilteredChange(Path("filters"), 1.0, task_vector))
 
 A tensor's change tau becomes D = tau F with F = C_T (C_T + strength C_P)^-1, which minimises
 E_T |(D - tau) x|^2 + strength E_P |D x|^2: the Wiener filter, target the signal and protected text the noise. C_T and
@@ -40,6 +40,7 @@ from stethoscope.editing.moments import (
     roles,
     shrinkage,
 )
+from stethoscope.editing.plan import followed
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.results.filtering import Effect, Filtering, LayerFiltering
 
@@ -52,15 +53,21 @@ Mean = Float64[Tensor, "d d"] | Float64[Tensor, " d"]
 def shrunk(moments: Moments | Samples) -> Mean:
     """Moments per token, drawn toward a multiple of the identity as far as so few tokens demand.
 
-    With fewer tokens than dimensions the result still has full rank, and inputs that no text has shown pass
-    the filter at 1 / (1 + strength). A diagonal is estimated channel by channel and is not shrunk.
+    With fewer tokens than dimensions the result still has full rank, and inputs that no text has shown pass the filter
+    at floor_T / (floor_T + strength floor_P), of what is added to the diagonals of target's and protected moments. A
+    diagonal is estimated channel by channel and is not shrunk.
+
+    Raises:
+        CheckpointError: moments are not finite.
     """
     mean = moments.mean()
-    if mean.ndim == 1 or not moments.tokens:
+    if not mean.isfinite().all():
+        raise not_definite()
+    if mean.ndim == 1 or not moments.seen:
         return mean
     d = len(mean)
     scale, squares = float(mean.diagonal().mean()), float(mean.square().mean())
-    amount = shrinkage(scale, squares, d, moments.tokens)
+    amount = shrinkage(scale, squares, d, moments.seen)
     mean.mul_(1 - amount)  # in place: at 10,240 values each copy is 0.8 GB
     mean.diagonal().add_(amount * scale)
     return mean
@@ -141,6 +148,7 @@ def write_filters(
         texts: ``target`` and one or more protected texts -> batches.
         out: the folder to write or replace: `filter.json`, and per strength a file of each change. LoRA's are new A
             matrices in float32; others are cast to the base's dtype, which loses less than their sum with it does.
+        strengths: of the filters; without one only the raw change is measured.
         weights: protected text -> its weight, 1 if not given.
         layers: those to filter; all, and the tensors outside the layers, if None.
         separable: also measure how far the texts can be told apart.
@@ -149,9 +157,9 @@ def write_filters(
         CheckpointError: with every tensor whose input is not known; or moments or a change are not finite.
         StethoscopeError: a text is missing or has no token that counts, or a strength or weight makes no sense.
     """
-    weights = {name: (weights or {}).get(name, 1.0) for name in texts if name != TARGET}
+    weights = dict.fromkeys((name for name in texts if name != TARGET), 1.0) | dict(weights or {})
     _check(texts, strengths, weights)
-    names = [name for name in task_vector.names if _is_filtered(name, layers)]
+    names = [name for name in task_vector.names if _is_filtered(name, layers) and followed(task_vector, name) == name]
     met, found = roles(model, names), []
     with new_folder(out, overwrite=True) as folder:
         for layer, inputs in collect_moments(model, texts, names, samples=True, progress=progress):
@@ -172,7 +180,8 @@ def write_filters(
                 else:
                     pair = _moments(at, weights, model.device)
                     changed = filtered(rows, *pair, strengths)
-                if separable and parts[0].role in ("columns", "rows"):
+                seen = isinstance(pair, FewTokens) or bool(pair[0].any() or pair[1].any())
+                if separable and seen and parts[0].role in ("columns", "rows"):
                     value = pair.separability() if isinstance(pair, FewTokens) else separability(*pair)
                     apart.append((rows.shape[1], value))
                 for place, change in enumerate(chain([rows], changed)):
@@ -222,7 +231,6 @@ class _Part:
     name: str
     role: Role
     rows: Float[Tensor, "rows d"]
-    shape: torch.Size
     B: Float64[Tensor, "out rank"] | None
 
     @classmethod
@@ -230,7 +238,7 @@ class _Part:
         factors = low_rank(task_vector, name) if role in ("columns", "rows") else None
         if factors:
             A, B = factors.A.to(device).double(), factors.B.to(device).double()
-            return cls(name=name, role=role, rows=A, shape=A.shape, B=B * factors.scaling)
+            return cls(name=name, role=role, rows=A, B=B * factors.scaling)
         delta = task_vector.delta(name).to(device)
         if role in ("rows", "token"):
             rows = delta.T
@@ -238,9 +246,7 @@ class _Part:
             rows = delta[:, None]
         else:
             rows = delta.reshape(-1, delta.shape[-1])
-        return cls(
-            name=name, role=role, rows=rows if role in ("token", "tied") else rows.double(), shape=delta.shape, B=None
-        )
+        return cls(name=name, role=role, rows=rows if role in ("token", "tied") else rows.double(), B=None)
 
     def effect(self, change: Float[Tensor, "rows d"], pair: "tuple[Mean, Mean] | FewTokens") -> Effect:
         """Of the change that these rows make; of an embedding that is the head, too, as the head."""
@@ -263,9 +269,9 @@ class _Part:
         """What is written to disk: LoRA's A in float32, or the change in the base's dtype and the tensor's layout."""
         if self.B is not None:
             return {"A": change.to("cpu", torch.float32).contiguous()}
-        dtype = torch_dtype(task_vector.base.entries[self.name].dtype)
+        entry = task_vector.base.entries[self.name]
         change = change.T if self.role in ("rows", "token") else change
-        return {"change": change.reshape(self.shape).to("cpu", dtype).contiguous()}
+        return {"change": change.reshape(entry.shape).to("cpu", torch_dtype(entry.dtype)).contiguous()}
 
 
 def check_files(folder: Path, filtering: Filtering) -> None:
@@ -318,7 +324,7 @@ class FilteredChange:
 
     def low_rank(self, name: str) -> Float[Tensor, "rank d"] | None:
         """LoRA's new A of a tensor, whose B stays; None for a change that is not stored so."""
-        return self._read(name).get("A")
+        return self._read(name).get("A") if isinstance(self.task_vector, AdapterTaskVector) else None
 
     def describe(self) -> dict[str, Any]:
         """Strength, weights and tokens of the texts, and the hash of everything the filter was made from."""
@@ -332,7 +338,7 @@ class FilteredChange:
         }
 
     def _read(self, name: str) -> dict[str, Tensor]:
-        path = _path(self._folder, self.strength, name)
+        path = _path(self._folder, self.strength, followed(self.task_vector, name))
         return load_file(path) if path.exists() else {}
 
 
@@ -375,6 +381,9 @@ def _check(texts: Texts, strengths: Sequence[float], weights: Mapping[str, float
     problems = [] if TARGET in texts else ["there is no target text"]
     problems += [] if weights else ["there is no protected text"]
     problems += [f"the weight of `{name}` is {w}" for name, w in weights.items() if not 0 < w < math.inf]
+    problems += [
+        f"`{name}` has a weight and is no protected text" for name in weights if name not in {*texts} - {TARGET}
+    ]
     problems += [f"the strength {s} is not a number from 0 on" for s in strengths if not 0 <= s < math.inf]
-    if problems or not strengths:
+    if problems:
         raise StethoscopeError("cannot filter", problems=problems, hint="give one target and one protected text")

@@ -23,7 +23,7 @@ from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.change import POOL, DrawnSpans, LinearChange
 from stethoscope.editing.residual_axis import READERS, ResidualAxis, residual_axes
-from stethoscope.editing.subspace import LayerFeatures, feature_basis, nested_basis, principal_angles, random_basis
+from stethoscope.editing.subspace import LayerFeatures, nested_basis, principal_angles, random_basis
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.sites import HookPoint, hook_point, read_activations
 from stethoscope.results.geometry import Curve, Draws, Geometry, Kept, LayerGeometry, TensorGeometry, Written
@@ -177,7 +177,7 @@ class _Subspaces:
         decoder = found.decoder.to(device)
         self.whole, self.came = nested_basis(decoder[list(found.order)])
         self.chosen = self.whole[:, : int((self.came < found.chosen).sum())]
-        self.encoder = feature_basis(found.encoder[list(found.order)[: found.chosen]].to(device))
+        self.encoder = nested_basis(found.encoder[list(found.order)[: found.chosen]].to(device))[0]
         rank, generator = self.chosen.shape[1], torch.Generator().manual_seed(int(rng.integers(1 << 62)))
         random = [random_basis(self.width, rank, generator).to(device) for _ in range(_FUNCTIONAL_DRAWS)]
         self.compared = [Q.float() for Q in (self.chosen, *random)]
@@ -233,7 +233,8 @@ class _Subspaces:
         total = sum(one.energy for one in energies)
         shares = (torch.cat(rows) @ self.whole).square().sum(0)
         if len(gram):
-            shares += (gram @ self.whole.float() * self.whole).sum(0)
+            whole = self.whole.to(gram)
+            shares += (gram @ whole * whole).sum(0)
         return LayerGeometry(
             layer=self.layer,
             features=self.found.chosen,

@@ -15,7 +15,7 @@ from blake3 import blake3
 from stethoscope.artifacts import canonical_json, sha256_bytes, write_json, write_text
 from stethoscope.checkpoints.checkpoint import ALGORITHM, fingerprint
 from stethoscope.checkpoints.files import read_json_object
-from stethoscope.checkpoints.header import Entry
+from stethoscope.checkpoints.header import DTYPES, Entry
 from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.card import mergekit_recipe, model_card
 from stethoscope.editing.plan import EditPlan
@@ -60,16 +60,10 @@ def describe_edit(
     }
 
 
-def describe_patched(patch: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the checkpoint that a patch makes."""
-    base = {key: value for key, value in patch["base"].items() if key != "rest_fingerprint"}
-    return {**patch, "kind": "checkpoint", "base": base, "tensors": dict(tensors)}
-
-
 def write_generated(manifest: dict[str, Any], config: Mapping[str, Any], folder: Path) -> None:
     """The card, the mergekit recipe if there is one, and last the manifest with the hash of every other file."""
     write_text(folder / CARD, model_card(manifest, config))
-    if manifest["mergekit"]:
+    if manifest.get("mergekit"):
         write_text(folder / RECIPE, manifest["mergekit"])
     weights = {record["file"] for record in manifest["tensors"].values()}
     others = sorted(path for path in folder.iterdir() if path.name not in weights)
@@ -117,17 +111,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json_object(folder / MANIFEST, hint=hint)
     if manifest.get("schema") != SCHEMA:
         raise CheckpointError(f"`{folder / MANIFEST}` is not of schema `{SCHEMA}`", hint=hint)
-    wanted = {"kind": str, "hash": str, "tensors": dict, "files": dict, "base": dict, "tuned": dict, "plan": dict}
+    wanted = {"stethoscope": str, "kind": str, "hash": str, "layers": list, "tensors": dict, "files": dict}
+    parts = {"base": ["source"], "tuned": ["source"], "plan": ["transform"]}
+    wanted |= dict.fromkeys(parts, dict)
     problems = [f"`{key}` is missing" for key, type_ in wanted.items() if not isinstance(manifest.get(key), type_)]
     if manifest.get("hash", ALGORITHM) != ALGORITHM:
         problems.append(f"it uses the unknown hash `{manifest['hash']}`")
     fields = {"file", "dtype", "shape", "hash"}
     if manifest.get("kind") == "patch":
         fields |= {"base_hash", "edited_hash", "from", "coefficient"}
-        if "rest_fingerprint" not in manifest.get("base", {}):
-            problems.append("`base` lacks `rest_fingerprint`")
+        parts["base"].append("rest_fingerprint")
+    if not problems:
+        problems = [f"`{key}` lacks `{part}`" for key in parts for part in parts[key] if part not in manifest[key]]
     for name, record in manifest.get("tensors", {}).items() if not problems else ():
-        if not isinstance(record, dict) or not fields <= set(record):
+        if not isinstance(record, dict) or not fields <= set(record) or str(record["dtype"]) not in DTYPES:
             problems.append(f"the record of `{name}` is incomplete")
         elif Path(str(record["file"])).name != record["file"]:
             problems.append(f"the file of `{name}` leads out of the folder")

@@ -8,7 +8,7 @@ states and one layer's moments, whatever the depth.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from stethoscope.checkpoints.names import parse_name
-from stethoscope.editing.apply import STACKED, live_tensors, stacked_place
+from stethoscope.editing.apply import STACKED, stacked_place
+from stethoscope.editing.change import second_moment
 from stethoscope.errors import CheckpointError, StethoscopeError
 from stethoscope.models.forward import run, skipped
 from stethoscope.models.load import decoder_layers
@@ -32,7 +33,6 @@ Progress = Callable[[int, int], None]
 # How a tensor's change meets its input x: by the columns or rows of a matrix that multiplies x; token by token of a
 # vocabulary, or so and as the head, too; channel by channel of a normalised x; or added, with no input but 1.
 Role = Literal["columns", "rows", "token", "tied", "channel", "added"]
-BLOCK = 512  # columns of a product that is symmetric: blocks below its diagonal are not computed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,13 @@ class Moments:
 
     Attributes:
         sums: float32, on the model's device.
-        tokens: how many of the text count, of which an expert sees only some.
+        tokens: how many of the text count.
+        seen: how many of these are in the sums: an expert sees only some.
     """
 
     sums: Float[Tensor, "d d"] | Float[Tensor, " d"]
     tokens: int
-
-    def __add__(self, other: "Moments") -> "Moments":
-        """The moments of both texts together."""
-        return Moments(sums=self.sums + other.sums, tokens=self.tokens + other.tokens)
+    seen: int
 
     def mean(self) -> Float64[Tensor, "d d"] | Float64[Tensor, " d"]:
         """Per token; zero where there is no token."""
@@ -67,13 +65,13 @@ class Samples:
     rows: Float[Tensor, "tokens d"]
 
     @property
-    def tokens(self) -> int:
-        """How many count."""
+    def seen(self) -> int:
+        """How many tokens count."""
         return len(self.rows)
 
     def mean(self) -> Float64[Tensor, "d d"]:
         """Moments per token."""
-        return second_moment(self.rows.double()) / max(self.tokens, 1)
+        return second_moment(self.rows.double()) / max(self.seen, 1)
 
 
 # tensor -> text -> moments of its input, or the input itself; tensors that share one share these
@@ -101,17 +99,6 @@ def not_definite() -> CheckpointError:
     )
 
 
-def second_moment(x: Float[Tensor, "tokens d"]) -> Float[Tensor, "d d"]:
-    """X^T X, by blocks of its upper triangle."""
-    d = x.shape[1]
-    product = x.new_empty(d, d)
-    for start in range(0, d, BLOCK):
-        rows = slice(start, min(start + BLOCK, d))
-        product[rows, start:] = x[:, rows].T @ x[:, start:]
-        product[rows.stop :, rows] = product[rows, rows.stop :].T
-    return product
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Place:
     """Where a tensor is in the live model: its module, its parameter's name there and how it meets its input."""
@@ -134,27 +121,21 @@ def roles(model: PreTrainedModel, names: Collection[str]) -> dict[str, Role]:
 
 
 def _places(model: PreTrainedModel, names: Collection[str]) -> dict[str, _Place]:
-    modules = {}
-    for path, module in model.named_modules():
-        for parameter, _ in module.named_parameters(recurse=False, remove_duplicate=False):
-            modules[parse_name(f"{path}.{parameter}" if path else parameter).canonical] = module
-    live, found, problems = live_tensors(model), {}, []
+    owners = {
+        parse_name(f"{path}.{parameter}" if path else parameter).canonical: (module, parameter, tensor)
+        for path, module in model.named_modules()
+        for parameter, tensor in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+    found, problems = {}, []
     for name in names:
         stacked = stacked_place(name)
-        module, tensor = modules.get(name), live.get(name)
-        role: Role | None = None
-        if module is None and stacked in modules:
+        if name not in owners and stacked in owners:
             *_, number, part, _ = name.split(".")
-            found[name] = _Place(module=modules[stacked], role="columns", expert=(int(number), part))
-            continue
-        if module is not None and tensor is not None:
-            role = _role(module, name.rsplit(".", 1)[-1], tensor)
-            if role == "token" and _is_head(model, tensor):
-                role = "tied"
-        if module is None or role is None:
-            problems.append(f"`{name}` of {type(module or model).__name__}")
+            found[name] = _Place(module=owners[stacked][0], role="columns", expert=(int(number), part))
+        elif name in owners and (role := _role(model, *owners[name])):
+            found[name] = _Place(module=owners[name][0], role=role)
         else:
-            found[name] = _Place(module=module, role=role)
+            problems.append(f"`{name}` of {type(owners[name][0] if name in owners else model).__name__}")
     if problems:
         raise CheckpointError(
             "the inputs of some changed tensors are not known, so their change cannot be filtered",
@@ -164,16 +145,20 @@ def _places(model: PreTrainedModel, names: Collection[str]) -> dict[str, _Place]
     return found
 
 
-def _role(module: nn.Module, parameter: str, tensor: Tensor) -> Role | None:
+def _role(model: PreTrainedModel, module: nn.Module, parameter: str, tensor: Tensor) -> Role | None:
     if parameter == "bias" and tensor.ndim == 1:
         return "added"
     if parameter != "weight":
         return None
     if isinstance(module, nn.Embedding):
-        return "token"
-    if tensor.ndim == 2:
-        return "rows" if isinstance(module, Conv1D) else "columns"
-    return "channel" if tensor.ndim == 1 and "norm" in type(module).__name__.lower() else None
+        if hasattr(module, "offset"):  # OPT's positions: its input is a mask
+            return None
+        head = model.get_output_embeddings()
+        return "tied" if head is not None and head.weight is tensor else "token"
+    if "norm" in type(module).__name__.lower():
+        return "channel" if tensor.ndim == 1 else None  # Cohere's may have a row for each head
+    matrix: Role = "rows" if isinstance(module, Conv1D) else "columns"
+    return matrix if tensor.ndim == 2 else None
 
 
 @torch.no_grad()
@@ -243,19 +228,10 @@ def _through(model: PreTrainedModel, block: nn.Module, batch: TokenBatch) -> Any
         returned.append(output)
         raise _Stopped
 
-    handle = block.register_forward_hook(stop)
-    try:
+    with ExitStack() as stack, suppress(_Stopped):
+        stack.callback(block.register_forward_hook(stop).remove)
         run(model, batch.input_ids)
-    except _Stopped:
-        pass
-    finally:
-        handle.remove()
     return returned[0]
-
-
-def _is_head(model: PreTrainedModel, tensor: Tensor) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is tensor
 
 
 class _Stopped(Exception):  # noqa: N818 - control flow: ends a forward after a block
@@ -273,16 +249,9 @@ class _Collector:
     def attach(self, stack: ExitStack, text: str, counted: Bool[Tensor, "rows tokens"]) -> None:
         self._seen = []
         self.text, self.counted = text, counted
-        experts: dict[nn.Module, list[str]] = {}
         for name, place in self.places.items():
-            if place.expert:
-                experts.setdefault(place.module, []).append(name)
-            else:
-                hook = partial(self._keep, name, place)
-                stack.callback(place.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        for module, names in experts.items():
-            hook = partial(self._keep_experts, names)
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            hook = partial(self._keep_expert if place.expert else self._keep, name, place)
+            stack.callback(place.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
     def finish(self, model: PreTrainedModel, output: Any) -> None:
         """The head is not run: its input is the last hidden state, also where it shares the embedding's weight."""
@@ -314,27 +283,25 @@ class _Collector:
         else:
             self._add(name, self._rows(_normalised(module, x)).square().sum(0))
 
-    def _keep_experts(self, names: Sequence[str], module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Every expert's input is what the router sends it, as large as the router weighs it."""
+    def _keep_expert(
+        self, name: str, place: _Place, module: Any, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
+        """An expert's input is what the router sends it, as large as the router weighs it."""
         x, chosen, weights = [*args, *options.values()][:3]
-        counted = self.counted.flatten().to(x.device)
-        for name in names:
-            number, part = self.places[name].expert or (0, "")
-            token, slot = (chosen == number).nonzero(as_tuple=True)
-            token, slot = token[counted[token]], slot[counted[token]]
-            inner = x[token]
-            if part in STACKED["down_proj"]:
-                gate, up = nn.functional.linear(inner, module.gate_up_proj[number]).chunk(2, dim=-1)
-                inner = module.act_fn(gate) * up
-            self._add(name, second_moment((inner * weights[token, slot, None]).float()))
+        number, part = place.expert or (0, "")
+        token, slot = ((chosen == number) & self.counted.to(x.device).flatten()[:, None]).nonzero(as_tuple=True)
+        inner = x[token]
+        if part in STACKED["down_proj"]:
+            gate, up = nn.functional.linear(inner, module.gate_up_proj[number]).chunk(2, dim=-1)
+            inner = module.act_fn(gate) * up
+        self._add(name, second_moment((inner * weights[token, slot, None]).float()), len(token))
 
-    def _add(self, name: str, sums: Tensor) -> None:
+    def _add(self, name: str, sums: Tensor, seen: int | None = None) -> None:
         found, tokens = self.inputs.setdefault(name, {}), int(self.counted.sum())
-        before = found.get(self.text)
+        before, seen = found.get(self.text), tokens if seen is None else seen
         if isinstance(before, Moments):
-            found[self.text] = Moments(sums=before.sums.add_(sums), tokens=before.tokens + tokens)
-        else:
-            found[self.text] = Moments(sums=sums.float(), tokens=tokens)
+            sums, tokens, seen = before.sums.add_(sums), before.tokens + tokens, before.seen + seen
+        found[self.text] = Moments(sums=sums.float(), tokens=tokens, seen=seen)
 
     def _rows(self, x: Float[Tensor, "..."]) -> Float[Tensor, "counted d"]:
         """The inputs of tokens that count; heads are inputs of their own."""
@@ -348,8 +315,7 @@ class _Collector:
 
 def _normalised(module: nn.Module, x: Tensor) -> Float[Tensor, "*shape d"]:
     """What a norm's weight multiplies."""
-    x = x.float()
-    if isinstance(module, nn.LayerNorm):
-        return nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6))
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + float(epsilon))
+    x, epsilon = x.float(), float(getattr(module, "variance_epsilon", getattr(module, "eps", 1e-6)))
+    if "LayerNorm" in type(module).__name__:  # also Cohere's own
+        return nn.functional.layer_norm(x, x.shape[-1:], eps=epsilon)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)

@@ -1,10 +1,11 @@
 """What the filter lets through along SAE features: which of a layer's inputs still meet the change."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float, Float64
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from stethoscope.checkpoints.adapter import low_rank
@@ -57,8 +58,11 @@ def _gains(model: PreTrainedModel, layer: int) -> Mapping[str, Float64[Tensor, "
     block, found = decoder_layers(model)[layer], {}
     for kind, names in _BEFORE.items():
         norm = next((module for name in names if (module := getattr(block, name, None)) is not None), None)
-        if isinstance(norm, nn.LayerNorm):
-            found[kind] = norm.weight.double().cpu()
-        elif norm is not None:  # an RMS norm of ones returns its gain, which some store less 1
-            found[kind] = norm(torch.ones_like(norm.weight)).double().cpu()
-    return found
+        if norm is not None:  # some store their gain less 1
+            norm = deepcopy(norm).float()
+            signs = torch.ones_like(norm.weight)
+            signs[1::2] = -1  # of mean 0, which a LayerNorm takes off; a bias falls out
+            found[kind] = ((norm(signs) - norm(-signs)) / 2 * signs).double().cpu()
+    if "attention" not in found:  # OLMo 2: its norms stand behind
+        return {}
+    return {"mlp": found["attention"], **found}  # Phi, Cohere: one norm before both

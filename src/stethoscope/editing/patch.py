@@ -18,13 +18,7 @@ from stethoscope.checkpoints.checkpoint import Checkpoint, fingerprint
 from stethoscope.checkpoints.header import Entry, read_header
 from stethoscope.checkpoints.names import parse_name
 from stethoscope.checkpoints.open import named_entries, open_checkpoint
-from stethoscope.editing.manifest import (
-    copy_side_files,
-    describe_patched,
-    describe_tensor,
-    read_manifest,
-    write_generated,
-)
+from stethoscope.editing.manifest import copy_side_files, describe_tensor, read_manifest, write_generated
 from stethoscope.editing.preview import output_problems
 from stethoscope.editing.transfer import Output, Progress, copy_tensor, hash_tensors, output_folder, rewrite, send
 from stethoscope.errors import CheckpointError
@@ -78,7 +72,8 @@ def apply_patch(
         tensors = rewrite(source, folder, fill, progress=progress)
         copy_side_files(source.path, folder, undo=undo)
         if not undo:
-            write_generated(describe_patched(manifest, tensors), source.config, folder)
+            base = {key: value for key, value in manifest["base"].items() if key != "rest_fingerprint"}
+            write_generated(manifest | {"kind": "checkpoint", "base": base, "tensors": tensors}, source.config, folder)
     return out
 
 

@@ -156,15 +156,17 @@ def _finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def followed(task_vector: TaskVector, name: str) -> str:
+    """The embedding, for a tied head that has a copy of its own on disk; for any other tensor its own name."""
+    embedding = "embed_tokens.weight"
+    copy = name == "lm_head.weight" and task_vector.base.tied and embedding in task_vector.names
+    return embedding if copy else name
+
+
 def coefficients(task_vector: TaskVector, plan: EditPlan) -> dict[str, float]:
     """The canonical names of the tensors that a plan changes, with their coefficients, in the base's order.
 
     A tied head that has a copy of its own on disk follows the embedding.
     """
-    base = task_vector.base
-    chosen = {}
-    for name in task_vector.names:
-        follows = name == "lm_head.weight" and base.tied and "embed_tokens.weight" in base.entries
-        if coefficient := plan.coefficient("embed_tokens.weight" if follows else name):
-            chosen[name] = coefficient
-    return chosen
+    found = {name: plan.coefficient(followed(task_vector, name)) for name in task_vector.names}
+    return {name: coefficient for name, coefficient in found.items() if coefficient}

@@ -194,7 +194,10 @@ def _taken_back(task_vector: TaskVector, layers: tuple[int, ...]) -> tuple[str, 
     base = task_vector.base
     if isinstance(task_vector, AdapterTaskVector) or not (base.path / MANIFEST).is_file():
         return ()
-    shared = sorted(set(read_manifest(base.path).get("layers", ())) & set(layers))
+    try:
+        shared = sorted({*read_manifest(base.path)["layers"]} & set(layers))
+    except CheckpointError:  # another program's file of that name
+        return ()
     if not shared:
         return ()
     return (

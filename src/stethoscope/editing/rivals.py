@@ -151,11 +151,9 @@ def trimmed(_: str, delta: Delta, *, density: float) -> Delta:
 
 def dropped(name: str, delta: Delta, *, density: float, seed: int) -> Delta:
     """Keep a random share of a tensor's elements, scaled up to keep their mean (DARE, arXiv 2311.03099)."""
-    from peft.utils.merge_utils import dare_linear
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(sha256_bytes(f"{seed} {name}".encode())[:15], 16))  # whatever the order of tensors
-        return dare_linear([delta], torch.ones(1), density)
+    # of its own, whatever the order of tensors, which several threads change at once
+    generator = torch.Generator().manual_seed(int(sha256_bytes(f"{seed} {name}".encode())[:15], 16))
+    return delta * torch.bernoulli(torch.full_like(delta, density), generator=generator) / density
 
 
 def projected(task_vector: TaskVector, directions: Mapping[int, Callable[[], Float[Tensor, "features d"]]]) -> Method:

@@ -17,7 +17,7 @@ from stethoscope.checkpoints.task_vector import TaskVector
 from stethoscope.editing.change import energy_along
 from stethoscope.editing.plan import EditPlan
 from stethoscope.editing.residual_axis import residual_axes
-from stethoscope.editing.subspace import FeatureProjection, feature_basis, random_basis
+from stethoscope.editing.subspace import FeatureProjection, nested_basis, random_basis
 from stethoscope.errors import StethoscopeError
 from stethoscope.recipe import ScalpelArm
 
@@ -58,7 +58,7 @@ def scalpel_plans(
     for layer in sorted({*coefficients, *others} if set(arms) - {"hybrid"} else others):
         rows = directions(layer)
         if layer in coefficients and set(arms) - {"hybrid", "fewest_features"}:
-            first[layer] = feature_basis(rows[:features])
+            first[layer] = nested_basis(rows[:features])[0]
         if layer in others or "fewest_features" in arms:
             fewest[layer] = _smallest_basis(task_vector, layer, rows, share)
     if first:
@@ -91,7 +91,7 @@ def _smallest_basis(
     task_vector: TaskVector, layer: int, directions: Float[Tensor, "features d"], share: float
 ) -> Float64[Tensor, "d rank"]:
     """A basis of the fewest directions, from the top, that keep a share of a layer's energy; of all if none do."""
-    Q = feature_basis(directions)
+    Q = nested_basis(directions)[0]
     before, along = 0.0, torch.zeros(Q.shape[1], dtype=torch.float64)
     for energy, found in _energies(task_vector, layer, Q):
         if found is not None:

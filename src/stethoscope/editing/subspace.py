@@ -91,11 +91,6 @@ def _independent(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first, second], 1), torch.cat([ours, theirs + half])
 
 
-def feature_basis(directions: Float[Tensor, "features d"]) -> Float64[Tensor, "d rank"]:
-    """An orthonormal basis of the span of feature directions, see `nested_basis`."""
-    return nested_basis(directions)[0]
-
-
 def random_basis(width: int, rank: int, generator: torch.Generator) -> Float64[Tensor, "d rank"]:
     """An orthonormal basis of a random subspace, every direction equally likely."""
     return torch.linalg.qr(torch.randn(width, rank, dtype=torch.float64, generator=generator))[0].contiguous()

@@ -158,6 +158,8 @@ def in_parallel(
         return [future.result() for future in sizes]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        if arithmetic:
+            torch.set_num_threads(torch.get_num_threads())  # of threads to come, which workers have set to 1
 
 
 def hash_tensors(checkpoint: Checkpoint, entries: Iterable[Entry], *, progress: Progress | None = None) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from stethoscope.checkpoints.checkpoint import Checkpoint
-from stethoscope.checkpoints.header import Entry, read_header
+from stethoscope.checkpoints.header import DTYPES, Entry, read_header
 from stethoscope.editing.manifest import known_files, read_manifest
 from stethoscope.editing.transfer import Progress, hash_tensors
 from stethoscope.errors import CheckpointError
@@ -50,14 +50,22 @@ def verify(path: Path, *, base: Checkpoint | None = None, progress: Progress | N
     manifest = read_manifest(path)
     problems: list[str] = []
     entries: dict[str, Entry] = {}
+    bits = manifest["kind"] == "patch"  # which are no numbers
+    expected = {
+        stored: (one["file"], f"U{DTYPES[one['dtype']].bits}" if bits else one["dtype"], one["shape"])
+        for stored, one in manifest["tensors"].items()
+    }
     for file in sorted({record["file"] for record in manifest["tensors"].values()}):
         try:
             inside = read_header(path / file)
         except CheckpointError as error:
             problems += [error.message, *(f"`{file}`: {problem}" for problem in error.problems)]
             continue
-        unknown = [stored for stored in inside if stored not in manifest["tensors"]]
-        problems += [f"`{stored}` in `{file}` is not in the manifest" for stored in unknown]
+        problems += [
+            f"`{stored}` in `{file}` is not in the manifest, or has another dtype or shape there"
+            for stored, entry in inside.items()
+            if (file, entry.dtype, list(entry.shape)) != expected.get(stored)
+        ]
         entries |= inside
     present = [stored for stored in manifest["tensors"] if stored in entries]
     problems += [f"`{stored}` is missing" for stored in manifest["tensors"] if stored not in entries]

@@ -14,13 +14,13 @@ from stethoscope.checkpoints.checkpoint import Checkpoint, config_value, torch_d
 from stethoscope.checkpoints.files import INDEX, read_json_object, refuse_links
 from stethoscope.checkpoints.header import Entry, build_header
 from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, not_finite
-from stethoscope.editing.manifest import copy_side_files
+from stethoscope.editing.manifest import NOT_COPIED, copy_side_files
 from stethoscope.editing.preview import output_problems
 from stethoscope.editing.transfer import Progress, output_folder, tensor_bytes
 from stethoscope.errors import CheckpointError
 from stethoscope.lazy import torch
 
-TOKENIZER = ("token", "vocab", "merges", "chat_template", "special", "added", "generation_config")  # how files begin
+TOKENIZER = ("token", "vocab", "merges", "chat_template", "special", "added")  # how files begin
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -44,7 +44,11 @@ def extend_vocabulary(
     store = task_vector.store
     refuse_links(store.path)
     rows = {name: n for name, n in task_vector.rows.items() if n > base.entries[name].shape[0]}
-    files = [path for path in sorted(store.path.iterdir()) if path.name.startswith(TOKENIZER) and path.is_file()]
+    files = [
+        path
+        for path in sorted(store.path.iterdir())
+        if path.name.startswith((*TOKENIZER, "generation_config")) and path.suffix not in NOT_COPIED and path.is_file()
+    ]
     problems = [] if rows else [f"`{task_vector.source}` has no more rows than `{base.source}` in its vocabulary"]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in files):
         problems.append(f"`{task_vector.source}` has no tokenizer")
@@ -63,12 +67,16 @@ def extend_vocabulary(
     done = 0
     with output_folder(out) as folder:
         copy_side_files(base.path, folder)
+        for path in folder.iterdir():
+            if path.name.startswith(TOKENIZER):  # the base's own; the fine-tune's may have other files
+                path.unlink()
         for path in files:
             shutil.copyfile(path, folder / path.name)
         for file in base.files:
             inside = [entry for entry in base.entries.values() if entry.file == file]
+            shapes = {e.stored: (e.dtype, (rows[e.name], *e.shape[1:]) if e.name in rows else e.shape) for e in inside}
             with (folder / file).open("xb") as output:
-                output.write(build_header({e.stored: (e.dtype, _with_rows(e, rows)) for e in inside}))
+                output.write(build_header(shapes))
                 for entry in inside:
                     for piece in base.pieces(entry):
                         output.write(piece)
@@ -79,11 +87,6 @@ def extend_vocabulary(
                         progress(done, base.nbytes)
         _write_configs(base, store, rows, folder)
     return rows
-
-
-def _with_rows(entry: Entry, rows: Mapping[str, int]) -> tuple[int, ...]:
-    """A tensor's shape, with the rows that it is to have."""
-    return (rows[entry.name], *entry.shape[1:]) if entry.name in rows else entry.shape
 
 
 def _further_rows(task_vector: TaskVector, like: Entry, rows: int) -> Shaped[torch.Tensor, "..."]:

@@ -23,7 +23,7 @@ from stethoscope.artifacts import write_json
 from stethoscope.checkpoints.adapter import CONFIG, WEIGHTS, AdapterTaskVector
 from stethoscope.checkpoints.checkpoint import Checkpoint, hash_tensor
 from stethoscope.checkpoints.header import DTYPES, Entry, build_header
-from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, not_finite
+from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite, is_finite, not_finite
 from stethoscope.editing.apply import edited_tensor
 from stethoscope.editing.manifest import copy_side_files, describe_edit, describe_tensor, write_generated
 from stethoscope.editing.patch import PATCH, exclusive_or
@@ -188,8 +188,13 @@ class _Writer:
                 origin, pieces = "tuned", _checked(adapter.store, entry)
                 if scaled[key] != 1 or key in replaced:
                     tensor = adapter.store.read(key)
-                    changed = replaced.get(key, tensor).float() * scaled[key]
-                    origin, pieces = "computed", iter([tensor_bytes(changed.to(tensor.dtype))])
+                    changed = (replaced.get(key, tensor).float() * scaled[key]).to(tensor.dtype)
+                    if not is_finite(changed):
+                        raise CheckpointError(
+                            f"`{key}` of `{adapter.source}` holds NaN or infinity, or would in `{entry.dtype}`",
+                            hint="choose a smaller coefficient, unless the training run diverged",
+                        )
+                    origin, pieces = "computed", iter([tensor_bytes(changed)])
                 records[key] = describe_tensor(entry, {"from": origin, "hash": send(pieces, output, offset)})
                 offset += entry.nbytes
         write_json(folder / CONFIG, _restricted_config(adapter, self.chosen))
@@ -208,7 +213,8 @@ class _Writer:
 
     def _transformed(self, name: str) -> Iterator[memoryview]:
         with _whole_tensor:
-            yield tensor_bytes(edited_tensor(self.task_vector, self.plan, name))
+            made = tensor_bytes(edited_tensor(self.task_vector, self.plan, name))
+        yield made  # without the lock: a write may fail here, and nobody would give it back
 
     def _difference(self, entry: Entry, output: Output, offset: int) -> Record:
         """Put one tensor of a patch in its place; return its record."""
