@@ -257,7 +257,9 @@ def test_shrinkage_is_oas_of_the_tokens_that_are_seen(tokens):
     x = torch.randn(tokens, 12, generator=torch.Generator().manual_seed(2)) @ torch.diag(torch.arange(1.0, 13))
     expected = torch.tensor(oas(x.double().numpy(), assume_centered=True)[0])
     for others in (0, 1000):
-        found = shrunk(Moments(sums=x.T @ x, tokens=tokens + others, seen=tokens))
+        parts = ((x[: tokens // 2], others), (x[tokens // 2 :], 0))
+        one, two = (Moments(sums=part.T @ part, tokens=len(part) + more, seen=len(part)) for part, more in parts)
+        found = shrunk(one + two)
         assert torch.allclose(found, expected * tokens / (tokens + others), rtol=1e-4)
         assert torch.linalg.matrix_rank(found) == 12
 

@@ -49,6 +49,11 @@ class Moments:
     tokens: int
     seen: int
 
+    def __add__(self, other: "Moments") -> "Moments":
+        """The moments of both texts together."""
+        tokens, seen = self.tokens + other.tokens, self.seen + other.seen
+        return Moments(sums=self.sums + other.sums, tokens=tokens, seen=seen)
+
     def mean(self) -> Float64[Tensor, "d d"] | Float64[Tensor, " d"]:
         """Per token; zero where there is no token."""
         return self.sums.to(torch.float64, copy=True).div_(max(self.tokens, 1))
