@@ -13,9 +13,8 @@ NONE = "-"
 
 
 def number(value: float | None, form: str) -> str:
-    """A value in a format such as ``+.1f``, zero never negative; ``-`` for None and NaN."""
-    _, sign, rest = form.rpartition("+")
-    return NONE if value is None or value != value else format(value, f"{sign}z{rest}")
+    """A value in a format such as ``+.1f``, zero itself without a minus sign; ``-`` for None and NaN."""
+    return NONE if value is None or value != value else format(value + 0.0, form)
 
 
 def percent(share: float | None, form: str = ".1f") -> str:

@@ -117,9 +117,9 @@ def test_items_of_one_unit_alone_are_not_called_all():
     assert f"{WHOLE} in %" in names
 
 
-def test_zero_is_not_negative():
+def test_zero_has_no_sign_of_a_loss_and_what_is_just_below_it_has():
     made = compared(recommended=(0.3, 0.0))
     (contrast,) = made.contrasts
-    loss = replace(contrast.loss, difference=-1e-4, low=-2e-4, high=0.003)
+    loss = replace(contrast.loss, difference=-0.0, low=-2e-4, high=0.003)
     shown = overview(replace(made, contrasts=[replace(contrast, loss=loss)]))[2]
-    assert "+0.000 (+0.000 to +0.003)" in shown
+    assert "+0.000 (-0.000 to +0.003)" in shown
