@@ -92,6 +92,26 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int] | None]) -> tuple
     return size, depth
 
 
+def set_value(value: Any, change: str) -> None:
+    """Set one value in nested tables, named as in `select.k=3`; the new value is YAML, missing tables are made.
+
+    Raises:
+        ValueError: the change names no place in the tables, or its value is not YAML.
+    """
+    place, equals, given = change.partition("=")
+    *sections, key = place.split(".")
+    for section in sections:
+        if isinstance(value, dict) and value.get(section) is None:
+            value[section] = {}
+        value = value[section] if isinstance(value, dict) else None
+    if not (equals and key and isinstance(value, dict)):
+        raise ValueError("is not `section.key=value`")
+    try:
+        value[key] = parse_yaml(given)
+    except ValueError as error:
+        raise ValueError(f"has a value that is not YAML: {error}") from error
+
+
 def local_path(folder: Path, path: Path) -> Path:
     """A path as seen from a folder, ``~`` understood; there may be nothing.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stethoscope.errors import RecipeError
-from stethoscope.parsing import local_path, parse_yaml, read_yaml
+from stethoscope.parsing import local_path, read_yaml, set_value
 
 ScalpelArm = Literal[
     "projected", "projected_energy_matched", "complement", "random_subspace", "random_subspace_energy_matched",
@@ -26,6 +26,8 @@ ARMS: tuple[ArmName, ...] = ("base", "tuned", "selected", "random_layers", "scal
 FEWEST_BLOCKS = 4  # of documents: fewer have so few relabellings that no layer could ever be significant at 5 %
 ATTRIBUTION = "attribution"  # the score that needs the task vector
 GENERAL, HELD_OUT = "general", "held-out target"  # names of the texts of `evaluate`
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 INPUTS = ("base", "tuned", "saes")
 # Names that no text has, for all that decides a result has a name of its own: of the inputs, stages and settings.
 TAKEN = (
@@ -115,9 +117,7 @@ class Calibrate(_Section):
     """Other text that does not use it."""
     budget: float | None = Field(default=None, gt=0)
     """Share by which control loss may rise; without one, the policy ``calibrated`` sets a nat against a nat."""
-    coefficients: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1
-    )
+    coefficients: tuple[Positive, ...] = Field(default=(0.25, 0.5, 0.75, 1.0, 1.25, 1.5), min_length=1)
     """Coefficients to try."""
     per_layer: bool = False
     """Tune one layer's coefficient at a time afterwards."""
@@ -221,9 +221,7 @@ class TradeOffOptions(_Section):
 
     documents: int = Field(default=64, ge=2)
     """Documents of each text, from the top."""
-    strengths: tuple[Annotated[float, Field(ge=0)], ...] = Field(
-        default=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), min_length=1
-    )
+    strengths: tuple[NotNegative, ...] = Field(default=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0), min_length=1)
     """Strengths of the filter."""
 
 
@@ -373,7 +371,10 @@ class Recipe(_Section):
         if not isinstance(value, dict):
             raise RecipeError(f"the recipe `{path}` is not a mapping of keys to values")
         for change in changes:
-            _change(value, change)
+            try:
+                set_value(value, change)
+            except ValueError as error:
+                raise RecipeError(f"`--set {change[:80]}` {error}", hint="`--set select.k=3`") from error
         try:
             return cls.model_validate(value, context=path.parent.resolve())
         except ValidationError as error:
@@ -381,21 +382,6 @@ class Recipe(_Section):
                 f"the recipe `{path}` has mistakes",
                 problems=[_problem(item) for item in error.errors()],  # type: ignore[arg-type]
             ) from error
-
-
-def _change(value: Any, change: str) -> None:
-    place, equals, given = change.partition("=")
-    *sections, key = place.split(".")
-    for section in sections:
-        if isinstance(value, dict) and value.get(section) is None:
-            value[section] = {}
-        value = value[section] if isinstance(value, dict) else None
-    try:
-        if not (equals and key and isinstance(value, dict)):
-            raise RecipeError(f"`--set {change[:80]}` is not `section.key=value`", hint="`--set select.k=3`")
-        value[key] = parse_yaml(given)
-    except ValueError as error:
-        raise RecipeError(f"the value in `--set {change[:80]}` is not YAML: {error}") from error
 
 
 def _problem(error: dict[str, Any]) -> str:

@@ -27,14 +27,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from stethoscope.artifacts import canonical_json, file_name, kept_for_one, sha256_bytes, sha256_files
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
-from stethoscope.errors import CheckpointError, EvaluationError
+from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.harness_logs import to_rows
 from stethoscope.evaluation.outcomes import DIRECTIONS, Outcomes
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.device import find_device, preferred_dtype
-from stethoscope.models.load import load_model, load_tokenizer
+from stethoscope.models.load import load_model, load_tokenizer, loading
 
 log = logging.getLogger(__name__)
 
@@ -397,8 +397,6 @@ def _decoding(folder: Path) -> str:
     """The generation settings of a checkpoint that change what greedy decoding writes, end tokens aside."""
     if not (folder / "generation_config.json").exists():
         return "{}"
-    try:
+    with loading(f"generation settings of `{folder}`"):
         changed = GenerationConfig.from_pretrained(folder).to_diff_dict()
-    except OSError as error:
-        raise CheckpointError(f"`{folder / 'generation_config.json'}` cannot be read: {error}") from error
     return canonical_json({name: value for name, value in changed.items() if value and name not in HARMLESS})

@@ -51,7 +51,7 @@ def _keep_freed_memory() -> None:
 
 
 @contextmanager
-def _loading(what: str) -> Iterator[None]:
+def loading(what: str) -> Iterator[None]:
     """Say what cannot be loaded: on a file that makes no sense Transformers raises whatever comes of it."""
     try:
         yield
@@ -68,7 +68,7 @@ def load_config(path: str | Path) -> PreTrainedConfig:
     Raises:
         CheckpointError: it cannot be loaded, or the model is of a class that Transformers does not have.
     """
-    with _loading(f"model `{path}`"):
+    with loading(f"model `{path}`"):
         config: PreTrainedConfig = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     config._attn_implementation = config._experts_implementation = None  # PyTorch's own are taken
     return config
@@ -99,7 +99,7 @@ def load_model(
         # a thread of Transformers' that runs out of memory is waited for without end
         os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     config, dtype = config or load_config(path), dtype or preferred_dtype(device)
-    with _loading(f"model `{path}`"):
+    with loading(f"model `{path}`"):
         narrow = narrow_dtype(path) if dtype == torch.float32 and torch.device(device).type == "cpu" else None
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(path),
@@ -130,7 +130,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     Its ``model_max_length`` is the model's window, to which `text.tokens.tokenize` cuts documents.
     """
-    with _loading(f"tokenizer of `{path}`"):
+    with loading(f"tokenizer of `{path}`"):
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

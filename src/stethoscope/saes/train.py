@@ -29,14 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import (
-    kept_for_one,
-    new_folder,
-    read_json,
-    sha256_bytes,
-    sha256_file,
-    write_json,
-)
+from stethoscope.artifacts import kept_for_one, new_folder, read_json, sha256_bytes, sha256_file, write_json
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.models.sites import SITES
@@ -87,8 +80,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         positive = ("width", "k", "tokens", "batch", "learning_rate", "buffer")
-        values = {name: getattr(self, name) for name in positive}
-        problems = [f"{name} is `{value}`, not above 0" for name, value in values.items() if not 0 < value < math.inf]
+        values = ((name, getattr(self, name)) for name in positive)
+        problems = [f"{name} is `{value}`, not above 0" for name, value in values if not 0 < value < math.inf]
         if self.k > self.width:
             problems.append(f"k is `{self.k}`, but there are only {self.width} features")
         if self.max_tokens < 2:
@@ -166,8 +159,7 @@ def train_saes(
         Health by layer and kind of held-out text; the kind ``all`` is all of them together.
 
     Raises:
-        SAEError: the model lacks a layer, there is no text, its activations are not finite, or the checkpoint is of
-            another training.
+        SAEError: a layer or text is lacking, activations are not finite, or the checkpoint is of another training.
         StethoscopeError: ``out`` exists.
     """
     if out.exists() and not overwrite:
@@ -185,7 +177,8 @@ def train_saes(
     rows = stream.tokenize(documents)
     if not rows:
         raise SAEError("every document has only one token", hint="the first is never trained on: give longer text")
-    if empty := [f"`{kind}`" for kind, some in held_out.items() if not (some and stream.tokenize(some))]:
+    held = {kind: stream.tokenize(some) if some else [] for kind, some in held_out.items()}
+    if empty := [f"`{kind}`" for kind, tokens in held.items() if not tokens]:
         raise SAEError("some held-out texts have no document of two tokens", problems=empty, hint="give longer text")
     begun = asdict(settings) | {"layers": layers, "text": documents_hash(documents), "model": _fingerprint(model)}
     with kept_for_one(out.with_name(f"{out.name}.training")) as kept:
@@ -193,7 +186,7 @@ def train_saes(
         trainer = _fit(stream, rows, settings, checkpoints, progress or (lambda _done, _total: None))
         with new_folder(out, overwrite=overwrite) as folder:
             saes = {layer: _save(trainer, stream.hooks[layer], folder / f"layer_{layer}") for layer in layers}
-            health = _measure(saes, stream, held_out)
+            health = _measure(saes, stream, held)
             table = {str(layer): {kind: asdict(h) for kind, h in kinds.items()} for layer, kinds in health.items()}
             chosen = asdict(settings) | {"layers": settings.layers and layers}
             write_json(folder / "health.json", {"settings": chosen, "layers": table})
@@ -394,12 +387,12 @@ def _save(trainer: MultiSAETrainer, name: str, folder: Path) -> SAE[Any]:
 
 
 def _measure(
-    saes: Mapping[int, SAE[Any]], stream: ActivationStream, held_out: Mapping[str, Sequence[Document]]
+    saes: Mapping[int, SAE[Any]], stream: ActivationStream, held: Mapping[str, Sequence[list[int]]]
 ) -> dict[int, dict[str, SAEHealth]]:
-    """Health by layer and kind of text; the kind ``all`` is all of them together."""
+    """Health by layer and kind of tokenised text; the kind ``all`` is all of them together."""
     sums: dict[int, dict[str, HealthSums]] = {layer: {} for layer in saes}
-    for kind, documents in held_out.items():
-        for activations in stream.outputs(stream.tokenize(documents)):
+    for kind, rows in held.items():
+        for activations in stream.outputs(rows):
             for layer, sae in saes.items():
                 hidden = activations[stream.hooks[layer]]
                 with on_device(sae, hidden.device):
