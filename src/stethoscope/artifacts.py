@@ -130,8 +130,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         StethoscopeError: ``path`` exists, or does by the time the block ends, and ``overwrite`` is false.
     """
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise _exists(path)
+    check_new(path, overwrite=overwrite)
     with scratch_folder(path) as made:
         yield made
         made.chmod(0o755)
@@ -191,6 +190,16 @@ def _renameat2(source: Path, target: Path, flags: int) -> None:
     if function is None or function(here, os.fsencode(source), here, os.fsencode(target), flags):
         code = ctypes.get_errno() if function else errno.ENOSYS
         raise OSError(code, os.strerror(code), str(target))
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Check that an output can be written, before long work.
+
+    Raises:
+        StethoscopeError: ``path`` exists, if only as a link that leads nowhere, and ``overwrite`` is false.
+    """
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise _exists(path)
 
 
 def _exists(path: Path) -> StethoscopeError:

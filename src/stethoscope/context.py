@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stethoscope.artifacts import Provenance, canonical_json, remembered_hashes, sha256_bytes, sha256_files
 from stethoscope.check import Check
 from stethoscope.checkpoints.checkpoint import Checkpoint
+from stethoscope.checkpoints.files import identity_files
 from stethoscope.checkpoints.header import Entry
 from stethoscope.checkpoints.task_vector import TaskVector, bytes_finite
 from stethoscope.editing.apply import applied, prepare
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 # The published experiment projects onto 77 features of 2560 dimensions: 3 % of the width.
 PROJECTED_SHARE = 0.03
-IDENTITY = {".json", ".safetensors", ".jinja", ".model"}  # files that decide what a checkpoint or adapter is
 INJECTED_TOKENS = 2048  # a batch's activations after every layer are held at once
 
 Arm = Callable[[], AbstractContextManager[Any]]
@@ -205,8 +205,7 @@ def open_context(recipe: Recipe, folder: Path, found: Check, stack: ExitStack) -
     with remembered_hashes(folder / "hashes.json") as hash_file:
 
         def hashed(model: Path) -> str:
-            identity = [path for path in model.iterdir() if path.suffix in IDENTITY]
-            return sha256_files(identity, hash_file)
+            return sha256_files(identity_files(model), hash_file)
 
         saes = {str(layer): sae.hashed(hash_file) for layer, sae in found.saes.items()}
         hashes = {

@@ -66,6 +66,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def identity_files(folder: Path) -> list[Path]:
+    """The files that decide what a checkpoint or adapter is."""
+    return [path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".jinja", ".model"}]
+
+
 def weight_files(folder: Path) -> dict[str, frozenset[str] | None]:
     """The weight files of a checkpoint folder, each with the names its index promises (None: no index).
 

@@ -25,6 +25,7 @@ from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from stethoscope.artifacts import canonical_json, file_name, kept_for_one, sha256_bytes, sha256_files
+from stethoscope.checkpoints.files import identity_files
 from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
@@ -174,8 +175,7 @@ def evaluate_checkpoints(
             yield SharedPrefixLM(model, load_tokenizer(folder), batch_size=batch_size)
 
     def identify(arm: str) -> str:
-        files = folders[arm].iterdir()
-        return sha256_files([p for p in files if p.suffix in {".json", ".safetensors", ".jinja", ".model"}])
+        return sha256_files(identity_files(folders[arm]))
 
     build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
     setup = partial(_set_up_worker, arms=folders, build=build, batch_size=batch_size, limit=limit, seed=seed)

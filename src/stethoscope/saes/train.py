@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from stethoscope.artifacts import kept_for_one, new_folder, read_json, sha256_bytes, sha256_file, write_json
+from stethoscope.artifacts import check_new, kept_for_one, new_folder, read_json, sha256_bytes, sha256_file, write_json
 from stethoscope.errors import SAEError, StethoscopeError
 from stethoscope.models.load import decoder_layers, load_model
 from stethoscope.models.sites import SITES
@@ -79,8 +79,7 @@ class TrainingSettings:
     model_name: str | None = None
 
     def __post_init__(self) -> None:
-        positive = ("width", "k", "tokens", "batch", "learning_rate", "buffer")
-        values = ((name, getattr(self, name)) for name in positive)
+        values = ((name, getattr(self, name)) for name in ("width", "k", "tokens", "batch", "learning_rate", "buffer"))
         problems = [f"{name} is `{value}`, not above 0" for name, value in values if not 0 < value < math.inf]
         if self.k > self.width:
             problems.append(f"k is `{self.k}`, but there are only {self.width} features")
@@ -162,8 +161,7 @@ def train_saes(
         SAEError: a layer or text is lacking, activations are not finite, or the checkpoint is of another training.
         StethoscopeError: ``out`` exists.
     """
-    if out.exists() and not overwrite:
-        raise StethoscopeError(f"the output `{out}` exists", hint="choose another folder or remove it first")
+    check_new(out, overwrite=overwrite)
     depth = len(decoder_layers(model))
     layers = sorted(set(range(depth) if settings.layers is None else settings.layers))
     if bad := [f"layer {layer}" for layer in layers if not 0 <= layer < depth]:
