@@ -228,20 +228,29 @@ def test_documents_are_cut_before_tokens_are_counted(chat_tokenizer):
 
 
 def test_batches_count_what_was_asked_for(tokenizer):
-    documents = ["a</s>b", "cdefg", "hi"]
+    documents = ["ab</s>c", "cdefg", "hijk"]
     rows = tokenize(documents, tokenizer)
-    masks = [[True] * 3, [False, True, True, False, True], [False, True]]
+    masks = [[True] * 4, [False, True, True, False, True], [False, True, False, True]]
     (batch,) = batches(rows, tokenizer, counted=masks)
     assert batch.documents == (1, 0, 2)
     assert batch.countable.tolist() == [
         [False, True, True, False, True],
-        [True, False, True, False, False],  # a special token never counts
-        [False, True, False, False, False],
+        [True, True, False, True, False],  # a special token never counts
+        [False, True, False, True, False],
     ]
     (plain,), (same,) = (
         batches(rows, tokenizer, counted=counted) for counted in (None, counted_tokens(documents, tokenizer))
     )
     assert torch.equal(plain.countable, same.countable)
+
+
+def test_batches_are_of_similar_lengths_and_little_of_them_is_padding(tokenizer):
+    lengths = [7, 100, 3, 81, 79, 250, 240, 8, 1, 100]
+    found = list(batches([[5] * n for n in lengths], tokenizer, batch_tokens=400))
+    assert [batch.documents for batch in found] == [(5,), (6,), (1, 9, 3), (4,), (7, 0), (2,), (8,)]
+    for batch in found:
+        assert batch.attention_mask.float().mean() > 0.9
+        assert batch.input_ids.numel() <= 400
 
 
 @pytest.mark.parametrize("kind", ["learned", "rope"])
@@ -268,7 +277,7 @@ def test_documents_longer_than_the_models_window_are_cut_there_and_it_is_said(ki
 def test_a_tokenizer_without_padding_and_end_token_pads_what_is_masked(tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer)
     assert (bare.pad_token_id, bare.eos_token_id) == (None, None)
-    documents = ["cdefg", "hi"]
+    documents = ["cdefg", "hijk"]
     (batch,), (known,) = (batches(tokenize(documents, one), one) for one in (bare, tokenizer))
     assert torch.equal(batch.attention_mask, known.attention_mask)
     assert torch.equal(batch.countable, known.countable)

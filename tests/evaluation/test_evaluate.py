@@ -11,7 +11,7 @@ import torch
 from world import gpt2, interrupt, write_task
 
 from stethoscope.errors import CheckpointError, EvaluationError
-from stethoscope.evaluation import run
+from stethoscope.evaluation import decoding, harness, run
 from stethoscope.evaluation import tasks as task_files
 from stethoscope.evaluation.comparison import aa_floor, compare
 from stethoscope.evaluation.names import task_functions
@@ -92,6 +92,28 @@ def test_interrupted_run_goes_on(stirred_llama, tokenizer, make_task, tmp_path):
     other = go({"base": nullcontext, "edited": edited(stirred_llama, 5.0)})
     assert (other.rows("edited", "sums")["response"] != whole.rows("edited", "sums")["response"]).any()
     assert len(go(BASE, limit=3).frame) == 6
+
+
+def test_tasks_that_fit_into_one_batch_are_run_together_with_the_same_outcomes(
+    stirred_llama, tokenizer, make_task, tmp_path, monkeypatch
+):
+    make_task("few", items=3, num_fewshot=1)
+    make_task("drawn", items=2, generation_kwargs={"do_sample": True, "temperature": 0.5, "max_gen_toks": 3})
+    folder, names = make_task(), ["sums", "few", "drawn"]
+    sizes = []
+
+    def counted(model, groups, **options):
+        sizes.append(sum(len(prompts) for _, prompts in groups))
+        return decoding.decode_greedily(model, groups, **options)
+
+    monkeypatch.setattr(harness, "decode_greedily", counted)
+    together, alone = (
+        evaluate(stirred_llama, tokenizer, BASE, names, out=tmp_path / str(size), include_path=folder, batch_size=size)
+        for size in (19, 16)
+    )
+    assert sizes == [19, 16, 3]
+    greedy = together.frame["task"] != "drawn"
+    pd.testing.assert_frame_equal(together.frame[greedy], alone.frame[greedy])
 
 
 def test_given_keys_stand_for_weights(stirred_llama, tokenizer, make_task, tmp_path):

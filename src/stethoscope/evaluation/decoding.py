@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from stethoscope.evaluation.attention import OwnLayer, States, shared_attention
+from stethoscope.evaluation.attention import OwnCache, States, attending, shared_attention
 
 logger = logging.getLogger(__name__)
 
@@ -54,34 +54,29 @@ def encode_prefix(model: PreTrainedModel, tokens: list[int]) -> Prefix:
 @torch.no_grad()
 def decode_greedily(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    prefix: Prefix,
+    groups: Sequence[tuple[Prefix, Sequence[Sequence[int]]]],
     *,
     max_new_tokens: int,
     stop: Callable[[int, list[int]], bool],
 ) -> list[list[int]]:
-    """Continue every prompt with the likeliest token until it stops.
+    """Continue every prompt with the likeliest token until it stops; the prompts of all groups are one batch.
 
     Args:
-        prompts: token ids; all begin with the prefix's tokens and go on for at least one more.
-        prefix: from `encode_prefix` with the model's present weights.
+        groups: a prefix, from `encode_prefix` with the model's present weights, and token ids of prompts, which all
+            begin with the prefix's tokens and go on for at least one more.
         max_new_tokens: at most so many tokens for each prompt.
-        stop: called with a prompt's number and its new tokens after each; true ends that prompt.
+        stop: called with a prompt's number, counted through the groups, and its new tokens after each; true ends that
+            prompt.
 
     Returns:
         the new tokens of each prompt, the one that stopped it included.
     """
-    shared = len(prefix.tokens)
-    longest = max(map(len, prompts))
-    rows = [[0] * (longest - len(prompt)) + list(prompt[shared:]) for prompt in prompts]
-    tokens = torch.tensor(rows, device=model.device)
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=model.device)
-    written: list[list[int]] = [[] for _ in prompts]
-    live = list(range(len(prompts)))  # the prompt that each row of the batch belongs to
+    written: list[list[int]] = [[] for _, prompts in groups for _ in prompts]
+    live = list(range(len(written)))  # the prompt that each row of the batch belongs to
     done: set[int] = set()
-    with shared_attention(model, prefix.states) as cache:
-        for _ in range(max_new_tokens):
-            logits = _last_logits(model, cache, tokens, padding, shared)
+    with shared_attention(model):
+        logits, batch = _begin(model, groups)
+        for left in reversed(range(max_new_tokens)):
             chosen = logits.max(-1).indices  # the first among equals, as argmax, which is slow on bfloat16
             for prompt, new in zip(live, chosen.tolist(), strict=True):
                 if prompt not in done:
@@ -89,14 +84,12 @@ def decode_greedily(
                     if stop(prompt, written[prompt]):
                         done.add(prompt)
             going = [row for row, prompt in enumerate(live) if prompt not in done]
-            if not going:
+            if not going or not left:
                 break
             if len(going) < _PACK * len(live):
-                kept = torch.tensor(going, device=model.device)
-                for layer in cast(list[OwnLayer], cache.layers):
-                    layer.keep(kept)
-                chosen, padding, live = chosen[kept], padding[kept], [live[row] for row in going]
-            tokens = chosen[:, None]
+                chosen, live = chosen[going], [live[row] for row in going]
+                batch = batch.keep(going)
+            logits = _last_logits(model, chosen[:, None], batch)
     return written
 
 
@@ -116,9 +109,9 @@ def agrees(model: PreTrainedModel, tokens: Sequence[int]) -> bool:
         prefix = encode_prefix(model, list(tokens[:shared]))
         if len(prefix.states) != _layers(model):
             return False
-        none = torch.zeros(1, dtype=torch.int64, device=model.device)
-        with shared_attention(model, prefix.states) as cache:
-            parts = [_last_logits(model, cache, part, none, shared) for part in (ids[:, shared:-1], ids[:, -1:])]
+        with shared_attention(model):
+            first, batch = _begin(model, [(prefix, [tokens[:-1]])])
+            parts = [first, _last_logits(model, ids[:, -1:], batch)]
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
         logger.info("shared-prefix decoding does not run on this model: %s", error)
         return False
@@ -131,22 +124,54 @@ def _layers(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
+class _Batch(NamedTuple):
+    """Rows that are being decoded: the columns of the cache in which each has padding, and the tokens of its prefix."""
+
+    cache: OwnCache
+    padding: Int[Tensor, " rows"]
+    shared: Int[Tensor, " rows"]
+
+    def keep(self, rows: list[int]) -> "_Batch":
+        self.cache.keep(rows)
+        return _Batch(self.cache, self.padding[rows], self.shared[rows])
+
+
+def _begin(
+    model: PreTrainedModel, groups: Sequence[tuple[Prefix, Sequence[Sequence[int]]]]
+) -> tuple[Float[Tensor, "rows vocabulary"], _Batch]:
+    """Logits after each prompt, and the batch that they begin."""
+    logits, batches = [], []
+    for prefix, prompts in groups:
+        own = [list(prompt[len(prefix.tokens) :]) for prompt in prompts]
+        longest = max(map(len, own))
+        tokens = torch.tensor([[0] * (longest - len(row)) + row for row in own], device=model.device)
+        padding = torch.tensor([longest - len(row) for row in own], device=model.device)
+        shared = torch.full_like(padding, len(prefix.tokens))
+        batches.append(_Batch(OwnCache(prefix.states, len(own)), padding, shared))
+        logits.append(_last_logits(model, tokens, batches[-1]))
+    cache = OwnCache.join([batch.cache for batch in batches])
+    length = cache.get_seq_length()
+    padding = torch.cat([batch.padding + length - batch.cache.get_seq_length() for batch in batches])
+    return torch.cat(logits), _Batch(cache, padding, torch.cat([batch.shared for batch in batches]))
+
+
 def _last_logits(
-    model: PreTrainedModel, cache: Cache, tokens: Int[Tensor, "rows new"], padding: Int[Tensor, " rows"], shared: int
+    model: PreTrainedModel, tokens: Int[Tensor, "rows new"], batch: _Batch
 ) -> Float[Tensor, "rows vocabulary"]:
     """Logits after the last of some new tokens, of which, and of those in the cache, the first ones may be padding."""
-    first = cache.get_seq_length()
+    first, padding = batch.cache.get_seq_length(), batch.padding[:, None]
     keys = torch.arange(first + tokens.shape[1], device=model.device)
     queries = keys[first:, None]
     # Causal, without padding; a padding token sees itself only, so that no row of scores is empty.
-    hidden = ((keys < padding[:, None, None]) | (keys > queries)) & (keys != queries)  # [rows, queries, keys]
+    hidden = ((keys < padding[:, None]) | (keys > queries)) & (keys != queries)  # [rows, queries, keys]
     mask = torch.zeros(hidden.shape, dtype=model.dtype, device=model.device).masked_fill_(hidden, float("-inf"))
-    logits: Tensor = model(
-        input_ids=tokens,
-        attention_mask=mask[:, None],
-        position_ids=shared + (keys[first:] - padding[:, None]).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    ).logits
+    with attending(batch.cache):
+        logits: Tensor = model(
+            input_ids=tokens,
+            attention_mask=mask[:, None],
+            position_ids=batch.shared[:, None] + (keys[first:] - padding).clamp(min=0),
+            past_key_values=batch.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
     return logits[:, -1]

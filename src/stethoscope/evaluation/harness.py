@@ -62,14 +62,14 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Responses of the requests, in their order; equal prompts are generated once unless sampled."""
-        if any(normalize_gen_kwargs(dict(request.args[1]))["do_sample"] for request in requests):
+        if any(is_sampled(request.args[1]) for request in requests):
             return super().generate_until(requests, disable_tqdm=True)
         self._generations = read_journal(self.journal) if self.journal else {}
         groups: dict[str, list[Instance]] = {}
         for request in requests:
             groups.setdefault(canonical_json(request.args[1]), []).append(request)
         for group in groups.values():
-            self._generate_group({_key(*request.args): request.args[0] for request in group}, group[0].args[1])
+            self._generate_group(group)
         return [self._generations[_key(*request.args)].response for request in requests]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -102,8 +102,11 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             said = "%d of %d prompts are longer than the %s: their beginning is cut off"
             logger.warning(said, sum(long), len(long), most)
 
-    def _generate_group(self, contexts: Mapping[str, str], settings: dict[str, Any]) -> None:
-        """Greedy responses to prompts of equal settings, by key, longest first, as the harness does."""
+    def _generate_group(self, requests: list[Instance]) -> None:
+        """Greedy responses to prompts of equal settings, task by task, longest first, as the harness does."""
+        settings = requests[0].args[1]
+        contexts = {_key(*request.args): request.args[0] for request in requests}
+        tasks = {_key(*request.args): request.task_name for request in requests}
         kwargs = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
         limit = kwargs.pop("max_gen_toks")
         stops = handle_stop_sequences(kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, False))
@@ -118,20 +121,23 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             [len(row) > room for row in whole.values()], f"{room} tokens that leave room for {limit} new ones"
         )
         prompts = {key: row[-room:] for key, row in whole.items()}
-        order = sorted(prompts, key=lambda k: (-len(prompts[k]), contexts[k]))
+        places = {task: i for i, task in enumerate(dict.fromkeys(tasks.values()))}
+        order = sorted(prompts, key=lambda k: (places[tasks[k]], -len(prompts[k]), contexts[k]))
         batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         todo = [batch for batch in batches if not self._generations.keys() >= set(batch)]
         if known := sum(map(len, batches)) - sum(map(len, todo)):
             self.on_items(known)
         plain = not set(kwargs) - {"do_sample", "temperature"} and not kwargs.get("temperature")
-        shares = bool(todo) and plain and self._shares(prompts[order[0]], limit)
-        every = list(prompts.values())
-        shared = commonprefix(every)[: min(map(len, every)) - 1]  # noqa: RUF071 - of lists; each prompt goes on
-        prefix = encode_prefix(self.model, shared) if shares else None
+        shares = bool(todo) and plain and self._shares(max(prompts.values(), key=len), limit)
+        shared = {task: _shared([prompts[key] for key in order if tasks[key] == task]) for task in places}
+        prefixes: dict[str | None, Prefix] = {}  # of the tasks of one batch, as each may take much memory
         for batch in todo:
             tokens = [prompts[key] for key in batch]
-            if prefix:
-                found = self._decode(tokens, prefix, stops, limit)
+            if shares:
+                some = dict.fromkeys(tasks[key] for key in batch)
+                prefixes = {task: prefixes.get(task) or encode_prefix(self.model, shared[task]) for task in some}
+                groups = [(prefixes[task], [prompts[key] for key in batch if tasks[key] == task]) for task in some]
+                found = self._decode(groups, stops, limit)
             else:
                 found = self._generate_plainly([contexts[key] for key in batch], tokens, settings, stops, limit)
             made = dict(zip(batch, found, strict=True))
@@ -142,9 +148,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
                     file.writelines(journal_line({"key": key, **asdict(one)}) for key, one in made.items())
             self.on_items(len(batch))
 
-    def _decode(self, prompts: list[list[int]], prefix: Prefix, stops: list[str], limit: int) -> list[Generation]:
+    def _decode(self, groups: list[tuple[Prefix, list[list[int]]]], stops: list[str], limit: int) -> list[Generation]:
         end = _Stop(self, stops)
-        tokens = decode_greedily(self.model, prompts, prefix, max_new_tokens=limit, stop=end)
+        tokens = decode_greedily(self.model, groups, max_new_tokens=limit, stop=end)
         texts = [postprocess_generated_text(self.tok_decode(new), stops, None) for new in tokens]
         return [
             Generation(response=text, tokens=len(new), truncated=i not in end.ended)
@@ -181,6 +187,11 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             if not self._agreed:
                 logger.warning("%s is decoded by the harness itself, more slowly", type(self.model).__name__)
         return bool(self._agreed)
+
+
+def is_sampled(settings: Mapping[str, Any]) -> bool:
+    """Whether an item's generation settings draw tokens at random."""
+    return bool(normalize_gen_kwargs(dict(settings))["do_sample"])
 
 
 def read_journal(path: Path) -> dict[str, Generation]:
@@ -241,6 +252,11 @@ class _Stop:
         # The token that completes a stop string holds its last character, or a part of it.
         piece = self.decode([token])  # decoders may drop a leading space
         return any(stop[-1] in piece or stop[-1] == " " for stop in self.stops) or "\ufffd" in piece
+
+
+def _shared(prompts: list[list[int]]) -> list[int]:
+    """What all prompts begin with; each goes on."""
+    return list(commonprefix(prompts))[: min(map(len, prompts)) - 1]  # noqa: RUF071 - of lists
 
 
 def _key(context: str, settings: dict[str, Any]) -> str:

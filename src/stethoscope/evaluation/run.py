@@ -5,11 +5,9 @@ Tasks are built once and every arm gets the same prompts. Each finished arm and 
 run goes on where it stopped, inside a task too.
 """
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import cache, partial
 from hashlib import sha256
 from importlib.metadata import version
@@ -19,7 +17,6 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from lm_eval import evaluator
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -30,8 +27,8 @@ from stethoscope.checkpoints.open import open_checkpoint
 from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
-from stethoscope.evaluation.harness_logs import to_rows
 from stethoscope.evaluation.outcomes import DIRECTIONS, Outcomes
+from stethoscope.evaluation.runner import Cell, Questions, TaskRunner, set_up_worker
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.device import find_device, preferred_dtype
@@ -111,10 +108,11 @@ def evaluate(
 
     _check(arms, limit, batch_size)
     build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
-    setup = partial(_set_up_worker, arms=arms, build=build, batch_size=batch_size, limit=limit, seed=seed)
+    ask = partial(_ask, build, limit=limit, seed=seed, batch_size=batch_size)
+    setup = partial(set_up_worker, arms=arms, questions=ask)
     firsts: dict[str, str] = {}
-    with quiet_harness(), closing(_TaskRunner(arms, opened, build(), limit, seed)) as runner:
-        settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, runner.tasks)}
+    with quiet_harness(), closing(TaskRunner(arms, opened, ask())) as runner:
+        settings = {"batch_size": batch_size, "tokenizer": _tokenizer_hash(tokenizer, runner.questions.tasks)}
         if isinstance(model, PreTrainedModel):
             settings |= {"dtype": str(model.dtype), "model": weights_hash(model)}
         runner.answers = {arm: firsts.setdefault((keys or {}).get(arm, arm), arm) for arm in arms}
@@ -178,9 +176,12 @@ def evaluate_checkpoints(
         return sha256_files(identity_files(folders[arm]))
 
     build = partial(load_tasks, tasks, include_path, data=data, seed=seed, task_code=task_code)
-    setup = partial(_set_up_worker, arms=folders, build=build, batch_size=batch_size, limit=limit, seed=seed)
-    with kept_for_one(out), quiet_harness(), closing(_TaskRunner(folders, opened, build(), limit, seed)) as runner:
-        tokenizers = {arm: _tokenizer_hash(load_tokenizer(folder), runner.tasks) for arm, folder in folders.items()}
+    ask = partial(_ask, build, limit=limit, seed=seed, batch_size=batch_size)
+    setup = partial(set_up_worker, arms=folders, questions=ask)
+    with kept_for_one(out), quiet_harness(), closing(TaskRunner(folders, opened, ask())) as runner:
+        tokenizers = {
+            arm: _tokenizer_hash(load_tokenizer(folder), runner.questions.tasks) for arm, folder in folders.items()
+        }
         _check_alike("tokenizers", tokenizers, "the prompts would not be the same tokens: evaluate them apart")
         decoding = {arm: _decoding(folder) for arm, folder in folders.items()}
         _check_alike("decoding settings", decoding, "make `generation_config.json` the same in all of them")
@@ -202,99 +203,13 @@ def weights_hash(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Cell:
-    """One arm on one task, a piece of the work; ``key`` identifies all that decides its outcomes."""
-
-    arm: str
-    task: str
-    key: str
-    stored: Path
-
-    @property
-    def journal(self) -> Path:
-        """Where finished batches are kept until the outcomes are stored."""
-        return self.stored.with_suffix(".jsonl")
-
-
-class _TaskRunner:
-    """Runs arms on tasks by the harness, with one arm's model in memory at a time; in this process, or in a worker.
-
-    Attributes:
-        answers: arm -> the arm whose answers it has.
-        on_items: called with the number of prompts of each finished batch.
-    """
-
-    def __init__(
-        self, arms: Mapping[str, Any], opened: Opened, tasks: Mapping[str, Task], limit: int | None, seed: int
-    ) -> None:
-        self.arms, self.opened, self.tasks, self.limit, self.seed = arms, opened, tasks, limit, seed
-        self.answers = {arm: arm for arm in arms}
-        self.on_items: Callable[[int], None] = lambda _: None
-        self._arm: str | None = None
-        self._lm: LM | None = None
-        self._state = ExitStack()
-
-    def close(self) -> None:
-        """Leave the arm that is open."""
-        loaded = isinstance(self.arms.get(self._arm or ""), Path)
-        self._arm = self._lm = None
-        self._state.close()
-        if loaded:
-            gc.collect()  # a model holds cycles, and the next one needs its memory
-
-    def open(self, arm: str) -> LM:
-        """The model that answers for an arm; the arm before is left."""
-        if self._arm != arm:
-            self.close()
-            self._lm = self._state.enter_context(self.opened(self.arms[arm]))
-            self._arm = arm
-        return self._lm
-
-    def run(self, cell: _Cell) -> pd.DataFrame:
-        """One arm on one task, as rows of outcomes."""
-        lm, task = self.open(cell.arm), self.tasks[cell.task]
-        if isinstance(lm, SharedPrefixLM):
-            lm.on_items = self.on_items
-            lm.journal = cell.journal if cell.journal.parent.is_dir() else None
-        task.set_fewshot_seed(seed=self.seed)  # or the second arm would draw other shots than the first
-        with quiet_harness():
-            result = evaluator.evaluate(
-                lm, {"tasks": {cell.task: task}}, limit=self.limit, bootstrap_iters=0, log_samples=True
-            )
-        # Minerva's and its kin's tasks extract inside their scoring function, out of the filters' sight.
-        extract = getattr(task.config.process_results, "__globals__", {}).get("get_unnormalized_answer")
-        known = lm.generation if isinstance(lm, SharedPrefixLM) else None
-        return to_rows(cell.arm, cell.task, result["samples"][cell.task], extract=extract, generation=known)
-
-
-def _set_up_worker(
-    context: WorkerContext,
-    *,
-    arms: Mapping[str, Any],
-    build: Callable[[], Mapping[str, Task]],
-    batch_size: int,
-    limit: int | None,
-    seed: int,
-) -> _TaskRunner:
-    """A worker's runner; ``arms`` are plans for its base, None for the base itself, or folders of checkpoints."""
-
-    @contextmanager
-    def opened(arm: Any) -> Iterator[LM]:
-        with context.state(arm) as (model, tokenizer):
-            yield SharedPrefixLM(model, tokenizer, batch_size=batch_size)
-
-    with quiet_harness():
-        return _TaskRunner(arms, opened, build(), limit, seed)
-
-
 def _complete(
-    runner: _TaskRunner,
+    runner: TaskRunner,
     identify: Callable[[str], str],
     settings: dict[str, Any],
     out: Path,
     executor: Executor | None,
-    setup: Callable[[WorkerContext], _TaskRunner],
+    setup: Callable[[WorkerContext], TaskRunner],
     progress: Progress | None,
 ) -> Outcomes:
     """Every arm on every task; what is stored already is read, the rest is run here or on workers by ``setup``.
@@ -302,22 +217,22 @@ def _complete(
     Args:
         identify: a hash of an arm's weights, called when its turn comes.
     """
-    tasks, limit, seed = runner.tasks, runner.limit, runner.seed
+    asked = runner.questions
+    tasks, limit, seed, sizes = asked.tasks, asked.limit, asked.seed, asked.sizes
     settings |= {name: version(name) for name in ("lm_eval", "transformers", "torch")} | {"limit": limit, "seed": seed}
     prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
-    sizes = {name: min(limit or len(task.eval_docs), len(task.eval_docs)) for name, task in tasks.items()}
     total, items = len(set(runner.answers.values())) * sum(sizes.values()), 0
     frames: dict[tuple[str, str], pd.DataFrame] = {}
-    missing: list[_Cell] = []
+    missing: list[list[Cell]] = []
     (out / "parts").mkdir(parents=True, exist_ok=True)  # workers keep their journals there if they see it
 
     def tell(arm: str, task: str) -> None:
         if progress:
             progress(sum(sizes[name] for _, name in frames) + items, total, f"{arm}: {task}")
 
-    def cells() -> Iterator[_Cell]:
+    def pieces() -> Iterator[list[Cell]]:
         for arm in dict.fromkeys(runner.answers.values()):
-            state = identify(arm)
+            state, cells = identify(arm), []
             for task in tasks:
                 key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
                 stored = out / "parts" / f"{file_name(arm)}.{file_name(task)}.{key[:16]}.parquet"
@@ -325,26 +240,30 @@ def _complete(
                     frames[arm, task] = frame
                     tell(arm, task)
                 else:
-                    missing.append(_Cell(arm=arm, task=task, key=key, stored=stored))
-                    yield missing[-1]
+                    cells.append(Cell(arm=arm, task=task, key=key, stored=stored))
+            for piece in asked.pieces(cells):
+                missing.append(piece)
+                yield piece
 
     def advance(answered: int) -> None:
         nonlocal items
-        items = min(items + answered, sizes[missing[-1].task])
-        tell(missing[-1].arm, missing[-1].task)
+        items = min(items + answered, sum(sizes[cell.task] for cell in missing[-1]))
+        tell(missing[-1][0].arm, missing[-1][0].task)
 
     runner.on_items = advance
     mapped = executor or LocalExecutor()
-    for index, found in mapped.map_pieces(_TaskRunner.run, cells(), setup=setup if executor else lambda _: runner):
-        cell = missing[index]
+    for index, found in mapped.map_pieces(TaskRunner.run, pieces(), setup=setup if executor else lambda _: runner):
+        piece, items = missing[index], 0
         if isinstance(found, Failed):
+            names = ", ".join(f"`{cell.task}`" for cell in piece)
             raise EvaluationError(
-                f"`{cell.arm}` on `{cell.task}` ends every worker: {found.why}", hint="a smaller batch size"
+                f"`{piece[0].arm}` on {names} ends every worker: {found.why}", hint="a smaller batch size"
             )
-        Outcomes(frame=found, provenance={"key": cell.key}).save(cell.stored)
-        cell.journal.unlink(missing_ok=True)
-        frames[cell.arm, cell.task], items = found, 0
-        tell(cell.arm, cell.task)
+        for cell, frame in zip(piece, found, strict=True):
+            Outcomes(frame=frame, provenance={"key": cell.key}).save(cell.stored)
+            frames[cell.arm, cell.task] = frame
+            tell(cell.arm, cell.task)
+        piece[0].journal.unlink(missing_ok=True)
     rows = [frames[first, task].assign(arm=arm) for arm, first in runner.answers.items() for task in tasks]
     outcomes = Outcomes(
         frame=pd.concat(rows, ignore_index=True),
@@ -354,6 +273,10 @@ def _complete(
     outcomes.check_comparable()
     outcomes.save(out / "outcomes.parquet")
     return outcomes
+
+
+def _ask(build: Callable[[], Mapping[str, Task]], *, limit: int | None, seed: int, batch_size: int) -> Questions:
+    return Questions(tasks=build(), limit=limit, seed=seed, batch_size=batch_size)
 
 
 def _stored(path: Path, key: str) -> pd.DataFrame | None:

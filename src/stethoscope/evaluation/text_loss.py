@@ -18,6 +18,7 @@ from stethoscope.artifacts import Artifact, Provenance, Saved
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.outcomes import PerDocument
 from stethoscope.models.forward import chunk_size, head_logits, run, token_losses
+from stethoscope.text.tokens import by_length
 
 Documents = Sequence[Sequence[int]]  # token ids
 Enter = Callable[[], AbstractContextManager[Any]]
@@ -188,15 +189,14 @@ def _batches(
         tokens - 1].
     """
     firsts = [1] * len(documents) if starts is None else starts
-    order = sorted((i for i, d in enumerate(documents) if len(d) > 1), key=lambda i: (-len(documents[i]), i))
-    if not order:
+    read = [i for i, document in enumerate(documents) if len(document) > 1]
+    if not read:
         raise EvaluationError("no control document has two tokens", hint="give longer control text")
-    if not any(len(documents[i]) > firsts[i] for i in order):
+    if not any(len(documents[i]) > firsts[i] for i in read):
         raise EvaluationError("no token of the text counts", hint="its prompts fill the context: give shorter ones")
-    while order:
-        longest = len(documents[order[0]])
-        size = max(1, batch_tokens // longest)
-        batch, order = order[:size], order[size:]
+    for together in by_length([len(documents[i]) for i in read], batch_tokens):
+        batch = [read[place] for place in together]
+        longest = len(documents[batch[0]])
         places = torch.arange(1, longest)
         real = places < torch.tensor([len(documents[i]) for i in batch])[:, None]
         # Under a causal mask no real token sees the padding, so no mask is needed.

@@ -25,6 +25,7 @@ from stethoscope.text.documents import Chat, Document
 log = logging.getLogger(__name__)
 
 Tokens = Literal["all", "assistant", "last"]
+SIMILAR = 0.8  # the shortest document's share of the longest's length in a batch
 
 # These enclose a message's number, which replaces its content in a template; neither occurs there by itself.
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -205,6 +206,20 @@ def _content_spans(
     return match and [(role, match.span(group)) for group, (role, _) in enumerate(order, 1)]
 
 
+def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Places of documents of similar length, longest first, at most ``batch_tokens`` together, padding included.
+
+    Padding costs as much as text: the shortest has at least four fifths of the longest's tokens.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while order:
+        longest = lengths[order[0]]
+        most = max(1, batch_tokens // longest)
+        size = next((n for n, i in enumerate(order[:most]) if lengths[i] < SIMILAR * longest), most)
+        yield order[:size]
+        order = order[size:]
+
+
 def batches(
     rows: Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase,
@@ -213,7 +228,7 @@ def batches(
     counted: Sequence[Sequence[bool]] | None = None,
     starts: Sequence[int] | None = None,
 ) -> Iterator[TokenBatch]:
-    """Yield batches of at most ``batch_tokens`` tokens, padding included, longest documents first.
+    """Yield batches as `by_length` composes them.
 
     The composition depends on the documents alone, never on a worker or a run.
 
@@ -222,11 +237,8 @@ def batches(
         counted: from `counted_tokens`, for the same documents; all but special tokens count if None.
         starts: the first token of each row whose loss counts, as from `prompt_lengths`; all count if None.
     """
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i))
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
-    while order:
-        size = max(1, batch_tokens // len(rows[order[0]]))
-        chosen, order = order[:size], order[size:]
+    for chosen in by_length([len(row) for row in rows], batch_tokens):
         width = len(rows[chosen[0]])
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
         attention, countable, predicted = torch.zeros((3, len(chosen), width), dtype=torch.bool)
