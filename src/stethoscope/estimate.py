@@ -25,6 +25,7 @@ CHARACTERS = 4  # of a token: English has about 4.5, code and mathematics about 
 STRENGTHS = 5  # of `editing.filter`, which imports Transformers
 HEALTH, LEAST_HEALTH = 2048, 128  # tokens of each text, as `diagnosis.collect` takes them
 ANSWERED = 0.5  # of the tokens that a task lets a model write
+CALLS = 1e-3  # seconds of Python for a layer that decodes one token of a batch
 # Bytes moved for each weight of an SAE that is loaded, or of an edit that is made; fitted as `models.speeds` says.
 LOADING, MAKING = 60, 24
 START = 10.0  # seconds of Python and imports
@@ -183,12 +184,15 @@ class _Run:
         return [("seconds", seconds), ("reading", 0 if self.rank else 2.0 * self.base.nbytes)], 3e8
 
     def outcomes(self) -> Stage:
-        work = self.make(self.arms)
-        for items, prompt, own, new in self.found.answers.values() or [][0]:
+        work, tasks = self.make(self.arms), self.found.answers.values() or [][0]
+        for items, prompt, own, new in tasks:
             tokens = (prompt + items * own) / CHARACTERS  # what all prompts share is read once
             written = self.arms * items * new * ANSWERED
             work += self.forward(self.arms * tokens)
             work.append(("decoding", 2 * written * (self.blocks + self.head)))
+        batches = ceil(sum(items for items, *_ in tasks) / self.recipe.evaluate.batch_size)
+        steps = self.arms * batches * max(new for *_, new in tasks)
+        work.append(("seconds", steps * self.base.layers * CALLS))
         return work, self.cells * self.itemsize + LOGITS
 
     def losses(self) -> Stage:
