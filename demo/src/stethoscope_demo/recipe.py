@@ -87,7 +87,7 @@ SCALES: dict[Size, Scale] = {
         subjects=2, controls=1, items=12, documents=12, block_size=3, measured=4, tokens=1500, forwards=5, filter=3.0
     ),
     "default": Scale(
-        subjects=3, controls=1, items=20, documents=56, block_size=8, measured=10, tokens=3600, forwards=9,
+        subjects=3, controls=1, items=20, documents=56, block_size=8, measured=10, tokens=3600, forwards=12,
         arms=(*ARMS, "random_layers"),
     ),
     "full": Scale(

@@ -273,8 +273,8 @@ def search_sets(
     start = [Place(k, c) for c in sorted(coarse, key=lambda c: c != coarse[len(coarse) // 2]) for k in sizes]
     if list(strengths) != [None]:
         start = [Place(sizes[-1], 1.0, strength) for strength in strengths]
-        if None in strengths:  # what a filter has to beat: the whole change scaled, and the raw one in the best layers
-            start += [Place(sizes[-1], c) for c in grid if c < 1] + [Place(k, 1.0) for k in sizes[1:-1:2]]
+        if None in strengths:  # what a filter has to beat: the raw change in the best layers, and all of it scaled
+            start += [Place(k, 1.0) for k in sizes[1:-1:2]] + [Place(sizes[-1], c) for c in grid if c < 1]
         several = itertools.product(reversed(sizes[-3:-1]), (False, True), strengths[1::2] or strengths)
         start += [Place(k, 1.0, strength, spread) for k, spread, strength in several]
     tried = {place: key_of(place) for place in start}
