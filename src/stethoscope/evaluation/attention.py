@@ -76,10 +76,8 @@ class OwnCache(Cache):
         joined = cls(parts[0].groups[0][0], 0)
         joined.groups = [group for part in parts for group in part.groups]
         for layer, *found in zip(joined.layers, *(part.layers for part in parts), strict=True):
-            layer.keys, layer.values = (
-                torch.cat([torch.nn.functional.pad(t[:, :, :n], (0, 0, length - n, _STEP)) for t, n in own], 1)
-                for own in ([(x.keys, x.length) for x in found], [(x.values, x.length) for x in found])
-            )
+            layer.keys = torch.cat([_widened(part.keys, part.length, length) for part in found], 1)
+            layer.values = torch.cat([_widened(part.values, part.length, length) for part in found], 1)
             layer.length, layer.is_initialized = length, True
         return joined
 
@@ -97,6 +95,13 @@ class OwnCache(Cache):
         kept = torch.tensor(rows, device=self.layers[0].keys.device)
         for layer in self.layers:
             layer.keys, layer.values = layer.keys[:, kept], layer.values[:, kept]
+
+
+def _widened(
+    states: Float[Tensor, "kv rows capacity size"], length: int, new: int
+) -> Float[Tensor, "kv rows wider size"]:
+    """The used columns, with unused ones before them and room after them."""
+    return torch.nn.functional.pad(states[:, :, :length], (0, 0, new - length, _STEP))
 
 
 _CACHE: ContextVar[OwnCache] = ContextVar("cache of the batch being decoded")
