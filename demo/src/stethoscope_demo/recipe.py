@@ -63,7 +63,7 @@ class Scale:
         controls: of the control tasks.
         items: of each task, for every arm.
         documents: of target and of control text; ``block_size`` of them are relabelled together.
-        measured: documents of each text on which every arm's loss is measured.
+        measured: documents of general and of held-out target text on which every arm's loss is measured.
         tokens, forwards: as ``edit`` has them.
         filter: its strength, or ``auto``.
         random_sets: sets of random layers.
@@ -74,7 +74,7 @@ class Scale:
     items: int
     documents: int
     block_size: int
-    measured: int
+    measured: tuple[int, int]
     tokens: int
     forwards: int
     filter: float | str = "auto"
@@ -84,14 +84,15 @@ class Scale:
 
 SCALES: dict[Size, Scale] = {
     "quick": Scale(
-        subjects=2, controls=1, items=12, documents=12, block_size=3, measured=4, tokens=1500, forwards=5, filter=3.0
+        subjects=2, controls=1, items=12, documents=12, block_size=3, measured=(4, 4), tokens=1500, forwards=5,
+        filter=3.0,
     ),
     "default": Scale(
-        subjects=3, controls=1, items=20, documents=56, block_size=8, measured=10, tokens=3600, forwards=12,
+        subjects=3, controls=1, items=20, documents=56, block_size=8, measured=(10, 6), tokens=3400, forwards=12,
         arms=(*ARMS, "random_layers"),
     ),
     "full": Scale(
-        subjects=7, controls=2, items=250, documents=182, block_size=8, measured=70, tokens=20_000, forwards=24,
+        subjects=7, controls=2, items=250, documents=182, block_size=8, measured=(70, 70), tokens=20_000, forwards=24,
         arms=get_args(ArmName), random_sets=2,
     ),
 }  # fmt: skip
@@ -125,8 +126,8 @@ def demo_recipe(base: Path, *, size: Size) -> dict[str, object]:
             "include_path": "tasks",
             "limit": scale.items,
             "batch_size": 100,
-            "control": {"dataset": "general.jsonl", "documents": scale.measured},
-            "target": {"dataset": "held_out.jsonl", "prompt": "prompt", "documents": scale.measured},
+            "control": {"dataset": "general.jsonl", "documents": scale.measured[0]},
+            "target": {"dataset": "held_out.jsonl", "prompt": "prompt", "documents": scale.measured[1]},
         },
         "seed": 0,
     }

@@ -56,7 +56,7 @@ def run(
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="Few items: about two minutes on two cores.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Few items: a minute and a half on two cores.")] = False,
     full: Annotated[bool, typer.Option("--full", help="All items and arms: hours on two cores.")] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; `runs/demo` by default.")] = None,
     quiet: Quiet = False,
