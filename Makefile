@@ -14,7 +14,7 @@ demo-quick demo-full: $(INSTALLED)
 	$(BIN)/stethoscope demo --$(@:demo-%=%)
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # The wheel as a user installs it, without extras, in an environment of its own.
 wheel: $(INSTALLED)
