@@ -176,7 +176,10 @@ class Context:
             max_tokens=options.max_tokens,
             tokens=options.tokens if text in self.recipe.corpora else "all",
         )
-        return list(batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, counted=counted, starts=starts))
+        # few batches: edits are made again for each where not all fit in memory
+        return list(
+            batches(rows, self.tokenizer, batch_tokens=INJECTED_TOKENS, counted=counted, starts=starts, similar=0.0)
+        )
 
     def rows(
         self, text: str, limit: int | None = None, *, max_tokens: int = 1024, without: Collection[int] = ()

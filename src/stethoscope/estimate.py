@@ -190,9 +190,9 @@ class _Run:
             written = self.arms * items * new * ANSWERED
             work += self.forward(self.arms * tokens)
             work.append(("decoding", 2 * written * (self.blocks + self.head)))
-        batches = ceil(sum(items for items, *_ in tasks) / self.recipe.evaluate.batch_size)
-        steps = self.arms * batches * max(new for *_, new in tasks)
-        work.append(("seconds", steps * self.base.layers * CALLS))
+        batch = self.recipe.evaluate.batch_size
+        steps = max(max(new for *_, new in tasks), sum(items * new for items, *_, new in tasks) / batch)
+        work.append(("seconds", self.arms * steps * self.base.layers * CALLS))
         return work, self.cells * self.itemsize + LOGITS
 
     def losses(self) -> Stage:

@@ -107,13 +107,21 @@ def test_tasks_that_fit_into_one_batch_are_run_together_with_the_same_outcomes(
         return decoding.decode_greedily(model, groups, **options)
 
     monkeypatch.setattr(harness, "decode_greedily", counted)
-    together, alone = (
-        evaluate(stirred_llama, tokenizer, BASE, names, out=tmp_path / str(size), include_path=folder, batch_size=size)
-        for size in (19, 16)
-    )
+    seen: list[int] = []
+
+    def asked(size: int) -> pd.DataFrame:
+        options = {"out": tmp_path / str(size), "include_path": folder, "batch_size": size}
+        found = evaluate(stirred_llama, tokenizer, BASE, names, progress=lambda done, *_: seen.append(done), **options)
+        return found.frame[found.frame["task"] != "drawn"]
+
+    together = asked(19)
+    assert seen == sorted(seen)
+    pd.testing.assert_frame_equal(together, asked(16))
     assert sizes == [19, 16, 3]
-    greedy = together.frame["task"] != "drawn"
-    pd.testing.assert_frame_equal(together.frame[greedy], alone.frame[greedy])
+    next((tmp_path / "19" / "parts").glob("base.few.*")).unlink()
+    pd.testing.assert_frame_equal(together, asked(19))
+    assert sizes == [19, 16, 3, 19]  # as before, in one batch
+    assert not list((tmp_path / "19" / "parts").glob("*.jsonl"))
 
 
 def test_given_keys_stand_for_weights(stirred_llama, tokenizer, make_task, tmp_path):

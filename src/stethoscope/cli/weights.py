@@ -174,7 +174,8 @@ def _wanted(keep: Path, protect: Sequence[str], field: str, prompt: str | None, 
         except ValueError:
             problems.append(f"the weight `{weight}` of `{path}` is not a number")
     if problems:
-        raise StethoscopeError("the texts cannot be used", problems=problems, hint="`--field` names the field to read")
+        hint = "a text to protect is `FILE` or `FILE=WEIGHT`; `--field` and `--prompt` name the fields to read"
+        raise StethoscopeError("the texts cannot be used", problems=problems, hint=hint)
     return Wanted(keep=texts.pop("target"), prompts=prompts, protect=texts, weights=weights, **settings)
 
 

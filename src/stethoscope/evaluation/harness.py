@@ -103,7 +103,7 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
             logger.warning(said, sum(long), len(long), most)
 
     def _generate_group(self, requests: list[Instance]) -> None:
-        """Greedy responses to prompts of equal settings, task by task, longest first, as the harness does."""
+        """Greedy responses to prompts of equal settings, task by task, the longest of each first."""
         settings = requests[0].args[1]
         contexts = {_key(*request.args): request.args[0] for request in requests}
         tasks = {_key(*request.args): request.task_name for request in requests}

@@ -28,7 +28,7 @@ from stethoscope.editing.plan import EditPlan
 from stethoscope.errors import EvaluationError
 from stethoscope.evaluation.harness import HARMLESS, SharedPrefixLM
 from stethoscope.evaluation.outcomes import DIRECTIONS, Outcomes
-from stethoscope.evaluation.runner import Cell, Questions, TaskRunner, set_up_worker
+from stethoscope.evaluation.runner import Piece, Questions, TaskRunner, set_up_worker
 from stethoscope.evaluation.tasks import load_tasks, prompts_hash, quiet_harness
 from stethoscope.executor import Executor, Failed, LocalExecutor, RayExecutor, WorkerContext
 from stethoscope.models.device import find_device, preferred_dtype
@@ -223,47 +223,49 @@ def _complete(
     prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
     total, items = len(set(runner.answers.values())) * sum(sizes.values()), 0
     frames: dict[tuple[str, str], pd.DataFrame] = {}
-    missing: list[list[Cell]] = []
+    missing: list[Piece] = []
     (out / "parts").mkdir(parents=True, exist_ok=True)  # workers keep their journals there if they see it
 
     def tell(arm: str, task: str) -> None:
         if progress:
             progress(sum(sizes[name] for _, name in frames) + items, total, f"{arm}: {task}")
 
-    def pieces() -> Iterator[list[Cell]]:
+    def pieces() -> Iterator[Piece]:
         for arm in dict.fromkeys(runner.answers.values()):
-            state, cells = identify(arm), []
-            for task in tasks:
-                key = sha256_bytes(canonical_json([settings, prompts[task], arm, state]).encode())
-                stored = out / "parts" / f"{file_name(arm)}.{file_name(task)}.{key[:16]}.parquet"
-                if (frame := _stored(stored, key)) is not None:
-                    frames[arm, task] = frame
-                    tell(arm, task)
-                else:
-                    cells.append(Cell(arm=arm, task=task, key=key, stored=stored))
-            for piece in asked.pieces(cells):
-                missing.append(piece)
-                yield piece
+            state = identify(arm)
+            for names in asked.pieces():
+                # what else is in a batch decides how its sums are rounded
+                key = sha256_bytes(canonical_json([settings, [prompts[name] for name in names], arm, state]).encode())
+                stored = {n: out / "parts" / f"{file_name(arm)}.{file_name(n)}.{key[:16]}.parquet" for n in names}
+                found = {n: frame for n, path in stored.items() if (frame := _stored(path, key)) is not None}
+                if len(found) < len(stored):
+                    missing.append(Piece(arm=arm, key=key, stored=stored))
+                    yield missing[-1]
+                    continue
+                for name, frame in found.items():
+                    frames[arm, name] = frame
+                    tell(arm, name)
 
     def advance(answered: int) -> None:
         nonlocal items
-        items = min(items + answered, sum(sizes[cell.task] for cell in missing[-1]))
-        tell(missing[-1][0].arm, missing[-1][0].task)
+        items = min(items + answered, sum(sizes[name] for name in missing[-1].stored))
+        tell(missing[-1].arm, next(iter(missing[-1].stored)))
 
     runner.on_items = advance
     mapped = executor or LocalExecutor()
     for index, found in mapped.map_pieces(TaskRunner.run, pieces(), setup=setup if executor else lambda _: runner):
-        piece, items = missing[index], 0
+        piece = missing[index]
         if isinstance(found, Failed):
-            names = ", ".join(f"`{cell.task}`" for cell in piece)
+            names = ", ".join(f"`{name}`" for name in piece.stored)
             raise EvaluationError(
-                f"`{piece[0].arm}` on {names} ends every worker: {found.why}", hint="a smaller batch size"
+                f"`{piece.arm}` on {names} ends every worker: {found.why}", hint="a smaller batch size"
             )
-        for cell, frame in zip(piece, found, strict=True):
-            Outcomes(frame=frame, provenance={"key": cell.key}).save(cell.stored)
-            frames[cell.arm, cell.task] = frame
-            tell(cell.arm, cell.task)
-        piece[0].journal.unlink(missing_ok=True)
+        for (name, path), frame in zip(piece.stored.items(), found, strict=True):
+            Outcomes(frame=frame, provenance={"key": piece.key}).save(path)
+            frames[piece.arm, name], items = frame, max(0, items - sizes[name])
+            tell(piece.arm, name)
+        piece.journal.unlink(missing_ok=True)
+        items = 0
     rows = [frames[first, task].assign(arm=arm) for arm, first in runner.answers.items() for task in tasks]
     outcomes = Outcomes(
         frame=pd.concat(rows, ignore_index=True),

@@ -1,7 +1,7 @@
 """Arms on tasks, piece by piece, by lm-evaluation-harness: in this process, or in a worker."""
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,22 @@ Opened = Callable[[Any], AbstractContextManager[LM]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One arm on one task; ``key`` identifies all that decides its outcomes."""
+class Piece:
+    """One arm on tasks that are run together.
+
+    Attributes:
+        stored: task -> where its outcomes are stored.
+        key: identifies all that decides them.
+    """
 
     arm: str
-    task: str
     key: str
-    stored: Path
+    stored: Mapping[str, Path]
 
     @property
     def journal(self) -> Path:
         """Where finished batches are kept until the outcomes are stored."""
-        return self.stored.with_suffix(".jsonl")
+        return next(iter(self.stored.values())).with_suffix(".jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +60,16 @@ class Questions:
         found = {name: len(task.eval_docs) for name, task in self.tasks.items()}
         return {name: size if self.limit is None else min(self.limit, size) for name, size in found.items()}
 
-    def pieces(self, cells: Iterable[Cell]) -> Iterator[list[Cell]]:
-        """One arm's cells as pieces of work: tasks that fit into one batch are decoded together, others alone."""
-        piece, size, sizes = list[Cell](), 0, self.sizes
-        for cell in cells:
-            task = self.tasks[cell.task]
+    def pieces(self) -> Iterator[list[str]]:
+        """The tasks as they are run: those that fit into one batch are decoded together, others alone."""
+        piece, size, sizes = list[str](), 0, self.sizes
+        for name, task in self.tasks.items():
             joins = task.OUTPUT_TYPE == "generate_until" and not is_sampled(task.config.generation_kwargs or {})
-            size += sizes[cell.task]
+            size += sizes[name]
             if piece and not (joins and size <= self.batch_size):
                 yield piece
-                piece, size = [], sizes[cell.task]
-            piece.append(cell)
+                piece, size = [], sizes[name]
+            piece.append(name)
             if not joins:
                 yield piece
                 piece, size = [], 0
@@ -106,13 +109,13 @@ class TaskRunner:
             self._arm = arm
         return self._lm
 
-    def run(self, piece: Sequence[Cell]) -> list[pd.DataFrame]:
+    def run(self, piece: Piece) -> list[pd.DataFrame]:
         """One arm on some tasks, each as rows of outcomes."""
-        arm, asked = piece[0].arm, self.questions
-        lm, tasks = self.open(arm), {cell.task: asked.tasks[cell.task] for cell in piece}
+        arm, asked = piece.arm, self.questions
+        lm, tasks = self.open(arm), {name: asked.tasks[name] for name in piece.stored}
         if isinstance(lm, SharedPrefixLM):
             lm.on_items = self.on_items
-            lm.journal = piece[0].journal if piece[0].journal.parent.is_dir() else None
+            lm.journal = piece.journal if piece.journal.parent.is_dir() else None
         for task in tasks.values():
             task.set_fewshot_seed(seed=asked.seed)  # or the second arm would draw other shots than the first
         with quiet_harness():

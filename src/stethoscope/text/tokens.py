@@ -25,7 +25,7 @@ from stethoscope.text.documents import Chat, Document
 log = logging.getLogger(__name__)
 
 Tokens = Literal["all", "assistant", "last"]
-SIMILAR = 0.8  # the shortest document's share of the longest's length in a batch
+SIMILAR = 0.8
 
 # These enclose a message's number, which replaces its content in a template; neither occurs there by itself.
 _OPEN, _CLOSE = "\ue000", "\ue001"
@@ -206,16 +206,17 @@ def _content_spans(
     return match and [(role, match.span(group)) for group, (role, _) in enumerate(order, 1)]
 
 
-def by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def by_length(lengths: Sequence[int], batch_tokens: int, similar: float = SIMILAR) -> Iterator[list[int]]:
     """Places of documents of similar length, longest first, at most ``batch_tokens`` together, padding included.
 
-    Padding costs as much as text: the shortest has at least four fifths of the longest's tokens.
+    Args:
+        similar: the least share of the longest's length that all others have, as padding costs as much as text does.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while order:
         longest = lengths[order[0]]
         most = max(1, batch_tokens // longest)
-        size = next((n for n, i in enumerate(order[:most]) if lengths[i] < SIMILAR * longest), most)
+        size = next((n for n, i in enumerate(order[:most]) if lengths[i] < similar * longest), most)
         yield order[:size]
         order = order[size:]
 
@@ -227,6 +228,7 @@ def batches(
     batch_tokens: int = 4096,
     counted: Sequence[Sequence[bool]] | None = None,
     starts: Sequence[int] | None = None,
+    similar: float = SIMILAR,
 ) -> Iterator[TokenBatch]:
     """Yield batches as `by_length` composes them.
 
@@ -238,7 +240,7 @@ def batches(
         starts: the first token of each row whose loss counts, as from `prompt_lengths`; all count if None.
     """
     special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
-    for chosen in by_length([len(row) for row in rows], batch_tokens):
+    for chosen in by_length([len(row) for row in rows], batch_tokens, similar):
         width = len(rows[chosen[0]])
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
         attention, countable, predicted = torch.zeros((3, len(chosen), width), dtype=torch.bool)
