@@ -7,6 +7,7 @@ import pytest
 import torch
 from world import read_lines, save_stirred, sums_writer, write_lines, write_logs, write_task
 
+from stethoscope.evaluation import decoding, harness
 from stethoscope.evaluation.harness_logs import read_results
 from stethoscope.evaluation.outcomes import Outcomes
 from stethoscope.evaluation.run import evaluate_checkpoints
@@ -65,3 +66,16 @@ def logs(written, tmp_path) -> dict[str, Path]:
     """Both checkpoints' logs, free to be changed."""
     shutil.copytree(written / "logs", tmp_path / "logs")
     return {name: next((tmp_path / "logs" / name).iterdir()) for name in ("base", "edited")}
+
+
+@pytest.fixture
+def decoded(monkeypatch) -> list[list[int]]:
+    """How many prompts of each group each batch had that was decoded our way."""
+    sizes = []
+
+    def counted(model, groups, **options):
+        sizes.append([len(prompts) for _, prompts in groups])
+        return decoding.decode_greedily(model, groups, **options)
+
+    monkeypatch.setattr(harness, "decode_greedily", counted)
+    return sizes

@@ -11,7 +11,7 @@ import torch
 from world import gpt2, interrupt, write_task
 
 from stethoscope.errors import CheckpointError, EvaluationError
-from stethoscope.evaluation import decoding, harness, run
+from stethoscope.evaluation import run
 from stethoscope.evaluation import tasks as task_files
 from stethoscope.evaluation.comparison import aa_floor, compare
 from stethoscope.evaluation.names import task_functions
@@ -95,18 +95,11 @@ def test_interrupted_run_goes_on(stirred_llama, tokenizer, make_task, tmp_path):
 
 
 def test_tasks_that_fit_into_one_batch_are_run_together_with_the_same_outcomes(
-    stirred_llama, tokenizer, make_task, tmp_path, monkeypatch
+    stirred_llama, tokenizer, make_task, tmp_path, decoded
 ):
     make_task("few", items=3, num_fewshot=1)
     make_task("drawn", items=2, generation_kwargs={"do_sample": True, "temperature": 0.5, "max_gen_toks": 3})
     folder, names = make_task(), ["sums", "few", "drawn"]
-    sizes = []
-
-    def counted(model, groups, **options):
-        sizes.append(sum(len(prompts) for _, prompts in groups))
-        return decoding.decode_greedily(model, groups, **options)
-
-    monkeypatch.setattr(harness, "decode_greedily", counted)
     seen: list[int] = []
 
     def asked(size: int) -> pd.DataFrame:
@@ -117,10 +110,10 @@ def test_tasks_that_fit_into_one_batch_are_run_together_with_the_same_outcomes(
     together = asked(19)
     assert seen == sorted(seen)
     pd.testing.assert_frame_equal(together, asked(16))
-    assert sizes == [19, 16, 3]
+    assert decoded == [[16, 3], [16], [3]]
     next((tmp_path / "19" / "parts").glob("base.few.*")).unlink()
     pd.testing.assert_frame_equal(together, asked(19))
-    assert sizes == [19, 16, 3, 19]  # as before, in one batch
+    assert decoded == [[16, 3], [16], [3], [16, 3]]  # as before, in one batch
     assert not list((tmp_path / "19" / "parts").glob("*.jsonl"))
 
 

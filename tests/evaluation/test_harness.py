@@ -21,19 +21,6 @@ def asked(make_task):
     return task.instances
 
 
-@pytest.fixture
-def decoded(monkeypatch) -> list[int]:
-    """How many prompts each batch had that was decoded our way."""
-    sizes = []
-
-    def counted(model, groups, **options):
-        sizes.append([len(prompts) for _, prompts in groups])
-        return decoding.decode_greedily(model, groups, **options)
-
-    monkeypatch.setattr(harness, "decode_greedily", counted)
-    return sizes
-
-
 def plainly(model, tokenizer, requests, batch_size=4):
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     return lm.generate_until(requests, disable_tqdm=True)

@@ -41,8 +41,8 @@ def unpack_base(cache: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    # Transformers would parse the file three times and list all tensors' names for each tensor, and the parser reads
-    # the vocabulary from a memory map, a million slices that an array gives three times as fast: most of the time
+    # Most of the time would go into parsing the file three times, into listing all tensors' names for each tensor, and
+    # into a million slices of a memory map, which an array gives three times as fast.
     once: dict[str, Any] = {name: cache_calls(getattr(gguf, name)) for name in ("GGUFReader", "get_tensor_name_map")}
     with new_folder(folder) as unfinished, patch.multiple(gguf, **once), patch("numpy.memmap", _array):
         model = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""Greedy decoding of many prompts that begin alike: what they share is encoded once; finished items leave the batch."""
+"""Greedy decoding of prompts in groups that begin alike: what a group shares is encoded once; finished rows leave."""
 
 import logging
 from collections.abc import Callable, Sequence

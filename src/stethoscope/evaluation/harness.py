@@ -104,9 +104,9 @@ class SharedPrefixLM(HFLM):  # type: ignore[misc]
 
     def _generate_group(self, requests: list[Instance]) -> None:
         """Greedy responses to prompts of equal settings, task by task, the longest of each first."""
-        settings = requests[0].args[1]
-        contexts = {_key(*request.args): request.args[0] for request in requests}
-        tasks = {_key(*request.args): request.task_name for request in requests}
+        asked, settings = {_key(*request.args): request for request in requests}, requests[0].args[1]
+        contexts = {key: request.args[0] for key, request in asked.items()}
+        tasks = {key: request.task_name for key, request in asked.items()}
         kwargs = normalize_gen_kwargs(dict(settings), self.max_gen_toks)
         limit = kwargs.pop("max_gen_toks")
         stops = handle_stop_sequences(kwargs.pop("until", None), eos=self.tok_decode(self.eot_token_id, False))

@@ -223,7 +223,7 @@ def _complete(
     prompts = {name: prompts_hash(task, limit, seed) for name, task in tasks.items()}
     total, items = len(set(runner.answers.values())) * sum(sizes.values()), 0
     frames: dict[tuple[str, str], pd.DataFrame] = {}
-    missing: list[Piece] = []
+    together, missing = list(asked.pieces()), list[Piece]()
     (out / "parts").mkdir(parents=True, exist_ok=True)  # workers keep their journals there if they see it
 
     def tell(arm: str, task: str) -> None:
@@ -233,7 +233,7 @@ def _complete(
     def pieces() -> Iterator[Piece]:
         for arm in dict.fromkeys(runner.answers.values()):
             state = identify(arm)
-            for names in asked.pieces():
+            for names in together:
                 # what else is in a batch decides how its sums are rounded
                 key = sha256_bytes(canonical_json([settings, [prompts[name] for name in names], arm, state]).encode())
                 stored = {n: out / "parts" / f"{file_name(arm)}.{file_name(n)}.{key[:16]}.parquet" for n in names}

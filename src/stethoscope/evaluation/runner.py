@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +55,21 @@ class Questions:
     seed: int
     batch_size: int
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
-        """Items of each task."""
+        """Items of each task; the harness makes a task's items anew whenever it is asked for them."""
         found = {name: len(task.eval_docs) for name, task in self.tasks.items()}
         return {name: size if self.limit is None else min(self.limit, size) for name, size in found.items()}
 
     def pieces(self) -> Iterator[list[str]]:
         """The tasks as they are run: those that fit into one batch are decoded together, others alone."""
-        piece, size, sizes = list[str](), 0, self.sizes
+        piece, size = list[str](), 0
         for name, task in self.tasks.items():
             joins = task.OUTPUT_TYPE == "generate_until" and not is_sampled(task.config.generation_kwargs or {})
-            size += sizes[name]
+            size += self.sizes[name]
             if piece and not (joins and size <= self.batch_size):
                 yield piece
-                piece, size = [], sizes[name]
+                piece, size = [], self.sizes[name]
             piece.append(name)
             if not joins:
                 yield piece
